@@ -1,0 +1,153 @@
+"""A Decision Transformer with everything its behaviour depends on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from eva_rl.agents.context import RolloutContext, Window
+from eva_rl.agents.decision_transformer import DecisionTransformer
+from eva_rl.batch import InputScaling
+from eva_rl.errors import UserError
+
+
+class Policy(Protocol):
+    """Acts in a batch of environments and remembers their histories."""
+
+    @property
+    def observation_dim(self) -> int:
+        """Numbers in one observation."""
+
+    @property
+    def action_dim(self) -> int:
+        """Numbers in one action."""
+
+    def reset(self, env_ids: Sequence[str]) -> None:
+        """Forget all histories and prepare for one environment per name."""
+
+    def act(
+        self, observations: NDArray[np.float32], rewards: NDArray[np.float32], episode_starts: NDArray[np.bool_]
+    ) -> NDArray[np.float32]:
+        """Choose one action per environment.
+
+        Args:
+            observations: (n, obs).
+            rewards: (n,), rewards of the previous env step; ignored where an episode starts.
+            episode_starts: (n,), True where this is the first observation of an episode.
+
+        Returns:
+            (n, act), within the action bounds.
+        """
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """Which return the policy is asked for.
+
+    Attributes:
+        target_return: Used for tasks that ``per_env`` does not name.
+        per_env: Target return by env id.
+    """
+
+    target_return: float
+    per_env: Mapping[str, float] = field(default_factory=dict)
+
+    def of(self, env_id: str) -> float:
+        """Target return for a task, unscaled."""
+        return self.per_env.get(env_id, self.target_return)
+
+
+class DecisionTransformerPolicy:
+    """A Decision Transformer together with its scaling, target returns and origin.
+
+    Args:
+        network: Works on scaled numbers.
+        scaling: How raw numbers become what the network sees.
+        conditioning: Which return it is asked for.
+        env_id: The task it was last trained for, "" where there are several.
+        metadata: Whatever else belongs to its history: data, results, evaluation protocol.
+    """
+
+    def __init__(
+        self,
+        network: DecisionTransformer,
+        scaling: InputScaling,
+        conditioning: Conditioning,
+        *,
+        env_id: str = "",
+        metadata: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.network = network
+        self.scaling = scaling
+        self.conditioning = conditioning
+        self.env_id = env_id
+        self.metadata = dict(metadata or {})
+        self.window: Window = "cached"
+        self._context: RolloutContext | None = None
+
+    @property
+    def observation_dim(self) -> int:
+        """Numbers in one observation."""
+        return self.network.config.observation_dim
+
+    @property
+    def action_dim(self) -> int:
+        """Numbers in one action."""
+        return self.network.config.action_dim
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network lives."""
+        return next(self.network.parameters()).device
+
+    def to(self, device: torch.device | str) -> DecisionTransformerPolicy:
+        """Move network and scaling to a device, in place."""
+        self.network.to(device)
+        self.scaling = self.scaling.to(device)
+        self._context = None
+        return self
+
+    def with_target(self, target_return: float, env_id: str) -> None:
+        """Ask for this return on this task from now on."""
+        per_env = {**self.conditioning.per_env, env_id: float(target_return)}
+        self.conditioning = replace(self.conditioning, per_env=per_env)
+
+    def check_dimensions(self, observation_dim: int, action_dim: int, what: str) -> None:
+        """Raise unless the policy fits.
+
+        Raises:
+            UserError: Naming ``what`` and the dimensions on both sides.
+        """
+        if (observation_dim, action_dim) != (self.observation_dim, self.action_dim):
+            raise UserError(
+                f"{what} has {observation_dim} numbers in an observation and {action_dim} in an action; the policy "
+                f"takes {self.observation_dim} and {self.action_dim}. Name another policy= or another env= or data=."
+            )
+
+    def reset(self, env_ids: Sequence[str]) -> None:
+        """Forget all histories and prepare for one environment per name."""
+        targets = torch.tensor([self.conditioning.of(env_id) for env_id in env_ids], device=self.device)
+        self._context = RolloutContext(self.network, self.scaling, targets.float(), self.window)
+
+    @torch.no_grad()
+    def act(
+        self, observations: NDArray[np.float32], rewards: NDArray[np.float32], episode_starts: NDArray[np.bool_]
+    ) -> NDArray[np.float32]:
+        """Choose the deterministic action of each environment; see :meth:`Policy.act`."""
+        assert self._context is not None, "reset() comes before act()"
+        features = self._context.features(
+            self._tensor(observations), self._tensor(rewards), self._tensor(episode_starts)
+        )
+        actions = torch.tanh(self.network.action_head(features))
+        self._context.acted(actions)
+        raw: NDArray[np.float32] = self.scaling.raw_actions(actions).cpu().numpy()
+        return raw
+
+    def _tensor(self, array: NDArray[Any]) -> Tensor:
+        return torch.as_tensor(array, device=self.device)

@@ -1,0 +1,19 @@
+"""Tasks: one registry for Meta-World v3, MuJoCo and any other Gymnasium environment with Box spaces."""
+
+from eva_rl.envs.metaworld import CW10, METAWORLD_TASKS, MT40, scripted_expert
+from eva_rl.envs.registry import canonical_id, env_spec, make_env, task_list
+from eva_rl.envs.spec import EnvSpec
+from eva_rl.envs.vector import make_vec_env
+
+__all__ = [
+    "CW10",
+    "METAWORLD_TASKS",
+    "MT40",
+    "EnvSpec",
+    "canonical_id",
+    "env_spec",
+    "make_env",
+    "make_vec_env",
+    "scripted_expert",
+    "task_list",
+]

@@ -1,0 +1,96 @@
+"""Windows of consecutive env steps, gathered without a loop over samples."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from eva_rl.batch import InputScaling, WindowBatch
+from eva_rl.data.trajectories import Trajectories
+from eva_rl.errors import UserError
+
+
+class WindowSampler:
+    """Draws windows of at most T consecutive env steps of one episode, as a policy sees them.
+
+    A window is named by its last row. Windows that reach back beyond the start of their episode are padded on the
+    left, so that every env step of an episode is seen with every context length from 1 to T. Draws depend on nothing
+    but ``(seed, step)``: a resumed run sees the batches that the uninterrupted one would have seen.
+
+    Args:
+        trajectories: Where to draw from; memory-mapped arrays are read row by row.
+        context_length: T, env steps in a window.
+        scaling: How raw numbers become what the network sees.
+        seed: Seed of all draws.
+        weights: (N,), relative probability of each row to be the last of a window; None draws uniformly.
+
+    Raises:
+        UserError: The weights do not fit.
+    """
+
+    def __init__(
+        self,
+        trajectories: Trajectories,
+        context_length: int,
+        scaling: InputScaling,
+        *,
+        seed: int = 0,
+        weights: NDArray[np.float64] | None = None,
+    ) -> None:
+        self.trajectories = trajectories
+        self.context_length = context_length
+        self._scaling = scaling
+        self._seed = seed
+        self._starts = np.repeat(trajectories.offsets[:-1], trajectories.lengths)
+        self._cumulative = None if weights is None else _cumulative(weights, trajectories.num_steps)
+
+    def sample(self, batch_size: int, step: int, device: torch.device | str = "cpu") -> WindowBatch:
+        """Draw the windows of gradient step ``step``."""
+        rng = np.random.default_rng((self._seed, step))
+        if self._cumulative is None:
+            rows = rng.integers(self.trajectories.num_steps, size=batch_size)
+        else:
+            draws = rng.random(batch_size) * self._cumulative[-1]
+            rows = np.searchsorted(self._cumulative, draws, side="right")
+        return self.windows(rows, device)
+
+    def windows(self, last_rows: NDArray[np.int64], device: torch.device | str = "cpu") -> WindowBatch:
+        """Gather the windows that end in the given rows.
+
+        Args:
+            last_rows: (B,), row of the last env step of each window.
+            device: Where the batch goes.
+        """
+        data, scaling = self.trajectories, self._scaling
+        rows = last_rows[:, None] + np.arange(1 - self.context_length, 1)  # (B, T)
+        real = rows >= self._starts[last_rows, None]
+        rows = np.where(real, rows, last_rows[:, None])
+        mask = torch.from_numpy(real)
+        keep = mask.unsqueeze(-1)
+        actions = scaling.actions(_gather(data.actions, rows)) * keep
+        targets = None
+        if data.target_actions is not None:
+            targets = scaling.actions(_gather(data.target_actions, rows)) * keep
+        return WindowBatch(
+            observations=scaling.observations(_gather(data.observations, rows)) * keep,
+            actions=actions,
+            returns_to_go=_gather(data.returns_to_go, rows).unsqueeze(-1) / scaling.return_scale * keep,
+            timesteps=torch.from_numpy(data.timesteps[rows]) * mask,
+            attention_mask=None if real.all() else mask,
+            rewards=_gather(data.rewards, rows).unsqueeze(-1) / scaling.return_scale * keep,
+            target_actions=targets,
+        ).to(device)
+
+
+def _gather(array: NDArray[np.float32], rows: NDArray[np.int64]) -> Tensor:
+    return torch.from_numpy(array[rows])
+
+
+def _cumulative(weights: NDArray[np.float64], num_steps: int) -> NDArray[np.float64]:
+    if weights.shape != (num_steps,) or not np.isfinite(weights).all() or (weights < 0).any() or not weights.any():
+        raise UserError(
+            f"Window weights of shape {weights.shape}: expected ({num_steps},), finite, none negative, not all zero."
+        )
+    return np.cumsum(weights, dtype=np.float64)

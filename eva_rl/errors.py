@@ -1,0 +1,34 @@
+"""Errors that a user can act on, and the words they share."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """A mistake in what was given: commands print it without a traceback and exit with status 2.
+
+    The message says what was given, what was expected and what to type next.
+    """
+
+
+class UnknownNameError(UserError):
+    """A name that is not among the known ones.
+
+    Args:
+        kind: What the name stands for, for instance "task".
+        name: The name that was given.
+        known: Every name that would have been accepted.
+        hint: What to type to see the known names or to do otherwise.
+    """
+
+    def __init__(self, kind: str, name: str, known: Iterable[str], hint: str = "") -> None:
+        known = list(known)
+        close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+        if close:
+            expected = "Did you mean " + " or ".join(repr(match) for match in close) + "?"
+        else:
+            listed = ", ".join(known[:12]) + (", ..." if len(known) > 12 else "")
+            expected = f"Known: {listed}."
+        super().__init__(f"Unknown {kind} {name!r}. {expected} {hint}".strip())
