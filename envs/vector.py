@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -67,3 +67,16 @@ def make_vec_env(
 
 def _numbered(env_id: str, horizon: int | None, first: int, stride: int) -> gym.Env[Any, Any]:
     return NumberedEpisodes(make_env(env_id, horizon=horizon), first, stride)
+
+
+def make_task_vec_env(names: Sequence[str], *, seed: int = 0) -> VecEnv:
+    """Make one environment per task, all in this process, each with its own numbered episodes.
+
+    Args:
+        names: Tasks with equal observation and action dimensions.
+        seed: Seed of the first episode of the first environment; environment i starts at ``seed + i``.
+    """
+    makers: list[Callable[[], gym.Env[Any, Any]]] = [
+        partial(_numbered, canonical_id(name), None, seed + i, len(names)) for i, name in enumerate(names)
+    ]
+    return DummyVecEnv(makers)

@@ -1,0 +1,143 @@
+"""From a command line to a typed config, and from a user's mistake to one clear message."""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any, TypeVar
+
+from hydra import compose, initialize_config_module
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.markup import escape
+
+from eva_rl.errors import UserError
+
+Config = TypeVar("Config")
+
+SHORT_KEYS = {"env": "env.id", "data": "data.source", "policy": "policy.path"}
+"""What a user types, and the key it sets."""
+
+console = Console(stderr=True, highlight=False)
+
+
+def register(name: str, schema: type, groups: dict[str, dict[str, type]]) -> None:
+    """Make a command's schema, and the options of its groups, known to Hydra.
+
+    Args:
+        name: The command.
+        schema: Dataclass of the whole config.
+        groups: For each Hydra group, its options by name.
+    """
+    store = ConfigStore.instance()
+    store.store(name=f"{name}_schema", node=schema)
+    for group_name, options in groups.items():
+        for option_name, node in options.items():
+            store.store(group=group_name, name=option_name, node=node)
+
+
+def parse(name: str, overrides: Sequence[str]) -> Any:
+    """Compose a command's config and convert it to its dataclass, once.
+
+    Args:
+        name: The command; ``configs/<name>.yaml`` is its primary config.
+        overrides: What was typed, for instance ``["env=push-v3", "adapter.rank=4"]``.
+
+    Raises:
+        UserError: An unknown key, option or type, or a value out of range.
+    """
+    try:
+        with initialize_config_module("eva_rl.configs", version_base="1.3"):
+            config = compose(name, [_long_form(override) for override in overrides])
+        return OmegaConf.to_object(config)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(f"{_first_lines(error)} See `python -m eva_rl.{name} --help`.") from error
+
+
+def _long_form(override: str) -> str:
+    """Turn ``env=push-v3`` into ``env.id=push-v3``, quoting what Hydra's grammar would take apart."""
+    key, equals, value = override.partition("=")
+    long_key = SHORT_KEYS.get(key)
+    if not equals or long_key is None:
+        return override
+    if not re.match(r"^['\"]", value):
+        value = "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    return f"{long_key}={value}"
+
+
+def _first_lines(error: Exception) -> str:
+    cause: BaseException = error
+    while isinstance(cause.__cause__, HydraException | OmegaConfBaseException):
+        cause = cause.__cause__
+    lines = [line.strip() for text in (str(error), str(cause)) for line in text.splitlines() if line.strip()]
+    kept = [line for line in dict.fromkeys(lines) if not line.startswith(("full_key", "object_type", "reference"))]
+    return ". ".join(line.rstrip(".") for line in kept) + "."
+
+
+def run_command(
+    name: str, schema: type[Config], main: Callable[[Config], None], help_text: str, argv: Sequence[str] | None = None
+) -> int:
+    """Run a command; a user's mistake ends it with one message and status 2.
+
+    Args:
+        name: The command.
+        schema: Dataclass of its config, for ``--help``.
+        main: What to do with the config.
+        help_text: What the command does, with examples.
+        argv: Overrides; None takes the command line's.
+
+    Returns:
+        Exit status.
+    """
+    overrides = list(sys.argv[1:] if argv is None else argv)
+    logging.basicConfig(
+        level=logging.INFO, format="%(message)s", handlers=[RichHandler(console=console, show_path=False, show_time=False)]
+    )
+    if any(flag in overrides for flag in ("--help", "-h")):
+        print_help(name, schema, help_text)
+        return 0
+    try:
+        main(parse(name, overrides))
+    except UserError as error:
+        console.print(f"[bold red]Error:[/] {escape(str(error))}", soft_wrap=True)
+        return 2
+    except KeyboardInterrupt:
+        console.print("Interrupted. Type the same command again to continue from the last checkpoint.")
+        return 130
+    return 0
+
+
+def print_help(name: str, schema: type, help_text: str) -> None:
+    """Show what a command does, its options by group with their defaults, and the tasks."""
+    out = Console(highlight=False)
+    out.print(f"[bold]python -m eva_rl.{name}[/] [KEY=VALUE ...]\n\n{escape(help_text.strip())}\n", soft_wrap=True)
+    heading = ""
+    for key, default, text in options_of(schema):
+        group_name = key.rpartition(".")[0]
+        if group_name != heading:
+            heading = group_name
+            out.print(f"\n[bold]{heading}[/]")
+        out.print(f"  {key + '=' + str(default):44s} {escape(text)}", soft_wrap=True)
+    out.print("\n[bold]Tasks[/] (env=)", soft_wrap=True)
+    from eva_rl import envs
+
+    out.print("  " + "  ".join(envs.task_list()) + "\n  and every Gymnasium id, for instance Hopper-v5\n")
+
+
+def options_of(schema: type, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
+    """Keys, defaults and help lines of a config dataclass, groups last."""
+    instance = schema()
+    own = [f for f in fields(schema) if not is_dataclass(getattr(instance, f.name))]
+    for f in own:
+        value = getattr(instance, f.name)
+        yield prefix + f.name, "null" if value is None else value, f.metadata.get("help", "")
+    for f in fields(schema):
+        if f not in own:
+            yield from options_of(type(getattr(instance, f.name)), f"{prefix}{f.name}.")

@@ -1,0 +1,71 @@
+"""Trajectories for a command: collected once into the run directory, or read from where the user says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from eva_rl import envs
+from eva_rl.commands.options import DataOptions
+from eva_rl.data import Trajectories, read_episodes, write_episodes
+from eva_rl.demonstrations import ActionNoise, collect_expert
+
+EXPERT = "expert"
+TARGET_QUANTILE = 0.9
+"""Quantile of the demonstrations' returns that a policy is asked for."""
+GRACE = 10
+"""Env steps after the first success that are sampled with full weight."""
+
+
+def load_task_data(env: str, options: DataOptions, folder: Path) -> Trajectories:
+    """Demonstrations of a task.
+
+    Args:
+        env: The task.
+        options: Where they come from; collected ones are kept in ``folder`` and read from there the next time.
+        folder: For collected files, one a task.
+    """
+    if options.source != EXPERT:
+        return read_episodes(Path(options.source).expanduser())
+    env_id = envs.canonical_id(env)
+    path = folder / f"{env_id.split('/')[-1]}.h5"
+    if not path.exists():
+        data = collect_expert(
+            env_id,
+            options.episodes,
+            seed=options.seed,
+            noise=ActionNoise(options.noise.std, options.noise.burst_probability),
+            only_successes=options.only_successes,
+            workers=options.workers,
+        )
+        write_episodes(path, data, {"seed": options.seed})
+    return read_episodes(path)
+
+
+def target_return(data: Trajectories) -> float:
+    """The return to ask for: a high quantile of what was demonstrated."""
+    return float(np.quantile(data.returns, TARGET_QUANTILE))
+
+
+def sampling_weights(data: Trajectories, after_success: float) -> NDArray[np.float64] | None:
+    """Weight of each env step as the last of a window.
+
+    What follows a success is mostly holding still; it gets less weight, so that updates go where success is decided.
+
+    Args:
+        data: Successes must be known, or all weights are equal.
+        after_success: Weight of env steps more than :data:`GRACE` after the first success.
+
+    Returns:
+        (N,), or None where all are equal.
+    """
+    if data.successes is None or after_success == 1:
+        return None
+    weights = np.ones(data.num_steps)
+    for begin, end in zip(data.offsets[:-1], data.offsets[1:], strict=True):
+        solved = np.flatnonzero(data.successes[begin:end])
+        if len(solved):
+            weights[begin + solved[0] + GRACE : end] = after_success
+    return weights

@@ -1,0 +1,167 @@
+"""Typed configuration: one dataclass a group, each default and each range written once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from eva_rl.errors import UnknownNameError, UserError
+from eva_rl.seeding import MAX_SEED
+
+
+def option(default: Any, text: str) -> Any:
+    """A dataclass field with a default and the line that ``--help`` shows for it."""
+    return field(default=default, metadata={"help": text})
+
+
+def group(kind: type, text: str) -> Any:
+    """A dataclass field that holds a group of options."""
+    return field(default_factory=kind, metadata={"help": text})
+
+
+def positive(**values: float) -> None:
+    """Raise unless all values are above zero.
+
+    Raises:
+        UserError: Naming the first that is not.
+    """
+    for name, value in values.items():
+        if not value > 0:
+            raise UserError(f"{name.replace('__', '.')}={value}: expected a number above 0.")
+
+
+def between(low: float, high: float, **values: float) -> None:
+    """Raise unless all values lie within the bounds, which are included.
+
+    Raises:
+        UserError: Naming the first that does not.
+    """
+    for name, value in values.items():
+        if not low <= value <= high:
+            raise UserError(f"{name.replace('__', '.')}={value}: expected {low:g} to {high:g}.")
+
+
+def one_of(known: tuple[str, ...], **values: str) -> None:
+    """Raise unless all values are among the known ones.
+
+    Raises:
+        UnknownNameError: Naming the first that is not.
+    """
+    for name, value in values.items():
+        if value not in known:
+            raise UnknownNameError(name.replace("__", "."), value, known)
+
+
+@dataclass
+class EnvOptions:
+    """The task."""
+
+    id: str = option("metaworld/push-v3", "task: metaworld/push-v3, mujoco/hopper or any Gymnasium id; same as env=")
+    horizon: int | None = option(None, "env steps an episode; null takes the task's own (Meta-World: 200)")
+
+    def __post_init__(self) -> None:
+        if self.horizon is not None:
+            positive(env__horizon=self.horizon)
+
+
+@dataclass
+class NoiseOptions:
+    """Disturbance of the scripted experts' actions; what the expert wanted is what is imitated."""
+
+    std: float = option(0.0, "largest standard deviation of Gaussian action noise")
+    burst_probability: float = option(0.0, "largest chance per env step of 3-10 steps of one random motion")
+
+    def __post_init__(self) -> None:
+        between(0, 10, data__noise__std=self.std)
+        between(0, 1, data__noise__burst_probability=self.burst_probability)
+
+
+@dataclass
+class DataOptions:
+    """Where demonstrations come from."""
+
+    source: str = option("expert", "expert (Meta-World's scripts) or a file of episodes; same as data=")
+    episodes: int = option(25, "episodes to collect, for each task")
+    seed: int = option(0, "chooses the goals and the noise of collected episodes")
+    noise: NoiseOptions = group(NoiseOptions, "action noise")
+    only_successes: bool = option(True, "leave out episodes in which the expert failed")
+    after_success: float = option(0.25, "weight, in sampling, of env steps more than 10 after the first success")
+    workers: int = option(2, "processes that collect")
+
+    def __post_init__(self) -> None:
+        positive(data__episodes=self.episodes, data__workers=self.workers)
+        between(0, 1, data__after_success=self.after_success)
+        between(0, MAX_SEED, data__seed=self.seed)
+
+
+@dataclass
+class EvalOptions:
+    """Evaluation on held-out episodes."""
+
+    episodes: int = option(50, "episodes, each with its own goal")
+    every: int = option(0, "gradient steps between two evaluations while training; 0 for none")
+    seed: int = option(0, "chooses the episodes; no demonstration shares one")
+
+    def __post_init__(self) -> None:
+        positive(eval__episodes=self.episodes)
+        between(0, 10**9, eval__every=self.every)
+        between(0, MAX_SEED, eval__seed=self.seed)
+
+
+@dataclass
+class CheckpointOptions:
+    """Checkpoints for resuming."""
+
+    every: int = option(500, "gradient steps between two checkpoints; 0 for none")
+
+    def __post_init__(self) -> None:
+        between(0, 10**9, checkpoint__every=self.every)
+
+
+LOSSES = ("mse", "l1")
+PRECISIONS = ("float32", "bfloat16")
+
+
+@dataclass
+class BCOptionsGroup:
+    """Behaviour cloning."""
+
+    name: str = option("bc", "behaviour cloning")
+    updates: int = option(400, "gradient steps")
+    batch_size: int = option(64, "windows a gradient step")
+    learning_rate: float = option(1e-3, "peak learning rate of AdamW")
+    final_learning_rate: float = option(0.05, "end of the cosine, as a fraction of the peak")
+    warmup: int = option(20, "gradient steps of linear warm-up")
+    weight_decay: float = option(1e-4, "AdamW's weight decay, on matrices")
+    gradient_clip: float = option(0.25, "largest norm of the gradient")
+    loss: str = option("mse", "mse or l1")
+    precision: str = option("float32", "float32, or bfloat16 for mixed precision")
+
+    def __post_init__(self) -> None:
+        positive(
+            algo__updates=self.updates,
+            algo__batch_size=self.batch_size,
+            algo__learning_rate=self.learning_rate,
+            algo__gradient_clip=self.gradient_clip,
+        )
+        between(0, 1, algo__final_learning_rate=self.final_learning_rate)
+        between(0, 10**9, algo__warmup=self.warmup)
+        between(0, 10, algo__weight_decay=self.weight_decay)
+        one_of(LOSSES, algo__loss=self.loss)
+        one_of(PRECISIONS, algo__precision=self.precision)
+
+
+@dataclass
+class RunOptions:
+    """What every command that trains shares."""
+
+    seed: int = option(0, "seed of everything that has none of its own")
+    device: str = option("auto", "auto, cpu, cuda or cuda:1")
+    threads: int = option(0, "CPU threads; 0 takes all cores")
+    run_dir: str = option("", "where everything is written; empty makes a new folder under runs/")
+    resume: str = option("auto", "auto continues an unfinished run_dir, never refuses")
+
+    def __post_init__(self) -> None:
+        between(0, MAX_SEED, seed=self.seed)
+        between(0, 4096, threads=self.threads)
+        one_of(("auto", "never"), resume=self.resume)

@@ -1,0 +1,211 @@
+"""``python -m eva_rl.pretrain``: a Decision Transformer from demonstrations of any list of tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+
+from eva_rl import envs
+from eva_rl.agents import Conditioning, DecisionTransformer, DecisionTransformerConfig, DecisionTransformerPolicy
+from eva_rl.agents.checkpoint import save_policy
+from eva_rl.batch import InputScaling
+from eva_rl.commands.command import console, register, run_command
+from eva_rl.commands.demonstrations import load_task_data, sampling_weights, target_return
+from eva_rl.commands.options import (
+    BCOptionsGroup,
+    CheckpointOptions,
+    DataOptions,
+    EnvOptions,
+    EvalOptions,
+    RunOptions,
+    between,
+    group,
+    option,
+    positive,
+)
+from eva_rl.commands.progress import training_progress
+from eva_rl.commands.runs import open_run, prepare_machine, write_summary
+from eva_rl.data import Trajectories, WindowSampler, concatenate
+from eva_rl.evaluation import evaluate_tasks
+from eva_rl.seeding import VALIDATION
+from eva_rl.tracking import Tracker
+from eva_rl.training.bc import BCOptions, train_bc
+from eva_rl.training.checkpoint import load_latest_checkpoint
+
+HELP = """
+Train a Decision Transformer by behaviour cloning on demonstrations of one or many tasks.
+
+Examples:
+  python -m eva_rl.pretrain env=mt40 data.episodes=100 run_dir=runs/mt40
+  python -m eva_rl.pretrain env=push-v3+reach-v3 algo.updates=2000 size.hidden_size=64
+
+The same command continues an unfinished run_dir.
+"""
+
+TASK_SETS = {"mt40": "MT40", "cw10": "CW10", "mt50": "METAWORLD_TASKS"}
+MIN_STD = 0.01
+"""Observation dimensions that vary less than this are centred, not divided: they carry no signal to blow up."""
+
+
+@dataclass
+class SizeOptions:
+    """Shape of the network."""
+
+    hidden_size: int = option(256, "width")
+    num_layers: int = option(4, "blocks")
+    num_heads: int = option(8, "attention heads")
+    context_length: int = option(20, "env steps that the policy sees at most")
+    dropout: float = option(0.0, "dropout while training")
+    max_timestep: int = option(500, "rows of the timestep embedding")
+
+    def __post_init__(self) -> None:
+        positive(
+            size__hidden_size=self.hidden_size,
+            size__num_layers=self.num_layers,
+            size__num_heads=self.num_heads,
+            size__context_length=self.context_length,
+            size__max_timestep=self.max_timestep,
+        )
+        between(0, 0.9, size__dropout=self.dropout)
+
+
+@dataclass
+class PretrainConfig(RunOptions):
+    """Config of ``python -m eva_rl.pretrain``."""
+
+    return_scale: float = option(200.0, "returns are divided by this")
+    weight_dtype: str = option("float16", "precision of the weights in the policy folder")
+    env: EnvOptions = group(EnvOptions, "tasks: mt40, cw10, mt50, or names joined by +")
+    data: DataOptions = group(DataOptions, "demonstrations")
+    size: SizeOptions = group(SizeOptions, "network")
+    algo: BCOptionsGroup = group(BCOptionsGroup, "training")
+    eval: EvalOptions = group(EvalOptions, "evaluation")
+    checkpoint: CheckpointOptions = group(CheckpointOptions, "checkpoints")
+
+
+register("pretrain", PretrainConfig, {})
+
+
+def task_ids(names: str) -> list[str]:
+    """Canonical names of a task set, or of names joined by ``+``."""
+    if names in TASK_SETS:
+        return list(getattr(envs, TASK_SETS[names]))
+    return [envs.canonical_id(name) for name in names.split("+")]
+
+
+def pretrain(config: PretrainConfig) -> None:
+    """Collect or load demonstrations, train, evaluate, save."""
+    device = prepare_machine(config)
+    tasks = task_ids(config.env.id)
+    run_dir = open_run("pretrain", config)
+    began = perf_counter()
+    data = [load_task_data(task, config.data, run_dir / "data") for task in tasks]
+    policy = _new_policy(config, data).to(device)
+    joined = concatenate(data, source=f"{config.data.source}:{config.env.id}")
+    weights = sampling_weights(joined, config.data.after_success)
+    sampler = WindowSampler(joined, config.size.context_length, policy.scaling, seed=config.seed, weights=weights)
+    data_seconds = perf_counter() - began
+    vec_env = envs.make_task_vec_env(tasks)
+
+    def validate(update: int) -> dict[str, float]:
+        rates = evaluate_tasks(policy, tasks, vec_env, config.eval.episodes, VALIDATION + config.eval.seed)
+        _save(run_dir, policy, config, joined)
+        return {f"validation/{t}": rate for t, rate in rates.items()} | {
+            "validation/success_rate": float(np.mean(list(rates.values())))
+        }
+
+    resumed = load_latest_checkpoint(run_dir / "checkpoint")
+    with Tracker(run_dir, None if resumed is None else resumed.step) as tracker, training_progress(config.algo.updates) as bar:
+        counters = train_bc(
+            policy,
+            sampler,
+            bc_options(config.algo, config.eval.every, config.checkpoint.every),
+            log=bar.also(tracker.log),
+            evaluate=validate,
+            checkpoint_dir=run_dir / "checkpoint",
+        )
+        final = validate(counters.update)
+        tracker.log(final, counters.update)
+    write_summary(run_dir, _summary(config, policy, joined, final, {"data": data_seconds, "train": counters.seconds}))
+    console.print(f"Success on {len(tasks)} tasks: {final['validation/success_rate']:.2f}. Policy: {run_dir / 'policy'}")
+
+
+def bc_options(algo: BCOptionsGroup, eval_every: int, checkpoint_every: int) -> BCOptions:
+    """Options of the training loop."""
+    return BCOptions(
+        updates=algo.updates,
+        batch_size=algo.batch_size,
+        learning_rate=algo.learning_rate,
+        final_learning_rate=algo.final_learning_rate,
+        warmup=algo.warmup,
+        weight_decay=algo.weight_decay,
+        gradient_clip=algo.gradient_clip,
+        loss=algo.loss,
+        precision=algo.precision,
+        eval_every=eval_every,
+        checkpoint_every=checkpoint_every,
+    )
+
+
+def _new_policy(config: PretrainConfig, data: Sequence[Trajectories]) -> DecisionTransformerPolicy:
+    first = data[0]
+    spec = envs.env_spec(first.env_id) if first.env_id else None
+    rows = np.concatenate([part.observations for part in data])
+    std = rows.std(0, dtype=np.float64)
+    low = spec.action_low if spec else (-1.0,) * first.action_dim
+    high = spec.action_high if spec else (1.0,) * first.action_dim
+    scaling = InputScaling.create(
+        rows.mean(0, dtype=np.float64), np.where(std < MIN_STD, 1.0, std), config.return_scale, low, high
+    )
+    size = config.size
+    network = DecisionTransformer(
+        DecisionTransformerConfig(
+            observation_dim=first.observation_dim,
+            action_dim=first.action_dim,
+            hidden_size=size.hidden_size,
+            num_layers=size.num_layers,
+            num_heads=size.num_heads,
+            context_length=size.context_length,
+            max_timestep=size.max_timestep,
+            dropout=size.dropout,
+        )
+    )
+    targets = {part.env_id: target_return(part) for part in data}
+    return DecisionTransformerPolicy(network, scaling, Conditioning(float(np.median(list(targets.values()))), targets))
+
+
+def _save(run_dir: Path, policy: DecisionTransformerPolicy, config: PretrainConfig, data: Trajectories) -> None:
+    policy.metadata = {
+        "pretrained_on": sorted(policy.conditioning.per_env),
+        "data": {"source": data.source, "episodes": data.num_episodes, "steps": data.num_steps},
+    }
+    save_policy(run_dir / "policy", policy, dtype=getattr(torch, config.weight_dtype))
+
+
+def _summary(
+    config: PretrainConfig,
+    policy: DecisionTransformerPolicy,
+    data: Trajectories,
+    final: dict[str, float],
+    seconds: dict[str, float],
+) -> dict[str, Any]:
+    return {
+        "env": config.env.id,
+        "method": "pretrain",
+        "seed": config.seed,
+        "parameters": sum(p.numel() for p in policy.network.parameters()),
+        "data": {"episodes": data.num_episodes, "steps": data.num_steps, "hash": data.content_hash},
+        "seconds": seconds,
+        **final,
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command."""
+    return run_command("pretrain", PretrainConfig, pretrain, HELP, argv)

@@ -1,0 +1,138 @@
+"""Run directories: made, recognised, continued, and never overwritten."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+
+from eva_rl._version import __version__
+from eva_rl.commands.options import RunOptions
+from eva_rl.errors import UserError
+from eva_rl.files import read_json, write_file, write_json
+from eva_rl.seeding import seed_everything
+
+CONFIG_FILE, SUMMARY_FILE = "config.yaml", "summary.json"
+FREE_BYTES = 200 * 2**20
+"""A run that would start with less room on its disk is refused."""
+FREE_TO_CHANGE = {"run_dir", "resume", "threads", "device", "checkpoint"}
+"""Keys in which a continued run may differ from its first part."""
+
+
+def open_run(name: str, options: Any) -> Path:
+    """Make or recognise the run directory of a command and note its config.
+
+    Args:
+        name: The command, for the name of a new folder.
+        options: The whole config; a :class:`RunOptions` dataclass.
+
+    Raises:
+        UserError: The folder holds a finished run, an unfinished one with other settings, or something else.
+    """
+    run_dir = Path(options.run_dir or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}").expanduser()
+    config = asdict(options)
+    if (run_dir / SUMMARY_FILE).exists():
+        raise UserError(f"{run_dir} holds a finished run, which is not overwritten. Name another run_dir=.")
+    if (run_dir / CONFIG_FILE).exists():
+        _check_same(run_dir, config, options.resume)
+    elif run_dir.exists() and any(run_dir.iterdir()):
+        raise UserError(f"{run_dir} is not empty and holds no run of eva-rl. Name another run_dir=.")
+    _make(run_dir)
+    if not (run_dir / CONFIG_FILE).exists():
+        text = f"# python -m eva_rl.{name}\n{OmegaConf.to_yaml(OmegaConf.create(config))}"
+        write_file(run_dir / CONFIG_FILE, lambda aside: aside.write_text(text))
+        write_json(run_dir / "versions.json", versions())
+    return run_dir
+
+
+def _check_same(run_dir: Path, config: Mapping[str, Any], resume: str) -> None:
+    if resume == "never":
+        raise UserError(f"{run_dir} holds an unfinished run. Continue it with resume=auto, or name another run_dir=.")
+    before = OmegaConf.to_container(OmegaConf.load(run_dir / CONFIG_FILE))
+    assert isinstance(before, dict)
+    changed = [key for key in config if key not in FREE_TO_CHANGE and before.get(key) != config[key]]
+    if changed:
+        raise UserError(
+            f"{run_dir} holds an unfinished run with other settings of {', '.join(changed)} (see {CONFIG_FILE} there). "
+            "Use the same settings to continue it, or name another run_dir=."
+        )
+
+
+def _make(run_dir: Path) -> None:
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(run_dir).free
+    except OSError as error:
+        raise UserError(f"{run_dir} cannot be made: {error}. Name another run_dir=.") from error
+    if free < FREE_BYTES:
+        raise UserError(
+            f"{run_dir}: {free / 2**20:.0f} MiB are free on its disk, a run needs {FREE_BYTES / 2**20:.0f} MiB. "
+            "Free some room, or name a run_dir= on another disk."
+        )
+
+
+def write_summary(run_dir: Path, summary: Mapping[str, Any]) -> None:
+    """Write ``summary.json``, which marks a run as finished."""
+    write_json(run_dir / SUMMARY_FILE, summary)
+
+
+def read_summary(run_dir: Path) -> dict[str, Any]:
+    """Read ``summary.json``."""
+    summary: dict[str, Any] = read_json(run_dir / SUMMARY_FILE)
+    return summary
+
+
+def prepare_machine(options: RunOptions) -> torch.device:
+    """Seed the global generators, set the CPU threads and choose the device.
+
+    Raises:
+        UserError: The device is not there.
+    """
+    seed_everything(options.seed)
+    torch.set_num_threads(options.threads or len(os.sched_getaffinity(0)))
+    if options.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(options.device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"device={options.device}: {reason} Use device=auto, cpu or cuda.") from error
+    return device
+
+
+def versions() -> dict[str, str]:
+    """Versions and machine that a result depends on."""
+    packages = ("torch", "numpy", "gymnasium", "metaworld", "mujoco", "stable-baselines3", "peft")
+    return {
+        "eva-rl": __version__,
+        "git": _git_revision(),
+        "python": platform.python_version(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} CPUs",
+        **{name: _version(name) for name in packages},
+    }
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _git_revision() -> str:
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"

@@ -1,0 +1,147 @@
+"""Evaluation on held-out, seeded episodes: one function for training and for the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from stable_baselines3.common.vec_env import VecEnv
+
+from eva_rl import envs
+from eva_rl.agents.policy import Policy
+from eva_rl.errors import UserError
+from eva_rl.rollouts import EpisodeRecord, play_episodes
+from eva_rl.seeding import EVALUATION, episode_seeds
+
+DEFAULT_NUM_ENVS = 10
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """Episodes of one policy on one task.
+
+    Attributes:
+        env_id: The task.
+        episodes: One record an episode.
+        protocol: How the episodes were made, in one line.
+        reports_success: Whether success means anything on this task.
+    """
+
+    env_id: str
+    episodes: tuple[EpisodeRecord, ...]
+    protocol: str
+    reports_success: bool
+
+    @property
+    def success_rate(self) -> float:
+        """Share of episodes solved at any step; NaN where the task knows no success."""
+        return float(np.mean([e.success for e in self.episodes])) if self.reports_success else float("nan")
+
+    @property
+    def mean_reward(self) -> float:
+        """Mean return of an episode (Stable-Baselines3's word for it)."""
+        return float(np.mean([e.episode_return for e in self.episodes]))
+
+    def success_interval(self) -> tuple[float, float]:
+        """95% Wilson score interval of the success rate (Wilson 1927)."""
+        n, p, z = len(self.episodes), self.success_rate, 1.959964
+        center = (p + z**2 / (2 * n)) / (1 + z**2 / n)
+        half = z / (1 + z**2 / n) * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+        return float(max(0.0, center - half)), float(min(1.0, center + half))
+
+    def metrics(self, prefix: str = "eval") -> dict[str, float]:
+        """Scalars under Stable-Baselines3's names."""
+        returns = np.array([e.episode_return for e in self.episodes])
+        metrics = {
+            f"{prefix}/mean_reward": self.mean_reward,
+            f"{prefix}/std_reward": float(returns.std()),
+            f"{prefix}/mean_ep_length": float(np.mean([e.length for e in self.episodes])),
+        }
+        if self.reports_success:
+            metrics[f"{prefix}/success_rate"] = self.success_rate
+            metrics[f"{prefix}/success_at_end"] = float(np.mean([e.success_at_end for e in self.episodes]))
+        return metrics
+
+    def record(self) -> dict[str, Any]:
+        """Everything, as JSON values."""
+        record = {"env": self.env_id, "protocol": self.protocol, "metrics": self.metrics()}
+        if self.reports_success:
+            record["success_interval_95"] = self.success_interval()
+        return record | {"episodes": [asdict(episode) for episode in self.episodes]}
+
+
+def evaluate(
+    policy: Policy,
+    env: str,
+    *,
+    episodes: int = 50,
+    seed: int = 0,
+    purpose: int = EVALUATION,
+    vec_env: VecEnv | None = None,
+    on_episode: Callable[[EpisodeRecord], None] | None = None,
+) -> EvaluationResult:
+    """Play whole episodes with the policy's deterministic actions.
+
+    Episode k is seeded by ``purpose``, ``seed`` and k: the goals are distinct, the same for every policy, and none of
+    them is a demonstration's.
+
+    Args:
+        policy: What to evaluate.
+        env: Any name that :func:`eva_rl.envs.canonical_id` takes.
+        episodes: Episodes to count.
+        seed: Chooses the episodes.
+        purpose: Which family of seeds; ``eva_rl.seeding.VALIDATION`` for choices that a report must not see.
+        vec_env: Environments to use again, as :func:`evaluation_envs` makes them; made and closed here when None.
+        on_episode: Called after each episode.
+
+    Raises:
+        UserError: No such task, the policy does not fit it, or ``episodes`` is not positive.
+    """
+    if episodes < 1:
+        raise UserError(f"eval.episodes={episodes}: expected at least 1.")
+    spec = envs.env_spec(env)
+    _check_fit(policy, spec)
+    own = vec_env is None
+    made = evaluation_envs(env, episodes) if vec_env is None else vec_env
+    try:
+        made.seed(episode_seeds(purpose, seed))
+        rounds = -(-episodes // made.num_envs)
+        records = play_episodes(policy, made, [spec.env_id] * made.num_envs, rounds, on_episode)
+    finally:
+        if own:
+            made.close()
+    protocol = f"{spec.protocol}; {episodes} episodes of seed {seed}, deterministic action"
+    return EvaluationResult(spec.env_id, tuple(records[:episodes]), protocol, spec.reports_success)
+
+
+def evaluation_envs(env: str, episodes: int) -> VecEnv:
+    """Environments for :func:`evaluate`, to be used several times and closed by the caller."""
+    return envs.make_vec_env(env, min(episodes, DEFAULT_NUM_ENVS))
+
+
+def evaluate_tasks(policy: Policy, env_ids: Sequence[str], vec_env: VecEnv, episodes: int, seed: int) -> dict[str, float]:
+    """Quick look at several tasks at once, one environment each.
+
+    Args:
+        policy: What to evaluate.
+        env_ids: Canonical names.
+        vec_env: One environment per name, as ``eva_rl.envs.make_task_vec_env`` makes them.
+        episodes: Episodes a task.
+        seed: Seed of the first episode of the first task.
+
+    Returns:
+        Success rate by task.
+    """
+    vec_env.seed(seed)
+    records = play_episodes(policy, vec_env, env_ids, episodes)
+    return {env_id: float(np.mean([r.success for r in records if r.env_id == env_id])) for env_id in env_ids}
+
+
+def _check_fit(policy: Policy, spec: envs.EnvSpec) -> None:
+    if (policy.observation_dim, policy.action_dim) != (spec.observation_dim, spec.action_dim):
+        raise UserError(
+            f"{spec.env_id} has {spec.observation_dim} numbers in an observation and {spec.action_dim} in an action; "
+            f"the policy takes {policy.observation_dim} and {policy.action_dim}. Name another policy= or env=."
+        )
