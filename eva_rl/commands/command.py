@@ -22,7 +22,13 @@ from eva_rl.errors import UserError
 
 Config = TypeVar("Config")
 
-SHORT_KEYS = {"env": "env.id", "data": "data.source", "policy": "policy.path"}
+SHORT_KEYS = {
+    "env": "env.id",
+    "data": "data.source",
+    "policy": "policy.path",
+    "adapter": "adapter.method",
+    "algo": "algo.name",
+}
 """What a user types, and the key it sets."""
 
 console = Console(stderr=True, highlight=False)

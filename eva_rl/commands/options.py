@@ -109,6 +109,14 @@ class EvalOptions:
 
 
 @dataclass
+class PolicyOptions:
+    """The pretrained policy."""
+
+    path: str = option("mt40", "a shipped name, a policy folder or a run directory; same as policy=")
+    target_return: float | None = option(None, "return to ask for; null takes it from the demonstrations")
+
+
+@dataclass
 class CheckpointOptions:
     """Checkpoints for resuming."""
 

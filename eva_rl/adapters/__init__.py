@@ -1,0 +1,27 @@
+"""Adapters on policies: PEFT's, aimed by the EVA engine."""
+
+from eva_rl.adapters.attach import (
+    PROJECTIONS,
+    AttachedAdapter,
+    attach_adapter,
+    base_weights,
+    count_parameters,
+    find_method,
+    target_layers,
+)
+from eva_rl.adapters.folders import load_policy, save_adapted_policy
+from eva_rl.adapters.methods import METHODS, Method
+
+__all__ = [
+    "METHODS",
+    "PROJECTIONS",
+    "AttachedAdapter",
+    "Method",
+    "attach_adapter",
+    "base_weights",
+    "count_parameters",
+    "find_method",
+    "load_policy",
+    "save_adapted_policy",
+    "target_layers",
+]

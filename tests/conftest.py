@@ -1,0 +1,53 @@
+"""Shared by all tests: two threads at most, no network, and a small policy that really acts."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+
+from eva_rl.agents import Conditioning, DecisionTransformer, DecisionTransformerConfig, DecisionTransformerPolicy
+from eva_rl.agents.checkpoint import save_policy
+from eva_rl.batch import InputScaling
+from eva_rl.data import Trajectories
+from eva_rl.demonstrations import collect_expert
+
+torch.set_num_threads(1)
+
+
+def make_policy(observation_dim: int = 39, action_dim: int = 4, seed: int = 0, **shape: int) -> DecisionTransformerPolicy:
+    """A small policy with random weights large enough that its actions vary."""
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "context_length": 6, "max_timestep": 210} | shape
+    network = DecisionTransformer(
+        DecisionTransformerConfig(observation_dim=observation_dim, action_dim=action_dim, **sizes)
+    ).eval()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    scaling = InputScaling.create(
+        [0.0] * observation_dim, [1.0] * observation_dim, 200.0, [-1.0] * action_dim, [1.0] * action_dim
+    )
+    return DecisionTransformerPolicy(network, scaling, Conditioning(1000.0), env_id="metaworld/reach-v3")
+
+
+@pytest.fixture()
+def policy() -> DecisionTransformerPolicy:
+    return make_policy()
+
+
+@pytest.fixture(scope="session")
+def reach_demonstrations() -> Trajectories:
+    return collect_expert("reach-v3", 4, seed=3)
+
+
+@pytest.fixture()
+def policy_folder(tmp_path: Path) -> Path:
+    folder = tmp_path / "base"
+    save_policy(folder, make_policy())
+    return folder

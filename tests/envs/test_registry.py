@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import logging
+
+import gymnasium as gym
+import numpy as np
+import pytest
+
+from eva_rl import envs
+from eva_rl.errors import UnknownNameError, UserError
+
+
+def test_fifty_tasks_split_into_cw10_and_mt40() -> None:
+    assert len(envs.METAWORLD_TASKS) == 50
+    assert len(envs.CW10) == 10
+    assert len(envs.MT40) == 40
+    assert set(envs.CW10) | set(envs.MT40) == set(envs.METAWORLD_TASKS)
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("metaworld/push-v3", "metaworld/push-v3"),
+        ("push-v3", "metaworld/push-v3"),
+        ("push", "metaworld/push-v3"),
+        ("mujoco/hopper", "Hopper-v5"),
+        ("mujoco/hopper-v4", "Hopper-v4"),
+        ("Hopper-v5", "Hopper-v5"),
+        ("Pendulum-v1", "Pendulum-v1"),
+    ],
+)
+def test_names(typed: str, meant: str) -> None:
+    assert envs.canonical_id(typed) == meant
+
+
+def test_v2_names_are_mapped_with_a_message(caplog: pytest.LogCaptureFixture) -> None:
+    envs.canonical_id.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        assert envs.canonical_id("drawer-open-v2") == "metaworld/drawer-open-v3"
+    assert "drawer-open-v2" in caplog.text
+    assert "metaworld/drawer-open-v3" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"), [("pusch-v3", "push-v3"), ("metaworld/reahc-v3", "reach-v3"), ("mujoco/hoper", "mujoco/hopper")]
+)
+def test_misspelt_names_list_close_matches(typed: str, meant: str) -> None:
+    with pytest.raises(UnknownNameError, match=meant) as error:
+        envs.canonical_id(typed)
+    assert typed in str(error.value)
+
+
+def test_discrete_actions_are_refused() -> None:
+    with pytest.raises(UserError, match="continuous"):
+        envs.make_env("CartPole-v1")
+
+
+@pytest.mark.parametrize("name", ["push-v3", "mujoco/hopper", "Pendulum-v1"])
+def test_spec_agrees_with_the_environment(name: str) -> None:
+    spec, env = envs.env_spec(name), envs.make_env(name)
+    observation, _ = env.reset(seed=0)
+    assert observation.shape == (spec.observation_dim,)
+    assert observation.dtype == np.float32
+    assert isinstance(env.action_space, gym.spaces.Box)
+    assert env.action_space.shape == (spec.action_dim,)
+    np.testing.assert_allclose(env.action_space.low, spec.action_low)
+    steps, truncated, terminated = 0, False, False
+    while not (truncated or terminated):
+        *_, terminated, truncated, _ = env.step(np.zeros(spec.action_dim, np.float32))
+        steps += 1
+    assert steps == spec.horizon if truncated else steps < spec.horizon
+    env.close()
+
+
+def test_horizon_can_be_set() -> None:
+    env = envs.make_env("push-v3", horizon=7)
+    env.reset(seed=0)
+    ends = [env.step(np.zeros(4, np.float32))[3] for _ in range(7)]
+    assert ends == [False] * 6 + [True]
+    assert envs.env_spec("push-v3", 7).horizon == 7
