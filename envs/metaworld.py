@@ -91,9 +91,7 @@ class MetaWorldTask(gym.Wrapper[NDArray[np.float32], NDArray[np.float32], NDArra
         observation, info = self._task.reset()
         return observation.astype(np.float32), info
 
-    def step(
-        self, action: NDArray[np.float32]
-    ) -> tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]:
+    def step(self, action: NDArray[np.float32]) -> tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]:
         """Advance one env step (0.0125 s of simulated time)."""
         observation, reward, terminated, truncated, info = self._task.step(action)
         now = bool(info["success"])
@@ -130,6 +128,7 @@ def scripted_expert(env_id: str) -> Callable[[NDArray[np.float32]], NDArray[np.f
     policy = ENV_POLICY_MAP[env_id.removeprefix(PREFIX)]()
 
     def act(observation: NDArray[np.float32]) -> NDArray[np.float32]:
-        return np.clip(policy.get_action(observation), -1.0, 1.0).astype(np.float32)
+        action: NDArray[np.float32] = np.clip(policy.get_action(observation), -1.0, 1.0).astype(np.float32)
+        return action
 
     return act

@@ -38,9 +38,7 @@ class NumberedEpisodes(gym.Wrapper[Any, Any, Any, Any]):
         return observation, info | {"episode_seed": number}
 
 
-def make_vec_env(
-    name: str, num_envs: int, *, seed: int = 0, horizon: int | None = None, workers: int = 0
-) -> VecEnv:
+def make_vec_env(name: str, num_envs: int, *, seed: int = 0, horizon: int | None = None, workers: int = 0) -> VecEnv:
     """Make a Stable-Baselines3 vectorised environment with distinct, reproducible episodes.
 
     The k-th episode of environment i is seeded ``seed + i + k * num_envs``: on Meta-World every episode has its own

@@ -1,5 +1,32 @@
-"""Fine-tune pretrained Decision Transformer policies with adapters aimed by Explained Variance Adaptation."""
+"""Fine-tune pretrained Decision Transformer policies with adapters aimed by Explained Variance Adaptation.
+
+``load_policy``, ``load_dataset``, ``attach_adapter`` and ``evaluate`` are imported when first used, so that
+``import eva_rl`` stays quick.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from eva_rl._version import __version__
 
-__all__ = ["__version__"]
+if TYPE_CHECKING:
+    from eva_rl.adapters import attach_adapter, load_policy
+    from eva_rl.data import load_dataset
+    from eva_rl.evaluation import evaluate
+
+_HOMES = {
+    "attach_adapter": "eva_rl.adapters",
+    "evaluate": "eva_rl.evaluation",
+    "load_dataset": "eva_rl.data",
+    "load_policy": "eva_rl.adapters",
+}
+
+__all__ = ["__version__", "attach_adapter", "evaluate", "load_dataset", "load_policy"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'eva_rl' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

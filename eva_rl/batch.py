@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,7 +36,7 @@ class WindowBatch:
 
     def to(self, device: torch.device | str) -> WindowBatch:
         """The same batch on a device."""
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
         return replace(self, **{name: None if x is None else x.to(device) for name, x in moved.items()})
 
     def __len__(self) -> int:

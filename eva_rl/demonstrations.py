@@ -49,7 +49,7 @@ def collect_expert(
     episodes: int,
     *,
     seed: int = 0,
-    noise: ActionNoise = ActionNoise(),  # noqa: B008 - frozen
+    noise: ActionNoise = ActionNoise(),
     horizon: int | None = None,
     only_successes: bool = True,
     workers: int = 1,

@@ -66,7 +66,7 @@ class EvaluationResult:
 
     def record(self) -> dict[str, Any]:
         """Everything, as JSON values."""
-        record = {"env": self.env_id, "protocol": self.protocol, "metrics": self.metrics()}
+        record: dict[str, Any] = {"env": self.env_id, "protocol": self.protocol, "metrics": self.metrics()}
         if self.reports_success:
             record["success_interval_95"] = self.success_interval()
         return record | {"episodes": [asdict(episode) for episode in self.episodes]}
@@ -121,7 +121,9 @@ def evaluation_envs(env: str, episodes: int) -> VecEnv:
     return envs.make_vec_env(env, min(episodes, DEFAULT_NUM_ENVS))
 
 
-def evaluate_tasks(policy: Policy, env_ids: Sequence[str], vec_env: VecEnv, episodes: int, seed: int) -> dict[str, float]:
+def evaluate_tasks(
+    policy: Policy, env_ids: Sequence[str], vec_env: VecEnv, episodes: int, seed: int
+) -> dict[str, float]:
     """Quick look at several tasks at once, one environment each.
 
     Args:

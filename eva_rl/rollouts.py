@@ -70,13 +70,19 @@ def play_episodes(
         observations = _observations(stepped)
         first = np.where((first < 0) & [bool(info.get("is_success", False)) for info in infos], lengths, first)
         totals, lengths = totals + rewards, lengths + 1
-        for i in np.flatnonzero(starts):
+        for i in map(int, np.flatnonzero(starts)):
             if done_episodes[i] < episodes_per_env:
                 at_end = bool(infos[i].get("success_now", first[i] >= 0))
                 record = EpisodeRecord(
-                    env_ids[i], seeds[i], float(totals[i]), int(lengths[i]), bool(first[i] >= 0), at_end, int(first[i])
+                    env_ids[i],
+                    seeds[i],
+                    float(totals[i]),
+                    int(lengths[i]),
+                    bool(first[i] >= 0),
+                    at_end,
+                    int(first[i]),
                 )
-                records[int(done_episodes[i]) * n + int(i)] = record
+                records[int(done_episodes[i]) * n + i] = record
                 if on_episode is not None:
                     on_episode(record)
             done_episodes[i] += 1

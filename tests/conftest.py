@@ -11,7 +11,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
-from eva_rl.agents import Conditioning, DecisionTransformer, DecisionTransformerConfig, DecisionTransformerPolicy
+from eva_rl.agents import (
+    Conditioning,
+    DecisionTransformer,
+    DecisionTransformerConfig,
+    DecisionTransformerPolicy,
+)
 from eva_rl.agents.checkpoint import save_policy
 from eva_rl.batch import InputScaling
 from eva_rl.data import Trajectories
@@ -20,10 +25,18 @@ from eva_rl.demonstrations import collect_expert
 torch.set_num_threads(1)
 
 
-def make_policy(observation_dim: int = 39, action_dim: int = 4, seed: int = 0, **shape: int) -> DecisionTransformerPolicy:
+def make_policy(
+    observation_dim: int = 39, action_dim: int = 4, seed: int = 0, **shape: int
+) -> DecisionTransformerPolicy:
     """A small policy with random weights large enough that its actions vary."""
     torch.manual_seed(seed)
-    sizes = {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "context_length": 6, "max_timestep": 210} | shape
+    sizes = {
+        "hidden_size": 32,
+        "num_layers": 2,
+        "num_heads": 2,
+        "context_length": 6,
+        "max_timestep": 210,
+    } | shape
     network = DecisionTransformer(
         DecisionTransformerConfig(observation_dim=observation_dim, action_dim=action_dim, **sizes)
     ).eval()
@@ -36,7 +49,7 @@ def make_policy(observation_dim: int = 39, action_dim: int = 4, seed: int = 0, *
     return DecisionTransformerPolicy(network, scaling, Conditioning(1000.0), env_id="metaworld/reach-v3")
 
 
-@pytest.fixture()
+@pytest.fixture
 def policy() -> DecisionTransformerPolicy:
     return make_policy()
 
@@ -46,7 +59,7 @@ def reach_demonstrations() -> Trajectories:
     return collect_expert("reach-v3", 4, seed=3)
 
 
-@pytest.fixture()
+@pytest.fixture
 def policy_folder(tmp_path: Path) -> Path:
     folder = tmp_path / "base"
     save_policy(folder, make_policy())

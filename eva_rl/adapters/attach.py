@@ -120,11 +120,11 @@ def _lora_config(
         layers = [name for name in layers if name in ranks]
     return LoraConfig(
         r=rank,
-        lora_alpha=rank if alpha is None else alpha,  # type: ignore[arg-type]
+        lora_alpha=rank if alpha is None else alpha,
         lora_dropout=dropout,
         target_modules=layers,
         rank_pattern={_exactly(name): value for name, value in ranks.items() if name in layers},
-        alpha_pattern={_exactly(name): value for name, value in alphas.items() if name in layers},  # type: ignore[misc]
+        alpha_pattern={_exactly(name): value for name, value in alphas.items() if name in layers},
         use_dora=method.dora,
         use_rslora=method.rslora,
     )
@@ -157,9 +157,7 @@ def _move(model: PeftModel, device: torch.device) -> None:
 def base_weights(network: nn.Module) -> dict[str, Tensor]:
     """Weights of the policy without its adapter, under the names they had before it was attached."""
     return {
-        name.replace(".base_layer.", "."): value
-        for name, value in network.state_dict().items()
-        if ".lora_" not in name
+        name.replace(".base_layer.", "."): value for name, value in network.state_dict().items() if ".lora_" not in name
     }
 
 

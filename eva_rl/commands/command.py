@@ -88,7 +88,11 @@ def _first_lines(error: Exception) -> str:
 
 
 def run_command(
-    name: str, schema: type[Config], main: Callable[[Config], None], help_text: str, argv: Sequence[str] | None = None
+    name: str,
+    schema: type[Config],
+    main: Callable[[Config], None],
+    help_text: str,
+    argv: Sequence[str] | None = None,
 ) -> int:
     """Run a command; a user's mistake ends it with one message and status 2.
 
@@ -104,7 +108,9 @@ def run_command(
     """
     overrides = list(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(
-        level=logging.INFO, format="%(message)s", handlers=[RichHandler(console=console, show_path=False, show_time=False)]
+        level=logging.INFO,
+        format="%(message)s",
+        handlers=[RichHandler(console=console, show_path=False, show_time=False)],
     )
     if any(flag in overrides for flag in ("--help", "-h")):
         print_help(name, schema, help_text)

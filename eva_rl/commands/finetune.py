@@ -84,7 +84,8 @@ class AdapterOptions:
     alpha: float | None = option(None, "LoRA's alpha; null takes the rank, an update scale of 1")
     dropout: float = option(0.0, "LoRA's dropout")
     targets: list[str] = field(
-        default_factory=lambda: list(PROJECTIONS), metadata={"help": "layers that get an adapter, by (ending of) name"}
+        default_factory=lambda: list(PROJECTIONS),
+        metadata={"help": "layers that get an adapter, by (ending of) name"},
     )
     rho: float = option(1.0, "EVA: no layer gets more than rank * rho; 1 gives all the same")
     tau: float = option(0.99, "EVA: stop when two halves of the data agree to this")
@@ -221,7 +222,12 @@ def _evaluate(
 ) -> EvaluationResult:
     with counting_progress(f"{name}  ", config.eval.episodes) as advance:
         return evaluate(
-            policy, env_id, episodes=config.eval.episodes, seed=config.eval.seed, vec_env=vec_env, on_episode=advance
+            policy,
+            env_id,
+            episodes=config.eval.episodes,
+            seed=config.eval.seed,
+            vec_env=vec_env,
+            on_episode=advance,
         )
 
 
@@ -263,7 +269,11 @@ def finish(
         "seconds": phases.seconds,
     }
     policy.env_id = after.env_id
-    policy.metadata |= {"finetuned_on": after.env_id, "method": config.adapter.method, "protocol": after.protocol}
+    policy.metadata |= {
+        "finetuned_on": after.env_id,
+        "method": config.adapter.method,
+        "protocol": after.protocol,
+    }
     save_adapted_policy(run_dir / "policy", policy, adapter, model_card(summary))
     write_json(run_dir / "evaluation.json", {"before": before.record(), "after": after.record()})
     write_summary(run_dir, summary)
@@ -277,7 +287,9 @@ def show(run_dir: Path, summary: dict[str, Any], results: tuple[EvaluationResult
     for column in ("", "before", "after"):
         table.add_column(column)
     if after.reports_success:
-        intervals = [f"{r.success_rate:.2f}  [{r.success_interval()[0]:.2f}, {r.success_interval()[1]:.2f}]" for r in results]
+        intervals = [
+            f"{r.success_rate:.2f}  [{r.success_interval()[0]:.2f}, {r.success_interval()[1]:.2f}]" for r in results
+        ]
         table.add_row("success rate [95% interval]", *intervals)
     table.add_row("mean return", f"{before.mean_reward:.1f}", f"{after.mean_reward:.1f}")
     console.print(table)
@@ -285,7 +297,10 @@ def show(run_dir: Path, summary: dict[str, Any], results: tuple[EvaluationResult
     seconds = ", ".join(f"{name} {value:.0f}" for name, value in summary["seconds"].items())
     console.print(f"Trained {trainable:,} of {total:,} parameters. Seconds: {seconds}.")
     console.print(f"Protocol: {summary['protocol']}.", soft_wrap=True)
-    console.print(f"Policy:      {run_dir / 'policy'}\nTensorBoard: tensorboard --logdir {run_dir / 'tb'}", soft_wrap=True)
+    console.print(
+        f"Policy:      {run_dir / 'policy'}\nTensorBoard: tensorboard --logdir {run_dir / 'tb'}",
+        soft_wrap=True,
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -12,7 +12,12 @@ import numpy as np
 import torch
 
 from eva_rl import envs
-from eva_rl.agents import Conditioning, DecisionTransformer, DecisionTransformerConfig, DecisionTransformerPolicy
+from eva_rl.agents import (
+    Conditioning,
+    DecisionTransformer,
+    DecisionTransformerConfig,
+    DecisionTransformerPolicy,
+)
 from eva_rl.agents.checkpoint import save_policy
 from eva_rl.batch import InputScaling
 from eva_rl.commands.command import console, register, run_command
@@ -121,7 +126,10 @@ def pretrain(config: PretrainConfig) -> None:
         }
 
     resumed = load_latest_checkpoint(run_dir / "checkpoint")
-    with Tracker(run_dir, None if resumed is None else resumed.step) as tracker, training_progress(config.algo.updates) as bar:
+    with (
+        Tracker(run_dir, None if resumed is None else resumed.step) as tracker,
+        training_progress(config.algo.updates) as bar,
+    ):
         counters = train_bc(
             policy,
             sampler,
@@ -133,7 +141,9 @@ def pretrain(config: PretrainConfig) -> None:
         final = validate(counters.update)
         tracker.log(final, counters.update)
     write_summary(run_dir, _summary(config, policy, joined, final, {"data": data_seconds, "train": counters.seconds}))
-    console.print(f"Success on {len(tasks)} tasks: {final['validation/success_rate']:.2f}. Policy: {run_dir / 'policy'}")
+    console.print(
+        f"Success on {len(tasks)} tasks: {final['validation/success_rate']:.2f}. Policy: {run_dir / 'policy'}"
+    )
 
 
 def bc_options(algo: BCOptionsGroup, eval_every: int, checkpoint_every: int) -> BCOptions:

@@ -55,7 +55,11 @@ def training_progress(updates: int) -> Iterator[TrainingProgress]:
 def counting_progress(description: str, total: int) -> Iterator[Callable[[object], None]]:
     """Show a bar that moves by one at each call of what is yielded."""
     with Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
     ) as progress:
         task = progress.add_task(description, total=total)
         yield lambda _: progress.advance(task)

@@ -78,12 +78,12 @@ def clone_loss(network: nn.Module, batch: WindowBatch, loss: str = "mse") -> Ten
         loss: ``mse`` or ``l1``.
     """
     wanted = batch.actions if batch.target_actions is None else batch.target_actions
-    error = (network(batch) - wanted).float()
+    error: Tensor = (network(batch) - wanted).float()
     error = error.abs() if loss == "l1" else error.square()
     if batch.attention_mask is None:
-        return error.mean()
+        return torch.mean(error)
     real = batch.attention_mask.unsqueeze(-1).to(error.dtype)
-    return (error * real).sum() / (real.sum() * error.shape[-1])
+    return torch.sum(error * real) / (real.sum() * error.shape[-1])
 
 
 def learning_rate(options: BCOptions, update: int) -> float:
@@ -171,9 +171,7 @@ def autocast(device: torch.device, precision: str) -> Iterator[None]:
         yield
 
 
-def _metrics(
-    loss: Tensor, norm: Tensor, optimizer: torch.optim.Optimizer, counters: Counters
-) -> dict[str, float]:
+def _metrics(loss: Tensor, norm: Tensor, optimizer: torch.optim.Optimizer, counters: Counters) -> dict[str, float]:
     return {
         "train/loss": loss.item(),
         "train/gradient_norm": norm.item(),
@@ -190,9 +188,7 @@ def _check_finite(loss: Tensor, norm: Tensor, update: int) -> None:
         )
 
 
-def _state(
-    counters: Counters, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
-) -> TrainState:
+def _state(counters: Counters, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> TrainState:
     names = {id(p): name for name, p in parameters.items()}
     tensors = {f"parameter/{name}": p.data for name, p in parameters.items()}
     tensors |= optimizer_tensors(optimizer, names)
@@ -200,9 +196,7 @@ def _state(
     return TrainState(counters.update, tensors, asdict(counters))
 
 
-def _resume(
-    folder: Path | None, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
-) -> Counters:
+def _resume(folder: Path | None, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> Counters:
     state = load_latest_checkpoint(folder) if folder else None
     if state is None:
         return Counters()

@@ -42,7 +42,8 @@ def test_v2_names_are_mapped_with_a_message(caplog: pytest.LogCaptureFixture) ->
 
 
 @pytest.mark.parametrize(
-    ("typed", "meant"), [("pusch-v3", "push-v3"), ("metaworld/reahc-v3", "reach-v3"), ("mujoco/hoper", "mujoco/hopper")]
+    ("typed", "meant"),
+    [("pusch-v3", "push-v3"), ("metaworld/reahc-v3", "reach-v3"), ("mujoco/hoper", "mujoco/hopper")],
 )
 def test_misspelt_names_list_close_matches(typed: str, meant: str) -> None:
     with pytest.raises(UnknownNameError, match=meant) as error:
