@@ -1,0 +1,223 @@
+"""Forward hooks that feed the sums of every distinct input while anything runs the model."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from eva_rl.errors import UserError
+from eva_rl.eva.masks import Mask
+from eva_rl.eva.sums import Accumulator, Sums
+from eva_rl.eva.targets import Layer
+
+AccumulatorFactory = Callable[[int, torch.device], Accumulator]
+
+
+@dataclass
+class InputGroup:
+    """Layers that receive the same tensor: one accumulator, fed by the first of them.
+
+    Args:
+        width: D.
+        leader: The layer whose calls feed the accumulator.
+        accumulators: One, or several if the layer was called several times in the forward that discovered it.
+        calls: Number of updates so far.
+        pointers: Addresses of the leader's inputs in the forward in progress.
+    """
+
+    width: int
+    leader: str
+    accumulators: list[Accumulator]
+    calls: int = 1
+    pointers: set[int] = field(default_factory=set)
+
+    def sums(self) -> Sums:
+        """Everything seen, as raw sums."""
+        first, *rest = [accumulator.sums() for accumulator in self.accumulators]
+        return sum(rest, start=first)
+
+
+@dataclass
+class _Discovery:
+    """The inputs of layers that were never called before, during one forward.
+
+    Tensors are referenced until the forward ends, so that no two of them can share an address by reuse of memory.
+    """
+
+    inputs: list[tuple[Tensor, int, Accumulator]] = field(default_factory=list)
+    calls: dict[str, list[int]] = field(default_factory=dict)
+
+
+class Listener:
+    """Listens to the inputs of `layers` of `model`.
+
+    A forward begins and ends with a call of `model` itself; if only parts of it are called, it ends when a layer is
+    called again.
+
+    Args:
+        model: The model whose calls delimit a forward.
+        layers: The layers to listen to.
+        factory: Makes the accumulator of a distinct input of a width, on a device.
+    """
+
+    def __init__(self, model: nn.Module, layers: Sequence[Layer], factory: AccumulatorFactory) -> None:
+        self.model = model
+        self.layers = {layer.name: layer for layer in layers}
+        self.groups: list[InputGroup] = []
+        self.group_of: dict[str, InputGroup] = {}
+        self.batches = 0
+        self._factory = factory
+        self._mask: Mask | None = None
+        self._discovery = _Discovery()
+        self._called: set[str] = set()
+        self._inside = False
+        self._handles: list[RemovableHandle] = []
+
+    @property
+    def mask(self) -> Tensor | None:
+        """(B, T): which steps of the next forwards count; None counts every row."""
+        return None if self._mask is None else self._mask.steps
+
+    @mask.setter
+    def mask(self, steps: Tensor | None) -> None:
+        self._mask = None if steps is None else Mask(steps)
+
+    @contextmanager
+    def masked(self, steps: Tensor | None) -> Iterator[None]:
+        """Count only the True steps (B, T) of the forwards inside the block."""
+        before = self._mask
+        self.mask = steps
+        try:
+            yield
+        finally:
+            self._mask = before
+
+    def __enter__(self) -> Listener:
+        self._handles = [
+            self.model.register_forward_pre_hook(self._begin),
+            self.model.register_forward_hook(self._end, always_call=True),
+        ]
+        for layer in self.layers.values():
+            self._handles.append(layer.module.register_forward_pre_hook(self._hook(layer), with_kwargs=True))
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self.finish_forward()
+
+    def finish_forward(self) -> None:
+        """Settle which layers share an input and let go of the forward's tensors."""
+        self.batches += bool(self._called)
+        by_calls: dict[tuple[int, ...], InputGroup] = {}
+        for name, calls in self._discovery.calls.items():
+            group = by_calls.get(tuple(calls))
+            if group is None:
+                parts = [self._discovery.inputs[i][2] for i in calls]
+                group = InputGroup(self.layers[name].width, name, parts)
+                by_calls[tuple(calls)] = group
+                self.groups.append(group)
+            self.group_of[name] = group
+        self._unshare_accumulators(list(by_calls.values()))
+        for group in self.groups:
+            group.pointers.clear()
+        self._discovery = _Discovery()
+        self._called.clear()
+        self._inside = False
+
+    def _unshare_accumulators(self, groups: list[InputGroup]) -> None:
+        """Layers that share some of their inputs but not all of them each need sums of their own from here on."""
+        uses = Counter(id(part) for group in groups for part in group.accumulators)
+        for group in groups:
+            parts = group.accumulators
+            if len(parts) > 1 or uses[id(parts[0])] > 1:
+                parts.append(self._factory(group.width, parts[0].linear.device))
+
+    def _begin(self, *_: object) -> None:
+        if self._called:
+            self.finish_forward()
+        self._inside = True
+
+    def _end(self, *_: object) -> None:
+        self.finish_forward()
+
+    def _hook(self, layer: Layer) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def listen(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = args[0] if args else next(iter(kwargs.values()))
+            # sums made inside inference mode could not be updated outside of it
+            with torch.inference_mode(False), torch.no_grad():
+                self._hear(layer, x.detach())
+
+        return listen
+
+    def _hear(self, layer: Layer, x: Tensor) -> None:
+        if not self._inside and layer.name in self._called:
+            self.finish_forward()
+        self._called.add(layer.name)
+        group = self.group_of.get(layer.name)
+        if group is None:
+            self._discover(layer, x)
+        elif group.leader == layer.name:
+            group.pointers.add(x.data_ptr())
+            self._feed(group.accumulators[-1], x, layer.name, group.calls)
+            group.calls += 1
+        elif x.data_ptr() not in group.pointers:
+            raise UserError(
+                f"Layers {group.leader!r} and {layer.name!r} received one tensor in the first forward and different "
+                "ones later. Ask for them in separate runs (targets=)."
+            )
+
+    def _discover(self, layer: Layer, x: Tensor) -> None:
+        found = self._discovery
+        version = _version(x)
+        calls = found.calls.setdefault(layer.name, [])
+        for index, (other, seen_version, _) in enumerate(found.inputs):
+            if _same(x, other) and version == seen_version:
+                calls.append(index)
+                return
+        accumulator = self._factory(layer.width, x.device)
+        calls.append(len(found.inputs))
+        found.inputs.append((x, version, accumulator))
+        self._feed(accumulator, x, layer.name, 0)
+
+    def _feed(self, accumulator: Accumulator, x: Tensor, name: str, turn: int) -> None:
+        keep = None if self._mask is None else self._mask.rows(x.shape, name).to(x.device)
+        flat = x.reshape(-1, x.shape[-1])
+        for half, rows in _halves(x.shape, turn):
+            part, kept = flat[rows], None if keep is None else keep[rows]
+            if kept is not None and kept.device.type == "cpu":
+                # without an accelerator to keep busy, leaving rows out is cheaper than multiplying zeros
+                part, kept = (part, None) if bool(kept.all()) else (part[kept], None)
+            if part.shape[0]:
+                accumulator.update(half, part, kept)
+
+
+def _halves(shape: torch.Size, turn: int) -> list[tuple[int, slice]]:
+    """Cut the rows of an activation between samples; a lone sample goes to the halves by turns."""
+    rows = shape[:-1].numel()
+    samples = shape[0] if len(shape) > 1 else 1
+    if samples < 2:
+        return [(turn % 2, slice(0, rows))]
+    cut = (samples + turn % 2) // 2 * (rows // samples)
+    return [(0, slice(0, cut)), (1, slice(cut, rows))]
+
+
+def _same(x: Tensor, other: Tensor) -> bool:
+    return x is other or (
+        x.data_ptr() == other.data_ptr()
+        and x.shape == other.shape
+        and x.stride() == other.stride()
+        and x.dtype == other.dtype
+    )
+
+
+def _version(x: Tensor) -> int:
+    return 0 if x.is_inference() else x._version

@@ -1,0 +1,114 @@
+"""What to compute from the sums, checked once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from eva_rl.errors import UnknownNameError, UserError
+from eva_rl.eva.redistribution import Score
+from eva_rl.eva.sums import Method
+
+Variant = Literal["whiten", "rotate", "permute", "minor"]
+Criterion = Literal["capture", "directions"]
+
+
+@dataclass(frozen=True)
+class EvaOptions:
+    """How sums become components and ranks.
+
+    Args:
+        rank: Components per layer on average; the budget is rank times the number of layers.
+        rho: Every layer may get up to rank * rho components; 1 keeps the ranks uniform.
+        tau: How far the two halves of the data have to agree, between 0 and 1.
+        center: Components of the covariance (True) or of the raw second moment (False).
+        score: "ratio" or "paper", see `redistribution.scores`.
+        variant: One of the paper's ablations, see `variants.apply`.
+        alpha: LoRA's alpha of a layer that gets `rank` components.
+        keep_scale: Scale alpha with a layer's rank, so that alpha / rank is the same everywhere.
+        criterion: "capture" or "directions", see `agreement`.
+        seed: Of the variants' random matrices.
+
+    Raises:
+        UserError: A value is out of range.
+    """
+
+    rank: int = 16
+    rho: float = 1.0
+    tau: float = 0.99
+    center: bool = False
+    score: Score = "ratio"
+    variant: Variant | None = None
+    alpha: float = 1.0
+    keep_scale: bool = True
+    criterion: Criterion = "capture"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _require(self.rank >= 1, f"rank={self.rank}: expected at least 1.")
+        _require(self.rho >= 1, f"rho={self.rho}: expected at least 1; 1 keeps the ranks uniform.")
+        _require(0 < self.tau <= 1, f"tau={self.tau}: expected more than 0 and at most 1.")
+        _require(self.alpha > 0, f"alpha={self.alpha}: expected more than 0.")
+        one_of("score", self.score, get_args(Score))
+        one_of("criterion", self.criterion, get_args(Criterion))
+        if self.variant is not None:
+            one_of("variant", self.variant, get_args(Variant))
+
+    def components(self, width: int) -> int:
+        """How many components are computed for a layer of this width, K."""
+        return min(round(self.rank * self.rho), width)
+
+    def lora_alpha(self, rank: int) -> float:
+        """Alpha of a layer of this rank."""
+        return self.alpha * rank / self.rank if self.keep_scale else self.alpha
+
+
+@dataclass(frozen=True)
+class Memory:
+    """How the sums are kept.
+
+    Args:
+        method: "moments", "sketch" or "svd" for every layer, or "auto" to choose by width.
+        components: The largest rank * rho that will be asked for; sizes the sketches.
+        budget: Bytes for exact moments, all layers together; what does not fit is sketched.
+        seed: Of the sketches' test matrices.
+    """
+
+    method: Method | Literal["auto"] = "auto"
+    components: int = 64
+    budget: int = 4 * 2**30
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        one_of("method", self.method, ("auto", *get_args(Method)))
+        _require(self.components >= 1, f"components={self.components}: expected at least 1.")
+
+    @property
+    def columns(self) -> int:
+        """C, the columns of a sketch: the components and as many again to absorb what lies outside of them."""
+        return 2 * self.components + 8
+
+    def choose(self, width: int, used: int) -> Method:
+        """The method for one more input of this width, with `used` bytes taken already."""
+        if self.method != "auto":
+            return self.method
+        fits = used + moment_bytes(width) <= self.budget
+        # below four times the columns, exact moments with a symmetric product cost no more than the sketch
+        return "moments" if fits and width <= 4 * self.columns else "sketch"
+
+
+def moment_bytes(width: int) -> int:
+    """Bytes of exact moments: two halves in float64."""
+    return 2 * 8 * width * width
+
+
+def one_of(what: str, given: str, known: Sequence[str]) -> None:
+    """Refuse a name that is not among the known ones."""
+    if given not in known:
+        raise UnknownNameError(what, given, known)
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)

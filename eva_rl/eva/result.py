@@ -1,0 +1,200 @@
+"""What an EVA computation found."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from eva_rl.errors import UserError
+from eva_rl.eva.options import EvaOptions
+from eva_rl.eva.sums import Method
+
+Stopped = Literal["converged", "max_batches", "data exhausted", "listening ended"]
+
+
+@dataclass(frozen=True)
+class LayerResult:
+    """One target layer.
+
+    Args:
+        components: (R, D) float32, rows orthonormal (but for the variant "whiten").
+        singular_values: (K,) of the rows seen, all that were computed.
+        explained_variance_ratio: (K,) sigma^2 / total variance.
+        lora_alpha: Alpha for this layer's rank.
+        width: D, input features.
+        outputs: Output features.
+        input_group: Layers with equal numbers receive the same tensor.
+        split_half_agreement: Mean squared cosine between the two halves' R-dimensional subspaces; nan if unknown.
+        split_half_capture: Variance of one half captured by the other's directions, over the best possible.
+        split_half_directions: The weakest agreement of a run of nearly tied directions.
+        method: How the second moment was kept.
+        rows: Rows seen.
+        note: Anything unusual.
+    """
+
+    components: Tensor
+    singular_values: Tensor
+    explained_variance_ratio: Tensor
+    lora_alpha: float
+    width: int
+    outputs: int
+    input_group: int
+    split_half_agreement: float
+    split_half_capture: float
+    split_half_directions: float
+    method: Method
+    rows: int
+    note: str = ""
+
+    @property
+    def rank(self) -> int:
+        """R."""
+        return self.components.shape[0]
+
+    @property
+    def explained_variance(self) -> float:
+        """Share of the variance that the R components explain."""
+        return float(self.explained_variance_ratio[: self.rank].sum())
+
+    @property
+    def trainable_parameters(self) -> int:
+        """Parameters of a LoRA adapter of this rank."""
+        return self.rank * (self.width + self.outputs)
+
+
+@dataclass(frozen=True)
+class EvaResult:
+    """Components and ranks of every target layer, and how they were found.
+
+    Args:
+        layers: By name, in the model's order.
+        options: What was asked for.
+        batches: Forwards heard by this process.
+        stopped: Why no more batches were taken.
+        converged: Whether every layer's halves agree to tau by the criterion.
+        seconds: Wall time.
+        skipped: Layers that were not asked for by name and were never called.
+    """
+
+    layers: dict[str, LayerResult]
+    options: EvaOptions
+    batches: int
+    stopped: Stopped
+    converged: bool
+    seconds: float
+    skipped: tuple[str, ...] = ()
+
+    @property
+    def budget(self) -> int:
+        """Components to hand out: rank times the number of layers."""
+        return self.options.rank * len(self.layers)
+
+    @property
+    def rows(self) -> int:
+        """Rows seen by the layer that saw most."""
+        return max(layer.rows for layer in self.layers.values())
+
+    @property
+    def trainable_parameters(self) -> int:
+        """Parameters of a LoRA adapter with these ranks."""
+        return sum(layer.trainable_parameters for layer in self.layers.values())
+
+    @property
+    def rank_pattern(self) -> dict[str, int]:
+        """Rank by layer; layers of rank 0 are left out, they get no adapter."""
+        return {name: layer.rank for name, layer in self.layers.items() if layer.rank}
+
+    @property
+    def alpha_pattern(self) -> dict[str, float]:
+        """LoRA alpha by layer, for the layers in `rank_pattern`."""
+        return {name: layer.lora_alpha for name, layer in self.layers.items() if layer.rank}
+
+    def state_dict(self, prefix: str = "") -> dict[str, Tensor]:
+        """Components by layer name, with rank-0 layers as (0, D).
+
+        With prefix "base_model.model." this is what PEFT's `initialize_lora_eva_weights(eva_state_dict=...)` takes.
+        """
+        return {prefix + name: layer.components.clone() for name, layer in self.layers.items()}
+
+    def to_report(self) -> dict[str, Any]:
+        """Everything but the components, ready for JSON."""
+        return {
+            "options": asdict(self.options),
+            "batches": self.batches,
+            "rows": self.rows,
+            "stopped": self.stopped,
+            "converged": self.converged,
+            "seconds": self.seconds,
+            "budget": self.budget,
+            "assigned": sum(self.rank_pattern.values()),
+            "trainable_parameters": self.trainable_parameters,
+            "methods": {str(layer.width): layer.method for layer in self.layers.values()},
+            "skipped": list(self.skipped),
+            "layers": {name: _report(layer) for name, layer in self.layers.items()},
+        }
+
+    def save(self, path: str | Path) -> None:
+        """Write `path`.safetensors (components) and `path`.json (the report)."""
+        from safetensors.torch import save_file
+
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({k: v.contiguous() for k, v in self.state_dict().items()}, path.with_suffix(".safetensors"))
+        path.with_suffix(".json").write_text(json.dumps(self.to_report(), indent=1))
+
+    @classmethod
+    def load(cls, path: str | Path) -> EvaResult:
+        """Read what `save` wrote."""
+        from safetensors.torch import load_file
+
+        path = Path(path)
+        if not path.with_suffix(".json").is_file():
+            raise UserError(
+                f"{path.with_suffix('.json')} does not exist: expected a path given to EvaResult.save()."
+            )
+        report = json.loads(path.with_suffix(".json").read_text())
+        components = load_file(path.with_suffix(".safetensors"))
+        layers = {name: _layer(values, components[name]) for name, values in report["layers"].items()}
+        return cls(
+            layers,
+            EvaOptions(**report["options"]),
+            report["batches"],
+            report["stopped"],
+            report["converged"],
+            report["seconds"],
+            tuple(report["skipped"]),
+        )
+
+    def ended(self, stopped: Stopped, seconds: float) -> EvaResult:
+        """The same result with the reason for its end."""
+        return replace(self, stopped=stopped, seconds=seconds)
+
+
+_NUMBERS = ("lora_alpha", "width", "outputs", "input_group", "method", "rows", "note")
+_SPLITS = ("split_half_agreement", "split_half_capture", "split_half_directions")
+_SPECTRA = ("singular_values", "explained_variance_ratio")
+
+
+def _report(layer: LayerResult) -> dict[str, Any]:
+    splits = {name: getattr(layer, name) for name in _SPLITS}
+    return {
+        "rank": layer.rank,
+        "explained_variance": layer.explained_variance,
+        **{name: getattr(layer, name) for name in _NUMBERS},
+        **{name: None if value != value else value for name, value in splits.items()},  # JSON has no nan
+        **{name: getattr(layer, name).tolist() for name in _SPECTRA},
+    }
+
+
+def _layer(values: dict[str, Any], components: Tensor) -> LayerResult:
+    return LayerResult(
+        components=components,
+        **{name: torch.tensor(values[name], dtype=torch.float64) for name in _SPECTRA},
+        **{name: float("nan") if values[name] is None else values[name] for name in _SPLITS},
+        **{name: values[name] for name in _NUMBERS},
+    )
