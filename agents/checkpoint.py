@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from eva_rl.agents.decision_transformer import DecisionTransformer, DecisionTransformerConfig
-from eva_rl.agents.policy import Conditioning, DecisionTransformerPolicy
-from eva_rl.batch import InputScaling
-from eva_rl.errors import UnknownNameError, UserError
+from eva_rl.agents.huggingface import CONFIG_FILE, read_huggingface, read_original
+from eva_rl.agents.imports import ImportOptions, download
+from eva_rl.agents.policy import DecisionTransformerPolicy
+from eva_rl.agents.records import FORMAT, FORMAT_VERSION, policy_record, read_record
+from eva_rl.agents.weights import check_weights, read_safetensors
+from eva_rl.errors import UnknownNameError
 from eva_rl.files import read_json, write_folder, write_json
 
-FORMAT = "eva-rl policy"
-FORMAT_VERSION = 1
+__all__ = ["FORMAT", "FORMAT_VERSION", "find_policy", "load_policy", "policy_record", "read_policy", "save_policy"]
+
 POLICY_FILE = "policy.json"
 WEIGHTS_FILE = "model.safetensors"
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 def shipped_policies() -> dict[str, Path]:
@@ -32,81 +34,69 @@ def shipped_policies() -> dict[str, Path]:
 
 
 def find_policy(name_or_path: str) -> Path:
-    """Folder of a policy, given its path or a shipped name.
+    """Folder (or file of weights) of a policy, given its path, a shipped name or a Hugging Face hub id.
 
     Raises:
-        UnknownNameError: Neither a policy folder nor a shipped name.
+        UnknownNameError: None of them.
+        UserError: The hub id could not be fetched.
     """
     path = Path(name_or_path).expanduser()
     for folder in (path, path / "policy"):
-        if (folder / POLICY_FILE).is_file():
+        if (folder / POLICY_FILE).is_file() or (folder / CONFIG_FILE).is_file():
             return folder
+    if path.is_file():
+        return path
     shipped = shipped_policies()
     if name_or_path in shipped:
         return shipped[name_or_path]
+    if HUB_ID.fullmatch(name_or_path) and not path.parent.exists():
+        return download(name_or_path)
     raise UnknownNameError(
-        "policy", name_or_path, shipped, f"Expected one of them, or a folder that holds {POLICY_FILE}."
+        "policy",
+        name_or_path,
+        shipped,
+        f"Expected one of them, a Hugging Face hub id, or a folder that holds {POLICY_FILE} or {CONFIG_FILE}.",
     )
 
 
-def load_policy(name_or_path: str | Path, device: torch.device | str = "cpu") -> DecisionTransformerPolicy:
+def load_policy(
+    name_or_path: str | Path, device: torch.device | str = "cpu", options: ImportOptions | None = None
+) -> DecisionTransformerPolicy:
     """Load the base policy of a folder, or a policy that comes with the package.
 
     Args:
-        name_or_path: A policy folder, a run directory that holds one, or a shipped name.
+        name_or_path: A policy folder, a run directory that holds one, a shipped name, the folder or hub id of a
+            Hugging Face ``DecisionTransformerModel``, or a file of original Decision Transformer weights.
         device: Where the network goes.
+        options: What a checkpoint of another project does not say about itself.
 
     Raises:
         UserError: No such policy, or its files are damaged or do not fit each other.
     """
-    return read_policy(find_policy(str(name_or_path))).to(device)
+    return read_policy(find_policy(str(name_or_path)), options).to(device)
 
 
-def read_policy(folder: Path) -> DecisionTransformerPolicy:
-    """Load the base policy from a folder made by :func:`save_policy`, without its adapter."""
-    record = read_json(folder / POLICY_FILE)
-    if not isinstance(record, dict) or record.get("format") != FORMAT or record.get("version") != FORMAT_VERSION:
-        raise UserError(f"{folder / POLICY_FILE} is not an {FORMAT} of version {FORMAT_VERSION}.")
-    try:
-        config = DecisionTransformerConfig(**record["architecture"])
-        scaling = InputScaling.create(**record["scaling"])
-        conditioning = Conditioning(**record["conditioning"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{folder / POLICY_FILE} is damaged or of another version: {error}.") from error
-    _check_scaling(folder, config, scaling)
-    with torch.device("meta"):
-        network = DecisionTransformer(config)
-    weights = _read_weights(folder / WEIGHTS_FILE, network.state_dict())
-    network.load_state_dict(weights, assign=True)
-    for parameter in network.parameters():
-        parameter.requires_grad_(True)
+def read_policy(path: Path, options: ImportOptions | None = None) -> DecisionTransformerPolicy:
+    """Load the base policy, without its adapter, from what :func:`find_policy` returned."""
+    if path.is_file():
+        return read_original(path, options or ImportOptions())
+    if not (path / POLICY_FILE).is_file() and (path / CONFIG_FILE).is_file():
+        return read_huggingface(path, options or ImportOptions())
+    record = read_json(path / POLICY_FILE)
+    config, scaling, conditioning = read_record(record, str(path / POLICY_FILE))
     return DecisionTransformerPolicy(
-        network.eval(), scaling, conditioning, env_id=record.get("env_id", ""), metadata=record.get("metadata")
+        _load_network(config, path / WEIGHTS_FILE),
+        scaling,
+        conditioning,
+        env_id=record.get("env_id", ""),
+        metadata=record.get("metadata"),
     )
 
 
-def _check_scaling(folder: Path, config: DecisionTransformerConfig, scaling: InputScaling) -> None:
-    found = (len(scaling.observation_mean), len(scaling.observation_std), len(scaling.action_center))
-    expected = (config.observation_dim, config.observation_dim, config.action_dim)
-    if found != expected:
-        raise UserError(f"{folder / POLICY_FILE}: the scaling has lengths {found}, the architecture {expected}.")
-
-
-def _read_weights(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    try:
-        weights = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} is missing or damaged: {error}.") from error
-    problems = [f"{name} is missing" for name in expected if name not in weights]
-    problems += [f"{name} is not part of the architecture" for name in weights if name not in expected]
-    problems += [
-        f"{name} has shape {tuple(weights[name].shape)}, expected {tuple(value.shape)}"
-        for name, value in expected.items()
-        if name in weights and weights[name].shape != value.shape
-    ]
-    if problems:
-        raise UserError(f"{path} does not fit {POLICY_FILE}: {'; '.join(problems[:5])}.")
-    return {name: value.float() for name, value in weights.items()}
+def _load_network(config: DecisionTransformerConfig, path: Path) -> DecisionTransformer:
+    weights = read_safetensors(path)
+    check_weights(weights, DecisionTransformer.empty(config).state_dict(), str(path), POLICY_FILE)
+    return DecisionTransformer.with_weights(config, weights)
 
 
 def save_policy(
@@ -135,24 +125,3 @@ def write_policy_files(
     state = policy.network.state_dict() if weights is None else weights
     save_file({k: v.detach().to("cpu", dtype).contiguous() for k, v in state.items()}, folder / WEIGHTS_FILE)
     write_json(folder / POLICY_FILE, policy_record(policy))
-
-
-def policy_record(policy: DecisionTransformerPolicy) -> dict[str, Any]:
-    """Everything of a policy but its weights, as JSON values."""
-    scaling = policy.scaling.to("cpu")
-    conditioning = policy.conditioning
-    return {
-        "format": FORMAT,
-        "version": FORMAT_VERSION,
-        "architecture": asdict(policy.network.config),
-        "scaling": {
-            "observation_mean": scaling.observation_mean.tolist(),
-            "observation_std": scaling.observation_std.tolist(),
-            "return_scale": scaling.return_scale,
-            "action_low": (scaling.action_center - scaling.action_half_range).tolist(),
-            "action_high": (scaling.action_center + scaling.action_half_range).tolist(),
-        },
-        "conditioning": {"target_return": conditioning.target_return, "per_env": dict(conditioning.per_env)},
-        "env_id": policy.env_id,
-        "metadata": policy.metadata,
-    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +34,7 @@ class DecisionTransformerConfig:
         dropout: Probability, while training.
         token_order: Tokens of one env step; the action is read from the token before the action token.
         stochastic: Whether there is a log-standard-deviation head (tanh-Gaussian policy) beside the mean.
+        action_tanh: Whether actions pass through a tanh; without it they are only cut off where they are executed.
     """
 
     observation_dim: int
@@ -47,6 +49,7 @@ class DecisionTransformerConfig:
     dropout: float = 0.0
     token_order: tuple[str, ...] = TOKEN_ORDERS[0]
     stochastic: bool = False
+    action_tanh: bool = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "token_order", tuple(self.token_order))
@@ -54,6 +57,8 @@ class DecisionTransformerConfig:
             raise UserError(f"num_heads={self.num_heads} does not divide hidden_size={self.hidden_size}.")
         if self.token_order not in TOKEN_ORDERS:
             raise UserError(f"token_order={self.token_order}: expected one of {TOKEN_ORDERS}.")
+        if self.stochastic and not self.action_tanh:
+            raise UserError("stochastic=true makes a tanh-Gaussian policy: expected action_tanh=true.")
         if self.activation not in ACTIVATIONS:
             raise UserError(f"activation={self.activation!r}: expected one of {sorted(ACTIVATIONS)}.")
 
@@ -95,6 +100,21 @@ class DecisionTransformer(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self._initialise()
 
+    @classmethod
+    def empty(cls, config: DecisionTransformerConfig) -> DecisionTransformer:
+        """The network without memory for its weights: shapes only."""
+        with torch.device("meta"):
+            return cls(config)
+
+    @classmethod
+    def with_weights(cls, config: DecisionTransformerConfig, weights: Mapping[str, Tensor]) -> DecisionTransformer:
+        """The network, in evaluation mode, with copies of the given weights as float32."""
+        network = cls.empty(config)
+        # Copies: results of a matrix product depend, in the last bits, on how its memory is aligned.
+        state = {k: v.to(torch.float32, copy=True, memory_format=torch.contiguous_format) for k, v in weights.items()}
+        network.load_state_dict(state, assign=True)
+        return network.requires_grad_(True).eval()
+
     def _initialise(self) -> None:
         """GPT-2's initialisation, with residual outputs shrunk by the square root of their number."""
         for name, module in self.named_modules():
@@ -112,9 +132,14 @@ class DecisionTransformer(nn.Module):
             batch: Scaled windows.
 
         Returns:
-            (B, T, act), each in [-1, 1].
+            (B, T, act), each in [-1, 1] where the config says ``action_tanh``.
         """
-        return torch.tanh(self.action_head(self.features(batch)))
+        return self.actions(self.features(batch))
+
+    def actions(self, features: Tensor) -> Tensor:
+        """Deterministic actions (..., act) read from hidden states (..., D)."""
+        raw: Tensor = self.action_head(features)
+        return torch.tanh(raw) if self.config.action_tanh else raw
 
     def features(self, batch: WindowBatch, caches: list[LayerCache] | None = None) -> Tensor:
         """Hidden states from which actions are read.
@@ -180,10 +205,8 @@ class DecisionTransformer(nn.Module):
         """
         x = tokens
         last = len(self.blocks) - 1
-        if mask is None:
-            read_mask = causal_mask(tokens.shape[1], tokens.device)[read][None, None]
-        else:
-            read_mask = mask[:, :, read]
+        visible = causal_mask(tokens.shape[1], tokens.device)[None, None] if mask is None else mask
+        read_mask = visible[:, :, read]
         for index, block in enumerate(self.blocks):
             cache = None if caches is None else caches[index]
             x = block(x, read_mask, read, cache) if index == last else block(x, mask, cache=cache)
@@ -195,9 +218,7 @@ class DecisionTransformer(nn.Module):
         weight = self.embed_norm.weight
         heads = self.config.num_heads
         shape = (batch_size, heads, num_steps * self.config.tokens_per_step, self.config.hidden_size // heads)
-        return [
-            LayerCache(weight.new_zeros(shape), weight.new_zeros(shape)) for _ in range(self.config.num_layers)
-        ]
+        return [LayerCache(weight.new_zeros(shape), weight.new_zeros(shape)) for _ in range(self.config.num_layers)]
 
     def _tokens_after(self) -> int:
         return self.config.tokens_per_step - self.config.tokens_before_action

@@ -32,7 +32,10 @@ class Policy(Protocol):
         """Forget all histories and prepare for one environment per name."""
 
     def act(
-        self, observations: NDArray[np.float32], rewards: NDArray[np.float32], episode_starts: NDArray[np.bool_]
+        self,
+        observations: NDArray[np.float32],
+        rewards: NDArray[np.float32],
+        episode_starts: NDArray[np.bool_],
     ) -> NDArray[np.float32]:
         """Choose one action per environment.
 
@@ -137,14 +140,17 @@ class DecisionTransformerPolicy:
 
     @torch.no_grad()
     def act(
-        self, observations: NDArray[np.float32], rewards: NDArray[np.float32], episode_starts: NDArray[np.bool_]
+        self,
+        observations: NDArray[np.float32],
+        rewards: NDArray[np.float32],
+        episode_starts: NDArray[np.bool_],
     ) -> NDArray[np.float32]:
         """Choose the deterministic action of each environment; see :meth:`Policy.act`."""
         assert self._context is not None, "reset() comes before act()"
         features = self._context.features(
             self._tensor(observations), self._tensor(rewards), self._tensor(episode_starts)
         )
-        actions = torch.tanh(self.network.action_head(features))
+        actions = self.network.actions(features).clamp(-1, 1)
         self._context.acted(actions)
         raw: NDArray[np.float32] = self.scaling.raw_actions(actions).cpu().numpy()
         return raw
