@@ -78,6 +78,7 @@ def evaluate(
     *,
     episodes: int = 50,
     seed: int = 0,
+    horizon: int | None = None,
     purpose: int = EVALUATION,
     vec_env: VecEnv | None = None,
     on_episode: Callable[[EpisodeRecord], None] | None = None,
@@ -92,6 +93,7 @@ def evaluate(
         env: Any name that :func:`eva_rl.envs.canonical_id` takes.
         episodes: Episodes to count.
         seed: Chooses the episodes.
+        horizon: Env steps an episode; None takes the task's own.
         purpose: Which family of seeds; ``eva_rl.seeding.VALIDATION`` for choices that a report must not see.
         vec_env: Environments to use again, as :func:`evaluation_envs` makes them; made and closed here when None.
         on_episode: Called after each episode.
@@ -101,10 +103,10 @@ def evaluate(
     """
     if episodes < 1:
         raise UserError(f"eval.episodes={episodes}: expected at least 1.")
-    spec = envs.env_spec(env)
+    spec = envs.env_spec(env, horizon)
     _check_fit(policy, spec)
     own = vec_env is None
-    made = evaluation_envs(env, episodes) if vec_env is None else vec_env
+    made = evaluation_envs(env, episodes, horizon) if vec_env is None else vec_env
     try:
         made.seed(episode_seeds(purpose, seed))
         rounds = -(-episodes // made.num_envs)
@@ -116,9 +118,9 @@ def evaluate(
     return EvaluationResult(spec.env_id, tuple(records[:episodes]), protocol, spec.reports_success)
 
 
-def evaluation_envs(env: str, episodes: int) -> VecEnv:
+def evaluation_envs(env: str, episodes: int, horizon: int | None = None) -> VecEnv:
     """Environments for :func:`evaluate`, to be used several times and closed by the caller."""
-    return envs.make_vec_env(env, min(episodes, DEFAULT_NUM_ENVS))
+    return envs.make_vec_env(env, min(episodes, DEFAULT_NUM_ENVS), horizon=horizon)
 
 
 def evaluate_tasks(

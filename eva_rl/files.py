@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from eva_rl.errors import UserError
 
 
@@ -88,5 +90,5 @@ def _sync(path: Path) -> None:
 def _disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise UserError(f"{path} could not be written: {error}. Free some room, or name another folder.") from error

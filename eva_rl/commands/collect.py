@@ -57,14 +57,8 @@ def collect(config: CollectConfig) -> None:
         only_successes=config.only_successes,
         workers=config.workers,
     )
-    write_episodes(
-        out, data, {"seed": config.seed, **{f"noise_{k}": v for k, v in asdict(config.noise).items()}}
-    )
+    write_episodes(out, data, {"seed": config.seed, **{f"noise_{k}": v for k, v in asdict(config.noise).items()}})
     solved = int(data.successes[data.offsets[1:] - 1].sum()) if data.successes is not None else 0
-        0
-        if data.successes is None
-        else sum(data.episode(i).successes.any() for i in range(data.num_episodes))
-    )  # type: ignore[union-attr]
     console.print(
         f"{data.env_id}: {data.num_episodes} episodes, {data.num_steps} env steps, {solved} solved, mean return "
         f"{data.returns.mean():.1f}. File: {out}",

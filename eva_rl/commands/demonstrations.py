@@ -19,13 +19,14 @@ GRACE = 10
 """Env steps after the first success that are sampled with full weight."""
 
 
-def load_task_data(env: str, options: DataOptions, folder: Path) -> Trajectories:
+def load_task_data(env: str, options: DataOptions, folder: Path, horizon: int | None = None) -> Trajectories:
     """Demonstrations of a task.
 
     Args:
         env: The task.
         options: Where they come from; collected ones are kept in ``folder`` and read from there the next time.
         folder: For collected files, one a task.
+        horizon: Env steps of a collected episode; None takes the task's own.
     """
     if options.source != EXPERT:
         return read_episodes(Path(options.source).expanduser())
@@ -37,6 +38,7 @@ def load_task_data(env: str, options: DataOptions, folder: Path) -> Trajectories
             options.episodes,
             seed=options.seed,
             noise=ActionNoise(options.noise.std, options.noise.burst_probability),
+            horizon=horizon,
             only_successes=options.only_successes,
             workers=options.workers,
         )

@@ -33,6 +33,7 @@ class EvaluateEnvOptions:
     """The tasks."""
 
     id: str = option("", "a task, tasks joined by +, mt40, cw10 or mt50; empty takes the policy's own; same as env=")
+    horizon: int | None = option(None, "env steps an episode; null takes the task's own (Meta-World: 200)")
 
 
 @dataclass
@@ -76,6 +77,7 @@ def evaluate_policy(config: EvaluateConfig) -> None:
                     task,
                     episodes=config.eval.episodes,
                     seed=config.eval.seed,
+                    horizon=config.env.horizon,
                     purpose=VALIDATION if config.validation else EVALUATION,
                     on_episode=advance,
                 )

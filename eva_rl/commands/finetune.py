@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count
 from pathlib import Path
 from time import perf_counter
@@ -138,22 +139,18 @@ def finetune(config: FinetuneConfig) -> None:
     spec = envs.env_spec(config.env.id, config.env.horizon)
     policy = load_policy(config.policy.path, device)
     policy.check_dimensions(spec.observation_dim, spec.action_dim, spec.env_id)
+    target_layers(policy.network, config.adapter.targets)
     run_dir = open_run("finetune", config)
     phases = Phases()
-    data = load_task_data(spec.env_id, config.data, run_dir / "data")
+    data = load_task_data(spec.env_id, config.data, run_dir / "data", config.env.horizon)
     policy.check_dimensions(data.observation_dim, data.action_dim, data.source)
-    target = config.policy.target_return
-    policy.with_target(target_return(data) if target is None else target, spec.env_id)
-    sampler = WindowSampler(
-        data,
-        policy.network.config.context_length,
-        policy.scaling,
-        seed=config.seed,
-        weights=sampling_weights(data, config.data.after_success),
-    )
+    asked = config.policy.target_return
+    policy.with_target(target_return(data) if asked is None else asked, spec.env_id)
+    sampler = make_sampler(policy, data, config)
     phases.end("data")
-    vec_env = evaluation_envs(spec.env_id, config.eval.episodes)
-    before = _evaluate(policy, vec_env, config, spec.env_id, "Before")
+    vec_env = evaluation_envs(spec.env_id, config.eval.episodes, config.env.horizon)
+    evaluate_now = partial(_evaluate, policy, vec_env, config)
+    before = evaluate_now("Before")
     phases.end("evaluate_before")
     adapter = attach(policy, sampler, config)
     if adapter.eva is not None:
@@ -163,22 +160,33 @@ def finetune(config: FinetuneConfig) -> None:
     resumed = load_latest_checkpoint(run_dir / "checkpoint")
     with Tracker(run_dir, None if resumed is None else resumed.step) as tracker:
         if resumed is None:
-            tracker.log(before.metrics("eval"), 0)
+            tracker.log(before.metrics(), 0)
         with training_progress(config.algo.updates) as bar:
             train_bc(
                 policy,
                 sampler,
                 bc_options(config.algo, config.eval.every, config.checkpoint.every),
                 log=bar.also(tracker.log),
-                evaluate=lambda _: _quietly(policy, vec_env, config, spec.env_id).metrics(),
+                evaluate=lambda _: evaluate_now().metrics(),
                 checkpoint_dir=run_dir / "checkpoint",
             )
         phases.end("train")
-        after = _evaluate(policy, vec_env, config, spec.env_id, "After ")
-        tracker.log(after.metrics("eval"), config.algo.updates)
+        after = evaluate_now("After")
+        tracker.log(after.metrics(), config.algo.updates)
         phases.end("evaluate_after")
     vec_env.close()
     finish(run_dir, config, policy, adapter, (before, after), data, phases)
+
+
+def make_sampler(policy: DecisionTransformerPolicy, data: Trajectories, config: FinetuneConfig) -> WindowSampler:
+    """Windows as the policy sees them, in an order that the seed decides."""
+    return WindowSampler(
+        data,
+        policy.network.config.context_length,
+        policy.scaling,
+        seed=config.seed,
+        weights=sampling_weights(data, config.data.after_success),
+    )
 
 
 def attach(policy: DecisionTransformerPolicy, sampler: WindowSampler, config: FinetuneConfig) -> AttachedAdapter:
@@ -218,23 +226,22 @@ def windows(policy: DecisionTransformerPolicy, sampler: WindowSampler, batch_siz
 
 
 def _evaluate(
-    policy: DecisionTransformerPolicy, vec_env: VecEnv, config: FinetuneConfig, env_id: str, name: str
+    policy: DecisionTransformerPolicy, vec_env: VecEnv, config: FinetuneConfig, name: str = ""
 ) -> EvaluationResult:
-    with counting_progress(f"{name}  ", config.eval.episodes) as advance:
-        return evaluate(
-            policy,
-            env_id,
-            episodes=config.eval.episodes,
-            seed=config.eval.seed,
-            vec_env=vec_env,
-            on_episode=advance,
-        )
-
-
-def _quietly(
-    policy: DecisionTransformerPolicy, vec_env: VecEnv, config: FinetuneConfig, env_id: str
-) -> EvaluationResult:
-    return evaluate(policy, env_id, episodes=config.eval.episodes, seed=config.eval.seed, vec_env=vec_env)
+    """Play the held-out episodes, behind a progress bar where it has a name."""
+    play = partial(
+        evaluate,
+        policy,
+        config.env.id,
+        episodes=config.eval.episodes,
+        seed=config.eval.seed,
+        horizon=config.env.horizon,
+        vec_env=vec_env,
+    )
+    if not name:
+        return play()
+    with counting_progress(f"{name:8s}", config.eval.episodes) as advance:
+        return play(on_episode=advance)
 
 
 def finish(

@@ -110,7 +110,7 @@ def pretrain(config: PretrainConfig) -> None:
     tasks = task_ids(config.env.id)
     run_dir = open_run("pretrain", config)
     began = perf_counter()
-    data = [load_task_data(task, config.data, run_dir / "data") for task in tasks]
+    data = [load_task_data(task, config.data, run_dir / "data", config.env.horizon) for task in tasks]
     policy = _new_policy(config, data).to(device)
     joined = concatenate(data, source=f"{config.data.source}:{config.env.id}")
     weights = sampling_weights(joined, config.data.after_success)

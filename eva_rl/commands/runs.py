@@ -44,7 +44,7 @@ def open_run(name: str, options: Any) -> Path:
     if (run_dir / SUMMARY_FILE).exists():
         raise UserError(f"{run_dir} holds a finished run, which is not overwritten. Name another run_dir=.")
     if (run_dir / CONFIG_FILE).exists():
-        _check_same(run_dir, config, options.resume)
+        _continue(run_dir, config, options.resume)
     elif run_dir.exists() and any(run_dir.iterdir()):
         raise UserError(f"{run_dir} is not empty and holds no run of eva-rl. Name another run_dir=.")
     _make(run_dir)
@@ -55,13 +55,18 @@ def open_run(name: str, options: Any) -> Path:
     return run_dir
 
 
-def _check_same(run_dir: Path, config: Mapping[str, Any], resume: str) -> None:
+def _continue(run_dir: Path, config: Mapping[str, Any], resume: str) -> None:
+    """Accept the settings that a run began with, or any where it ended before its first checkpoint."""
     if resume == "never":
         raise UserError(f"{run_dir} holds an unfinished run. Continue it with resume=auto, or name another run_dir=.")
     before = OmegaConf.to_container(OmegaConf.load(run_dir / CONFIG_FILE))
     assert isinstance(before, dict)
     changed = [key for key in config if key not in FREE_TO_CHANGE and before.get(key) != config[key]]
-    if changed:
+    if changed and not (run_dir / "checkpoint").exists():
+        (run_dir / CONFIG_FILE).unlink()
+        if {"env", "data"} & set(changed):
+            shutil.rmtree(run_dir / "data", ignore_errors=True)
+    elif changed:
         raise UserError(
             f"{run_dir} holds an unfinished run with other settings of {', '.join(changed)} (see {CONFIG_FILE} there). "
             "Use the same settings to continue it, or name another run_dir=."

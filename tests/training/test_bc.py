@@ -1,0 +1,133 @@
+"""Cloning: the loss by hand, resuming, and that it learns."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from eva_rl.batch import WindowBatch
+from eva_rl.data import Trajectories, WindowSampler
+from eva_rl.errors import UserError
+from eva_rl.training.bc import BCOptions, clone_loss, learning_rate, train_bc
+from eva_rl.training.checkpoint import load_latest_checkpoint
+from tests.conftest import make_policy
+
+OPTIONS = BCOptions(updates=12, batch_size=8, warmup=2, log_every=1, checkpoint_every=3)
+
+
+class Constant(torch.nn.Module):
+    def forward(self, batch: WindowBatch) -> torch.Tensor:
+        return torch.full_like(batch.actions, 0.5)
+
+
+def hand_made() -> WindowBatch:
+    actions = torch.tensor([[[9.0], [0.0], [1.0]], [[0.5], [0.5], [-0.5]]])
+    return WindowBatch(
+        observations=torch.zeros(2, 3, 2),
+        actions=actions,
+        returns_to_go=torch.zeros(2, 3, 1),
+        timesteps=torch.zeros(2, 3, dtype=torch.long),
+        attention_mask=torch.tensor([[False, True, True], [True, True, True]]),
+    )
+
+
+def test_loss_by_hand() -> None:
+    batch = hand_made()
+    errors = [0.5, 0.5, 0.0, 0.0, 1.0]  # the padded 9.0 does not count
+    assert clone_loss(Constant(), batch).item() == pytest.approx(np.mean(np.square(errors)))
+    assert clone_loss(Constant(), batch, "l1").item() == pytest.approx(np.mean(errors))
+    padded_too = clone_loss(Constant(), replace(batch, attention_mask=None)).item()
+    assert padded_too > 10, "counting the padding would show"
+
+
+def test_loss_prefers_what_the_expert_wanted() -> None:
+    batch = replace(hand_made(), target_actions=torch.full((2, 3, 1), 0.5))
+    assert clone_loss(Constant(), batch).item() == 0
+
+
+def test_learning_rate_warms_up_and_follows_a_cosine() -> None:
+    options = BCOptions(updates=110, learning_rate=2.0, final_learning_rate=0.1, warmup=10)
+    rates = [learning_rate(options, update) for update in range(110)]
+    np.testing.assert_allclose(rates[:10], np.arange(1, 11) * 0.2)
+    assert rates[60] == pytest.approx(2 * (0.1 + 0.9 / 2))
+    assert rates[-1] == pytest.approx(0.2, rel=0.01)
+    assert (np.diff(rates[10:]) < 0).all()
+
+
+def run(
+    data: Trajectories, options: BCOptions, folder: Path | None = None
+) -> tuple[dict[str, torch.Tensor], list[dict]]:
+    torch.manual_seed(5)
+    policy = make_policy()
+    policy.network.dropout.p = 0.1  # so that the state of the random generator matters
+    sampler = WindowSampler(data, 6, policy.scaling, seed=1)
+    logged: list[dict] = []
+    train_bc(policy, sampler, options, log=lambda m, s: logged.append({"step": s, **m}), checkpoint_dir=folder)
+    return {k: v.clone() for k, v in policy.network.state_dict().items()}, logged
+
+
+def test_loss_falls(reach_demonstrations: Trajectories) -> None:
+    _, logged = run(reach_demonstrations, replace(OPTIONS, updates=60, checkpoint_every=0))
+    assert logged[-1]["train/loss"] < 0.5 * logged[0]["train/loss"]
+
+
+def test_resumed_equals_uninterrupted(tmp_path: Path, reach_demonstrations: Trajectories) -> None:
+    whole, logged = run(reach_demonstrations, OPTIONS, tmp_path / "whole")
+
+    class KilledError(Exception):
+        pass
+
+    def die(metrics: object, step: int) -> None:
+        if step == 8:
+            raise KilledError
+
+    torch.manual_seed(5)
+    policy = make_policy()
+    policy.network.dropout.p = 0.1
+    sampler = WindowSampler(reach_demonstrations, 6, policy.scaling, seed=1)
+    with pytest.raises(KilledError):
+        train_bc(policy, sampler, OPTIONS, log=die, checkpoint_dir=tmp_path / "parts")
+    state = load_latest_checkpoint(tmp_path / "parts")
+    assert state is not None
+    assert state.step == 6
+    torch.manual_seed(99)  # a new process starts elsewhere
+    resumed, tail = run(reach_demonstrations, OPTIONS, tmp_path / "parts")
+    for name, value in whole.items():
+        assert torch.equal(value, resumed[name]), name
+    assert [row["train/loss"] for row in tail] == [row["train/loss"] for row in logged[6:]]
+
+
+def test_damaged_checkpoint_is_reported_and_the_one_before_used(
+    tmp_path: Path, reach_demonstrations: Trajectories, caplog: pytest.LogCaptureFixture
+) -> None:
+    run(reach_demonstrations, OPTIONS, tmp_path)
+    newest = tmp_path / "step_000000012" / "state.safetensors"
+    content = bytearray(newest.read_bytes())
+    content[-3] ^= 1
+    newest.write_bytes(content)
+    state = load_latest_checkpoint(tmp_path)
+    assert state is not None
+    assert state.step == 9
+    assert "damaged" in caplog.text
+    (tmp_path / "step_000000009" / "state.json").write_text("{")
+    with pytest.raises(UserError, match="All checkpoints"):
+        load_latest_checkpoint(tmp_path)
+
+
+def test_only_the_newest_checkpoints_stay(tmp_path: Path, reach_demonstrations: Trajectories) -> None:
+    run(reach_demonstrations, OPTIONS, tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step_000000009", "step_000000012"]
+
+
+def test_a_loss_that_is_not_finite_stops_before_it_does_harm(reach_demonstrations: Trajectories) -> None:
+    policy = make_policy()
+    rewards = reach_demonstrations.rewards.copy()
+    rewards[700] = np.nan
+    sampler = WindowSampler(replace(reach_demonstrations, rewards=rewards), 6, policy.scaling, seed=1)
+    with pytest.raises(UserError, match=r"Gradient step \d+: the loss is nan"):
+        train_bc(policy, sampler, replace(OPTIONS, updates=200), log=lambda m, s: None)
+    assert all(torch.isfinite(p).all() for p in policy.network.parameters())
