@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from eva_rl.errors import UserError
 from eva_rl.eva.estimate import Stack, stacks
@@ -17,7 +17,8 @@ from eva_rl.eva.listening import Listener
 from eva_rl.eva.options import EvaOptions, Memory, moment_bytes
 from eva_rl.eva.processes import Processes
 from eva_rl.eva.result import EvaResult
-from eva_rl.eva.sums import Accumulator, Moments, Sketch, StreamingSvd, gaussian
+from eva_rl.eva.sketches import Sketch, StreamingSvd, gaussian
+from eva_rl.eva.sums import Accumulator, Moments
 from eva_rl.eva.targets import find_layers
 
 
@@ -45,7 +46,7 @@ class Accumulators(Listener):
         self.processes = Processes(group, _device(model))
         self._named = targets is not None
         self._used = 0
-        self._omegas: dict[int, Tensor] = {}
+        self._sketched = False
         self._estimator: Estimator | None = None
         self._since = time.perf_counter()
 
@@ -61,20 +62,14 @@ class Accumulators(Listener):
         """
         if not self.groups:
             return
-        probes = torch.stack(
-            [torch.stack([a.probe() for a in group.accumulators]).sum() for group in self.groups]
-        )
+        probes = torch.stack([torch.stack([a.probe() for a in group.accumulators]).sum() for group in self.groups])
         if bool(probes.isfinite().all()):
             return
-        bad = [
-            group.leader
-            for group, fine in zip(self.groups, probes.isfinite().tolist(), strict=True)
-            if not fine
-        ]
+        bad = [group.leader for group, fine in zip(self.groups, probes.isfinite().tolist(), strict=True) if not fine]
         raise UserError(
-            f"The input of layer {bad[0]!r} ({len(bad)} of {len(self.groups)} distinct inputs) holds NaN, Inf or values "
-            f"too large to square, by batch {self.batches}. Check the batches and the model's weights; padding that "
-            "holds such values has to be masked (mask=)."
+            f"The input of layer {bad[0]!r} ({len(bad)} of {len(self.groups)} distinct inputs) holds NaN, Inf or "
+            f"values too large to square, by batch {self.batches}. Check the batches and the model's weights; padding "
+            "that holds such values has to be masked (mask=)."
         )
 
     def agreement(self, options: EvaOptions) -> float:
@@ -110,9 +105,9 @@ class Accumulators(Listener):
         if method == "moments":
             self._used += moment_bytes(width)
             return Moments(width, device)
-        if width not in self._omegas:
-            self._omegas[width] = gaussian(width, self.memory.columns, self.memory.seed)
-        return (Sketch if method == "sketch" else StreamingSvd)(width, device, self._omegas[width])
+        self._sketched = True
+        start = gaussian(width, self.memory.columns, self.memory.seed)
+        return Sketch(width, device, start) if method == "sketch" else StreamingSvd(width, device, start)
 
     def _estimate(self, options: EvaOptions) -> Estimator:
         """The estimator of these options, kept for its directions to start from."""
@@ -122,16 +117,14 @@ class Accumulators(Listener):
 
     def _stacks(self, options: EvaOptions) -> list[Stack]:
         asked = round(options.rank * options.rho)
-        if self._omegas and asked > self.memory.components:
+        if self._sketched and asked > self.memory.components:
             raise UserError(
                 f"rank * rho = {asked} components were asked for, but the sketches were sized for "
                 f"{self.memory.components}. Listen with components={asked} or more."
             )
-        stacked = stacks(self.groups, self.group_of, self._omegas, self.processes)
+        stacked = stacks(self.groups, self.group_of, self.processes)
         if not stacked:
-            raise UserError(
-                "No target layer was called: no batch came, or the model did not run while listening."
-            )
+            raise UserError("No target layer was called: no batch came, or the model did not run while listening.")
         return stacked
 
     def _never_called(self, stacked: list[Stack]) -> list[str]:

@@ -71,7 +71,10 @@ def _capture(judged: Half, judge: Half, wanted: Tensor) -> Tensor:
 
 
 def _weakest(squared: Tensor, values: Tensor, rank: int) -> Tensor:
-    """The smallest mean squared cosine of a run of nearly tied directions, (K, K) and (K,) in; runs may reach past rank."""
+    """The smallest agreement of a run of nearly tied directions, from (K, K) squared cosines and (K,) eigenvalues.
+
+    A run may reach past `rank`.
+    """
     weakest = torch.ones((), dtype=squared.dtype)
     start = 0
     while start < rank:

@@ -151,7 +151,10 @@ class _Feed:
 
 
 def _run(feed: _Feed, max_batches: int, options: EvaOptions) -> Stopped:
-    """Feed batches until the end. Processes go through the rounds together, with or without a batch, and end together."""
+    """Feed batches until the end.
+
+    Processes go through the rounds together, with a batch or without one, and end together.
+    """
     due = MIN_BATCHES
     for turn in range(1, max_batches + 1):
         taken = feed.take()

@@ -30,13 +30,11 @@ class Stack:
         members: Per input, the layers that receive it.
         width: D.
         sums: Over all processes, with a leading dimension of inputs.
-        omega: Test matrix if the sums are sketches.
     """
 
     members: list[tuple[str, ...]]
     width: int
     sums: Sums
-    omega: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -49,12 +47,7 @@ class Structure:
     columns: int
 
 
-def stacks(
-    groups: Sequence[InputGroup],
-    group_of: dict[str, InputGroup],
-    omegas: dict[int, Tensor],
-    processes: Processes,
-) -> list[Stack]:
+def stacks(groups: Sequence[InputGroup], group_of: dict[str, InputGroup], processes: Processes) -> list[Stack]:
     """Stack equal widths and add up all processes.
 
     Raises:
@@ -68,13 +61,13 @@ def stacks(
         width, method, columns = key
         local = [sums.get(names) or _nothing(method, width, columns, processes.device) for names in members]
         reduced = _reduce(Sums.stack(local), processes)
-        stacked.append(Stack(members, width, reduced, omegas.get(width) if method == "sketch" else None))
+        stacked.append(Stack(members, width, reduced))
     return stacked
 
 
 def eigenpairs(stack: Stack, part: Part, options: EvaOptions, start: Tensor | None, tolerance: float) -> Half:
     """Leading eigenpairs of one half of the data or of all of it."""
-    matrices = gram(stack.sums, part, options.center, stack.omega)
+    matrices = gram(stack.sums, part, options.center)
     count = options.components(stack.width)
     return Half(matrices, *leading(matrices, count, tolerance=tolerance, start=start))
 
@@ -102,9 +95,7 @@ def ranks(
     for stack, values, totals, counts in parts:
         numbers = zip(stack.members, values.cpu().numpy(), totals.tolist(), counts.tolist(), strict=True)
         for names, eigenvalues, total, rows in numbers:
-            count = (
-                len(eigenvalues) if options.variant == "minor" else redistribution.usable(eigenvalues, total)
-            )
+            count = len(eigenvalues) if options.variant == "minor" else redistribution.usable(eigenvalues, total)
             scored = redistribution.scores(eigenvalues, total, rows, options.score)[:count].tolist()
             candidates.update(dict.fromkeys(names, scored))
     return redistribution.distribute({name: candidates[name] for name in order}, options.rank * len(order))
@@ -143,5 +134,5 @@ def _nothing(method: Method, width: int, columns: int, device: torch.device) -> 
 
 
 def _reduce(sums: Sums, processes: Processes) -> Sums:
-    core = processes.side_by_side(sums.core) if sums.method == "svd" else processes.total(sums.core)
+    core = processes.total(sums.core) if sums.method == "moments" else processes.side_by_side(sums.core)
     return Sums(sums.method, core, *(processes.total(part) for part in sums.tensors()[1:]))

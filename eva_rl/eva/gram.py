@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from eva_rl.eva.factors import downdate
 from eva_rl.eva.sums import Sums
 
 Part = Literal["first", "second", "all"]
@@ -45,59 +46,23 @@ class Gram:
         return (self.matrix.mT @ vectors).square().sum(-2)
 
 
-def gram(sums: Sums, part: Part, center: bool, omega: Tensor | None = None) -> Gram:
+def gram(sums: Sums, part: Part, center: bool) -> Gram:
     """The second moments, or with `center` the scatter around the mean, of stacked sums.
 
     Args:
         sums: Stacked raw sums, tensors with leading (G, 2).
         part: One half of the data, or all of it.
         center: Subtract n m m^T, m the mean of the rows.
-        omega: (D, C), the test matrix of a sketch.
     """
-    core, linear, square, count = (_select(tensor, part, sums.method) for tensor in sums.tensors())
-    rows = count.clamp(min=1)
-    mean = linear / rows.sqrt()[:, None]  # sqrt(n) m, so that its square is n m m^T
-    total = (square - mean.square().sum(-1) if center else square).clamp(min=0)
-    if sums.method == "moments":
-        dense = core - mean[:, :, None] * mean[:, None, :] if center else core
-        return Gram(dense, True, total, count)
-    if sums.method == "svd":
-        return Gram(_downdate(core, mean) if center else core, False, total, count)
-    if omega is None:
-        raise AssertionError("a sketch is read with its omega")
-    omega = omega.to(core)
-    if center:
-        core = core - mean[:, :, None] * (mean @ omega)[:, None, :]
-    return Gram(_nystrom(core, omega), False, total, count)
+    dense = sums.method == "moments"
+    linear, square, count = (_select(tensor, part) for tensor in (sums.linear, sums.square, sums.count))
+    core = _select(sums.core, part) if dense or part != "all" else torch.cat(sums.core.unbind(1), dim=-1)
+    if not center:
+        return Gram(core, dense, square, count)
+    mean = linear / count.clamp(min=1).sqrt()[:, None]  # sqrt(n) m, so that its square is n m m^T
+    core = core - mean[:, :, None] * mean[:, None, :] if dense else downdate(core, mean)
+    return Gram(core, dense, (square - mean.square().sum(-1)).clamp(min=0), count)
 
 
-def _select(tensor: Tensor, part: Part, method: str) -> Tensor:
-    if part != "all":
-        return tensor[:, 0 if part == "first" else 1]
-    if method == "svd" and tensor.ndim == 4:
-        return torch.cat([tensor[:, 0], tensor[:, 1]], dim=-1)
-    return tensor.sum(1)
-
-
-def _nystrom(product: Tensor, omega: Tensor) -> Tensor:
-    """Factor F (G, D, C) with F F^T = Y (Omega^T Y)^+ Y^T, Y = S Omega.
-
-    The Nystrom approximation of a positive semi-definite S (Halko, Martinsson and Tropp 2011, section 5.4; single pass
-    as in Tropp et al. 2017, arXiv 1706.05736). The small shift keeps the inner matrix positive despite rounding.
-    """
-    shift = 1e-7 * torch.linalg.matrix_norm(product, dim=(-2, -1))[:, None, None]
-    product = product + shift * omega
-    inner = omega.mT @ product
-    values, vectors = torch.linalg.eigh((inner + inner.mT) / 2)
-    usable = values > 1e-9 * values[:, -1:].clamp(min=torch.finfo(values.dtype).tiny)
-    weights = torch.where(usable, values.clamp(min=torch.finfo(values.dtype).tiny).rsqrt(), 0.0)
-    return product @ (vectors * weights[:, None, :])
-
-
-def _downdate(factor: Tensor, mean: Tensor) -> Tensor:
-    """A factor of F F^T - mean mean^T, within the span of F and the mean."""
-    basis, _ = torch.linalg.qr(torch.cat([factor, mean[:, :, None]], dim=-1))
-    inside = basis.mT @ factor
-    along = basis.mT @ mean[:, :, None]
-    values, vectors = torch.linalg.eigh(inside @ inside.mT - along @ along.mT)
-    return basis @ (vectors * values.clamp(min=0).sqrt()[:, None, :])
+def _select(tensor: Tensor, part: Part) -> Tensor:
+    return tensor.sum(1) if part == "all" else tensor[:, 0 if part == "first" else 1]

@@ -27,7 +27,7 @@ def scores(eigenvalues: NDArray[np.float64], total: float, rows: float, score: S
         return np.zeros_like(eigenvalues)
     if score == "ratio":
         return eigenvalues / total
-    return eigenvalues / (max(rows - 1, 1) * np.sqrt(eigenvalues).sum())
+    return np.asarray(eigenvalues / (max(rows - 1, 1) * np.sqrt(eigenvalues).sum()))
 
 
 def usable(eigenvalues: NDArray[np.float64], total: float) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -154,9 +155,7 @@ class EvaResult:
 
         path = Path(path)
         if not path.with_suffix(".json").is_file():
-            raise UserError(
-                f"{path.with_suffix('.json')} does not exist: expected a path given to EvaResult.save()."
-            )
+            raise UserError(f"{path.with_suffix('.json')} does not exist: expected a path given to EvaResult.save().")
         report = json.loads(path.with_suffix(".json").read_text())
         components = load_file(path.with_suffix(".safetensors"))
         layers = {name: _layer(values, components[name]) for name, values in report["layers"].items()}
@@ -186,15 +185,13 @@ def _report(layer: LayerResult) -> dict[str, Any]:
         "rank": layer.rank,
         "explained_variance": layer.explained_variance,
         **{name: getattr(layer, name) for name in _NUMBERS},
-        **{name: None if value != value else value for name, value in splits.items()},  # JSON has no nan
+        **{name: None if math.isnan(value) else value for name, value in splits.items()},  # JSON has no nan
         **{name: getattr(layer, name).tolist() for name in _SPECTRA},
     }
 
 
 def _layer(values: dict[str, Any], components: Tensor) -> LayerResult:
-    return LayerResult(
-        components=components,
-        **{name: torch.tensor(values[name], dtype=torch.float64) for name in _SPECTRA},
-        **{name: float("nan") if values[name] is None else values[name] for name in _SPLITS},
-        **{name: values[name] for name in _NUMBERS},
-    )
+    fields: dict[str, Any] = {name: values[name] for name in _NUMBERS}
+    fields |= {name: float("nan") if values[name] is None else values[name] for name in _SPLITS}
+    fields |= {name: torch.tensor(values[name], dtype=torch.float64) for name in _SPECTRA}
+    return LayerResult(components=components, **fields)

@@ -58,7 +58,8 @@ def orthonormalise(columns: Tensor) -> Tensor:
         triangle, info = torch.linalg.cholesky_ex(scaled.mT @ scaled)
         failed = failed + info.abs().sum() + (triangle.diagonal(dim1=-2, dim2=-1).amin() < 1e-6)
         scaled = torch.linalg.solve_triangular(triangle.mT, scaled, upper=True, left=False)
-    return torch.linalg.qr(columns)[0] if bool(failed) else scaled
+    basis: Tensor = torch.linalg.qr(columns)[0] if bool(failed) else scaled
+    return basis
 
 
 def minor(matrices: Gram, count: int) -> tuple[Tensor, Tensor]:

@@ -3,9 +3,9 @@
 Three ways to remember the second moment S = X^T X of the rows seen by one layer:
 
 * `Moments` keeps S itself, (D, D). Exact.
-* `Sketch` keeps S @ Omega for a fixed random Omega (D, C), from which `Nystrom` gives S back up to its small
-  eigenvalues. Costs 4 N D C operations instead of 2 N D^2, and the sums are still additive.
-* `StreamingSvd` keeps a truncated factor F with F F^T ~ S, updated batch by batch (Ross et al. 2008, the paper's way).
+* `Sketch` keeps S @ Omega for few directions Omega (D, C), from which Nystrom's formula gives the leading part of S.
+  Costs 4 N D C operations instead of 2 N D^2.
+* `StreamingSvd` keeps a truncated factor F with F F^T ~ S, updated batch by batch: the paper's way, and the slowest.
 
 Each keeps two halves of the data apart, so that the halves can be compared. All of it is float64 outside of the
 products themselves, which are float32.
@@ -31,7 +31,7 @@ class Sums:
 
     Args:
         method: How `core` is to be read.
-        core: (2, D, C): S (C = D), S @ Omega or a factor F of S; one for each half of the data.
+        core: (2, D, C): S itself (C = D) for moments, else a factor F with F F^T ~ S; one for each half of the data.
         linear: (2, D), sum of x.
         square: (2,), sum of |x|^2.
         count: (2,), number of rows.
@@ -49,7 +49,7 @@ class Sums:
 
     def __add__(self, other: Sums) -> Sums:
         """The sums of both data: factors are put side by side, everything else is added."""
-        merge = torch.cat([self.core, other.core], dim=-1) if self.method == "svd" else self.core + other.core
+        merge = self.core + other.core if self.method == "moments" else torch.cat([self.core, other.core], dim=-1)
         return Sums(
             self.method,
             merge,
@@ -62,9 +62,7 @@ class Sums:
     def stack(many: list[Sums]) -> Sums:
         """Stack the sums of G inputs of equal width."""
         first = many[0]
-        return Sums(
-            first.method, *(torch.stack(parts) for parts in zip(*(s.tensors() for s in many), strict=True))
-        )
+        return Sums(first.method, *(torch.stack(parts) for parts in zip(*(s.tensors() for s in many), strict=True)))
 
 
 class Accumulator(ABC):
@@ -101,7 +99,7 @@ class Shifted(Accumulator):
 
     shift: Tensor | None = None
 
-    def update(self, half: int, rows: Tensor, keep: Tensor | None = None) -> None:
+    def update(self, half: int, rows: Tensor, keep: Tensor | None = None) -> None:  # noqa: D102 - the base says it
         x = rows.float()
         if keep is not None:
             x = torch.where(keep[:, None], x, 0.0)
@@ -118,19 +116,9 @@ class Shifted(Accumulator):
     @abstractmethod
     def _add_product(self, half: int, x: Tensor) -> None: ...
 
-    def _raw(self, core: Tensor, square: Tensor, right: Tensor | None = None) -> Sums:
-        """Undo the shift c: sum x x^T = core + c s^T + s c^T + n c c^T with s the shifted sum; times `right` if given."""
-        c = torch.zeros(self.width) if self.shift is None else self.shift
-        c = c.to(self.linear)
-        mean_part = c[None] * self.count[:, None]
-        square = square + 2 * (self.linear @ c) + self.count * (c @ c)
-        s_right, c_right = (self.linear, c) if right is None else (self.linear @ right, c @ right)
-        core = (
-            core
-            + torch.einsum("d,hc->hdc", c, s_right)
-            + torch.einsum("hd,c->hdc", self.linear + mean_part, c_right)
-        )
-        return Sums(self.method, core, self.linear + mean_part, square, self.count.clone())
+    def _center_of_shift(self) -> Tensor:
+        """c, (D,)."""
+        return torch.zeros_like(self.linear[0]) if self.shift is None else self.shift.to(self.linear)
 
 
 class Moments(Shifted):
@@ -151,75 +139,20 @@ class Moments(Shifted):
             stop = min(start + step, self.width)
             self.core[half, start:stop, start:] += full_product(x[:, start:stop].T, x[:, start:])
 
-    def probe(self) -> Tensor:
+    def probe(self) -> Tensor:  # noqa: D102 - the base says it
         return super().probe() + self.core.diagonal(dim1=-2, dim2=-1).sum()
 
-    def sums(self) -> Sums:
+    def sums(self) -> Sums:  # noqa: D102 - the base says it
         core = self.core.triu() + self.core.triu(1).mT
-        return self._raw(core, core.diagonal(dim1=-2, dim2=-1).sum(-1))
-
-
-class Sketch(Shifted):
-    """S @ Omega for a test matrix Omega (D, C) that all inputs of this width share."""
-
-    method: Method = "sketch"
-
-    def __init__(self, width: int, device: torch.device, omega: Tensor) -> None:
-        super().__init__(width, device)
-        self.omega = omega.to(device=device, dtype=torch.float32)
-        self.core = torch.zeros(2, width, omega.shape[1], device=device, dtype=self.dtype)
-
-    def _add_product(self, half: int, x: Tensor) -> None:
-        self.core[half] += full_product(x.T, full_product(x, self.omega))
-        self.square[half] += x.square().sum()
-
-    def sums(self) -> Sums:
-        return self._raw(self.core, self.square, self.omega.to(self.core))
-
-
-class StreamingSvd(Accumulator):
-    """A truncated factor F (D, C) of S for each half, merged with each batch by warm-started subspace iteration.
-
-    The rows [F^T; X] are projected on C directions; what falls outside is forgotten, as in sequential
-    Karhunen-Loeve (Ross et al. 2008, "Incremental Learning for Robust Visual Tracking", section 2).
-    """
-
-    method: Method = "svd"
-
-    def __init__(self, width: int, device: torch.device, omega: Tensor) -> None:
-        super().__init__(width, device)
-        basis = torch.linalg.qr(omega.float())[0].to(device)
-        self.basis = [basis, basis]
-        self.factor = [torch.zeros(width, omega.shape[1], device=device)] * 2
-        self.seen = [False, False]
-
-    def update(self, half: int, rows: Tensor, keep: Tensor | None = None) -> None:
-        x = rows.float()
-        if keep is not None:
-            x = torch.where(keep[:, None], x, 0.0)
-        self.linear[half] += x.sum(0)
-        self.square[half] += x.square().sum()
-        self.count[half] += x.shape[0] if keep is None else keep.sum()
-        # values that are not finite are found in the sums; here they would only make the decomposition raise
-        stacked = torch.cat([self.factor[half].mT, x.nan_to_num(0.0, 0.0, 0.0)])
-        basis = self.basis[half]
-        for _ in range(1 if self.seen[half] else 3):
-            basis = torch.linalg.qr(full_product(stacked.mT, full_product(stacked, basis)))[0]
-        _, triangle = torch.linalg.qr(full_product(stacked, basis))
-        _, sigma, right = torch.linalg.svd(triangle)
-        self.basis[half] = full_product(basis, right.mT)
-        self.factor[half] = self.basis[half][:, : len(sigma)] * sigma
-        self.seen[half] = True
-
-    def sums(self) -> Sums:
-        width = max(f.shape[1] for f in self.factor)
-        padded = [torch.nn.functional.pad(f, (0, width - f.shape[1])) for f in self.factor]
-        core = torch.stack(padded).to(self.dtype)
-        return Sums(self.method, core, self.linear.clone(), self.square.clone(), self.count.clone())
+        c, n = self._center_of_shift(), self.count[:, None]
+        # sum x x^T = shifted + c s^T + s c^T + n c c^T, with s the sum of the shifted rows
+        crossed = self.linear[:, :, None] * c + c[:, None] * (self.linear + n * c)[:, None, :]
+        core = core + crossed
+        return Sums("moments", core, self.linear + n * c, core.diagonal(dim1=-2, dim2=-1).sum(-1), self.count.clone())
 
 
 def full_product(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right in true float32, whatever autocast or the TF32 setting says."""
+    """Multiply in true float32, whatever autocast or the TF32 setting says."""
     with _full_precision(left.device.type):
         return left @ right
 
@@ -235,9 +168,3 @@ def _full_precision(device_type: str) -> Iterator[None]:
     finally:
         if before != "highest":
             torch.set_float32_matmul_precision(before)
-
-
-def gaussian(width: int, columns: int, seed: int) -> Tensor:
-    """The Gaussian Omega (D, C) of `Sketch`: equal on every process for equal arguments."""
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + width)
-    return torch.randn(width, min(columns, width), generator=generator)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from eva_rl.errors import UnknownNameError, UserError
 
@@ -76,10 +76,9 @@ def _shape(module: nn.Module) -> tuple[int, int] | None:
     """(inputs, outputs), or None for another kind of layer."""
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
-    weight = getattr(module, "weight", None)
     # Hugging Face's Conv1D is a Linear with a transposed weight; known by name, so that transformers stays optional.
-    if type(module).__name__ == "Conv1D" and hasattr(module, "nf") and getattr(weight, "ndim", 0) == 2:
-        return int(weight.shape[0]), int(weight.shape[1])
+    if type(module).__name__ == "Conv1D" and hasattr(module, "nf") and isinstance(module.weight, Tensor):
+        return module.weight.shape[0], module.weight.shape[1]
     return None
 
 
