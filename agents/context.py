@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from eva_rl.agents.decision_transformer import DecisionTransformer
-from eva_rl.agents.transformer import LayerCache, causal_mask
+from eva_rl.agents.transformer import LayerCache
 from eva_rl.batch import InputScaling, WindowBatch
 
 Window = Literal["cached", "full"]
@@ -19,8 +19,9 @@ class RolloutContext:
 
     ``window="full"`` shows the network the last T steps at every step. ``window="cached"`` keeps keys and values of a
     context that grows from T / 2 to T steps and is then rebuilt from the last T / 2: every action is the network's own
-    on a window of legitimate length (it was trained on all lengths from 1 to T), at the cost of about one env step's
-    tokens instead of T.
+    on a window of legitimate length (it was trained on all lengths from 1 to T), at the cost of about two env steps'
+    tokens instead of T. All environments share the length of the context; the steps in it that precede an
+    environment's episode are masked for that environment.
 
     Args:
         network: The Decision Transformer.
@@ -40,16 +41,16 @@ class RolloutContext:
         self._network, self._scaling, self._window = network, scaling, window
         self._targets = (target_returns / scaling.return_scale).unsqueeze(-1)  # (n, 1)
         n, T = len(target_returns), config.context_length
-        zeros = target_returns.new_zeros
-        self._observations = zeros(n, T, config.observation_dim)
-        self._actions = zeros(n, T, config.action_dim)
-        self._returns_to_go = zeros(n, T, 1)
-        self._rewards = zeros(n, T, 1)
-        self._timesteps = zeros(n, T, dtype=torch.long)
-        self._real = zeros(n, T, dtype=torch.bool)
+        # The newest steps slide through buffers of twice their number, so that they move once every T steps only.
+        widths = (config.observation_dim, config.action_dim, 1, 1)
+        self._steps = target_returns.new_zeros(n, 2 * T, sum(widths))
+        self._observations, self._actions, self._returns_to_go, self._rewards = self._steps.split(widths, dim=-1)
+        self._end = T
+        self._timesteps = torch.zeros(n, dtype=torch.long)
+        """Of the newest step, (n,); kept on the CPU, so that no decision waits for a GPU."""
         self._caches: list[LayerCache] = []
         self._cached_steps = 0
-        self._cached_real = zeros(n, T * config.tokens_per_step, dtype=torch.bool)
+        self._positions = torch.arange(T * config.tokens_per_step)
 
     def features(self, observations: Tensor, rewards: Tensor, starts: Tensor) -> Tensor:
         """Take in one env step and return the hidden state that its action is read from.
@@ -57,76 +58,85 @@ class RolloutContext:
         Args:
             observations: (n, obs), raw.
             rewards: (n,), raw rewards of the previous env step; ignored where an episode starts.
-            starts: (n,), True where this is the first observation of an episode.
+            starts: (n,), True where this is the first observation of an episode; on the CPU.
 
         Returns:
             (n, D).
         """
         self._append(observations, rewards, starts)
+        T, longest = self._network.config.context_length, int(self._timesteps.max()) + 1
         if self._window == "full":
-            return self._network.features(self._last(self._real.shape[1]))[:, -1]
-        full = self._cached_steps == self._network.config.context_length
-        if full or self._cached_steps == 0 or bool(starts.all()):
-            return self._rebuild(1 if bool(starts.all()) else max(1, self._real.shape[1] // 2))
-        return self._extend(starts)
+            return self._network.features(self._last(min(T, longest)))[:, -1]
+        if self._cached_steps in {0, T} or longest == 1:
+            return self._rebuild(min(max(1, T // 2), longest))
+        return self._extend()
 
     def acted(self, actions: Tensor) -> None:
         """Record the scaled actions (n, act) taken on the last features."""
-        self._actions[:, -1] = actions
+        self._actions[:, self._end - 1] = actions
+
+    @property
+    def num_visible_steps(self) -> int:
+        """Env steps of the context of the last features, the newest included."""
+        return self._cached_steps
 
     def _append(self, observations: Tensor, rewards: Tensor, starts: Tensor) -> None:
-        first, scaling = starts.unsqueeze(-1), self._scaling
-        scaled_rewards = rewards.unsqueeze(-1) / scaling.return_scale
-        self._rewards[:, -1] = scaled_rewards
-        to_go = torch.where(first, self._targets, self._returns_to_go[:, -1] - scaled_rewards)
-        timesteps = torch.where(starts, 0, self._timesteps[:, -1] + 1)
-        self._observations = _shift(self._observations, scaling.observations(observations))
-        self._actions = _shift(self._actions, torch.zeros_like(self._actions[:, -1]))
-        self._returns_to_go = _shift(self._returns_to_go, to_go)
-        self._rewards = _shift(self._rewards, torch.zeros_like(scaled_rewards))
-        self._timesteps = _shift(self._timesteps, timesteps)
-        self._real = _shift(self._real & ~first, torch.ones_like(starts))
+        if self._end == self._steps.shape[1]:
+            self._end //= 2
+            self._steps[:, : self._end] = self._steps[:, self._end :]
+        now, scaling = self._end, self._scaling
+        self._rewards[:, now - 1] = rewards.unsqueeze(-1) / scaling.return_scale
+        to_go = self._returns_to_go[:, now - 1] - self._rewards[:, now - 1]
+        self._steps[:, now] = 0
+        self._observations[:, now] = scaling.observations(observations)
+        self._returns_to_go[:, now] = torch.where(starts.to(to_go.device).unsqueeze(-1), self._targets, to_go)
+        self._timesteps = torch.where(starts, 0, self._timesteps + 1)
+        self._end = now + 1
 
     def _last(self, num_steps: int) -> WindowBatch:
-        real = self._real[:, -num_steps:]
+        newest = slice(self._end - num_steps, self._end)
+        timesteps = self._timesteps.unsqueeze(-1) - torch.arange(num_steps - 1, -1, -1)  # (n, T)
+        device = self._steps.device
         return WindowBatch(
-            observations=self._observations[:, -num_steps:],
-            actions=self._actions[:, -num_steps:],
-            returns_to_go=self._returns_to_go[:, -num_steps:],
-            timesteps=self._timesteps[:, -num_steps:],
-            attention_mask=None if bool(real.all()) else real,
-            rewards=self._rewards[:, -num_steps:],
+            observations=self._observations[:, newest],
+            actions=self._actions[:, newest],
+            returns_to_go=self._returns_to_go[:, newest],
+            timesteps=timesteps.clamp(min=0).to(device),
+            attention_mask=None if self._all_reach(num_steps) else (timesteps >= 0).to(device),
+            rewards=self._rewards[:, newest],
         )
+
+    def _all_reach(self, num_steps: int) -> bool:
+        """Whether every environment has taken that many steps in its episode."""
+        return int(self._timesteps.min()) >= num_steps - 1
 
     def _rebuild(self, num_steps: int) -> Tensor:
         config = self._network.config
-        self._caches = self._caches or self._network.new_caches(len(self._real), config.context_length)
+        self._caches = self._caches or self._network.new_caches(len(self._timesteps), config.context_length)
         for cache in self._caches:
             cache.length = 0
-        features = self._network.features(self._last(num_steps), self._caches)
-        tokens = self._caches[0].length
-        real = self._real[:, -num_steps:].repeat_interleave(config.tokens_per_step, dim=1)
-        self._cached_real[:, :tokens] = real[:, :tokens]
         self._cached_steps = num_steps
-        return features[:, -1]
+        return self._network.features(self._last(num_steps), self._caches)[:, -1]
 
-    def _extend(self, starts: Tensor) -> Tensor:
+    def _extend(self) -> Tensor:
         """Add the rest of the previous env step and the read-out part of this one."""
         config = self._network.config
         rest = config.tokens_per_step - config.tokens_before_action
         tokens = self._network.embed(self._last(2))[:, config.tokens_before_action : -rest]
-        length, new = self._caches[0].length, tokens.shape[1]
-        total = length + new
-        self._cached_real[:, length : length + rest] = True
-        self._cached_real[:, : length + rest] &= ~starts.unsqueeze(-1)
-        self._cached_real[:, length + rest : total] = True
-        mask = self._cached_real[:, None, None, :total].expand(-1, 1, new, total).clone()
-        mask[..., length:] &= causal_mask(new, tokens.device)
-        mask[..., length:] |= torch.eye(new, dtype=torch.bool, device=tokens.device)
-        features = self._network.encode(tokens, mask, slice(new - 1, new), self._caches)
         self._cached_steps += 1
-        return features[:, -1]
+        mask = self._mask(self._caches[0].length, tokens.shape[1]).to(tokens.device)
+        return self._network.encode(tokens, mask, slice(tokens.shape[1] - 1, None), self._caches)[:, -1]
 
+    def _mask(self, length: int, num_new: int) -> Tensor:
+        """Which of all tokens each new one may look at, (n or 1, 1, new, length + new).
 
-def _shift(buffer: Tensor, newest: Tensor) -> Tensor:
-    return torch.cat([buffer[:, 1:], newest.unsqueeze(1)], dim=1)
+        Causal, and blind to steps before the episode; but every token sees itself, so that no row is empty.
+        """
+        keys = self._positions[: length + num_new]
+        queries = self._positions[length : length + num_new].unsqueeze(-1)
+        causal = (keys <= queries)[None, None]
+        if self._all_reach(self._cached_steps):
+            return causal
+        ages = self._cached_steps - 1 - keys // self._network.config.tokens_per_step
+        real = ages <= self._timesteps.unsqueeze(-1)  # (n, keys)
+        return (causal & real[:, None, None]) | (keys == queries)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from eva_rl.agents.context import RolloutContext, Window
 from eva_rl.agents.decision_transformer import DecisionTransformer
@@ -138,7 +139,6 @@ class DecisionTransformerPolicy:
         targets = torch.tensor([self.conditioning.of(env_id) for env_id in env_ids], device=self.device)
         self._context = RolloutContext(self.network, self.scaling, targets.float(), self.window)
 
-    @torch.no_grad()
     def act(
         self,
         observations: NDArray[np.float32],
@@ -147,13 +147,28 @@ class DecisionTransformerPolicy:
     ) -> NDArray[np.float32]:
         """Choose the deterministic action of each environment; see :meth:`Policy.act`."""
         assert self._context is not None, "reset() comes before act()"
-        features = self._context.features(
-            self._tensor(observations), self._tensor(rewards), self._tensor(episode_starts)
-        )
-        actions = self.network.actions(features).clamp(-1, 1)
-        self._context.acted(actions)
-        raw: NDArray[np.float32] = self.scaling.raw_actions(actions).cpu().numpy()
-        return raw
+        with frozen(self.network):
+            features = self._context.features(
+                self._tensor(observations), self._tensor(rewards), torch.as_tensor(episode_starts, dtype=torch.bool)
+            )
+            actions = self.network.actions(features).clamp(-1, 1)
+            self._context.acted(actions)
+            raw: NDArray[np.float32] = self.scaling.raw_actions(actions).cpu().numpy()
+            return raw
 
     def _tensor(self, array: NDArray[Any]) -> Tensor:
-        return torch.as_tensor(array, device=self.device)
+        return torch.as_tensor(array, dtype=torch.float32, device=self.device)
+
+
+@contextmanager
+def frozen(network: nn.Module) -> Iterator[None]:
+    """No gradients, and no parameter that asks for one: PyTorch's CPU kernels differ in the last bits if one does."""
+    asking = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    for parameter in asking:
+        parameter.requires_grad_(False)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for parameter in asking:
+            parameter.requires_grad_(True)

@@ -1,0 +1,142 @@
+"""Cached rollouts against a recomputation of the same windows, built here from what went in and came out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from eva_rl.agents import DecisionTransformer, DecisionTransformerConfig, DecisionTransformerPolicy
+from eva_rl.agents.context import RolloutContext
+from eva_rl.agents.decision_transformer import TOKEN_ORDERS
+from eva_rl.agents.policy import Conditioning
+from eva_rl.batch import InputScaling, WindowBatch
+
+OBS, ACT, TARGET, SCALE = 5, 2, 30.0, 10.0
+LENGTHS = (200, 37, 61, 5)
+"""Env steps of every episode of each environment: ends fall anywhere in a cache, and one never does."""
+
+
+def make_policy(context_length: int, order: tuple[str, ...] = TOKEN_ORDERS[0]) -> DecisionTransformerPolicy:
+    torch.manual_seed(3)
+    config = DecisionTransformerConfig(
+        OBS, ACT, 32, 2, 2, context_length=context_length, max_timestep=150, token_order=order
+    )
+    network = DecisionTransformer(config).eval()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.15)
+    scaling = InputScaling.create([0.5] * OBS, [2.0] * OBS, SCALE, [-2.0] * ACT, [1.0] * ACT)
+    return DecisionTransformerPolicy(network, scaling, Conditioning(TARGET))
+
+
+@dataclass
+class Recording:
+    """One environment's inputs and outputs, a row a step."""
+
+    observations: NDArray[np.float32]
+    rewards: NDArray[np.float32]
+    actions: NDArray[np.float32]
+    starts: NDArray[np.bool_]
+    visible: list[int]
+
+
+def play(policy: DecisionTransformerPolicy, num_steps: int = 200) -> list[Recording]:
+    """Act on random observations and rewards in environments whose episodes have different lengths."""
+    rng, n = np.random.default_rng(0), len(LENGTHS)
+    observations = rng.normal(size=(num_steps, n, OBS)).astype(np.float32)
+    rewards = rng.normal(size=(num_steps + 1, n)).astype(np.float32)
+    starts = np.array([[t % length == 0 for length in LENGTHS] for t in range(num_steps)])
+    policy.reset(["x"] * n)
+    actions, visible = [], []
+    for t in range(num_steps):
+        actions.append(policy.act(observations[t], rewards[t], starts[t]))
+        assert policy._context is not None
+        visible.append(policy._context.num_visible_steps)
+    acted = np.stack(actions)
+    return [Recording(observations[:, i], rewards[:, i], acted[:, i], starts[:, i], visible) for i in range(n)]
+
+
+def window_at(record: Recording, t: int, num_steps: int, policy: DecisionTransformerPolicy) -> WindowBatch:
+    """The window that ends at step t, unpadded, from first principles."""
+    begin = max(i for i in range(t + 1) if record.starts[i])
+    first = max(begin, t - num_steps + 1)
+    to_go = [(TARGET - record.rewards[begin + 1 : k + 1].sum()) / SCALE for k in range(first, t + 1)]
+    actions = policy.scaling.actions(torch.from_numpy(record.actions[first : t + 1]))
+    actions[-1] = 0
+    rewards = np.append(record.rewards[first + 1 : t + 1], 0.0) / SCALE
+    return WindowBatch(
+        observations=policy.scaling.observations(torch.from_numpy(record.observations[first : t + 1]))[None],
+        actions=actions[None],
+        returns_to_go=torch.tensor(np.array(to_go), dtype=torch.float32)[None, :, None],
+        timesteps=torch.arange(first - begin, t - begin + 1)[None],
+        rewards=torch.tensor(rewards, dtype=torch.float32)[None, :, None],
+    )
+
+
+@torch.no_grad()
+def largest_difference(policy: DecisionTransformerPolicy, records: list[Recording], full: bool = False) -> float:
+    """Between the recorded actions and the network's own on each step's window, over all steps."""
+    worst, T = 0.0, policy.network.config.context_length
+    for record in records:
+        for t in range(len(record.actions)):
+            batch = window_at(record, t, T if full else record.visible[t], policy)
+            own = policy.scaling.raw_actions(policy.network(batch)[0, -1]).numpy()
+            worst = max(worst, float(np.abs(own - record.actions[t]).max()))
+    return worst
+
+
+@pytest.mark.parametrize("order", TOKEN_ORDERS)
+@pytest.mark.parametrize("context_length", [1, 2, 7, 8])
+def test_cached_actions_are_the_networks_own_on_the_same_windows(context_length: int, order: tuple[str, ...]) -> None:
+    policy = make_policy(context_length, order)
+    records = play(policy)
+    assert largest_difference(policy, records) < 1e-5
+    half = max(1, context_length // 2)
+    assert set(records[0].visible[context_length:]) == set(range(half, context_length + 1))
+
+
+@pytest.mark.parametrize("order", TOKEN_ORDERS)
+def test_full_windows_are_the_networks_own(order: tuple[str, ...]) -> None:
+    policy = make_policy(6, order)
+    policy.window = "full"
+    records = play(policy, 80)
+    assert largest_difference(policy, records, full=True) < 1e-5
+
+
+def test_the_comparison_sees_what_it_is_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each fault that a cache can have makes the recomputation differ, so equality above means something."""
+    policy = make_policy(8)
+
+    def looks_into_the_previous_episode(self: RolloutContext, num_steps: int) -> bool:
+        return True
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RolloutContext, "_all_reach", looks_into_the_previous_episode)
+        assert largest_difference(policy, play(policy, 60)) > 1e-2
+
+    def stale(self: RolloutContext, actions: torch.Tensor) -> None:
+        """The cache keeps the zero that stood in for the action before it was taken."""
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RolloutContext, "acted", stale)
+        assert largest_difference(policy, play(policy, 60)) > 1e-2
+
+    records = play(policy, 60)
+    shorter = [replace(record, visible=[max(1, v - 1) for v in record.visible]) for record in records]
+    assert largest_difference(policy, shorter) > 1e-3
+
+
+def test_the_return_to_go_follows_the_rewards_and_the_episode() -> None:
+    policy = make_policy(4)
+    policy.reset(["x"])
+    context = policy._context
+    assert context is not None
+    seen = []
+    for reward, start in ((9.0, True), (5.0, False), (1.0, False), (7.0, True), (2.0, False)):
+        policy.act(np.zeros((1, OBS), np.float32), np.array([reward], np.float32), np.array([start]))
+        seen.append(float(context._returns_to_go[0, context._end - 1, 0]) * SCALE)
+    assert seen == pytest.approx([30, 25, 24, 30, 28])
