@@ -103,7 +103,7 @@ class StreamingSvd(Accumulator):
         for _ in range(1 if self.seen[half] else 3):
             basis = torch.linalg.qr(full_product(stacked.mT, full_product(stacked, basis)))[0]
         _, triangle = torch.linalg.qr(full_product(stacked, basis))
-        _, sigma, right = torch.linalg.svd(triangle)
+        _, sigma, right = torch.linalg.svd(triangle.nan_to_num(0.0, 0.0, 0.0))
         self.basis[half] = full_product(basis, right.mT)
         self.factor[half] = self.basis[half] * sigma
         self.seen[half] = True

@@ -1,0 +1,184 @@
+"""Data and models at the edges: each ends, with a right answer or with an error that says what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from eva_rl import eva
+from eva_rl.errors import UnknownNameError, UserError
+from tests.eva.reference import assert_matches, exact
+
+
+def endless(width: int, rows: int = 64) -> Iterator[Tensor]:
+    g = torch.Generator().manual_seed(0)
+    while True:
+        yield torch.randn(rows, width, generator=g)
+
+
+@pytest.mark.parametrize("criterion", ["capture", "directions"])
+def test_isotropic_noise_ends_at_max_batches(criterion: str) -> None:
+    result = eva.compute(nn.Linear(64, 2), endless(64), rank=4, max_batches=7, criterion=criterion)
+    assert (result.stopped, result.batches, result.converged) == ("max_batches", 7, False)
+    assert result.layers[""].split_half_agreement < 0.5
+
+
+def test_noise_is_known_in_the_end() -> None:
+    """All directions of white noise capture the same: with enough rows any of them is right, and capture says so."""
+    result = eva.compute(nn.Linear(8, 2), endless(8, 4000), rank=4, tau=0.97)
+    assert result.stopped == "converged"
+    assert result.layers[""].split_half_agreement < 0.97
+
+
+def test_separated_directions_converge_early() -> None:
+    batches = (x * torch.logspace(0, -12, 64) for x in endless(64))
+    result = eva.compute(nn.Linear(64, 2), batches, rank=4, criterion="directions", tau=0.97)
+    assert result.stopped == "converged"
+    assert result.batches <= 40
+    assert result.layers[""].split_half_agreement > 0.97
+
+
+def test_near_tie_is_compared_as_a_subspace() -> None:
+    scales = torch.tensor([3.0, 1.0, 1.0, 0.1, 0.1, 0.1])
+    batches = (x * scales for x in endless(6, 400))
+    result = eva.compute(nn.Linear(6, 2), batches, rank=3, criterion="directions", tau=0.99, max_batches=30)
+    assert result.stopped == "converged"
+
+
+def test_repeated_batch_ends() -> None:
+    x = torch.randn(40, 12)
+    result = eva.compute(nn.Linear(12, 2), (x for _ in range(1000)), rank=4, max_batches=9)
+    assert result.batches <= 9
+    assert_matches(result.layers[""], exact(x.repeat(result.batches, 1), False))
+
+
+def test_fewer_rows_than_components_gives_as_many_as_there_are() -> None:
+    layer = eva.compute(nn.Linear(30, 2), [torch.randn(3, 30)], rank=8).layers[""]
+    assert layer.rank == 3
+    assert "only 3 directions" in layer.note
+    torch.testing.assert_close(layer.components @ layer.components.T, torch.eye(3), atol=1e-5, rtol=0)
+
+
+def test_one_row() -> None:
+    layer = eva.compute(nn.Linear(5, 2), [torch.tensor([[0.0, 3.0, 0.0, 4.0, 0.0]])], rank=2).layers[""]
+    torch.testing.assert_close(layer.components, torch.tensor([[0.0, 0.6, 0.0, 0.8, 0.0]]), atol=1e-6, rtol=0)
+    assert layer.singular_values[0] == pytest.approx(5.0)
+    assert layer.split_half_agreement != layer.split_half_agreement  # nan: there is one half only
+
+
+def test_constant_activations() -> None:
+    data = [torch.ones(10, 6)] * 3
+    assert eva.compute(nn.Linear(6, 2), data, rank=2, center=False).layers[""].rank == 1
+    with pytest.raises(UserError, match="every direction has zero variance"):
+        eva.compute(nn.Linear(6, 2), data, rank=2, center=True)
+
+
+def test_one_wide_layer() -> None:
+    layer = eva.compute(nn.Linear(1, 4), [torch.randn(8, 1) for _ in range(2)], rank=16, rho=2.0).layers[""]
+    assert layer.components.abs().tolist() == [[pytest.approx(1.0)]]
+    assert layer.lora_alpha == pytest.approx(1 / 16)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30])
+@pytest.mark.parametrize("method", ["moments", "sketch", "svd"])
+def test_values_that_are_not_finite_are_an_error_that_names_the_layer(bad: float, method: str) -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+    data = [torch.randn(8, 4) for _ in range(3)]
+    data[1][2, 1] = bad
+    with pytest.raises(UserError, match=r"input of layer '0'.*by batch 2"):
+        eva.compute(model, data, rank=2, method=method, tau=1.0)
+
+
+def test_masked_padding_may_hold_anything() -> None:
+    x = torch.randn(4, 5, 6)
+    x[:, 3:] = float("nan")
+    mask = torch.tensor([[1, 1, 1, 0, 0]]).expand(4, 5)
+    result = eva.compute(nn.Linear(6, 2), [x], rank=3, mask=lambda batch: mask)
+    assert_matches(result.layers[""], exact(x[:, :3].reshape(-1, 6), False))
+
+
+class Unused(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.used = nn.Linear(4, 4)
+        self.idle = nn.Linear(4, 4)
+        self.lm_head = nn.Linear(4, 9)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.lm_head(self.used(x))
+
+
+def test_layers_never_called() -> None:
+    data = [torch.randn(8, 4)] * 2
+    result = eva.compute(Unused(), data, rank=2)
+    assert list(result.layers) == ["used"]
+    assert result.skipped == ("idle",)
+    with pytest.raises(UserError, match="1 target layers were never called, the first is 'idle'"):
+        eva.compute(Unused(), data, targets=["used", "idle"], rank=2)
+
+
+def test_targets_as_peft_names_them() -> None:
+    model = Unused()
+    assert [layer.name for layer in eva.find_layers(model)] == ["used", "idle"]
+    assert [layer.name for layer in eva.find_layers(model, "all-linear")] == ["used", "idle", "lm_head"]
+    assert [layer.name for layer in eva.find_layers(model, r"(used|lm_.*)")] == ["used", "lm_head"]
+    assert [layer.name for layer in eva.find_layers(nn.Sequential(model), ["used"])] == ["0.used"]
+    with pytest.raises(UnknownNameError, match=r"'usd'\. Did you mean 'used'.*idle, lm_head"):
+        eva.find_layers(model, ["used", "usd"])
+    with pytest.raises(UserError, match=r"no torch\.nn\.Linear"):
+        eva.find_layers(nn.ReLU())
+
+
+def test_no_batches() -> None:
+    with pytest.raises(UserError, match="no batch came"):
+        eva.compute(nn.Linear(4, 2), [], rank=2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rank": 0}, "rank=0"),
+        ({"rho": 0.5}, "rho=0.5"),
+        ({"tau": 0.0}, "tau=0.0"),
+        ({"max_batches": 0}, "max_batches=0"),
+        ({"score": "raito"}, "Did you mean 'ratio'"),
+        ({"variant": "whitten"}, "Did you mean 'whiten'"),
+        ({"method": "moment"}, "Did you mean 'moments'"),
+    ],
+)
+def test_values_out_of_range(options: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        eva.compute(nn.Linear(4, 2), [torch.randn(8, 4)], **options)
+
+
+class Failing(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.dropout = nn.Dropout(0.5)
+        self.batch_norm = nn.BatchNorm1d(4).eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(x)
+        if x.shape[0] == 1:
+            raise RuntimeError("one sample")
+        return self.batch_norm(self.dropout(y))
+
+
+def test_everything_is_undone_when_the_forward_raises() -> None:
+    model = Failing()
+    model.layer.weight.requires_grad_(False)
+    before = [
+        (module.training, len(module._forward_hooks), len(module._forward_pre_hooks)) for module in model.modules()
+    ]
+    with pytest.raises(RuntimeError, match="one sample"):
+        eva.compute(model, [torch.randn(8, 4), torch.randn(1, 4)], rank=2)
+    after = [
+        (module.training, len(module._forward_hooks), len(module._forward_pre_hooks)) for module in model.modules()
+    ]
+    assert after == before == [(True, 0, 0)] * 3 + [(False, 0, 0)]
+    assert [p.requires_grad for p in model.parameters()] == [False, True, True, True]
+    assert torch.is_grad_enabled()

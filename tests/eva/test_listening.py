@@ -1,0 +1,165 @@
+"""Which layers share an input, and sums fed by whatever runs the model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from eva_rl import eva
+from eva_rl.errors import UserError
+from tests.eva.reference import assert_matches, exact
+
+
+class Attention(nn.Module):
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(width, width) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.o(torch.tanh(self.q(x) + self.k(x) * self.v(x)))
+
+
+class Tricky(nn.Module):
+    """Views, copies, in-place changes, short-lived tensors and a layer that is called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.view, self.copy, self.changed, self.twice, self.once = (nn.Linear(6, 6) for _ in range(6))
+        self.chain = nn.ModuleList(nn.Linear(6, 6) for _ in range(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x) + self.view(x.view(x.shape)) + self.copy(x.clone())
+        z = self.once(x) + self.twice(x) + self.twice(y)
+        for layer in self.chain:  # each input may take the memory of the one before
+            z = layer(torch.tanh(z))
+        x = x.clone()
+        w = self.changed(x)
+        x.mul_(2)
+        return z + w
+
+
+def groups(result: eva.EvaResult) -> list[set[str]]:
+    found: dict[int, set[str]] = {}
+    for name, layer in result.layers.items():
+        found.setdefault(layer.input_group, set()).add(name)
+    return sorted(found.values(), key=sorted)
+
+
+def test_shared_input_has_one_accumulator() -> None:
+    model = Attention()
+    with torch.no_grad(), eva.listen(model) as accumulators:
+        model(torch.randn(5, 8))
+        model(torch.randn(5, 8))
+    assert len(accumulators.groups) == 2
+    result = accumulators.result(rank=2)
+    assert groups(result) == [{"k", "q", "v"}, {"o"}]
+    assert torch.equal(result.layers["q"].components, result.layers["v"].components)
+
+
+def test_equal_values_are_not_an_equal_input_but_views_are() -> None:
+    torch.manual_seed(0)
+    model = Tricky()
+    result = eva.compute(model, [torch.randn(9, 6) for _ in range(3)], rank=2, tau=1.0)
+    assert {"a", "view", "once"} in groups(result)
+    assert {"copy"} in groups(result)
+    assert {"changed"} in groups(result)
+    assert {"twice"} in groups(result)
+    assert sum(len(group) == 1 for group in groups(result)) == 11
+
+
+def test_layer_called_twice_counts_both_calls() -> None:
+    torch.manual_seed(0)
+    model = Tricky().eval()
+    data = [torch.randn(9, 6) for _ in range(4)]
+    rows: list[Tensor] = []
+    handle = model.twice.register_forward_pre_hook(lambda _, args: rows.append(args[0].detach()))
+    with torch.no_grad():
+        for x in data:
+            model(x)
+    handle.remove()
+    result = eva.compute(model, data, targets=["twice", "once"], rank=4, tau=1.0)
+    assert result.layers["twice"].rows == 2 * result.layers["once"].rows == 72
+    assert_matches(result.layers["twice"], exact(torch.cat(rows), False))
+    assert_matches(result.layers["once"], exact(torch.cat(data), False))
+
+
+def test_listening_hears_what_compute_hears() -> None:
+    torch.manual_seed(0)
+    model = Attention().eval()
+    data = [torch.randn(6, 4, 8) for _ in range(4)]
+    masks = [torch.rand(6, 4) > 0.3 for _ in data]
+    with eva.listen(model) as accumulators:
+        for x, mask in zip(data[:2], masks, strict=False):
+            with accumulators.masked(mask), torch.inference_mode():
+                model(x)
+        for x, mask in zip(data[2:], masks[2:], strict=True):
+            accumulators.mask = mask
+            model(x)  # with gradients on
+            accumulators.mask = None
+    heard = accumulators.result(rank=3)
+    by_id = {id(x): mask for x, mask in zip(data, masks, strict=True)}
+    computed = eva.compute(model, data, rank=3, tau=1.0, mask=lambda x: by_id[id(x)])
+    assert heard.stopped == "listening ended"
+    assert heard.batches == 4
+    for name in heard.layers:
+        torch.testing.assert_close(heard.layers[name].components, computed.layers[name].components)
+        torch.testing.assert_close(heard.layers[name].singular_values, computed.layers[name].singular_values)
+
+
+def test_parts_of_a_model_can_be_called_without_it() -> None:
+    model = nn.ModuleDict({"one": nn.Linear(4, 4), "two": nn.Linear(4, 4)})
+    data = [torch.randn(7, 4) for _ in range(3)]
+    with torch.no_grad(), eva.listen(model) as accumulators:
+        for x in data:
+            model["two"](model["one"](x))
+    result = accumulators.result(rank=2)
+    assert result.batches == 3
+    assert_matches(result.layers["one"], exact(torch.cat(data), False))
+
+
+def test_sources_add_up() -> None:
+    torch.manual_seed(0)
+    model = Attention()
+    offline, online = [torch.randn(6, 8) for _ in range(2)], [torch.randn(1, 8) * 3 for _ in range(20)]
+    with torch.no_grad(), eva.listen(model, ["q"]) as accumulators:
+        for x in offline + online:
+            model(x)
+    assert_matches(accumulators.result(rank=4).layers["q"], exact(torch.cat(offline + online), False))
+
+
+def test_few_rows_at_a_time_aim_the_sketch_as_well() -> None:
+    g = torch.Generator().manual_seed(0)
+    layer = nn.Linear(300, 2)
+    mix = torch.randn(300, 300, generator=g) * torch.logspace(0, -2, 300)
+    data = [torch.randn(2, 300, generator=g) @ mix.T for _ in range(500)]
+    with torch.no_grad(), eva.listen(layer, components=8, method="sketch") as accumulators:
+        for x in data:
+            layer(x)
+    found = accumulators.result(rank=8).layers[""].components.double()
+    truth = exact(torch.cat(data), False)
+    captured = (torch.cat(data).double() @ found.T).square().sum() / truth.sigma[:8].square().sum()
+    assert captured > 0.99
+
+
+def test_layers_that_stop_sharing_are_refused() -> None:
+    class Splits(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor, split: bool) -> Tensor:
+            return self.a(x) + self.b(x.clone() if split else x)
+
+    with pytest.raises(
+        UserError, match="'a' and 'b' received one tensor in the first forward and different ones later"
+    ):
+        eva.compute(Splits(), [(torch.randn(4, 4), False), (torch.randn(4, 4), True)], rank=2)
+
+
+def test_more_components_than_the_sketch_holds_are_refused() -> None:
+    layer = nn.Linear(40, 2)
+    with torch.no_grad(), eva.listen(layer, components=4, method="sketch") as accumulators:
+        layer(torch.randn(50, 40))
+    with pytest.raises(UserError, match="components=8 or more"):
+        accumulators.result(rank=8)
