@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -15,6 +15,18 @@ from eva_rl.errors import UserError
 
 Floats = NDArray[np.float32]
 Flags = NDArray[np.bool_]
+
+COLUMNS: dict[str, tuple[type[np.generic], int]] = {
+    "observations": (np.float32, 2),
+    "actions": (np.float32, 2),
+    "rewards": (np.float32, 1),
+    "terminations": (np.bool_, 1),
+    "truncations": (np.bool_, 1),
+    "final_observations": (np.float32, 2),
+    "successes": (np.bool_, 1),
+    "target_actions": (np.float32, 2),
+}
+"""Type and axes of each array besides the offsets."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +69,7 @@ class Trajectories:
         source: Where the data come from, as a user would name it.
         successes: (N,) or None.
         target_actions: (N, act) or None; see :class:`Episode`.
+        metadata: What the file said besides: ``dataset``, ``ref_min_score``, ``ref_max_score``, ...
 
     Raises:
         UserError: Lengths disagree, an episode is empty, or there is none.
@@ -77,14 +90,18 @@ class Trajectories:
 
     def __post_init__(self) -> None:
         self._check()
-        for array in (self.observations, self.actions, self.rewards, self.offsets, self.final_observations):
-            if not isinstance(array, np.memmap):
+        for name in ("offsets", *COLUMNS):
+            if getattr(self, name) is not None:
+                array = np.asarray(getattr(self, name)).view()  # a plain view, of a memory map too
                 array.flags.writeable = False
+                object.__setattr__(self, name, array)
 
     def _check(self) -> None:
         where = f"{self.source or 'trajectories'}: "
         if len(self.offsets) < 2:
             raise UserError(where + "no episode. Expected at least one; name another data set.")
+        if self.offsets[0] != 0:
+            raise UserError(where + f"the offsets start with {self.offsets[0]}, expected 0.")
         empty = np.flatnonzero(np.diff(self.offsets) <= 0)
         if len(empty):
             raise UserError(where + f"episode {empty[0]} is empty; expected at least one env step.")
@@ -101,7 +118,11 @@ class Trajectories:
         }
         for name, length in expected.items():
             array = getattr(self, name)
-            if array is not None and len(array) != length:
+            if array is None:
+                continue
+            if array.ndim != COLUMNS[name][1]:
+                raise UserError(where + f"{name} has {array.ndim} axes, expected {COLUMNS[name][1]}.")
+            if len(array) != length:
                 raise UserError(where + f"{name} has {len(array)} rows, expected {length}.")
 
     @property
@@ -154,6 +175,14 @@ class Trajectories:
             digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()[:16]
 
+    def column(self, name: str) -> NDArray[Any]:
+        """An array by its name; unknown successes read as none, unknown target actions as the executed ones."""
+        value = getattr(self, name)
+        if value is None:
+            return np.zeros(self.num_steps, bool) if name == "successes" else self.actions
+        array: NDArray[Any] = value
+        return array
+
     def episode(self, index: int) -> Episode:
         """Episode number ``index`` with its own observation after the last step."""
         rows = slice(int(self.offsets[index]), int(self.offsets[index + 1]))
@@ -170,11 +199,21 @@ class Trajectories:
     def select(self, episodes: Sequence[int] | NDArray[np.int64]) -> Trajectories:
         """The given episodes, in the given order, as new trajectories."""
         return Trajectories.from_episodes(
-            (self.episode(int(index)) for index in episodes), env_id=self.env_id, source=self.source
+            (self.episode(int(index)) for index in episodes),
+            env_id=self.env_id,
+            source=self.source,
+            metadata=self.metadata,
         )
 
     @classmethod
-    def from_episodes(cls, episodes: Iterable[Episode], *, env_id: str = "", source: str = "") -> Trajectories:
+    def from_episodes(
+        cls,
+        episodes: Iterable[Episode],
+        *,
+        env_id: str = "",
+        source: str = "",
+        metadata: Mapping[str, str] | None = None,
+    ) -> Trajectories:
         """Concatenate episodes.
 
         ``successes`` and ``target_actions`` are kept where at least one episode has them: an episode without
@@ -197,6 +236,7 @@ class Trajectories:
             source=source,
             successes=None if all(p.successes is None for p in parts) else np.concatenate(successes),
             target_actions=None if all(p.target_actions is None for p in parts) else np.concatenate(targets),
+            metadata=dict(metadata or {}),
         )
 
 
@@ -205,10 +245,33 @@ def _or(value: NDArray[Any] | None, default: NDArray[Any]) -> NDArray[Any]:
 
 
 def concatenate(parts: Sequence[Trajectories], *, source: str = "") -> Trajectories:
-    """Join several sets of trajectories; the env id is kept where all agree."""
-    env_ids = {part.env_id for part in parts}
-    return Trajectories.from_episodes(
-        (part.episode(index) for part in parts for index in range(part.num_episodes)),
+    """Join several sets of trajectories; the env id and the metadata are kept where all agree.
+
+    Raises:
+        UserError: There is none, or they differ in their dimensions.
+    """
+    if not parts:
+        raise UserError(f"{source or 'trajectories'}: no episode. Expected at least one; name another data set.")
+    env_ids, first = {part.env_id for part in parts}, parts[0]
+    for part in parts:
+        dims, expected = (part.observation_dim, part.action_dim), (first.observation_dim, first.action_dim)
+        if dims != expected:
+            raise UserError(
+                f"{part.source} has {dims[0]} numbers in an observation and {dims[1]} in an action, {first.source} "
+                f"has {expected[0]} and {expected[1]}. Join data of one kind."
+            )
+    steps = np.cumsum([0, *(part.num_steps for part in parts)])
+    columns = {name: _joined(parts, name) for name in COLUMNS}
+    return Trajectories(
+        **columns,  # type: ignore[arg-type]
+        offsets=np.concatenate([[0], *(part.offsets[1:] + n for part, n in zip(parts, steps, strict=False))]),
         env_id=env_ids.pop() if len(env_ids) == 1 else "",
-        source=source or " + ".join(part.source for part in parts),
+        source=source or " + ".join(dict.fromkeys(part.source for part in parts)),
+        metadata=dict(first.metadata) if all(part.metadata == first.metadata for part in parts) else {},
     )
+
+
+def _joined(parts: Sequence[Trajectories], name: str) -> NDArray[Any] | None:
+    if all(getattr(part, name) is None for part in parts):
+        return None
+    return np.concatenate([part.column(name) for part in parts])

@@ -77,7 +77,7 @@ class WindowSampler:
             observations=scaling.observations(_gather(data.observations, rows)) * keep,
             actions=actions,
             returns_to_go=_gather(data.returns_to_go, rows).unsqueeze(-1) / scaling.return_scale * keep,
-            timesteps=torch.from_numpy(data.timesteps[rows]) * mask,
+            timesteps=torch.from_numpy(rows - self._starts[last_rows, None]) * mask,
             attention_mask=None if real.all() else mask,
             rewards=_gather(data.rewards, rows).unsqueeze(-1) / scaling.return_scale * keep,
             target_actions=targets,

@@ -1,0 +1,74 @@
+"""Which episodes are used, and how often each is drawn."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+from eva_rl.data.trajectories import Trajectories
+from eva_rl.errors import UnknownNameError, UserError
+
+WEIGHTINGS = ("uniform", "episode", "length", "return")
+
+
+def select_episodes(
+    trajectories: Trajectories, *, top: float = 1.0, first: int = 0, min_return: float | None = None
+) -> Trajectories:
+    """The first episodes, of these the ones with at least a return, and of these the best fraction.
+
+    Args:
+        trajectories: Where from; returned as they are where nothing is left out.
+        top: Fraction with the highest returns.
+        first: Number of first episodes, 0 for all.
+        min_return: Lowest return; None for any.
+
+    Raises:
+        UserError: No episode is left, or the fraction is out of range.
+    """
+    if not 0 < top <= 1:
+        raise UserError(f"top={top}: expected a fraction above 0 and at most 1.")
+    kept = np.arange(trajectories.num_episodes)[: first or None]
+    if min_return is not None:
+        kept = kept[trajectories.returns[kept] >= min_return]
+        if not len(kept):
+            raise UserError(
+                f"{trajectories.source}: no episode has a return of {min_return:g}; the best has "
+                f"{trajectories.returns.max():g}. Ask for less."
+            )
+    if top < 1:
+        chosen = trajectories.returns[kept]  # of equal returns the earlier episode wins
+        count = max(1, math.ceil(top * len(kept) - 1e-9))
+        kept = np.sort(kept[np.argsort(-chosen, kind="stable")[:count]])
+    return trajectories if len(kept) == trajectories.num_episodes else trajectories.select(kept)
+
+
+def window_weights(trajectories: Trajectories, by: str) -> NDArray[np.float64] | None:
+    """Relative probability of each env step to be the last of a window.
+
+    Args:
+        trajectories: Where windows are drawn from.
+        by: ``uniform``: each env step alike, so that episodes are drawn in proportion to their length (as Chen et al.
+            2021, arXiv 2106.01345). ``episode``: each episode alike. ``length``: env steps in proportion to the length
+            of their episode, which prefers episodes that lasted. ``return``: episodes in proportion to their return
+            above the worst, which gets a hundredth of the best one's.
+
+    Returns:
+        (N,), or None where all are equal.
+
+    Raises:
+        UnknownNameError: No such weighting.
+    """
+    if by not in WEIGHTINGS:
+        raise UnknownNameError("weighting", by, WEIGHTINGS)
+    if by == "uniform":
+        return None
+    lengths = trajectories.lengths.astype(np.float64)
+    per_step = {"episode": 1 / lengths, "length": lengths}.get(by)
+    if per_step is None:
+        returns = trajectories.returns
+        spread = returns.max() - returns.min()
+        above = (returns - returns.min()) / spread if spread > 0 else np.ones_like(returns)
+        per_step = np.maximum(above, 0.01) / lengths
+    return np.repeat(per_step, trajectories.lengths)
