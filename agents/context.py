@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -28,6 +29,7 @@ class RolloutContext:
         scaling: How raw numbers become what the network sees.
         target_returns: (n,), return to ask for, unscaled, per environment.
         window: ``cached`` or ``full``.
+        on_window: Called with each full window before the network sees it.
     """
 
     def __init__(
@@ -36,15 +38,17 @@ class RolloutContext:
         scaling: InputScaling,
         target_returns: Tensor,
         window: Window = "cached",
+        on_window: Callable[[WindowBatch], None] | None = None,
     ) -> None:
         config = network.config
         self._network, self._scaling, self._window = network, scaling, window
+        self._on_window = on_window
         self._targets = (target_returns / scaling.return_scale).unsqueeze(-1)  # (n, 1)
         n, T = len(target_returns), config.context_length
         # The newest steps slide through buffers of twice their number, so that they move once every T steps only.
-        widths = (config.observation_dim, config.action_dim, 1, 1)
+        widths = [config.observation_dim, config.action_dim, 1, 1]
         self._steps = target_returns.new_zeros(n, 2 * T, sum(widths))
-        self._observations, self._actions, self._returns_to_go, self._rewards = self._steps.split(widths, dim=-1)
+        self._observations, self._actions, self._returns_to_go, self._rewards = torch.split(self._steps, widths, dim=-1)
         self._end = T
         self._timesteps = torch.zeros(n, dtype=torch.long)
         """Of the newest step, (n,); kept on the CPU, so that no decision waits for a GPU."""
@@ -66,7 +70,7 @@ class RolloutContext:
         self._append(observations, rewards, starts)
         T, longest = self._network.config.context_length, int(self._timesteps.max()) + 1
         if self._window == "full":
-            return self._network.features(self._last(min(T, longest)))[:, -1]
+            return self._network.features(self._last(min(T, longest)), last_only=True)[:, -1]
         if self._cached_steps in {0, T} or longest == 1:
             return self._rebuild(min(max(1, T // 2), longest))
         return self._extend()
@@ -116,7 +120,7 @@ class RolloutContext:
         for cache in self._caches:
             cache.length = 0
         self._cached_steps = num_steps
-        return self._network.features(self._last(num_steps), self._caches)[:, -1]
+        return self._network.features(self._last(num_steps), self._caches, last_only=True)[:, -1]
 
     def _extend(self) -> Tensor:
         """Add the rest of the previous env step and the read-out part of this one."""

@@ -144,22 +144,27 @@ class DecisionTransformer(nn.Module):
         raw: Tensor = self.action_head(features)
         return torch.tanh(raw) if self.config.action_tanh else raw
 
-    def features(self, batch: WindowBatch, caches: list[LayerCache] | None = None) -> Tensor:
+    def features(
+        self, batch: WindowBatch, caches: list[LayerCache] | None = None, *, last_only: bool = False
+    ) -> Tensor:
         """Hidden states from which actions are read.
 
         Args:
             batch: Scaled windows.
             caches: Empty caches, one a layer, to be filled with all tokens but those that follow the last read-out.
+            last_only: Whether only the last env step's is wanted.
 
         Returns:
-            (B, T, D).
+            (B, T, D), or (B, 1, D) of the last env step.
         """
         tokens = self.embed(batch)
         if caches is not None:
             tokens = tokens[:, : tokens.shape[1] - self._tokens_after()]
         mask = self._window_mask(batch, tokens.shape[1])
-        every_step = slice(self.config.tokens_before_action - 1, None, self.config.tokens_per_step)
-        return self.encode(tokens, mask, every_step, caches)
+        per_step, first = self.config.tokens_per_step, self.config.tokens_before_action - 1
+        last = first + per_step * (batch.timesteps.shape[1] - 1)
+        read = slice(last if last_only else first, last + 1, per_step)
+        return self.encode(tokens, mask, read, caches)
 
     def distribution(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log standard deviation, (B, T, act) each, of the Gaussian before its tanh.

@@ -146,7 +146,7 @@ def _companion(folder: Path) -> dict[str, Any]:
 
 
 def export_huggingface(
-    policy: DecisionTransformerPolicy, folder: Path, *, weights: Mapping[str, Tensor] | None = None
+    policy: DecisionTransformerPolicy, folder: str | Path, *, weights: Mapping[str, Tensor] | None = None
 ) -> list[str]:
     """Write a folder that transformers' ``DecisionTransformerModel.from_pretrained`` loads.
 
@@ -179,7 +179,7 @@ def export_huggingface(
         write_json(aside / CONFIG_FILE, theirs)
         write_json(aside / COMPANION_FILE, policy_record(policy) | {"notes": notes})
 
-    write_folder(folder, write)
+    write_folder(Path(folder).expanduser(), write)
     for note in notes:
         log.info("%s: %s", folder, note)
     return notes

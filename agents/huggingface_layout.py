@@ -90,7 +90,7 @@ def to_huggingface(state: Mapping[str, Tensor], num_layers: int) -> dict[str, Te
 
 def from_huggingface(weights: Mapping[str, Tensor], num_layers: int) -> dict[str, Tensor]:
     """Hugging Face's weights under our names."""
-    state = {}
+    state: dict[str, Tensor] = {}
     for theirs, ours, transposed in layout(num_layers):
         weight = weights[theirs].T if transposed else weights[theirs]
         state |= dict(zip(ours, weight.chunk(len(ours)), strict=True))

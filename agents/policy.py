@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from eva_rl.agents.context import RolloutContext, Window
 from eva_rl.agents.decision_transformer import DecisionTransformer
-from eva_rl.batch import InputScaling
+from eva_rl.batch import InputScaling, WindowBatch
 from eva_rl.errors import UserError
 
 
@@ -93,6 +93,7 @@ class DecisionTransformerPolicy:
         self.env_id = env_id
         self.metadata = dict(metadata or {})
         self.window: Window = "cached"
+        self.on_window: Callable[[WindowBatch], None] | None = None
         self._context: RolloutContext | None = None
 
     @property
@@ -108,7 +109,7 @@ class DecisionTransformerPolicy:
     @property
     def device(self) -> torch.device:
         """Where the network lives."""
-        return next(self.network.parameters()).device
+        return self.scaling.observation_mean.device
 
     def to(self, device: torch.device | str) -> DecisionTransformerPolicy:
         """Move network and scaling to a device, in place."""
@@ -137,7 +138,7 @@ class DecisionTransformerPolicy:
     def reset(self, env_ids: Sequence[str]) -> None:
         """Forget all histories and prepare for one environment per name."""
         targets = torch.tensor([self.conditioning.of(env_id) for env_id in env_ids], device=self.device)
-        self._context = RolloutContext(self.network, self.scaling, targets.float(), self.window)
+        self._context = RolloutContext(self.network, self.scaling, targets.float(), self.window, self.on_window)
 
     def act(
         self,
