@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from eva_rl.data.selection import WEIGHTINGS
 from eva_rl.errors import UnknownNameError, UserError
 from eva_rl.seeding import MAX_SEED
 
@@ -80,15 +81,26 @@ class NoiseOptions:
 class DataOptions:
     """Where demonstrations come from."""
 
-    source: str = option("expert", "expert (Meta-World's scripts) or a file of episodes; same as data=")
+    source: str = option(
+        "expert",
+        "expert (Meta-World's scripts), expert:ENV?episodes=25, d4rl:NAME, d4rl:FILE, minari:ID, trajectories:PATH or "
+        "a path; same as data=",
+    )
     episodes: int = option(25, "episodes to collect, for each task")
     seed: int = option(0, "chooses the goals and the noise of collected episodes")
     noise: NoiseOptions = group(NoiseOptions, "action noise")
     only_successes: bool = option(True, "leave out episodes in which the expert failed")
     after_success: float = option(0.25, "weight, in sampling, of env steps more than 10 after the first success")
     workers: int = option(2, "processes that collect")
+    top: float = option(1.0, "fraction of the episodes that is used, those with the highest returns")
+    first: int = option(0, "number of first episodes that are used; 0 for all")
+    weight_by: str = option("uniform", "what windows are drawn by: uniform (env steps), episode, length or return")
+    allow_pickle: bool = option(False, "open pickles, admitting numpy arrays and builtin containers alone")
 
     def __post_init__(self) -> None:
+        between(1e-9, 1, data__top=self.top)
+        between(0, 10**9, data__first=self.first)
+        one_of(WEIGHTINGS, data__weight_by=self.weight_by)
         positive(data__episodes=self.episodes, data__workers=self.workers)
         between(0, 1, data__after_success=self.after_success)
         between(0, MAX_SEED, data__seed=self.seed)

@@ -112,11 +112,11 @@ def load_dataset(
     parsed = parse_source(source)
     path = locate(parsed)
     if parsed.kind == "trajectories" and is_store(path):
-        return read_store(path)
+        return replace(read_store(path), source=source)
     mapped = memory_map if memory_map is not None else _too_large(path)
     folder = _store_folder(source, path) if mapped else None
     if folder is not None and is_store(folder):
-        return read_store(folder)
+        return replace(read_store(folder), source=source)
     bounds = None
     if action_bounds is not None:
         low, high = (np.asarray(list(side), np.float32) for side in action_bounds)
