@@ -70,7 +70,10 @@ class RolloutContext:
         self._append(observations, rewards, starts)
         T, longest = self._network.config.context_length, int(self._timesteps.max()) + 1
         if self._window == "full":
-            return self._network.features(self._last(min(T, longest)), last_only=True)[:, -1]
+            windows = self._last(min(T, longest))
+            if self._on_window is not None:
+                self._on_window(windows)
+            return self._network.features(windows, last_only=self._on_window is None)[:, -1]
         if self._cached_steps in {0, T} or longest == 1:
             return self._rebuild(min(max(1, T // 2), longest))
         return self._extend()
