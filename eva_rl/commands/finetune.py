@@ -17,11 +17,14 @@ from eva_rl import envs, eva
 from eva_rl.adapters import (
     METHODS,
     PROJECTIONS,
+    SOURCES,
     AttachedAdapter,
+    Rollouts,
     attach_adapter,
     count_parameters,
     find_method,
     load_policy,
+    measure,
     save_adapted_policy,
     target_layers,
 )
@@ -40,6 +43,7 @@ from eva_rl.commands.options import (
     RunOptions,
     between,
     group,
+    one_of,
     option,
     positive,
 )
@@ -49,7 +53,9 @@ from eva_rl.commands.runs import open_run, prepare_machine, write_summary
 from eva_rl.data import Trajectories, WindowSampler
 from eva_rl.evaluation import EvaluationResult, evaluate, evaluation_envs
 from eva_rl.files import write_json
+from eva_rl.seeding import ROLLOUTS, episode_seeds
 from eva_rl.tracking import Tracker
+from eva_rl.tracking.figures import rank_figure, spectrum_figure
 from eva_rl.training.bc import train_bc
 from eva_rl.training.checkpoint import load_latest_checkpoint
 
@@ -69,11 +75,20 @@ The same command continues an unfinished run_dir.
 class EvaSourceOptions:
     """The activations that EVA looks at."""
 
+    source: str = option("trajectories", "trajectories, rollouts (of the policy, while it acts) or mixed")
     max_batches: int = option(16, "batches of windows at most")
     batch_size: int = option(64, "windows a batch")
+    rollout_envs: int = option(10, "environments in which the policy acts")
+    rollout_steps: int = option(200, "env steps in each")
 
     def __post_init__(self) -> None:
-        positive(adapter__eva__max_batches=self.max_batches, adapter__eva__batch_size=self.batch_size)
+        one_of(SOURCES, adapter__eva__source=self.source)
+        positive(
+            adapter__eva__max_batches=self.max_batches,
+            adapter__eva__batch_size=self.batch_size,
+            adapter__eva__rollout_envs=self.rollout_envs,
+            adapter__eva__rollout_steps=self.rollout_steps,
+        )
 
 
 @dataclass
@@ -91,6 +106,8 @@ class AdapterOptions:
     rho: float = option(1.0, "EVA: no layer gets more than rank * rho; 1 gives all the same")
     tau: float = option(0.99, "EVA: stop when two halves of the data agree to this")
     center: bool = option(False, "EVA: subtract the mean activation")
+    score: str = option("ratio", "EVA: compare layers by explained-variance ratio, or by the paper's formula (paper)")
+    variant: str | None = option(None, "EVA: an ablation of the paper: whiten, rotate, permute or minor")
     eva: EvaSourceOptions = group(EvaSourceOptions, "EVA's data")
 
     def __post_init__(self) -> None:
@@ -99,6 +116,9 @@ class AdapterOptions:
         between(1, 1000, adapter__rho=self.rho)
         between(0, 1, adapter__tau=self.tau)
         between(0, 0.99, adapter__dropout=self.dropout)
+        one_of(("ratio", "paper"), adapter__score=self.score)
+        if self.variant is not None:
+            one_of(("whiten", "rotate", "permute", "minor"), adapter__variant=self.variant)
         if self.alpha is not None:
             positive(adapter__alpha=self.alpha)
 
@@ -153,14 +173,13 @@ def finetune(config: FinetuneConfig) -> None:
     before = evaluate_now("Before")
     phases.end("evaluate_before")
     adapter = attach(policy, sampler, config)
-    if adapter.eva is not None:
-        report = adapter.eva.to_report() | {"data": {"source": data.source, "hash": data.content_hash}}
-        write_json(run_dir / "eva_report.json", report)
     phases.end("adapter")
     resumed = load_latest_checkpoint(run_dir / "checkpoint")
     with Tracker(run_dir, None if resumed is None else resumed.step) as tracker:
         if resumed is None:
             tracker.log(before.metrics(), 0)
+        if adapter.eva is not None:
+            report_eva(run_dir, adapter.eva, data, config, tracker)
         with training_progress(config.algo.updates) as bar:
             train_bc(
                 policy,
@@ -185,7 +204,7 @@ def make_sampler(policy: DecisionTransformerPolicy, data: Trajectories, config: 
         policy.network.config.context_length,
         policy.scaling,
         seed=config.seed,
-        weights=sampling_weights(data, config.data.after_success),
+        weights=sampling_weights(data, config.data.after_success, config.data.weight_by),
     )
 
 
@@ -194,20 +213,11 @@ def attach(policy: DecisionTransformerPolicy, sampler: WindowSampler, config: Fi
     options = config.adapter
     result = None
     if find_method(options.method).eva:
-        result = eva.compute(
-            policy.network,
-            windows(policy, sampler, options.eva.batch_size),
-            targets=target_layers(policy.network, options.targets),
-            rank=options.rank,
-            rho=options.rho,
-            tau=options.tau,
-            center=options.center,
-            alpha=options.rank if options.alpha is None else options.alpha,
-            max_batches=options.eva.max_batches,
-            seed=config.seed,
-        )
+        result = _measure(policy, sampler, config)
         console.print(
-            f"EVA: {result.rows} rows in {result.batches} batches, stopped: {result.stopped}, {result.seconds:.1f} s"
+            f"EVA: {result.rows} rows in {result.batches} batches, {result.stopped}, {result.seconds:.1f} s; "
+            f"{sum(layer.explained_variance for layer in result.layers.values()) / len(result.layers):.0%} of the "
+            "variance explained on average"
         )
     return attach_adapter(
         policy,
@@ -218,6 +228,35 @@ def attach(policy: DecisionTransformerPolicy, sampler: WindowSampler, config: Fi
         targets=options.targets,
         eva=result,
     )
+
+
+def _measure(policy: DecisionTransformerPolicy, sampler: WindowSampler, config: FinetuneConfig) -> eva.EvaResult:
+    options = config.adapter
+    source, rollouts = options.eva.source, None
+    if source != "trajectories":
+        spec = envs.env_spec(config.env.id, config.env.horizon)
+        vec_env = envs.make_vec_env(spec.env_id, options.eva.rollout_envs, horizon=config.env.horizon)
+        vec_env.seed(episode_seeds(ROLLOUTS, config.seed))
+        rollouts = Rollouts(vec_env, [spec.env_id] * vec_env.num_envs, options.eva.rollout_steps)
+    try:
+        return measure(
+            policy,
+            target_layers(policy.network, options.targets),
+            None if source == "rollouts" else windows(policy, sampler, options.eva.batch_size),
+            rollouts,
+            max_batches=options.eva.max_batches,
+            rank=options.rank,
+            rho=options.rho,
+            tau=options.tau,
+            center=options.center,
+            score=options.score,
+            variant=options.variant,
+            alpha=options.rank if options.alpha is None else options.alpha,
+            seed=config.seed,
+        )
+    finally:
+        if rollouts is not None:
+            rollouts.vec_env.close()
 
 
 def windows(policy: DecisionTransformerPolicy, sampler: WindowSampler, batch_size: int) -> Iterator[WindowBatch]:
@@ -242,6 +281,17 @@ def _evaluate(
         return play()
     with counting_progress(f"{name:8s}", config.eval.episodes) as advance:
         return play(on_episode=advance)
+
+
+def report_eva(
+    run_dir: Path, result: eva.EvaResult, data: Trajectories, config: FinetuneConfig, tracker: Tracker
+) -> None:
+    """Write ``eva_report.json``, and show spectra and ranks."""
+    origin = {"source": data.source, "hash": data.content_hash, "listened_to": config.adapter.eva.source}
+    write_json(run_dir / "eva_report.json", {"data": origin, **result.to_report()})
+    spectra = {name: layer.explained_variance_ratio.tolist() for name, layer in result.layers.items()}
+    tracker.figure("eva/spectrum", spectrum_figure(spectra), 0)
+    tracker.figure("eva/ranks", rank_figure({name: layer.rank for name, layer in result.layers.items()}), 0)
 
 
 def finish(

@@ -10,9 +10,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
 
 from eva_rl.files import write_file
+from eva_rl.tracking.figures import pixels
 
 METRICS_FILE = "metrics.jsonl"
 WALL_TIME = "wall_time"
@@ -46,6 +48,12 @@ class Tracker:
             self.writer.add_scalar(key, number, step)
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
+
+    def figure(self, tag: str, figure: Figure, step: int) -> None:
+        """Show a figure in TensorBoard and keep it as ``figures/<tag>.png``."""
+        path = self.path.parent / "figures" / f"{tag.replace('/', '_')}.png"
+        write_file(path, lambda aside: figure.savefig(aside, dpi=120, format="png"))
+        self.writer.add_image(tag, pixels(figure), step, dataformats="HWC")
 
     def close(self) -> None:
         """Flush and close."""

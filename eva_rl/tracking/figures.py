@@ -1,0 +1,69 @@
+"""Pictures of what EVA found."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+
+def spectrum_figure(spectra: Mapping[str, Sequence[float]]) -> Figure:
+    """Cumulative explained variance against the number of components, one line a layer.
+
+    Args:
+        spectra: Explained-variance ratios of each layer, largest first.
+    """
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    kinds = sorted({name.rpartition(".")[2] for name in spectra})
+    for name, ratios in spectra.items():
+        kind = kinds.index(name.rpartition(".")[2])
+        total = np.cumsum(ratios)
+        axes.plot(np.arange(1, len(total) + 1), total, color=f"C{kind}", alpha=0.7, lw=1.2)
+    for index, kind in enumerate(kinds):
+        axes.plot([], [], color=f"C{index}", label=kind)
+    axes.set(xlabel="components", ylabel="explained variance", ylim=(0, 1.02), title="Activations on the new task")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, fontsize="small", ncols=2, loc="lower right")
+    return figure
+
+
+def rank_figure(ranks: Mapping[str, int]) -> Figure:
+    """Rank of every target layer: blocks down, kinds of projection across.
+
+    Args:
+        ranks: Rank by layer name, for instance ``blocks.0.attention.q_proj``.
+    """
+    kinds = list(dict.fromkeys(name.rpartition(".")[2] for name in ranks))
+    blocks = list(dict.fromkeys(_block(name) for name in ranks))
+    grid = np.full((len(blocks), len(kinds)), np.nan)
+    for name, rank in ranks.items():
+        grid[blocks.index(_block(name)), kinds.index(name.rpartition(".")[2])] = rank
+    figure = Figure(figsize=(1.5 + 0.9 * len(kinds), 1.2 + 0.5 * len(blocks)), layout="constrained")
+    axes = figure.subplots()
+    picture = axes.imshow(grid, cmap="Blues", vmin=0, aspect="auto")
+    for (row, column), rank in np.ndenumerate(grid):
+        if not np.isnan(rank):
+            dark = rank > 0.6 * np.nanmax(grid)
+            axes.text(column, row, f"{rank:.0f}", ha="center", va="center", color="white" if dark else "black")
+    axes.set_xticks(range(len(kinds)), kinds, rotation=30, ha="right")
+    axes.set_yticks(range(len(blocks)), blocks)
+    axes.set_title("Rank")
+    figure.colorbar(picture, ax=axes)
+    return figure
+
+
+def _block(name: str) -> str:
+    parts = name.split(".")
+    numbers = [index for index, part in enumerate(parts) if part.isdigit()]
+    return ".".join(parts[: numbers[-1] + 1]) if numbers else "other"
+
+
+def pixels(figure: Figure) -> NDArray[np.uint8]:
+    """A figure as (height, width, 3) pixels."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
