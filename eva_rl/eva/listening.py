@@ -189,15 +189,17 @@ class Listener:
         self._feed(accumulator, x, layer.name, 0)
 
     def _feed(self, accumulator: Accumulator, x: Tensor, name: str, turn: int) -> None:
-        keep = None if self._mask is None else self._mask.rows(x.shape, name).to(x.device)
         flat = x.reshape(-1, x.shape[-1])
         for half, rows in _halves(x.shape, turn):
-            part, kept = flat[rows], None if keep is None else keep[rows]
-            if kept is not None and kept.device.type == "cpu":
-                # without an accelerator to keep busy, leaving rows out is cheaper than multiplying zeros
-                part, kept = (part, None) if bool(kept.all()) else (part[kept], None)
-            if part.shape[0]:
-                accumulator.update(half, part, kept)
+            if self._mask is None:
+                accumulator.update(half, flat[rows])
+            elif x.device.type == "cpu":
+                # without an accelerator to keep busy, leaving rows out is cheaper than adding zeros
+                indices = self._mask.indices(x.shape, name, rows)
+                part = flat[rows] if indices is None else flat.index_select(0, indices)
+                accumulator.update(half, part, owned=indices is not None)
+            else:
+                accumulator.update(half, flat[rows], self._mask.rows(x.shape, name).to(x.device)[rows])
 
 
 def _halves(shape: torch.Size, turn: int) -> list[tuple[int, slice]]:

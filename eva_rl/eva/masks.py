@@ -28,6 +28,7 @@ class Mask:
             raise UserError(f"A mask has to be (batch, time), got the shape {tuple(steps.shape)}.")
         self.steps = steps != 0
         self._expanded: dict[tuple[int, ...], Tensor] = {}
+        self._indices: dict[tuple[tuple[int, ...], int], Tensor | None] = {}
 
     def rows(self, shape: torch.Size, name: str) -> Tensor:
         """The mask (N,) of the rows of an activation of `shape` (..., D).
@@ -42,6 +43,14 @@ class Mask:
         if key not in self._expanded:
             self._expanded[key] = self._expand(key, name)
         return self._expanded[key]
+
+    def indices(self, shape: torch.Size, name: str, rows: slice) -> Tensor | None:
+        """Numbers of the rows that count among `rows`, for `index_select`; None if all do. Waits for the device."""
+        key = (tuple(shape[:-1]), rows.start)
+        if key not in self._indices:
+            part = self.rows(shape, name)[rows]
+            self._indices[key] = None if bool(part.all()) else part.nonzero()[:, 0] + rows.start
+        return self._indices[key]
 
     def _expand(self, shape: tuple[int, ...], name: str) -> Tensor:
         B, T = self.steps.shape

@@ -41,7 +41,7 @@ class Sketch(Shifted):
             self._aim(x, rounds=2 if fresh else 1)
         self._seen += x.shape[0]
         self.core[half] += full_product(x.T, full_product(x, self.omega))
-        self.square[half] += x.square().sum()
+        self.square[half] += torch.linalg.vector_norm(x).square()
 
     def _aim(self, x: Tensor, rounds: int) -> None:
         x = x.nan_to_num(0.0, 0.0, 0.0)  # values that are not finite are found in the sums
@@ -90,7 +90,11 @@ class StreamingSvd(Accumulator):
         self.factor = [torch.zeros_like(basis)] * 2
         self.seen = [False, False]
 
-    def update(self, half: int, rows: Tensor, keep: Tensor | None = None) -> None:  # noqa: D102 - the base says it
+    def update(  # noqa: D102 - the base says it
+        self, half: int, rows: Tensor, keep: Tensor | None = None, *, owned: bool = False
+    ) -> None:
+        if rows.shape[0] == 0:
+            return
         x = rows.float()
         if keep is not None:
             x = torch.where(keep[:, None], x, 0.0)

@@ -78,8 +78,15 @@ class Accumulator(ABC):
         self.count = torch.zeros(2, device=device, dtype=self.dtype)
 
     @abstractmethod
-    def update(self, half: int, rows: Tensor, keep: Tensor | None = None) -> None:
-        """Add rows (N, D) to half 0 or 1; `keep` (N,) bool leaves out the others without looking at their values."""
+    def update(self, half: int, rows: Tensor, keep: Tensor | None = None, *, owned: bool = False) -> None:
+        """Add rows to one half.
+
+        Args:
+            half: 0 or 1.
+            rows: (N, D), N may be 0.
+            keep: (N,) bool, leaves out the others without looking at their values.
+            owned: The rows may be overwritten.
+        """
 
     @abstractmethod
     def sums(self) -> Sums:
@@ -99,14 +106,18 @@ class Shifted(Accumulator):
 
     shift: Tensor | None = None
 
-    def update(self, half: int, rows: Tensor, keep: Tensor | None = None) -> None:  # noqa: D102 - the base says it
+    def update(  # noqa: D102 - the base says it
+        self, half: int, rows: Tensor, keep: Tensor | None = None, *, owned: bool = False
+    ) -> None:
+        if rows.shape[0] == 0:
+            return
         x = rows.float()
         if keep is not None:
             x = torch.where(keep[:, None], x, 0.0)
         count = float(x.shape[0]) if keep is None else keep.sum()
         if self.shift is None:
             self.shift = x.sum(0) / torch.as_tensor(count, device=x.device).clamp(min=1)
-        x = x - self.shift
+        x = x.sub_(self.shift) if owned or x is not rows else x - self.shift
         if keep is not None:
             x = torch.where(keep[:, None], x, 0.0)
         self.linear[half] += x.sum(0)
