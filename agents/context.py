@@ -84,7 +84,7 @@ class RolloutContext:
 
     @property
     def num_visible_steps(self) -> int:
-        """Env steps of the context of the last features, the newest included."""
+        """Env steps in the cache, the newest included; 0 with full windows."""
         return self._cached_steps
 
     def _append(self, observations: Tensor, rewards: Tensor, starts: Tensor) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -137,6 +139,15 @@ def test_reward_tokens_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="save_policy"):
         export_huggingface(policy, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_loading_needs_no_transformers(tmp_path: Path) -> None:
+    export_huggingface(make_policy(OBS, ACT), tmp_path / "out")
+    code = (
+        "import sys; from eva_rl.agents import load_policy; load_policy(sys.argv[1]);"
+        "sys.exit('transformers' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "out")], check=True, cwd=tmp_path)
 
 
 def test_old_buffers_and_plain_pickles_of_tensors_are_read(tmp_path: Path) -> None:
