@@ -44,6 +44,8 @@ REFERENCES: dict[str, tuple[float, float]] = {
 }
 """Lowest and highest reference return of each of D4RL's environments; longer names stand before their beginnings."""
 
+_HANDS = {"pen", "hammer", "door", "relocate"}
+"""Adroit's tasks; Meta-World has a hammer and doors of its own."""
 _SPELLINGS = (
     (r"^d4rl[/:]|^minari:|^mujoco/", ""),
     (r"^adroithand", ""),
@@ -68,7 +70,8 @@ def reference_scores(name: str) -> tuple[float, float] | None:
     for pattern, spelling in _SPELLINGS:
         plain = re.sub(pattern, spelling, plain)
     for known, scores in REFERENCES.items():
-        if re.match(rf"{re.escape(known)}(?:-|$)", plain):
+        ending = r"-(human|cloned|expert|v[01]\b)" if known in _HANDS else r"(-|$)"
+        if re.match(re.escape(known) + ending, plain):
             return scores
     return None
 

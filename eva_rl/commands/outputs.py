@@ -78,4 +78,5 @@ def data_references(data: Trajectories) -> tuple[float, float] | None:
     own = [data.metadata.get(key) for key in ("ref_min_score", "ref_max_score")]
     if own[0] is not None and own[1] is not None:
         return float(own[0]), float(own[1])
-    return envs.reference_scores(data.metadata.get("dataset", "")) or envs.reference_scores(data.env_id)
+    by_name: tuple[float, float] | None = envs.reference_scores(data.metadata.get("dataset", ""))
+    return by_name or envs.reference_scores(data.env_id)

@@ -196,7 +196,7 @@ def checked_episode(
     steps = len(rewards)
     if steps == 0:
         raise UserError(f"{place(path, prefix + 'rewards')} is empty: an episode needs at least one env step.")
-    arrays = {
+    arrays: dict[str, Any] = {
         "observations": floats(path, prefix + "observations", raw["observations"]),
         "actions": bounded(path, prefix + "actions", floats(path, prefix + "actions", raw["actions"]), bounds),
         "terminations": flags(path, prefix + "terminations", raw["terminations"]),

@@ -10,8 +10,8 @@ import re
 import shutil
 import urllib.request
 from dataclasses import dataclass
+from http.client import HTTPResponse
 from pathlib import Path
-from typing import IO
 
 from eva_rl.errors import UnknownNameError, UserError
 from eva_rl.files import write_file
@@ -153,6 +153,9 @@ def download(url: str, path: Path) -> None:
         ) from error
 
 
-def _copy(answer: IO[bytes], aside: Path) -> None:
+def _copy(answer: HTTPResponse, aside: Path) -> None:
     with aside.open("wb") as file:
         shutil.copyfileobj(answer, file)
+        expected, got = answer.headers.get("Content-Length"), file.tell()
+    if expected is not None and int(expected) != got:
+        raise ValueError(f"the connection ended after {got} of {expected} bytes")

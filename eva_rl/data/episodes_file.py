@@ -135,11 +135,11 @@ def _read_episode(path: Path, name: str, group: Any, bounds: ActionBounds | None
         raise UserError(f"{place(path, name)} is no group. Expected one with {', '.join(REQUIRED)}.")
     raw = {key: _flattened(path, group, key, f"{name}/") for key in ("observations", "actions")}
     raw |= {key: _read(path, group, key, f"{name}/") for key in REQUIRED[2:]}
-    if "infos" in group:
-        infos = hdf5.member(path, group, "infos")
+    infos = hdf5.member(path, group, "infos")
+    if isinstance(infos, h5py.Group):
         known = {"success": "successes", "target_actions": "target_actions"}
-        found = hdf5.keys(path, infos) if isinstance(infos, h5py.Group) else []
-        raw |= {known[key]: _read(path, infos, key, f"{name}/infos/") for key in found if key in known}
+        found = [key for key in hdf5.keys(path, infos) if key in known]
+        raw |= {known[key]: _read(path, infos, key, f"{name}/infos/") for key in found}
     return checked_episode(path, f"{name}/", raw, bounds)
 
 

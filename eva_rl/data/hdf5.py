@@ -51,10 +51,15 @@ def member(path: Path, group: Any, key: str) -> Any:
     """A group or an array, or None where there is none.
 
     Raises:
-        UserError: The file is damaged.
+        UserError: The file is damaged. ``in`` and ``get`` of h5py would call a damaged member a missing one.
     """
-    with reading(path, key):
-        return group.get(key)
+    try:
+        with reading(path, key):
+            return group[key]
+    except UserError as error:
+        if isinstance(error.__cause__, KeyError) and key.split("/", maxsplit=1)[0] not in keys(path, group):
+            return None
+        raise
 
 
 def array(path: Path, group: Any, key: str, expected: str = "", prefix: str = "") -> h5py.Dataset:

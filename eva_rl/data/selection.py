@@ -69,6 +69,7 @@ def window_weights(trajectories: Trajectories, by: str) -> NDArray[np.float64] |
     if per_step is None:
         returns = trajectories.returns
         spread = returns.max() - returns.min()
-        above = (returns - returns.min()) / spread if spread > 0 else np.ones_like(returns)
+        differ = spread > 1e-5 * np.abs(returns).max()  # by more than float32 rewards round
+        above = (returns - returns.min()) / spread if differ else np.ones_like(returns)
         per_step = np.maximum(above, 0.01) / lengths
     return np.repeat(per_step, trajectories.lengths)
