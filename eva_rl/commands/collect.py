@@ -4,22 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 from eva_rl.commands.command import console, register, run_command
 from eva_rl.commands.options import EnvOptions, NoiseOptions, between, group, option, positive
-from eva_rl.data import write_episodes
+from eva_rl.commands.outputs import MINARI, check_output, write_output
 from eva_rl.demonstrations import ActionNoise, collect_expert
-from eva_rl.errors import UserError
 from eva_rl.seeding import MAX_SEED
 
 HELP = """
-Collect demonstrations of a Meta-World task from its scripted expert into one HDF5 file (Minari's episode layout).
+Collect demonstrations of a Meta-World task from its scripted expert into one HDF5 file (Minari's episode layout),
+a Minari data set, or a folder of arrays that are mapped into memory.
 The same arguments give the same episodes, with any number of workers.
 
 Examples:
   python -m eva_rl.collect env=push-v3 episodes=25 out=push.h5
   python -m eva_rl.collect env=push-v3 episodes=100 noise.std=0.4 seed=7 out=noisy.h5
+  python -m eva_rl.collect env=push-v3 episodes=25 out=minari:mine/push-v0
 """
 
 
@@ -28,7 +28,7 @@ class CollectConfig:
     """Config of ``python -m eva_rl.collect``."""
 
     episodes: int = option(25, "episodes to keep")
-    out: str = option("", "the file to write; empty takes data/<task>.h5")
+    out: str = option("", "FILE.h5, minari:NAMESPACE/NAME-v0 or a folder; empty takes data/<task>.h5")
     seed: int = option(0, "chooses the goals and the noise")
     only_successes: bool = option(True, "leave out episodes in which the expert failed")
     workers: int = option(2, "processes")
@@ -45,9 +45,8 @@ register("collect", CollectConfig, {})
 
 def collect(config: CollectConfig) -> None:
     """Play, and write the file."""
-    out = Path(config.out or f"data/{config.env.id.split('/')[-1]}.h5").expanduser()
-    if out.exists():
-        raise UserError(f"{out} exists and is not overwritten. Name another file with out=, or remove it.")
+    out = config.out or f"data/{config.env.id.split('/')[-1]}.h5"
+    check_output(out)
     data = collect_expert(
         config.env.id,
         config.episodes,
@@ -57,11 +56,13 @@ def collect(config: CollectConfig) -> None:
         only_successes=config.only_successes,
         workers=config.workers,
     )
-    write_episodes(out, data, {"seed": config.seed, **{f"noise_{k}": v for k, v in asdict(config.noise).items()}})
+    noise = {f"noise_{key}": value for key, value in asdict(config.noise).items()}
+    about = {"algorithm_name": "scripted expert"} if out.startswith(MINARI) else {"seed": config.seed, **noise}
+    source = write_output(out, data, about)
     solved = int(data.successes[data.offsets[1:] - 1].sum()) if data.successes is not None else 0
     console.print(
         f"{data.env_id}: {data.num_episodes} episodes, {data.num_steps} env steps, {solved} solved, mean return "
-        f"{data.returns.mean():.1f}. File: {out}",
+        f"{data.returns.mean():.1f}. Use them with data={source}",
         soft_wrap=True,
     )
 

@@ -11,6 +11,7 @@ import numpy as np
 from eva_rl import envs
 from eva_rl.data import Trajectories, save_minari, write_episodes, write_store
 from eva_rl.data.checks import ActionBounds
+from eva_rl.data.minari_sets import minari_root
 from eva_rl.errors import UserError
 
 FILE_SUFFIXES = {".h5", ".hdf5"}
@@ -28,10 +29,11 @@ def check_output(out: str) -> None:
     """
     if not out or out == MINARI:
         raise UserError("out= is missing: name a FILE.h5, a minari:NAMESPACE/NAME-v0, or a folder for a store.")
-    path = Path(out).expanduser()
-    if not out.startswith(MINARI) and path.exists():
+    in_minari = out.startswith(MINARI)
+    path = minari_root() / out.removeprefix(MINARI) if in_minari else Path(out).expanduser()
+    if path.exists():
         raise UserError(f"{path} exists and is not overwritten. Name another out=, or remove it.")
-    if path.suffix and path.suffix not in FILE_SUFFIXES and not out.startswith(MINARI):
+    if path.suffix and path.suffix not in FILE_SUFFIXES and not in_minari:
         raise UserError(f"out={out}: expected FILE.h5, minari:NAMESPACE/NAME-v0, or a folder without a suffix.")
 
 

@@ -113,7 +113,7 @@ def pretrain(config: PretrainConfig) -> None:
     data = [load_task_data(task, config.data, run_dir / "data", config.env.horizon) for task in tasks]
     policy = _new_policy(config, data).to(device)
     joined = concatenate(data, source=f"{config.data.source}:{config.env.id}")
-    weights = sampling_weights(joined, config.data.after_success)
+    weights = sampling_weights(joined, config.data.after_success, config.data.weight_by)
     sampler = WindowSampler(joined, config.size.context_length, policy.scaling, seed=config.seed, weights=weights)
     data_seconds = perf_counter() - began
     vec_env = envs.make_task_vec_env(tasks)

@@ -32,7 +32,7 @@ class _DType:
         self.order = {"<": "<", ">": ">"}.get(state[1], self.order)
 
     def numpy(self) -> np.dtype[Any]:
-        return np.dtype(self.spec).newbyteorder(self.order)
+        return np.dtype(self.order + self.spec)
 
 
 class _Array:
