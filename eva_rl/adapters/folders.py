@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 
 from eva_rl.adapters.attach import AttachedAdapter, base_weights
 from eva_rl.agents.checkpoint import find_policy, read_policy, write_policy_files
+from eva_rl.agents.imports import ImportOptions
 from eva_rl.agents.policy import DecisionTransformerPolicy
 from eva_rl.errors import UserError
 from eva_rl.files import write_folder
@@ -40,18 +41,22 @@ def save_adapted_policy(
     write_folder(folder, write)
 
 
-def load_policy(name_or_path: str | Path, device: torch.device | str = "cpu") -> DecisionTransformerPolicy:
+def load_policy(
+    name_or_path: str | Path, device: torch.device | str = "cpu", options: ImportOptions | None = None
+) -> DecisionTransformerPolicy:
     """Load a policy with its adapter, where it has one.
 
     Args:
-        name_or_path: A policy folder, a run directory that holds one, or a shipped name such as ``mt40``.
+        name_or_path: A policy folder, a run directory that holds one, a shipped name such as ``mt40``, or a Hugging
+            Face Decision Transformer (folder or hub id).
         device: Where the network goes.
+        options: What checkpoints of other projects do not say of themselves.
 
     Raises:
         UserError: No such policy, or its files are damaged or do not fit each other.
     """
     folder = find_policy(str(name_or_path))
-    policy = read_policy(folder)
+    policy = read_policy(folder, options)
     if (folder / ADAPTER_FOLDER).is_dir():
         _load_adapter(policy, folder / ADAPTER_FOLDER)
     policy.network.eval()

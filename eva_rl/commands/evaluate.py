@@ -8,9 +8,9 @@ from pathlib import Path
 
 from rich.table import Table
 
-from eva_rl.adapters import load_policy
 from eva_rl.commands.command import console, register, run_command
 from eva_rl.commands.options import EvalOptions, PolicyOptions, RunOptions, group, one_of, option
+from eva_rl.commands.policies import open_policy
 from eva_rl.commands.pretrain import task_ids
 from eva_rl.commands.progress import counting_progress
 from eva_rl.commands.runs import prepare_machine, versions
@@ -60,7 +60,7 @@ def evaluate_policy(config: EvaluateConfig) -> None:
     out = Path(config.out).expanduser() if config.out else None
     if out is not None and out.exists():
         raise UserError(f"{out} exists and is not overwritten. Name another out=, or remove it.")
-    policy = load_policy(config.policy.path, prepare_machine(config))
+    policy = open_policy(config.policy, prepare_machine(config))
     policy.window = "full" if config.window == "full" else "cached"
     if not (config.env.id or policy.env_id):
         raise UserError(f"The policy {config.policy.path} was made for several tasks. Name one with env=.")

@@ -23,7 +23,6 @@ from eva_rl.adapters import (
     attach_adapter,
     count_parameters,
     find_method,
-    load_policy,
     measure,
     save_adapted_policy,
     target_layers,
@@ -47,6 +46,7 @@ from eva_rl.commands.options import (
     option,
     positive,
 )
+from eva_rl.commands.policies import open_policy
 from eva_rl.commands.pretrain import bc_options
 from eva_rl.commands.progress import counting_progress, training_progress
 from eva_rl.commands.runs import open_run, prepare_machine, write_summary
@@ -157,7 +157,7 @@ def finetune(config: FinetuneConfig) -> None:
     """Evaluate, aim and attach the adapter, train, evaluate again, save."""
     device = prepare_machine(config)
     spec = envs.env_spec(config.env.id, config.env.horizon)
-    policy = load_policy(config.policy.path, device)
+    policy = open_policy(config.policy, device)
     policy.check_dimensions(spec.observation_dim, spec.action_dim, spec.env_id)
     target_layers(policy.network, config.adapter.targets)
     run_dir = open_run("finetune", config)

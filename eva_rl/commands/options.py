@@ -124,8 +124,12 @@ class EvalOptions:
 class PolicyOptions:
     """The pretrained policy."""
 
-    path: str = option("mt40", "a shipped name, a policy folder or a run directory; same as policy=")
-    target_return: float | None = option(None, "return to ask for; null takes it from the demonstrations")
+    path: str = option(
+        "mt40", "a shipped name, a policy folder, a run directory, or a Hugging Face folder or hub id; same as policy="
+    )
+    target_return: float | None = option(None, "return to ask for; null takes the demonstrations' or the policy's own")
+    context_length: int | None = option(None, "env steps an imported policy was trained to see; null takes 20")
+    allow_pickle: bool = option(False, "read imported weights from a torch.save file, admitting tensors alone")
 
 
 @dataclass

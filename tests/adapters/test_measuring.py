@@ -7,20 +7,25 @@ from itertools import count
 import numpy as np
 import pytest
 import torch
+from stable_baselines3.common.vec_env import DummyVecEnv
 
 from eva_rl import envs
 from eva_rl.adapters import Rollouts, measure, target_layers
 from eva_rl.batch import WindowBatch
 from eva_rl.data import Trajectories, WindowSampler
+from eva_rl.envs.vector import NumberedEpisodes
 from tests.conftest import make_policy
 
 STEPS, NUM_ENVS, LAYER = 30, 3, "blocks.1.mlp.up_proj"
 
 
-def rollouts(horizon: int = 12) -> Rollouts:
-    vec_env = envs.make_vec_env("reach-v3", NUM_ENVS, horizon=horizon)
-    vec_env.seed(77)
-    return Rollouts(vec_env, ["metaworld/reach-v3"] * NUM_ENVS, STEPS)
+def rollouts() -> Rollouts:
+    """Episodes of different lengths, so that some windows are padded while others are whole."""
+    makers = [
+        lambda i=i: NumberedEpisodes(envs.make_env("reach-v3", horizon=7 + 3 * i), 77 + i, NUM_ENVS)
+        for i in range(NUM_ENVS)
+    ]
+    return Rollouts(DummyVecEnv(makers), ["metaworld/reach-v3"] * NUM_ENVS, STEPS)
 
 
 def replayed(rows_of_padding: bool = False) -> torch.Tensor:
@@ -35,8 +40,7 @@ def replayed(rows_of_padding: bool = False) -> torch.Tensor:
     for _ in range(STEPS):
         actions = policy.act(observations, rewards, starts)
         observations, rewards, starts, _ = acting.vec_env.step(actions)
-        policy.network.get_submodule(LAYER)
-    policy.on_window = None
+    policy.on_window = lambda windows: None  # whole windows again
     handle = policy.network.get_submodule(LAYER).register_forward_pre_hook(lambda m, x: inputs.append(x[0].detach()))
     fresh = rollouts()
     policy.reset(fresh.env_ids)

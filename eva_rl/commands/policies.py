@@ -1,0 +1,22 @@
+"""The policy that a command starts from."""
+
+from __future__ import annotations
+
+import torch
+
+from eva_rl.adapters import load_policy
+from eva_rl.agents import DecisionTransformerPolicy
+from eva_rl.agents.imports import ImportOptions
+from eva_rl.commands.options import PolicyOptions
+
+
+def open_policy(options: PolicyOptions, device: torch.device) -> DecisionTransformerPolicy:
+    """Load the policy that the options name.
+
+    Raises:
+        UserError: See :func:`eva_rl.adapters.load_policy`.
+    """
+    imported = ImportOptions(
+        context_length=options.context_length, target_return=options.target_return, allow_pickle=options.allow_pickle
+    )
+    return load_policy(options.path, device, imported)

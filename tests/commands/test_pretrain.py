@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+import eva_rl
+from eva_rl.commands import evaluate, pretrain
+from eva_rl.commands.pretrain import task_ids
+from eva_rl.envs import CW10, MT40
+from eva_rl.tracking.tracker import read_metrics
+
+SMALL = ["env=reach-v3+window-close-v3", "data.episodes=2", "data.workers=1", "env.horizon=60", "threads=1"]
+SMALL += ["data.only_successes=false", "size.hidden_size=16", "size.num_layers=1", "size.num_heads=2"]
+SMALL += ["size.context_length=5", "algo.updates=4", "algo.batch_size=8", "eval.episodes=1", "eval.every=2"]
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pretrain") / "run"
+    assert pretrain.main([*SMALL, f"run_dir={folder}"]) == 0
+    return folder
+
+
+def test_a_policy_comes_out(run_dir: Path) -> None:
+    policy = eva_rl.load_policy(run_dir)
+    assert policy.network.config.context_length == 5
+    assert set(policy.conditioning.per_env) == {"metaworld/reach-v3", "metaworld/window-close-v3"}
+    assert policy.metadata["pretrained_on"] == ["metaworld/reach-v3", "metaworld/window-close-v3"]
+    assert policy.metadata["data"] == {
+        "source": "expert:reach-v3+window-close-v3",
+        "episodes": 4,
+        "steps": 240,
+    }
+
+
+def test_progress_is_on_record(run_dir: Path) -> None:
+    rows = [row for row in read_metrics(run_dir) if "validation/success_rate" in row]
+    assert [row["step"] for row in rows] == [2, 4]
+    assert (
+        json.loads((run_dir / "summary.json").read_text())["validation/success_rate"]
+        == rows[-1]["validation/success_rate"]
+    )
+
+
+def test_task_sets() -> None:
+    assert tuple(task_ids("cw10")) == CW10
+    assert tuple(task_ids("mt40")) == MT40
+    assert len(task_ids("mt50")) == 50
+    assert task_ids("push+reach-v3") == ["metaworld/push-v3", "metaworld/reach-v3"]
+
+
+def test_evaluate_several_tasks(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out.json"
+    arguments = [f"policy={run_dir}", "env=reach-v3+push-v3", "eval.episodes=2", "env.horizon=10", f"out={out}"]
+    assert evaluate.main([*arguments, "threads=1"]) == 0
+    record = json.loads(out.read_text())
+    assert list(record["tasks"]) == ["metaworld/reach-v3", "metaworld/push-v3"]
+    assert record["mean_success_rate"] == 0
+    assert [e["length"] for e in record["tasks"]["metaworld/push-v3"]["episodes"]] == [10, 10]
+    assert evaluate.main([*arguments, "threads=1"]) == 2
+    assert "not overwritten" in capsys.readouterr().err
+    assert json.loads(out.read_text()) == record
+
+
+def test_a_policy_of_several_tasks_wants_a_task(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert evaluate.main([f"policy={run_dir}", "threads=1"]) == 2
+    assert "Name one with env=" in " ".join(capsys.readouterr().err.split())
+
+
+def test_validation_episodes_are_others(run_dir: Path, tmp_path: Path) -> None:
+    seeds = []
+    for flag in ("false", "true"):
+        out = tmp_path / f"{flag}.json"
+        more = ["env=reach-v3", "eval.episodes=2", "env.horizon=5", "threads=1", f"validation={flag}", f"out={out}"]
+        assert evaluate.main([f"policy={run_dir}", *more]) == 0
+        episodes = json.loads(out.read_text())["tasks"]["metaworld/reach-v3"]["episodes"]
+        seeds.append({episode["episode_seed"] for episode in episodes})
+    assert not seeds[0] & seeds[1]
