@@ -29,8 +29,6 @@ from torch import Tensor, nn
 from transformers import DecisionTransformerConfig, DecisionTransformerModel
 
 from eva_rl import eva
-from eva_rl.eva.gram import Gram
-from eva_rl.eva.subspace import leading
 
 TARGETS = ["c_attn", "c_proj", "c_fc"]
 STATES, ACTIONS = 39, 4
@@ -121,18 +119,12 @@ class Judge:
         return scores
 
 
-class Clock:
+def clock(device: str) -> float:
     """CPU seconds, or wall seconds around synchronised CUDA work."""
-
-    def __init__(self, device: str) -> None:
-        self.cuda = device == "cuda"
-
-    def now(self) -> float:
-        """Seconds since some fixed moment."""
-        if not self.cuda:
-            return time.process_time()
-        torch.cuda.synchronize()
-        return time.perf_counter()
+    if device != "cuda":
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 @dataclass(frozen=True)
@@ -142,10 +134,13 @@ class Setting:
     model: nn.Module
     batches: list[Batch]
     judge: Judge
-    clock: Clock
     width: int
     context: int
     options: argparse.Namespace
+
+    def now(self) -> float:
+        """Seconds on the clock of the device."""
+        return clock(self.options.device)
 
     def row(self, method: str, batches: int, seconds: float, found: dict[str, Tensor] | None, note: str = "") -> Row:
         """Judge what was found."""
@@ -157,11 +152,11 @@ class Setting:
 def forwards(setting: Setting) -> Iterator[Row]:
     """The passes alone."""
     for count in counts(len(setting.batches)):
-        began = setting.clock.now()
+        began = setting.now()
         with torch.no_grad():
             for batch in setting.batches[:count]:
                 setting.model(**batch)
-        yield setting.row("forwards alone", count, setting.clock.now() - began, None)
+        yield setting.row("forwards alone", count, setting.now() - began, None)
 
 
 def ours(setting: Setting, method: str) -> Iterator[Row]:
@@ -178,9 +173,9 @@ def ours_stopping(setting: Setting) -> Iterator[Row]:
 
 def _ours(setting: Setting, name: str, batches: list[Batch], **options: Any) -> Row:
     rank, rho, center = setting.options.rank, setting.options.rho, setting.options.center
-    began = setting.clock.now()
+    began = setting.now()
     result = eva.compute(setting.model, batches, targets=TARGETS, rank=rank, rho=rho, center=center, **options)
-    seconds = setting.clock.now() - began
+    seconds = setting.now() - began
     note = "+".join(sorted({layer.method for layer in result.layers.values()})) + f", {result.stopped}"
     return setting.row(name, result.batches, seconds, result.state_dict(), note)
 
@@ -203,11 +198,11 @@ def _peft(setting: Setting, tau: float) -> Row:
         eva_config=EvaConfig(rho=setting.options.rho, tau=tau),
     )
     calls = 0
-    began = setting.clock.now()
+    began = setting.now()
 
     def forward(model: nn.Module, batch: Batch) -> Any:
         nonlocal calls
-        if setting.clock.now() - began > setting.options.peft_seconds:
+        if setting.now() - began > setting.options.peft_seconds:
             raise OutOfTime
         calls += 1
         return model(**batch)
@@ -233,7 +228,7 @@ def _peft(setting: Setting, tau: float) -> Row:
         for module in setting.model.modules():  # its hooks stay behind when the forward raises
             module._forward_hooks.clear()
     note = f"cut off after {setting.options.peft_seconds:g} s" if found is None else ""
-    return setting.row(f"PEFT, tau={tau:g}", calls, setting.clock.now() - began, found, note)
+    return setting.row(f"PEFT, tau={tau:g}", calls, setting.now() - began, found, note)
 
 
 def counts(most: int) -> list[int]:
@@ -247,7 +242,7 @@ def measure(width: int, context: int, options: argparse.Namespace) -> Iterator[R
     made = make_batches(options.batches, options.batch_size, context, 0, options.device)
     held_out = make_batches(8, options.batch_size, context, 1, options.device)
     judge = Judge(model, held_out, options.center)
-    setting = Setting(model, made, judge, Clock(options.device), width, context, options)
+    setting = Setting(model, made, judge, width, context, options)
     with torch.no_grad():
         model(**made[0])  # warm up
     methods: list[Callable[[Setting], Iterator[Row]]] = [forwards]
@@ -255,25 +250,6 @@ def measure(width: int, context: int, options: argparse.Namespace) -> Iterator[R
     methods += [ours_stopping, *([peft] if options.peft_seconds > 0 else [])]
     for method in methods:
         yield from method(setting)
-
-
-def decompositions(device: str, layers: int = 12, count: int = 24) -> Iterator[Row]:
-    """Batched leading eigenpairs of stacked moments against a loop of torch.linalg.svd over the rows themselves."""
-    clock = Clock(device)
-    for width in (512, 1024, 2048):
-        rows = torch.randn(layers, 4 * width, width, device=device) * torch.logspace(0, -2, width, device=device)
-        moments = rows.double().mT @ rows.double()
-        trace, n = moments.diagonal(dim1=-2, dim2=-1).sum(-1), torch.full((layers,), rows.shape[1], device=device)
-        jobs: dict[str, Callable[[], object]] = {
-            f"batched top-{count} of {layers}": lambda m=moments, t=trace, n=n: leading(Gram(m, True, t, n), count),
-            f"loop of {layers} svd": lambda r=rows: [torch.linalg.svd(x, full_matrices=False) for x in r],
-        }
-        for name, job in jobs.items():
-            if device == "cuda":
-                job()
-            began = clock.now()
-            job()
-            yield Row(width, 0, name, 0, clock.now() - began)
 
 
 def show(rows: list[Row], console: Console) -> None:
@@ -326,7 +302,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", default=["moments", "auto", "sketch", "svd"])
     parser.add_argument("--peft-seconds", type=float, default=120, help="bound per run of PEFT; 0 leaves it out")
     parser.add_argument("--peft-tau", type=float, nargs="+", default=[0.5, 0.9, 0.99])
-    parser.add_argument("--decompositions", action="store_true", help="also compare the decompositions alone")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--out", default="results/eva_init")
@@ -343,10 +318,6 @@ def main() -> None:
         for context in options.contexts:
             rows += measure(width, context, options)
             show([row for row in rows if (row.width, row.context) == (width, context)], console)
-    if options.decompositions:
-        extra = list(decompositions(options.device))
-        show(extra, console)
-        rows += extra
     save(rows, options)
 
 

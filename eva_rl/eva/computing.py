@@ -57,7 +57,7 @@ def compute(  # noqa: PLR0913 - the one call that most users make; the names are
     once and none is kept.
 
     Args:
-        model: Any torch model with Linear or Hugging Face Conv1D layers. It runs in eval mode without gradients.
+        model: Any torch model; runs in eval mode without gradients.
         batches: Any iterable of dicts, tuples, tensors or other values that `forward` takes.
         targets: Layers, see `find_layers`; None for all outside embeddings and heads.
         rank: Components per layer on average.
@@ -75,16 +75,15 @@ def compute(  # noqa: PLR0913 - the one call that most users make; the names are
         criterion: What has to agree.
         memory_budget: Bytes for exact moments.
         seed: Of sketches and variants.
-        group: Process group; processes may have different numbers of batches.
+        group: Process group, see `Accumulators`.
 
     Raises:
-        UserError: See `Accumulators.result`; also for values out of range.
+        UserError: A value is out of range, or see `Accumulators.result`.
     """
     options = EvaOptions(rank, rho, tau, center, score, variant, alpha, keep_scale, criterion, seed)
     if max_batches < 1:
         raise UserError(f"max_batches={max_batches}: expected at least 1.")
-    began = time.perf_counter()
-    memory = Memory(method, round(rank * rho), memory_budget, seed)
+    memory, began = Memory(method, round(rank * rho), memory_budget, seed), time.perf_counter()
     with evaluating(model), Accumulators(model, targets, memory, group) as accumulators:
         feed = _Feed(accumulators, iter(batches), forward or default_forward, mask or default_mask)
         stopped = _run(feed, max_batches, options)
