@@ -59,6 +59,9 @@ class EvaluationResult:
             f"{prefix}/std_reward": float(returns.std()),
             f"{prefix}/mean_ep_length": float(np.mean([e.length for e in self.episodes])),
         }
+        scores = envs.normalized_score(self.env_id, returns)
+        if scores is not None:
+            metrics[f"{prefix}/normalized_score"] = float(np.mean(scores))
         if self.reports_success:
             metrics[f"{prefix}/success_rate"] = self.success_rate
             metrics[f"{prefix}/success_at_end"] = float(np.mean([e.success_at_end for e in self.episodes]))

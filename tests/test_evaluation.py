@@ -85,6 +85,15 @@ def test_environments_can_be_used_again() -> None:
     vec_env.close()
 
 
+def test_d4rl_scores_are_in_the_metrics() -> None:
+    records = tuple(EpisodeRecord("Hopper-v5", i, value, 9, False, False, -1) for i, value in enumerate((0.0, 1000.0)))
+    metrics = EvaluationResult("Hopper-v5", records, "", False).metrics()
+    low, high = -20.272305, 3234.3
+    assert metrics["eval/normalized_score"] == pytest.approx(100 * (500 - low) / (high - low))
+    assert "eval/success_rate" not in metrics
+    assert "eval/normalized_score" not in result([True]).metrics()
+
+
 def test_a_policy_that_does_not_fit() -> None:
     with pytest.raises(UserError, match=r"Ant-v5 has 105 .* the policy takes 27"):
         evaluate(make_policy(27, 8), "mujoco/ant", episodes=1)

@@ -1,5 +1,6 @@
 """Adapters on policies: PEFT's, aimed by the EVA engine."""
 
+from eva_rl.adapters.adalora import initial_rank
 from eva_rl.adapters.attach import (
     PROJECTIONS,
     AttachedAdapter,
@@ -24,6 +25,7 @@ __all__ = [
     "base_weights",
     "count_parameters",
     "find_method",
+    "initial_rank",
     "load_policy",
     "measure",
     "save_adapted_policy",

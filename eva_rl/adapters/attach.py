@@ -7,9 +7,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
+from eva_rl.adapters.adalora import ADAPTER_NAME, ORTHOGONALITY, AdaLoraExtension, initial_rank, schedule
 from eva_rl.adapters.methods import METHODS, Method
 from eva_rl.agents.policy import DecisionTransformerPolicy
 from eva_rl.errors import UnknownNameError, UserError
@@ -18,7 +19,6 @@ from eva_rl.eva import EvaResult
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj")
 """Every weight matrix of the blocks: the default targets."""
 HEAD = "action_head."
-ADAPTER_NAME = "default"
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,13 @@ class AttachedAdapter:
         method: The way to fine-tune.
         model: PEFT's model around the policy's network; None for methods without an adapter.
         eva: Where its directions come from; None without EVA.
+        extension: What the training loop has to do besides; None for most methods.
     """
 
     method: Method
     model: PeftModel | None
     eva: EvaResult | None
+    extension: AdaLoraExtension | None = None
 
 
 def find_method(name: str) -> Method:
@@ -63,7 +65,7 @@ def target_layers(network: nn.Module, targets: Sequence[str] = PROJECTIONS) -> l
     return [name for name in linear if name in chosen]
 
 
-def attach_adapter(
+def attach_adapter(  # noqa: PLR0913 - PEFT's names for what a user may set
     policy: DecisionTransformerPolicy,
     method: str = "eva",
     *,
@@ -72,10 +74,13 @@ def attach_adapter(
     dropout: float = 0.0,
     targets: Sequence[str] = PROJECTIONS,
     eva: EvaResult | None = None,
+    total_updates: int = 0,
 ) -> AttachedAdapter:
     """Freeze a policy's network and make the method's own parameters trainable.
 
-    At first the policy acts as it did before: all methods here start from a zero update.
+    At first the policy acts as it did before: all methods here start from a zero update. AdaLoRA begins with
+    :func:`eva_rl.adapters.initial_rank` in each layer, which is the rank that EVA has to be computed with, and its
+    extension has to be given to the training loop.
 
     Args:
         policy: Changed in place.
@@ -86,6 +91,7 @@ def attach_adapter(
         dropout: LoRA's dropout.
         targets: Names, or endings of names, of Linear layers.
         eva: What ``eva_rl.eva.compute`` found; needed by the EVA methods, and by no other.
+        total_updates: Gradient steps to come, for AdaLoRA's schedule; other methods do without.
 
     Raises:
         UserError: Unknown method or target, EVA without its result, or a policy that has an adapter already.
@@ -102,11 +108,15 @@ def attach_adapter(
             parameter.requires_grad_(method == "full" or name.startswith(HEAD))
         return AttachedAdapter(chosen, None, None)
     layers = target_layers(network, targets)
-    model = get_peft_model(network, _lora_config(chosen, layers, rank, alpha, dropout, eva))
+    if chosen.adalora:
+        peft_config = _adalora_config(layers, rank, alpha, dropout, total_updates)
+    else:
+        peft_config = _lora_config(chosen, layers, rank, alpha, dropout, eva)
+    model = get_peft_model(network, peft_config)
     if eva is not None:
         _aim(model, eva.state_dict())
-    _move(model, policy.device)
-    return AttachedAdapter(chosen, model, eva)
+    model.to(policy.device)
+    return AttachedAdapter(chosen, model, eva, AdaLoraExtension(model) if chosen.adalora else None)
 
 
 def _lora_config(
@@ -118,6 +128,8 @@ def _lora_config(
         if missing := [name for name in layers if name not in eva.layers]:
             raise UserError(f"EVA found no directions for {', '.join(missing[:3])}. Compute it with the same targets.")
         layers = [name for name in layers if name in ranks]
+        if method.rslora:  # divides by the root of a layer's rank: the same scale everywhere needs a root here, too
+            alphas = {name: value * (eva.options.rank / ranks[name]) ** 0.5 for name, value in alphas.items()}
     return LoraConfig(
         r=rank,
         lora_alpha=rank if alpha is None else alpha,
@@ -130,6 +142,23 @@ def _lora_config(
     )
 
 
+def _adalora_config(
+    layers: list[str], rank: int, alpha: float | None, dropout: float, total_updates: int
+) -> AdaLoraConfig:
+    if total_updates < 3:
+        raise UserError(f"AdaLoRA needs total_updates= of at least 3 for its schedule, {total_updates} were given.")
+    first = initial_rank(rank)
+    return AdaLoraConfig(
+        init_r=first,
+        target_r=rank,
+        lora_alpha=first if alpha is None else alpha * first / rank,
+        lora_dropout=dropout,
+        target_modules=layers,
+        orth_reg_weight=ORTHOGONALITY,
+        **schedule(total_updates),
+    )
+
+
 def _exactly(name: str) -> str:
     """A pattern of PEFT that matches one layer and no other that ends like it."""
     return "^" + name.replace(".", r"\.")
@@ -139,7 +168,8 @@ def _aim(model: PeftModel, components: Mapping[str, Tensor]) -> None:
     """Point each layer's A matrix (rank, in) along its components; B is zero already."""
     for name, module in model.get_base_model().named_modules():
         if hasattr(module, "lora_A") and ADAPTER_NAME in module.lora_A:
-            weight = module.lora_A[ADAPTER_NAME].weight
+            entry = module.lora_A[ADAPTER_NAME]
+            weight = entry if isinstance(entry, nn.Parameter) else entry.weight
             directions = components[name]
             if directions.shape != weight.shape:
                 raise UserError(
@@ -150,14 +180,12 @@ def _aim(model: PeftModel, components: Mapping[str, Tensor]) -> None:
                 weight.copy_(directions)
 
 
-def _move(model: PeftModel, device: torch.device) -> None:
-    model.to(device)
-
-
 def base_weights(network: nn.Module) -> dict[str, Tensor]:
     """Weights of the policy without its adapter, under the names they had before it was attached."""
     return {
-        name.replace(".base_layer.", "."): value for name, value in network.state_dict().items() if ".lora_" not in name
+        name.replace(".base_layer.", "."): value
+        for name, value in network.state_dict().items()
+        if ".lora_" not in name and ".ranknum." not in name
     }
 
 

@@ -17,6 +17,7 @@ class Method:
         eva: Whether its directions come from EVA.
         dora: Whether PEFT splits magnitude from direction.
         rslora: Whether the scale is alpha over the square root of the rank.
+        adalora: Whether ranks are pruned while training.
     """
 
     name: str
@@ -26,10 +27,12 @@ class Method:
     eva: bool = False
     dora: bool = False
     rslora: bool = False
+    adalora: bool = False
 
 
 LORA, DORA = "Hu et al. 2021, arXiv 2106.09685", "Liu et al. 2024, arXiv 2402.09353"
 EVA, RSLORA = "Paischer et al. 2024, arXiv 2410.07170", "Kalajdzievski 2023, arXiv 2312.03732"
+ADALORA = "Zhang et al. 2023, arXiv 2303.10512"
 
 METHODS = {
     method.name: method
@@ -40,6 +43,8 @@ METHODS = {
         Method("rslora", "LoRA scaled by the square root of the rank", RSLORA, rslora=True),
         Method("eva_dora", "DoRA along EVA's directions", f"{EVA}; {DORA}", eva=True, dora=True),
         Method("eva_rslora", "rsLoRA along EVA's directions", f"{EVA}; {RSLORA}", eva=True, rslora=True),
+        Method("adalora", "singular triplets, the least important pruned while training", ADALORA, adalora=True),
+        Method("eva_adalora", "AdaLoRA along EVA's directions", f"{EVA}; {ADALORA}", eva=True, adalora=True),
         Method("full", "every weight of the policy", "", adapter=False),
         Method("head", "the action head alone", "", adapter=False),
     )

@@ -28,6 +28,7 @@ SHORT_KEYS = {
     "policy": "policy.path",
     "adapter": "adapter.method",
     "algo": "algo.name",
+    "size": "size.name",
 }
 """What a user types, and the key it sets."""
 

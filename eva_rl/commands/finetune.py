@@ -23,6 +23,7 @@ from eva_rl.adapters import (
     attach_adapter,
     count_parameters,
     find_method,
+    initial_rank,
     measure,
     save_adapted_policy,
     target_layers,
@@ -51,6 +52,7 @@ from eva_rl.commands.pretrain import bc_options
 from eva_rl.commands.progress import counting_progress, training_progress
 from eva_rl.commands.runs import open_run, prepare_machine, write_summary
 from eva_rl.data import Trajectories, WindowSampler
+from eva_rl.data.prefetch import prefetching
 from eva_rl.evaluation import EvaluationResult, evaluate, evaluation_envs
 from eva_rl.files import write_json
 from eva_rl.seeding import ROLLOUTS, episode_seeds
@@ -180,14 +182,15 @@ def finetune(config: FinetuneConfig) -> None:
             tracker.log(before.metrics(), 0)
         if adapter.eva is not None:
             report_eva(run_dir, adapter.eva, data, config, tracker)
-        with training_progress(config.algo.updates) as bar:
+        with training_progress(config.algo.updates) as bar, prefetching(sampler, device) as ahead:
             train_bc(
                 policy,
-                sampler,
+                ahead,
                 bc_options(config.algo, config.eval.every, config.checkpoint.every),
                 log=bar.also(tracker.log),
                 evaluate=lambda _: evaluate_now().metrics(),
                 checkpoint_dir=run_dir / "checkpoint",
+                extension=adapter.extension,
             )
         phases.end("train")
         after = evaluate_now("After")
@@ -227,11 +230,12 @@ def attach(policy: DecisionTransformerPolicy, sampler: WindowSampler, config: Fi
         dropout=options.dropout,
         targets=options.targets,
         eva=result,
+        total_updates=config.algo.updates,
     )
 
 
 def _measure(policy: DecisionTransformerPolicy, sampler: WindowSampler, config: FinetuneConfig) -> eva.EvaResult:
-    options = config.adapter
+    options, pruned = config.adapter, find_method(config.adapter.method).adalora
     source, rollouts = options.eva.source, None
     if source != "trajectories":
         spec = envs.env_spec(config.env.id, config.env.horizon)
@@ -245,8 +249,8 @@ def _measure(policy: DecisionTransformerPolicy, sampler: WindowSampler, config: 
             None if source == "rollouts" else windows(policy, sampler, options.eva.batch_size),
             rollouts,
             max_batches=options.eva.max_batches,
-            rank=options.rank,
-            rho=options.rho,
+            rank=initial_rank(options.rank) if pruned else options.rank,
+            rho=1.0 if pruned else options.rho,
             tau=options.tau,
             center=options.center,
             score=options.score,

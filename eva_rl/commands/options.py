@@ -171,6 +171,7 @@ class BCOptionsGroup:
         between(0, 1, algo__final_learning_rate=self.final_learning_rate)
         between(0, 10**9, algo__warmup=self.warmup)
         between(0, 10, algo__weight_decay=self.weight_decay)
+        one_of(("bc",), algo__name=self.name)
         one_of(LOSSES, algo__loss=self.loss)
         one_of(PRECISIONS, algo__precision=self.precision)
 

@@ -19,6 +19,7 @@ from eva_rl.agents import (
     DecisionTransformerPolicy,
 )
 from eva_rl.agents.checkpoint import save_policy
+from eva_rl.agents.sizes import SIZES
 from eva_rl.batch import InputScaling
 from eva_rl.commands.command import console, register, run_command
 from eva_rl.commands.demonstrations import load_task_data, sampling_weights, target_return
@@ -31,12 +32,14 @@ from eva_rl.commands.options import (
     RunOptions,
     between,
     group,
+    one_of,
     option,
     positive,
 )
 from eva_rl.commands.progress import training_progress
 from eva_rl.commands.runs import open_run, prepare_machine, write_summary
 from eva_rl.data import Trajectories, WindowSampler, concatenate
+from eva_rl.data.prefetch import prefetching
 from eva_rl.evaluation import evaluate_tasks
 from eva_rl.seeding import VALIDATION
 from eva_rl.tracking import Tracker
@@ -62,6 +65,9 @@ MIN_STD = 0.01
 class SizeOptions:
     """Shape of the network."""
 
+    name: str = option(
+        "custom", "small (1M), base (13M) or large (43M parameters) instead of the next four; same as size="
+    )
     hidden_size: int = option(256, "width")
     num_layers: int = option(4, "blocks")
     num_heads: int = option(8, "attention heads")
@@ -70,6 +76,10 @@ class SizeOptions:
     max_timestep: int = option(500, "rows of the timestep embedding")
 
     def __post_init__(self) -> None:
+        one_of(("custom", *SIZES), size__name=self.name)
+        if self.name != "custom":
+            for key, value in SIZES[self.name].items():
+                setattr(self, key, value)
         positive(
             size__hidden_size=self.hidden_size,
             size__num_layers=self.num_layers,
@@ -129,10 +139,11 @@ def pretrain(config: PretrainConfig) -> None:
     with (
         Tracker(run_dir, None if resumed is None else resumed.step) as tracker,
         training_progress(config.algo.updates) as bar,
+        prefetching(sampler, device) as ahead,
     ):
         counters = train_bc(
             policy,
-            sampler,
+            ahead,
             bc_options(config.algo, config.eval.every, config.checkpoint.every),
             log=bar.also(tracker.log),
             evaluate=validate,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Protocol
 
@@ -59,3 +60,13 @@ class PrefetchingSampler:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+@contextmanager
+def prefetching(sampler: Sampler, device: torch.device) -> Iterator[Sampler]:
+    """Draw ahead where that helps: beside a GPU. On a CPU the draws would take the cores that train."""
+    if device.type == "cpu":
+        yield sampler
+        return
+    with PrefetchingSampler(sampler) as ahead:
+        yield ahead

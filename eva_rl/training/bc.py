@@ -8,13 +8,14 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from eva_rl.agents.policy import DecisionTransformerPolicy
 from eva_rl.batch import WindowBatch
-from eva_rl.data.windows import WindowSampler
+from eva_rl.data.prefetch import Sampler
 from eva_rl.errors import UserError
 from eva_rl.training.checkpoint import (
     TrainState,
@@ -25,6 +26,23 @@ from eva_rl.training.checkpoint import (
 )
 
 Log = Callable[[Mapping[str, float], int], None]
+EXTENSION = "extension/"
+
+
+class Extension(Protocol):
+    """What a method adds to the loop."""
+
+    def penalty(self) -> Tensor:
+        """Added to the loss."""
+
+    def after_step(self, update: int) -> None:
+        """Called after the optimiser's step ``update`` (from 1), before the gradients are cleared."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """State for a checkpoint."""
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put back what ``tensors`` gave."""
 
 
 @dataclass(frozen=True)
@@ -97,12 +115,13 @@ def learning_rate(options: BCOptions, update: int) -> float:
 
 def train_bc(
     policy: DecisionTransformerPolicy,
-    sampler: WindowSampler,
+    sampler: Sampler,
     options: BCOptions,
     *,
     log: Log,
     evaluate: Callable[[int], Mapping[str, float]] | None = None,
     checkpoint_dir: Path | None = None,
+    extension: Extension | None = None,
 ) -> Counters:
     """Clone the actions of the sampled windows, from the last checkpoint where there is one.
 
@@ -113,6 +132,7 @@ def train_bc(
         log: Takes metrics and the gradient step they belong to.
         evaluate: Called every ``eval_every`` gradient steps; what it returns is logged.
         checkpoint_dir: Where checkpoints are kept; None keeps none.
+        extension: What the method adds to the loop, if anything.
 
     Returns:
         The counters after the last update.
@@ -123,7 +143,7 @@ def train_bc(
     network = policy.network
     parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
     optimizer = make_optimizer(parameters, options)
-    counters = _resume(checkpoint_dir, parameters, optimizer)
+    counters = _resume(checkpoint_dir, parameters, optimizer, extension)
     while counters.update < options.updates:
         began = time.perf_counter()
         network.train()
@@ -133,11 +153,13 @@ def train_bc(
         with autocast(policy.device, options.precision):
             loss = clone_loss(network, batch, options.loss)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        (loss if extension is None else loss + extension.penalty()).backward()
         norm = nn.utils.clip_grad_norm_(parameters.values(), options.gradient_clip)
         _check_finite(loss, norm, counters.update)
         optimizer.step()
         counters.update += 1
+        if extension is not None:
+            extension.after_step(counters.update)
         counters.windows += len(batch)
         counters.seconds += time.perf_counter() - began
         update = counters.update
@@ -148,7 +170,7 @@ def train_bc(
             network.eval()
             log(evaluate(update), update)
         if checkpoint_dir and options.checkpoint_every and (update % options.checkpoint_every == 0 or last):
-            save_checkpoint(checkpoint_dir, _state(counters, parameters, optimizer))
+            save_checkpoint(checkpoint_dir, _state(counters, parameters, optimizer, extension))
     network.eval()
     return counters
 
@@ -188,15 +210,27 @@ def _check_finite(loss: Tensor, norm: Tensor, update: int) -> None:
         )
 
 
-def _state(counters: Counters, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> TrainState:
+def _state(
+    counters: Counters,
+    parameters: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    extension: Extension | None,
+) -> TrainState:
     names = {id(p): name for name, p in parameters.items()}
     tensors = {f"parameter/{name}": p.data for name, p in parameters.items()}
     tensors |= optimizer_tensors(optimizer, names)
     tensors["random/torch"] = torch.get_rng_state()
+    if extension is not None:
+        tensors |= {EXTENSION + name: value for name, value in extension.tensors().items()}
     return TrainState(counters.update, tensors, asdict(counters))
 
 
-def _resume(folder: Path | None, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> Counters:
+def _resume(
+    folder: Path | None,
+    parameters: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    extension: Extension | None,
+) -> Counters:
     state = load_latest_checkpoint(folder) if folder else None
     if state is None:
         return Counters()
@@ -210,5 +244,7 @@ def _resume(folder: Path | None, parameters: Mapping[str, nn.Parameter], optimiz
         for name, parameter in parameters.items():
             parameter.copy_(state.tensors[f"parameter/{name}"])
     restore_optimizer(optimizer, parameters, state.tensors)
+    if extension is not None:
+        extension.restore({k.removeprefix(EXTENSION): v for k, v in state.tensors.items() if k.startswith(EXTENSION)})
     torch.set_rng_state(state.tensors["random/torch"])
     return Counters(**state.record)

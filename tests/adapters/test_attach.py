@@ -12,7 +12,16 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from eva_rl import eva
-from eva_rl.adapters import METHODS, attach_adapter, base_weights, load_policy, save_adapted_policy, target_layers
+from eva_rl.adapters import (
+    METHODS,
+    AttachedAdapter,
+    attach_adapter,
+    base_weights,
+    initial_rank,
+    load_policy,
+    save_adapted_policy,
+    target_layers,
+)
 from eva_rl.agents import DecisionTransformerPolicy
 from eva_rl.agents.checkpoint import read_policy
 from eva_rl.data import Trajectories, WindowSampler
@@ -35,12 +44,18 @@ def measure(policy: DecisionTransformerPolicy, data: Trajectories, **options: fl
 
 def attached(method: str, data: Trajectories, **options: float):
     policy = make_policy()
+    if METHODS[method].adalora:
+        options = {"rank": initial_rank(4)}
     result = measure(policy, data, **options) if METHODS[method].eva else None
-    return policy, attach_adapter(policy, method, rank=4, eva=result)
+    return policy, attach_adapter(policy, method, rank=4, eva=result, total_updates=UPDATES)
 
 
-def train(policy: DecisionTransformerPolicy, data: Trajectories, updates: int = 3) -> None:
-    train_bc(policy, sampler(policy, data), BCOptions(updates=updates, batch_size=8, warmup=1), log=lambda m, s: None)
+UPDATES = 8
+
+
+def train(policy: DecisionTransformerPolicy, data: Trajectories, adapter: AttachedAdapter) -> None:
+    options = BCOptions(updates=UPDATES, batch_size=8, warmup=1)
+    train_bc(policy, sampler(policy, data), options, log=lambda m, s: None, extension=adapter.extension)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -50,17 +65,17 @@ def test_actions_are_unchanged_at_first_and_change_with_training(
     plain = make_policy()
     batch = sampler(plain, reach_demonstrations).sample(16, 7)
     before = plain.network(batch)
-    policy, _ = attached(method, reach_demonstrations)
+    policy, adapter = attached(method, reach_demonstrations)
     torch.testing.assert_close(policy.network.eval()(batch), before, atol=1e-6, rtol=0)
-    train(policy, reach_demonstrations)
+    train(policy, reach_demonstrations, adapter)
     assert (policy.network(batch) - before).abs().max() > 1e-4
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_training_changes_only_what_may_change(method: str, reach_demonstrations: Trajectories) -> None:
-    policy, _ = attached(method, reach_demonstrations)
+    policy, adapter = attached(method, reach_demonstrations)
     before = {name: p.detach().clone() for name, p in policy.network.named_parameters()}
-    train(policy, reach_demonstrations)
+    train(policy, reach_demonstrations, adapter)
     changed = {name for name, p in policy.network.named_parameters() if not torch.equal(p, before[name])}
     allowed = {
         "full": lambda name: True,
@@ -90,7 +105,7 @@ def test_eva_directions_are_the_adapters(reach_demonstrations: Trajectories) -> 
 @pytest.mark.parametrize("method", METHODS)
 def test_saved_and_loaded_acts_the_same(method: str, tmp_path: Path, reach_demonstrations: Trajectories) -> None:
     policy, adapter = attached(method, reach_demonstrations, rho=2.0)
-    train(policy, reach_demonstrations)
+    train(policy, reach_demonstrations, adapter)
     batch = sampler(policy, reach_demonstrations).sample(16, 7)
     expected = policy.network(batch)
     save_adapted_policy(tmp_path / "policy", policy, adapter, "card")
@@ -104,6 +119,51 @@ def test_saved_and_loaded_acts_the_same(method: str, tmp_path: Path, reach_demon
     by_peft = PeftModel.from_pretrained(base.network, str(tmp_path / "policy" / "adapter"))
     torch.testing.assert_close(by_peft(batch), expected, atol=1e-6, rtol=0)
     torch.testing.assert_close(by_peft.merge_and_unload()(batch), expected, atol=1e-5, rtol=0)
+
+
+def test_rslora_keeps_its_scale_when_ranks_differ(reach_demonstrations: Trajectories) -> None:
+    policy, adapter = attached("eva_rslora", reach_demonstrations, rho=2.0)
+    assert adapter.eva is not None
+    assert len({layer.rank for layer in adapter.eva.layers.values()}) > 1
+    for name in adapter.eva.rank_pattern:
+        assert policy.network.get_submodule(name).scaling["default"] == pytest.approx(4 / 4**0.5)
+
+
+def test_adalora_really_prunes_and_starts_along_evas_directions(reach_demonstrations: Trajectories) -> None:
+    policy, adapter = attached("eva_adalora", reach_demonstrations)
+    assert adapter.eva is not None
+    for name, layer in adapter.eva.layers.items():
+        assert layer.rank == initial_rank(4) == 6
+        torch.testing.assert_close(policy.network.get_submodule(name).lora_A["default"].data, layer.components)
+    train(policy, reach_demonstrations, adapter)
+    kept = [int((policy.network.get_submodule(name).lora_E["default"].abs() > 0).sum()) for name in adapter.eva.layers]
+    assert sum(kept) == 4 * len(kept), "the budget is the target rank times the number of layers"
+    assert len(set(kept)) > 1, "some layers keep more than others"
+
+
+def test_adalora_resumed_equals_uninterrupted(tmp_path: Path, reach_demonstrations: Trajectories) -> None:
+    class KilledError(Exception):
+        pass
+
+    def run(folder: Path, die_at: int) -> dict[str, torch.Tensor]:
+        policy, adapter = attached("adalora", reach_demonstrations)
+        options = BCOptions(updates=UPDATES, batch_size=8, warmup=1, log_every=1, checkpoint_every=1)
+
+        def log(metrics: object, step: int) -> None:
+            if step == die_at:
+                raise KilledError
+
+        draw = sampler(policy, reach_demonstrations)
+        train_bc(policy, draw, options, log=log, checkpoint_dir=folder, extension=adapter.extension)
+        return {name: value.clone() for name, value in policy.network.state_dict().items()}
+
+    whole = run(tmp_path / "whole", die_at=-1)
+    for die_at in (3, 6):
+        with pytest.raises(KilledError):
+            run(tmp_path / "parts", die_at)
+    resumed = run(tmp_path / "parts", die_at=-1)
+    for name, value in whole.items():
+        assert torch.equal(value, resumed[name]), name
 
 
 def test_eva_without_its_directions_is_refused() -> None:

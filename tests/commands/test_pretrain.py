@@ -7,6 +7,7 @@ import pytest
 
 import eva_rl
 from eva_rl.commands import evaluate, pretrain
+from eva_rl.commands.command import parse
 from eva_rl.commands.pretrain import task_ids
 from eva_rl.envs import CW10, MT40
 from eva_rl.tracking.tracker import read_metrics
@@ -49,6 +50,13 @@ def test_task_sets() -> None:
     assert tuple(task_ids("mt40")) == MT40
     assert len(task_ids("mt50")) == 50
     assert task_ids("push+reach-v3") == ["metaworld/push-v3", "metaworld/reach-v3"]
+
+
+def test_sizes_by_name(capsys: pytest.CaptureFixture[str]) -> None:
+    size = parse("pretrain", ["size=base"]).size
+    assert (size.hidden_size, size.num_layers, size.num_heads, size.context_length) == (512, 4, 8, 50)
+    assert pretrain.main(["size=huge"]) == 2
+    assert "'huge'" in capsys.readouterr().err
 
 
 def test_evaluate_several_tasks(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
