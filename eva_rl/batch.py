@@ -37,7 +37,8 @@ class WindowBatch:
     def to(self, device: torch.device | str) -> WindowBatch:
         """The same batch on a device."""
         moved: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{name: None if x is None else x.to(device) for name, x in moved.items()})
+        on_device: dict[str, Any] = {name: None if x is None else x.to(device) for name, x in moved.items()}
+        return replace(self, **on_device)
 
     def __len__(self) -> int:
         return self.observations.shape[0]

@@ -75,7 +75,7 @@ class EvaluationResult:
         return record | {"episodes": [asdict(episode) for episode in self.episodes]}
 
 
-def evaluate(
+def evaluate(  # noqa: PLR0913 - one call for users and for training; all but two have defaults
     policy: Policy,
     env: str,
     *,

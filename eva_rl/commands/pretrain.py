@@ -66,7 +66,7 @@ class SizeOptions:
     """Shape of the network."""
 
     name: str = option(
-        "custom", "small (1M), base (13M) or large (43M parameters) instead of the next four; same as size="
+        "custom", "small (1M), base (13M) or large (43M parameters); overrides the next four; same as size="
     )
     hidden_size: int = option(256, "width")
     num_layers: int = option(4, "blocks")

@@ -20,9 +20,9 @@ def spectrum_figure(spectra: Mapping[str, Sequence[float]]) -> Figure:
     axes = figure.subplots()
     kinds = sorted({name.rpartition(".")[2] for name in spectra})
     for name, ratios in spectra.items():
-        kind = kinds.index(name.rpartition(".")[2])
+        colour = kinds.index(name.rpartition(".")[2])
         total = np.cumsum(ratios)
-        axes.plot(np.arange(1, len(total) + 1), total, color=f"C{kind}", alpha=0.7, lw=1.2)
+        axes.plot(np.arange(1, len(total) + 1), total, color=f"C{colour}", alpha=0.7, lw=1.2)
     for index, kind in enumerate(kinds):
         axes.plot([], [], color=f"C{index}", label=kind)
     axes.set(xlabel="components", ylabel="explained variance", ylim=(0, 1.02), title="Activations on the new task")
@@ -65,5 +65,5 @@ def _block(name: str) -> str:
 def pixels(figure: Figure) -> NDArray[np.uint8]:
     """A figure as (height, width, 3) pixels."""
     canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+    canvas.draw()  # type: ignore[no-untyped-call]
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()  # type: ignore[no-untyped-call]

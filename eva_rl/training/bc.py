@@ -153,7 +153,7 @@ def train_bc(
         with autocast(policy.device, options.precision):
             loss = clone_loss(network, batch, options.loss)
         optimizer.zero_grad(set_to_none=True)
-        (loss if extension is None else loss + extension.penalty()).backward()
+        (loss if extension is None else loss + extension.penalty()).backward()  # type: ignore[no-untyped-call]
         norm = nn.utils.clip_grad_norm_(parameters.values(), options.gradient_clip)
         _check_finite(loss, norm, counters.update)
         optimizer.step()

@@ -112,7 +112,7 @@ def test_evaluated_again_in_a_new_process_the_result_is_identical(finished: Path
 
 @pytest.mark.parametrize("method", [m for m in METHODS if m != "eva"])
 def test_every_method_runs(method: str, base: Path, tmp_path: Path) -> None:
-    assert small_run(base, tmp_path / method, f"adapter={method}", "algo.updates=2") == 0
+    assert small_run(base, tmp_path / method, f"adapter={method}", "algo.updates=4") == 0
     summary = read(tmp_path / method / "summary.json")
     assert summary["method"] == method
     assert (tmp_path / method / "policy" / "adapter").exists() == METHODS[method].adapter
