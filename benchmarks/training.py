@@ -3,8 +3,8 @@
     python benchmarks/training.py --threads 2 --out runs/training.json
 
 Same shape, batch, window, loss, clipping and AdamW for all: our network; the `DecisionTransformerModel` of
-transformers; and one built on `nn.MultiheadAttention`, as offline-RL libraries build it. Rounds are interleaved, so that a noisy
-machine disturbs all alike; the ratio of the medians is what counts.
+transformers; and one built on `nn.MultiheadAttention`, as offline-RL libraries build it. Rounds are interleaved, so
+that a noisy machine disturbs all alike; the ratio of the medians is what counts.
 """
 
 from __future__ import annotations

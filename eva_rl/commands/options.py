@@ -151,7 +151,7 @@ class BCOptionsGroup:
     """Behaviour cloning."""
 
     name: str = option("bc", "behaviour cloning")
-    updates: int = option(400, "gradient steps")
+    updates: int = option(200, "gradient steps")
     batch_size: int = option(64, "windows a gradient step")
     learning_rate: float = option(1e-3, "peak learning rate of AdamW")
     final_learning_rate: float = option(0.05, "end of the cosine, as a fraction of the peak")
