@@ -12,6 +12,7 @@ from functools import cache
 from typing import Any
 
 import gymnasium as gym
+import mujoco
 import numpy as np
 from numpy.typing import NDArray
 
@@ -20,6 +21,7 @@ from eva_rl.envs.spec import EnvSpec
 PREFIX = "metaworld/"
 OBSERVATION_DIM = 39
 ACTION_DIM = 4
+CAMERA = "corner2"
 HORIZON = 200
 """Env steps per episode in the Continual-World literature; Meta-World's own default is 500."""
 
@@ -76,6 +78,8 @@ class MetaWorldTask(gym.Wrapper[NDArray[np.float32], NDArray[np.float32], NDArra
         task._freeze_rand_vec = False
         task.seeded_rand_vec = True
         task.max_path_length = horizon
+        if render_mode is not None:
+            task.mujoco_renderer.camera_id = mujoco.mj_name2id(task.model, mujoco.mjtObj.mjOBJ_CAMERA, CAMERA)
         super().__init__(task)
         self._task = task
         self._solved = False
@@ -98,6 +102,11 @@ class MetaWorldTask(gym.Wrapper[NDArray[np.float32], NDArray[np.float32], NDArra
         self._solved = self._solved or now
         info |= {"success_now": now, "success": self._solved, "is_success": self._solved}
         return observation.astype(np.float32), float(reward), terminated, truncated, info
+
+    def render(self) -> NDArray[np.uint8] | None:
+        """The scene from Meta-World's customary camera, which hangs upside down: (height, width, 3)."""
+        frame = self._task.render()
+        return None if frame is None else np.rot90(frame, 2).copy()
 
 
 def metaworld_spec(env_id: str, horizon: int | None = None) -> EnvSpec:

@@ -14,7 +14,7 @@ LAYERS = [
     {"eva_rl.batch", "eva_rl.files", "eva_rl.seeding"},
     {"eva_rl.agents", "eva_rl.envs", "eva_rl.data", "eva_rl.eva", "eva_rl.tracking", "eva_rl.stats"},
     {"eva_rl.adapters", "eva_rl.demonstrations", "eva_rl.rollouts"},
-    {"eva_rl.evaluation"},
+    {"eva_rl.evaluation", "eva_rl.video"},
     {"eva_rl.training"},
     {"eva_rl.commands"},
 ]

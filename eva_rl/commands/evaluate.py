@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.table import Table
 
+from eva_rl.agents import DecisionTransformerPolicy
 from eva_rl.commands.command import console, register, run_command
 from eva_rl.commands.options import EvalOptions, PolicyOptions, RunOptions, group, one_of, option
 from eva_rl.commands.policies import open_policy
@@ -18,6 +19,7 @@ from eva_rl.errors import UserError
 from eva_rl.evaluation import EvaluationResult, evaluate
 from eva_rl.files import write_json
 from eva_rl.seeding import EVALUATION, VALIDATION
+from eva_rl.video import record_episode
 
 HELP = """
 Play held-out episodes with a policy and report success and return, with a confidence interval.
@@ -25,6 +27,7 @@ Play held-out episodes with a policy and report success and return, with a confi
 Examples:
   python -m eva_rl.evaluate policy=runs/push/policy env=push-v3
   python -m eva_rl.evaluate policy=mt40 env=cw10 eval.episodes=50 out=cw10.json
+  python -m eva_rl.evaluate policy=runs/push targets=[1000,1400,1800] video=true
 """
 
 
@@ -42,6 +45,10 @@ class EvaluateConfig(RunOptions):
 
     out: str = option("", "JSON file for the result and every episode; empty writes none")
     window: str = option("cached", "cached (fast) or full context windows; both are exact")
+    video: bool = option(False, "also write the first episode of each task as videos/<task>.gif")
+    targets: list[float] = field(
+        default_factory=list, metadata={"help": "target returns to choose from, by the validation episodes"}
+    )
     validation: bool = option(False, "play the validation episodes, for choices that a report must not see")
     env: EvaluateEnvOptions = group(EvaluateEnvOptions, "the tasks")
     policy: PolicyOptions = group(PolicyOptions, "what to evaluate")
@@ -68,6 +75,8 @@ def evaluate_policy(config: EvaluateConfig) -> None:
     if config.policy.target_return is not None:
         for task in tasks:
             policy.with_target(config.policy.target_return, task)
+    for task in tasks if config.targets else ():
+        choose_target(policy, task, config)
     results = []
     with counting_progress("Episodes", config.eval.episodes * len(tasks)) as advance:
         for task in tasks:
@@ -83,11 +92,39 @@ def evaluate_policy(config: EvaluateConfig) -> None:
                 )
             )
     show(results)
+    for task in tasks if config.video else ():
+        path = Path("videos") / f"{task.replace('/', '-')}.gif"
+        record_episode(policy, task, path, seed=config.eval.seed, horizon=config.env.horizon)
+        console.print(f"Video: {path}")
     if out is not None:
-        write_json(out, record(config, results))
+        write_json(out, record(config, policy, results))
 
 
-def record(config: EvaluateConfig, results: Sequence[EvaluationResult]) -> dict[str, object]:
+def choose_target(policy: DecisionTransformerPolicy, task: str, config: EvaluateConfig) -> None:
+    """Ask for the target return that does best on the validation episodes, which no report sees."""
+
+    def merit(target: float) -> tuple[float, float]:
+        policy.with_target(target, task)
+        found = evaluate(
+            policy,
+            task,
+            episodes=config.eval.episodes,
+            seed=config.eval.seed,
+            horizon=config.env.horizon,
+            purpose=VALIDATION,
+        )
+        return (found.success_rate if found.reports_success else 0.0, found.mean_reward)
+
+    merits = {target: merit(target) for target in config.targets}
+    best = max(merits, key=lambda target: merits[target])
+    policy.with_target(best, task)
+    tried = ", ".join(f"{target:g}: {success:.2f}/{mean:.0f}" for target, (success, mean) in merits.items())
+    console.print(f"{task}: target return {best:g} (validation success/return by target: {tried})")
+
+
+def record(
+    config: EvaluateConfig, policy: DecisionTransformerPolicy, results: Sequence[EvaluationResult]
+) -> dict[str, object]:
     """What ``out=`` holds."""
     mean = sum(r.success_rate for r in results) / len(results) if results[0].reports_success else None
     return {
@@ -95,7 +132,7 @@ def record(config: EvaluateConfig, results: Sequence[EvaluationResult]) -> dict[
         "seed": config.eval.seed,
         "mean_success_rate": mean,
         "versions": versions(),
-        "tasks": {r.env_id: r.record() for r in results},
+        "tasks": {r.env_id: {"target_return": policy.conditioning.of(r.env_id), **r.record()} for r in results},
     }
 
 

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import ctypes.util
 import json
 from pathlib import Path
 
+import imageio.v3
+import numpy as np
 import pytest
 
 import eva_rl
@@ -75,6 +78,34 @@ def test_evaluate_several_tasks(run_dir: Path, tmp_path: Path, capsys: pytest.Ca
 def test_a_policy_of_several_tasks_wants_a_task(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert evaluate.main([f"policy={run_dir}", "threads=1"]) == 2
     assert "Name one with env=" in " ".join(capsys.readouterr().err.split())
+
+
+def test_the_target_is_chosen_by_validation(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out.json"
+    small = ["env=reach-v3", "eval.episodes=2", "env.horizon=8", "threads=1"]
+    assert evaluate.main([f"policy={run_dir}", *small, "targets=[10,-20000,400]", f"out={out}"]) == 0
+    best = {}
+    for target in (10.0, -20000.0, 400.0):
+        path = tmp_path / f"{target}.json"
+        more = [f"policy.target_return={target}", "validation=true", f"out={path}"]
+        assert evaluate.main([f"policy={run_dir}", *small, *more]) == 0
+        best[target] = json.loads(path.read_text())["tasks"]["metaworld/reach-v3"]["metrics"]["eval/mean_reward"]
+    assert len(set(best.values())) == 3, "the target changes what the policy does"
+    chosen = json.loads(out.read_text())["tasks"]["metaworld/reach-v3"]["target_return"]
+    assert chosen == max(best, key=lambda target: best[target])
+
+
+def test_video(run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if ctypes.util.find_library("OSMesa") is None:
+        pytest.skip("needs Debian's libosmesa6")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MUJOCO_GL", "osmesa")
+    small = ["env=reach-v3", "eval.episodes=1", "env.horizon=6", "threads=1", "video=true"]
+    assert evaluate.main([f"policy={run_dir}", *small]) == 0
+    frames = imageio.v3.imread(tmp_path / "videos" / "metaworld-reach-v3.gif")
+    assert frames.shape == (4, 240, 240, 3)
+    assert frames[0].std() > 10, "something is to be seen"
+    assert np.abs(frames[0].astype(int) - frames[-1]).max() > 0, "and it moves"
 
 
 def test_validation_episodes_are_others(run_dir: Path, tmp_path: Path) -> None:
