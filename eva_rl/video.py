@@ -62,7 +62,7 @@ def record_episode(
     finally:
         environment.close()
     duration = 1000 / FRAMES_PER_SECOND
-    write_file(path, lambda aside: imageio.mimsave(aside, list(frames), format="GIF", duration=duration, loop=0))  # type: ignore[arg-type]
+    write_file(path, lambda aside: imageio.mimsave(aside, list(frames), format="GIF", duration=duration, loop=0))
     return len(frames)
 
 
