@@ -132,7 +132,7 @@ def print_help(name: str, schema: type, help_text: str) -> None:
     out = Console(highlight=False)
     out.print(f"[bold]python -m eva_rl.{name}[/] [KEY=VALUE ...]\n\n{escape(help_text.strip())}\n", soft_wrap=True)
     heading = ""
-    for key, default, text in options_of(schema):
+    for key, default, text in options_of(schema()):
         group_name = key.rpartition(".")[0]
         if group_name != heading:
             heading = group_name
@@ -144,13 +144,12 @@ def print_help(name: str, schema: type, help_text: str) -> None:
     out.print("  " + "  ".join(envs.task_list()) + "\n  and every Gymnasium id, for instance Hopper-v5\n")
 
 
-def options_of(schema: type, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
+def options_of(instance: Any, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
     """Keys, defaults and help lines of a config dataclass, groups last."""
-    instance = schema()
-    own = [f for f in fields(schema) if not is_dataclass(getattr(instance, f.name))]
+    own = [f for f in fields(instance) if not is_dataclass(getattr(instance, f.name))]
     for f in own:
         value = getattr(instance, f.name)
         yield prefix + f.name, "null" if value is None else value, f.metadata.get("help", "")
-    for f in fields(schema):
+    for f in fields(instance):
         if f not in own:
-            yield from options_of(type(getattr(instance, f.name)), f"{prefix}{f.name}.")
+            yield from options_of(getattr(instance, f.name), f"{prefix}{f.name}.")

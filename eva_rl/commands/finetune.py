@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
@@ -11,7 +11,6 @@ from time import perf_counter
 from typing import Any
 
 from rich.table import Table
-from stable_baselines3.common.vec_env import VecEnv
 
 from eva_rl import envs, eva
 from eva_rl.adapters import (
@@ -55,7 +54,7 @@ from eva_rl.data import Trajectories, WindowSampler
 from eva_rl.data.prefetch import prefetching
 from eva_rl.evaluation import EvaluationResult, evaluate, evaluation_envs
 from eva_rl.files import write_json
-from eva_rl.seeding import ROLLOUTS, episode_seeds
+from eva_rl.seeding import ROLLOUTS, VALIDATION, episode_seeds
 from eva_rl.tracking import Tracker
 from eva_rl.tracking.figures import rank_figure, spectrum_figure
 from eva_rl.training.bc import train_bc
@@ -171,8 +170,8 @@ def finetune(config: FinetuneConfig) -> None:
     sampler = make_sampler(policy, data, config)
     phases.end("data")
     vec_env = evaluation_envs(spec.env_id, config.eval.episodes, config.env.horizon)
-    evaluate_now = partial(_evaluate, policy, vec_env, config)
-    before = evaluate_now("Before")
+    play = partial(evaluate, policy, config.env.id, horizon=config.env.horizon, seed=config.eval.seed, vec_env=vec_env)
+    before = _with_bar("Before", play, config.eval.episodes)
     phases.end("evaluate_before")
     adapter = attach(policy, sampler, config)
     phases.end("adapter")
@@ -188,12 +187,12 @@ def finetune(config: FinetuneConfig) -> None:
                 ahead,
                 bc_options(config.algo, config.eval.every, config.checkpoint.every),
                 log=bar.also(tracker.log),
-                evaluate=lambda _: evaluate_now().metrics(),
+                evaluate=lambda _: play(episodes=config.eval.quick_episodes, purpose=VALIDATION).metrics("validation"),
                 checkpoint_dir=run_dir / "checkpoint",
                 extension=adapter.extension,
             )
         phases.end("train")
-        after = evaluate_now("After")
+        after = _with_bar("After", play, config.eval.episodes)
         tracker.log(after.metrics(), config.algo.updates)
         phases.end("evaluate_after")
     vec_env.close()
@@ -268,23 +267,10 @@ def windows(policy: DecisionTransformerPolicy, sampler: WindowSampler, batch_siz
     return (sampler.sample(batch_size, step, policy.device) for step in count())
 
 
-def _evaluate(
-    policy: DecisionTransformerPolicy, vec_env: VecEnv, config: FinetuneConfig, name: str = ""
-) -> EvaluationResult:
-    """Play the held-out episodes, behind a progress bar where it has a name."""
-    play = partial(
-        evaluate,
-        policy,
-        config.env.id,
-        episodes=config.eval.episodes,
-        seed=config.eval.seed,
-        horizon=config.env.horizon,
-        vec_env=vec_env,
-    )
-    if not name:
-        return play()
-    with counting_progress(f"{name:8s}", config.eval.episodes) as advance:
-        return play(on_episode=advance)
+def _with_bar(name: str, play: Callable[..., EvaluationResult], episodes: int) -> EvaluationResult:
+    """The held-out evaluation, behind a progress bar."""
+    with counting_progress(f"{name:8s}", episodes) as advance:
+        return play(episodes=episodes, on_episode=advance)
 
 
 def report_eva(

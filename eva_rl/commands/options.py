@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +16,7 @@ def option(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
 
 
-def group(kind: type, text: str) -> Any:
+def group(kind: Callable[[], Any], text: str) -> Any:
     """A dataclass field that holds a group of options."""
     return field(default_factory=kind, metadata={"help": text})
 
@@ -111,11 +112,12 @@ class EvalOptions:
     """Evaluation on held-out episodes."""
 
     episodes: int = option(50, "episodes, each with its own goal")
-    every: int = option(0, "gradient steps between two evaluations while training; 0 for none")
+    every: int = option(50, "gradient steps between two quick looks at validation episodes while training; 0 for none")
+    quick_episodes: int = option(10, "episodes of a quick look")
     seed: int = option(0, "chooses the episodes; no demonstration shares one")
 
     def __post_init__(self) -> None:
-        positive(eval__episodes=self.episodes)
+        positive(eval__episodes=self.episodes, eval__quick_episodes=self.quick_episodes)
         between(0, 10**9, eval__every=self.every)
         between(0, MAX_SEED, eval__seed=self.seed)
 

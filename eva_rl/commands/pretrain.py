@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -100,7 +101,7 @@ class PretrainConfig(RunOptions):
     data: DataOptions = group(DataOptions, "demonstrations")
     size: SizeOptions = group(SizeOptions, "network")
     algo: BCOptionsGroup = group(BCOptionsGroup, "training")
-    eval: EvalOptions = group(EvalOptions, "evaluation")
+    eval: EvalOptions = group(partial(EvalOptions, episodes=1, every=2500), "validation, on every task")
     checkpoint: CheckpointOptions = group(CheckpointOptions, "checkpoints")
 
 

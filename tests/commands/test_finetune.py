@@ -92,6 +92,14 @@ def test_metrics_and_tensorboard_agree(finished: Path) -> None:
         assert [(e.step, pytest.approx(e.value, rel=1e-6)) for e in events.Scalars(key)] == logged
 
 
+def test_success_is_watched_while_training(base: Path, tmp_path: Path) -> None:
+    more = ["eval.every=2", "eval.quick_episodes=3", "adapter=head"]
+    assert small_run(base, tmp_path / "run", *more) == 0
+    rows = read_metrics(tmp_path / "run")
+    assert [row["step"] for row in rows if "validation/success_rate" in row] == [2, 4]
+    assert [row["step"] for row in rows if "eval/success_rate" in row] == [0, 6]
+
+
 def test_same_seed_same_metrics(base: Path, finished: Path, tmp_path: Path) -> None:
     assert small_run(base, tmp_path / "again") == 0
     assert timeless(read_metrics(tmp_path / "again")) == timeless(read_metrics(finished))
