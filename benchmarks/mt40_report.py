@@ -1,0 +1,73 @@
+"""Tables and the training curve of the shipped policy, from its run directory and its evaluations.
+
+    python benchmarks/mt40_report.py --run runs/mt40/pretrain --evaluations mt40.json cw10.json --out docs/results
+
+Writes `mt40.md` (the tables), `mt40-curve.png`, and `mt40.json` (per task, without the single episodes).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from eva_rl.tracking.tracker import read_metrics
+
+
+def table(name: str, evaluation: dict[str, Any]) -> list[str]:
+    """One evaluation as Markdown."""
+    lines = [f"### {name}: mean success {evaluation['mean_success_rate']:.3f}", ""]
+    lines += ["| task | success | 95% interval | at the last step | mean return |", "|---|---|---|---|---|"]
+    for task, result in evaluation["tasks"].items():
+        low, high = result["success_interval_95"]
+        metrics = result["metrics"]
+        lines.append(
+            f"| {task.removeprefix('metaworld/')} | {metrics['eval/success_rate']:.2f} | {low:.2f} to {high:.2f} "
+            f"| {metrics['eval/success_at_end']:.2f} | {metrics['eval/mean_reward']:.0f} |"
+        )
+    return [*lines, ""]
+
+
+def curve(run: Path, out: Path) -> None:
+    """Training loss and validation success against gradient steps."""
+    rows = read_metrics(run)
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    loss = [(row["step"], row["train/loss"]) for row in rows if "train/loss" in row]
+    left.plot(*zip(*loss, strict=True), lw=0.8)
+    left.set(xlabel="gradient steps", ylabel="train/loss", yscale="log")
+    success = [(row["step"], row["validation/success_rate"]) for row in rows if "validation/success_rate" in row]
+    right.plot(*zip(*success, strict=True), marker="o")
+    right.set(xlabel="gradient steps", ylabel="validation/success_rate", ylim=(0, 1))
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    figure.savefig(out, dpi=110)
+
+
+def compact(evaluation: dict[str, Any]) -> dict[str, Any]:
+    """Without the single episodes."""
+    tasks = {task: {k: v for k, v in r.items() if k != "episodes"} for task, r in evaluation["tasks"].items()}
+    return evaluation | {"tasks": tasks}
+
+
+def main() -> None:
+    """Write tables, curve and record."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, required=True)
+    parser.add_argument("--evaluations", type=Path, nargs="+", required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    evaluations = {path.stem: json.loads(path.read_text()) for path in options.evaluations}
+    lines = [line for name, evaluation in evaluations.items() for line in table(name, evaluation)]
+    (options.out / "mt40.md").write_text("\n".join(lines))
+    record = {name: compact(evaluation) for name, evaluation in evaluations.items()}
+    (options.out / "mt40.json").write_text(json.dumps(record, indent=1) + "\n")
+    curve(options.run, options.out / "mt40-curve.png")
+
+
+if __name__ == "__main__":
+    main()
