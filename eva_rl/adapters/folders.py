@@ -42,7 +42,11 @@ def save_adapted_policy(
 
 
 def load_policy(
-    name_or_path: str | Path, device: torch.device | str = "cpu", options: ImportOptions | None = None
+    name_or_path: str | Path,
+    device: torch.device | str = "cpu",
+    options: ImportOptions | None = None,
+    *,
+    merge: bool = False,
 ) -> DecisionTransformerPolicy:
     """Load a policy with its adapter, where it has one.
 
@@ -51,6 +55,7 @@ def load_policy(
             Face Decision Transformer (folder or hub id).
         device: Where the network goes.
         options: What checkpoints of other projects do not say of themselves.
+        merge: Fold the adapter into the weights, so that another one can be attached.
 
     Raises:
         UserError: No such policy, or its files are damaged or do not fit each other.
@@ -58,16 +63,18 @@ def load_policy(
     folder = find_policy(str(name_or_path))
     policy = read_policy(folder, options)
     if (folder / ADAPTER_FOLDER).is_dir():
-        _load_adapter(policy, folder / ADAPTER_FOLDER)
+        model = _load_adapter(policy, folder / ADAPTER_FOLDER)
+        if merge:
+            model.merge_and_unload()
     policy.network.eval()
     return policy.to(device)
 
 
-def _load_adapter(policy: DecisionTransformerPolicy, folder: Path) -> None:
+def _load_adapter(policy: DecisionTransformerPolicy, folder: Path) -> PeftModel:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message=".*missing adapter keys.*")
-            PeftModel.from_pretrained(policy.network, str(folder), torch_device="cpu")
+            return PeftModel.from_pretrained(policy.network, str(folder), torch_device="cpu")
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, UserWarning, SafetensorError) as error:
         raise UserError(
             f"The adapter in {folder} does not fit the policy beside it, or is damaged: {str(error).splitlines()[0]}"

@@ -158,7 +158,7 @@ def finetune(config: FinetuneConfig) -> None:
     """Evaluate, aim and attach the adapter, train, evaluate again, save."""
     device = prepare_machine(config)
     spec = envs.env_spec(config.env.id, config.env.horizon)
-    policy = open_policy(config.policy, device)
+    policy = open_policy(config.policy, device, merge=True)
     policy.check_dimensions(spec.observation_dim, spec.action_dim, spec.env_id)
     target_layers(policy.network, config.adapter.targets)
     run_dir = open_run("finetune", config)

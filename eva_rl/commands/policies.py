@@ -10,8 +10,8 @@ from eva_rl.agents.imports import ImportOptions
 from eva_rl.commands.options import PolicyOptions
 
 
-def open_policy(options: PolicyOptions, device: torch.device) -> DecisionTransformerPolicy:
-    """Load the policy that the options name.
+def open_policy(options: PolicyOptions, device: torch.device, *, merge: bool = False) -> DecisionTransformerPolicy:
+    """Load the policy that the options name; ``merge`` folds its adapter into its weights.
 
     Raises:
         UserError: See :func:`eva_rl.adapters.load_policy`.
@@ -19,4 +19,4 @@ def open_policy(options: PolicyOptions, device: torch.device) -> DecisionTransfo
     imported = ImportOptions(
         context_length=options.context_length, target_return=options.target_return, allow_pickle=options.allow_pickle
     )
-    return load_policy(options.path, device, imported)
+    return load_policy(options.path, device, imported, merge=merge)

@@ -118,6 +118,13 @@ def test_evaluated_again_in_a_new_process_the_result_is_identical(finished: Path
         assert again["metrics"][key] == summary[key]
 
 
+def test_a_finetuned_policy_can_be_finetuned_again(finished: Path, tmp_path: Path) -> None:
+    assert small_run(finished, tmp_path / "second", "adapter=lora") == 0
+    first, second = read(finished / "summary.json"), read(tmp_path / "second" / "summary.json")
+    assert second["eval_before/mean_reward"] == pytest.approx(first["eval/mean_reward"], rel=1e-4)
+    assert second["total_parameters"] == first["total_parameters"], "the first adapter was folded in"
+
+
 @pytest.mark.parametrize("method", [m for m in METHODS if m != "eva"])
 def test_every_method_runs(method: str, base: Path, tmp_path: Path) -> None:
     assert small_run(base, tmp_path / method, f"adapter={method}", "algo.updates=4") == 0
