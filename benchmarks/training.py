@@ -16,6 +16,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -26,6 +27,7 @@ from transformers import DecisionTransformerModel
 
 from eva_rl.agents import DecisionTransformer, DecisionTransformerConfig
 from eva_rl.batch import WindowBatch
+from eva_rl.training.bc import autocast
 
 OBSERVATION, ACTION = 39, 4
 
@@ -93,12 +95,14 @@ class HuggingFace(nn.Module):
         return actions
 
 
-def stepper(network: nn.Module, batch: WindowBatch) -> Callable[[], None]:
+def stepper(network: Callable[..., Any], batch: WindowBatch, precision: str = "float32") -> Callable[[], None]:
     """One gradient step of cloning, as a call."""
+    assert isinstance(network, nn.Module)
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4)
 
     def step() -> None:
-        loss = (network(batch) - batch.actions).square().mean()
+        with autocast(batch.actions.device, precision):
+            loss = (network(batch) - batch.actions).float().square().mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(network.parameters(), 0.25)
@@ -128,6 +132,10 @@ def measure(options: argparse.Namespace, width: int, window: int) -> dict[str, f
         "nn.MultiheadAttention": MultiheadTransformer(width, options.layers, heads),
     }
     steps = {name: stepper(network.to(options.device), batch) for name, network in networks.items()}
+    if options.variants:
+        steps["eva-rl, bfloat16"] = stepper(DecisionTransformer(config).to(options.device), batch, "bfloat16")
+        compiled = torch.compile(DecisionTransformer(config).to(options.device))
+        steps["eva-rl, torch.compile"] = stepper(compiled, batch)
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(options.rounds + 2):
         for name, step in steps.items():
@@ -148,6 +156,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--variants", action="store_true", help="also ours in bfloat16, and under torch.compile")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

@@ -27,12 +27,14 @@ class EvaluationResult:
         episodes: One record an episode.
         protocol: How the episodes were made, in one line.
         reports_success: Whether success means anything on this task.
+        references: Returns that score 0 and 100; None takes D4RL's, where it has some for the task.
     """
 
     env_id: str
     episodes: tuple[EpisodeRecord, ...]
     protocol: str
     reports_success: bool
+    references: tuple[float, float] | None = None
 
     @property
     def success_rate(self) -> float:
@@ -59,9 +61,9 @@ class EvaluationResult:
             f"{prefix}/std_reward": float(returns.std()),
             f"{prefix}/mean_ep_length": float(np.mean([e.length for e in self.episodes])),
         }
-        scores = envs.normalized_score(self.env_id, returns)
-        if scores is not None:
-            metrics[f"{prefix}/normalized_score"] = float(np.mean(scores))
+        references = self.references or envs.reference_scores(self.env_id)
+        if references is not None:
+            metrics[f"{prefix}/normalized_score"] = float(np.mean(envs.score_between(references, returns)))
         if self.reports_success:
             metrics[f"{prefix}/success_rate"] = self.success_rate
             metrics[f"{prefix}/success_at_end"] = float(np.mean([e.success_at_end for e in self.episodes]))
@@ -83,6 +85,7 @@ def evaluate(  # noqa: PLR0913 - one call for users and for training; all but tw
     seed: int = 0,
     horizon: int | None = None,
     purpose: int = EVALUATION,
+    references: tuple[float, float] | None = None,
     vec_env: VecEnv | None = None,
     on_episode: Callable[[EpisodeRecord], None] | None = None,
 ) -> EvaluationResult:
@@ -98,6 +101,7 @@ def evaluate(  # noqa: PLR0913 - one call for users and for training; all but tw
         seed: Chooses the episodes.
         horizon: Env steps an episode; None takes the task's own.
         purpose: Which family of seeds; ``eva_rl.seeding.VALIDATION`` for choices that a report must not see.
+        references: Returns that score 0 and 100, where the data bring their own.
         vec_env: Environments to use again, as :func:`evaluation_envs` makes them; made and closed here when None.
         on_episode: Called after each episode.
 
@@ -118,7 +122,7 @@ def evaluate(  # noqa: PLR0913 - one call for users and for training; all but tw
         if own:
             made.close()
     protocol = f"{spec.protocol}; {episodes} episodes of seed {seed}, deterministic action"
-    return EvaluationResult(spec.env_id, tuple(records[:episodes]), protocol, spec.reports_success)
+    return EvaluationResult(spec.env_id, tuple(records[:episodes]), protocol, spec.reports_success, references)
 
 
 def evaluation_envs(env: str, episodes: int, horizon: int | None = None) -> VecEnv:

@@ -90,6 +90,8 @@ def test_d4rl_scores_are_in_the_metrics() -> None:
     metrics = EvaluationResult("Hopper-v5", records, "", False).metrics()
     low, high = -20.272305, 3234.3
     assert metrics["eval/normalized_score"] == pytest.approx(100 * (500 - low) / (high - low))
+    own = EvaluationResult("Hopper-v5", records, "", False, references=(0.0, 2000.0)).metrics()
+    assert own["eval/normalized_score"] == pytest.approx(25)
     assert "eval/success_rate" not in metrics
     assert "eval/normalized_score" not in result([True]).metrics()
 

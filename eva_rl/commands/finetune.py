@@ -3,60 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
-from pathlib import Path
-from time import perf_counter
-from typing import Any
-
-from rich.table import Table
 
 from eva_rl import envs, eva
 from eva_rl.adapters import (
-    METHODS,
-    PROJECTIONS,
-    SOURCES,
     AttachedAdapter,
     Rollouts,
     attach_adapter,
-    count_parameters,
     find_method,
     initial_rank,
     measure,
-    save_adapted_policy,
     target_layers,
 )
 from eva_rl.agents import DecisionTransformerPolicy
 from eva_rl.batch import WindowBatch
-from eva_rl.commands.cards import model_card
-from eva_rl.commands.command import console, register, run_command
+from eva_rl.commands.command import console, run_command
 from eva_rl.commands.demonstrations import load_task_data, sampling_weights, target_return
-from eva_rl.commands.options import (
-    BCOptionsGroup,
-    CheckpointOptions,
-    DataOptions,
-    EnvOptions,
-    EvalOptions,
-    PolicyOptions,
-    RunOptions,
-    between,
-    group,
-    one_of,
-    option,
-    positive,
-)
+from eva_rl.commands.finetune_options import FinetuneConfig
+from eva_rl.commands.finetune_record import Phases, finish, report_eva
+from eva_rl.commands.outputs import data_references
 from eva_rl.commands.policies import open_policy
 from eva_rl.commands.pretrain import bc_options
 from eva_rl.commands.progress import counting_progress, training_progress
-from eva_rl.commands.runs import open_run, prepare_machine, write_summary
+from eva_rl.commands.runs import open_run, prepare_machine
 from eva_rl.data import Trajectories, WindowSampler
 from eva_rl.data.prefetch import prefetching
 from eva_rl.evaluation import EvaluationResult, evaluate, evaluation_envs
-from eva_rl.files import write_json
 from eva_rl.seeding import ROLLOUTS, VALIDATION, episode_seeds
 from eva_rl.tracking import Tracker
-from eva_rl.tracking.figures import rank_figure, spectrum_figure
 from eva_rl.training.bc import train_bc
 from eva_rl.training.checkpoint import load_latest_checkpoint
 
@@ -70,88 +45,6 @@ Examples:
 
 The same command continues an unfinished run_dir.
 """
-
-
-@dataclass
-class EvaSourceOptions:
-    """The activations that EVA looks at."""
-
-    source: str = option("trajectories", "trajectories, rollouts (of the policy, while it acts) or mixed")
-    max_batches: int = option(16, "batches of windows at most")
-    batch_size: int = option(64, "windows a batch")
-    rollout_envs: int = option(10, "environments in which the policy acts")
-    rollout_steps: int = option(200, "env steps in each")
-
-    def __post_init__(self) -> None:
-        one_of(SOURCES, adapter__eva__source=self.source)
-        positive(
-            adapter__eva__max_batches=self.max_batches,
-            adapter__eva__batch_size=self.batch_size,
-            adapter__eva__rollout_envs=self.rollout_envs,
-            adapter__eva__rollout_steps=self.rollout_steps,
-        )
-
-
-@dataclass
-class AdapterOptions:
-    """What is trained."""
-
-    method: str = option("eva", "one of " + ", ".join(METHODS))
-    rank: int = option(8, "rank of each target layer (on average, where EVA hands ranks out)")
-    alpha: float | None = option(None, "LoRA's alpha; null takes the rank, an update scale of 1")
-    dropout: float = option(0.0, "LoRA's dropout")
-    targets: list[str] = field(
-        default_factory=lambda: list(PROJECTIONS),
-        metadata={"help": "layers that get an adapter, by (ending of) name"},
-    )
-    rho: float = option(1.0, "EVA: no layer gets more than rank * rho; 1 gives all the same")
-    tau: float = option(0.99, "EVA: stop when two halves of the data agree to this")
-    center: bool = option(False, "EVA: subtract the mean activation")
-    score: str = option("ratio", "EVA: compare layers by explained-variance ratio, or by the paper's formula (paper)")
-    variant: str | None = option(None, "EVA: an ablation of the paper: whiten, rotate, permute or minor")
-    eva: EvaSourceOptions = group(EvaSourceOptions, "EVA's data")
-
-    def __post_init__(self) -> None:
-        find_method(self.method)
-        positive(adapter__rank=self.rank)
-        between(1, 1000, adapter__rho=self.rho)
-        between(0, 1, adapter__tau=self.tau)
-        between(0, 0.99, adapter__dropout=self.dropout)
-        one_of(("ratio", "paper"), adapter__score=self.score)
-        if self.variant is not None:
-            one_of(("whiten", "rotate", "permute", "minor"), adapter__variant=self.variant)
-        if self.alpha is not None:
-            positive(adapter__alpha=self.alpha)
-
-
-@dataclass
-class FinetuneConfig(RunOptions):
-    """Config of ``python -m eva_rl.finetune``."""
-
-    env: EnvOptions = group(EnvOptions, "the new task")
-    policy: PolicyOptions = group(PolicyOptions, "what to start from")
-    data: DataOptions = group(DataOptions, "demonstrations")
-    adapter: AdapterOptions = group(AdapterOptions, "what is trained")
-    algo: BCOptionsGroup = group(BCOptionsGroup, "how it is trained")
-    eval: EvalOptions = group(EvalOptions, "evaluation")
-    checkpoint: CheckpointOptions = group(CheckpointOptions, "checkpoints")
-
-
-register("finetune", FinetuneConfig, {})
-
-
-@dataclass
-class Phases:
-    """Seconds spent in each phase of a run."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-    _began: float = field(default_factory=perf_counter)
-
-    def end(self, name: str) -> None:
-        """Note the time since the previous phase ended."""
-        now = perf_counter()
-        self.seconds[name] = now - self._began
-        self._began = now
 
 
 def finetune(config: FinetuneConfig) -> None:
@@ -170,7 +63,15 @@ def finetune(config: FinetuneConfig) -> None:
     sampler = make_sampler(policy, data, config)
     phases.end("data")
     vec_env = evaluation_envs(spec.env_id, config.eval.episodes, config.env.horizon)
-    play = partial(evaluate, policy, config.env.id, horizon=config.env.horizon, seed=config.eval.seed, vec_env=vec_env)
+    play = partial(
+        evaluate,
+        policy,
+        config.env.id,
+        horizon=config.env.horizon,
+        seed=config.eval.seed,
+        references=data_references(data),
+        vec_env=vec_env,
+    )
     before = _with_bar("Before", play, config.eval.episodes)
     phases.end("evaluate_before")
     adapter = attach(policy, sampler, config)
@@ -179,7 +80,7 @@ def finetune(config: FinetuneConfig) -> None:
     with Tracker(run_dir, None if resumed is None else resumed.step) as tracker:
         if resumed is None:
             tracker.log(before.metrics(), 0)
-        if adapter.eva is not None:
+        if adapter.eva is not None and resumed is None:
             report_eva(run_dir, adapter.eva, data, config, tracker)
         with training_progress(config.algo.updates) as bar, prefetching(sampler, device) as ahead:
             train_bc(
@@ -193,10 +94,10 @@ def finetune(config: FinetuneConfig) -> None:
             )
         phases.end("train")
         after = _with_bar("After", play, config.eval.episodes)
-        tracker.log(after.metrics(), config.algo.updates)
         phases.end("evaluate_after")
+        finish(run_dir, config, policy, adapter, (before, after), data, phases)
+        tracker.log(after.metrics(), config.algo.updates)  # last, so that no continued run can log it twice
     vec_env.close()
-    finish(run_dir, config, policy, adapter, (before, after), data, phases)
 
 
 def make_sampler(policy: DecisionTransformerPolicy, data: Trajectories, config: FinetuneConfig) -> WindowSampler:
@@ -271,83 +172,6 @@ def _with_bar(name: str, play: Callable[..., EvaluationResult], episodes: int) -
     """The held-out evaluation, behind a progress bar."""
     with counting_progress(f"{name:8s}", episodes) as advance:
         return play(episodes=episodes, on_episode=advance)
-
-
-def report_eva(
-    run_dir: Path, result: eva.EvaResult, data: Trajectories, config: FinetuneConfig, tracker: Tracker
-) -> None:
-    """Write ``eva_report.json``, and show spectra and ranks."""
-    origin = {"source": data.source, "hash": data.content_hash, "listened_to": config.adapter.eva.source}
-    write_json(run_dir / "eva_report.json", {"data": origin, **result.to_report()})
-    spectra = {name: layer.explained_variance_ratio.tolist() for name, layer in result.layers.items()}
-    tracker.figure("eva/spectrum", spectrum_figure(spectra), 0)
-    tracker.figure("eva/ranks", rank_figure({name: layer.rank for name, layer in result.layers.items()}), 0)
-
-
-def finish(
-    run_dir: Path,
-    config: FinetuneConfig,
-    policy: DecisionTransformerPolicy,
-    adapter: AttachedAdapter,
-    results: tuple[EvaluationResult, EvaluationResult],
-    data: Trajectories,
-    phases: Phases,
-) -> None:
-    """Write the policy folder and the summary, and show where everything lies."""
-    before, after = results
-    summary: dict[str, Any] = {
-        "env": after.env_id,
-        "method": config.adapter.method,
-        "seed": config.seed,
-        "policy": config.policy.path,
-        "target_return": policy.conditioning.of(after.env_id),
-        "protocol": after.protocol,
-        **before.metrics("eval_before"),
-        **after.metrics("eval"),
-        **count_parameters(policy.network),
-        "data": {
-            "source": data.source,
-            "hash": data.content_hash,
-            "episodes": data.num_episodes,
-            "steps": data.num_steps,
-            "mean_return": float(data.returns.mean()),
-        },
-        "updates": config.algo.updates,
-        "seconds": phases.seconds,
-    }
-    policy.env_id = after.env_id
-    policy.metadata |= {
-        "finetuned_on": after.env_id,
-        "method": config.adapter.method,
-        "protocol": after.protocol,
-    }
-    save_adapted_policy(run_dir / "policy", policy, adapter, model_card(summary))
-    write_json(run_dir / "evaluation.json", {"before": before.record(), "after": after.record()})
-    write_summary(run_dir, summary)
-    show(run_dir, summary, results)
-
-
-def show(run_dir: Path, summary: dict[str, Any], results: tuple[EvaluationResult, EvaluationResult]) -> None:
-    """The table at the end."""
-    before, after = results
-    table = Table(title=f"{summary['env']}, {summary['method']}: {len(after.episodes)} held-out episodes")
-    for column in ("", "before", "after"):
-        table.add_column(column)
-    if after.reports_success:
-        intervals = [
-            f"{r.success_rate:.2f}  [{r.success_interval()[0]:.2f}, {r.success_interval()[1]:.2f}]" for r in results
-        ]
-        table.add_row("success rate [95% interval]", *intervals)
-    table.add_row("mean return", f"{before.mean_reward:.1f}", f"{after.mean_reward:.1f}")
-    console.print(table)
-    trainable, total = summary["trainable_parameters"], summary["total_parameters"]
-    seconds = ", ".join(f"{name} {value:.0f}" for name, value in summary["seconds"].items())
-    console.print(f"Trained {trainable:,} of {total:,} parameters. Seconds: {seconds}.")
-    console.print(f"Protocol: {summary['protocol']}.", soft_wrap=True)
-    console.print(
-        f"Policy:      {run_dir / 'policy'}\nTensorBoard: tensorboard --logdir {run_dir / 'tb'}",
-        soft_wrap=True,
-    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
