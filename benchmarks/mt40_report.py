@@ -2,7 +2,7 @@
 
     python benchmarks/mt40_report.py --run runs/mt40/pretrain --evaluations mt40.json cw10.json --out docs/results
 
-Writes `mt40.md` (the tables), `mt40-curve.png`, and `mt40.json` (per task, without the single episodes).
+Writes `mt40.md` (the tables, which docs/mt40.md repeats), `mt40-curve.png`, and `mt40.json` (per task, without the single episodes).
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ def curve(run: Path, out: Path) -> None:
     right.plot(*zip(*success, strict=True), marker="o")
     right.set(xlabel="gradient steps", ylabel="validation/success_rate", ylim=(0, 1))
     for axes in (left, right):
+        axes.locator_params(axis="x", nbins=5)
         axes.grid(alpha=0.3)
     figure.savefig(out, dpi=110)
 
