@@ -2,7 +2,8 @@
 
     python benchmarks/mt40_report.py --run runs/mt40/pretrain --evaluations mt40.json cw10.json --out docs/results
 
-Writes `mt40.md` (the tables, which docs/mt40.md repeats), `mt40-curve.png`, and `mt40.json` (per task, without the single episodes).
+Writes `mt40.md` (the tables, which docs/mt40.md repeats), `mt40-curve.png`, and `mt40.json` (per task, without the
+single episodes).
 """
 
 from __future__ import annotations
