@@ -147,12 +147,22 @@ class DecisionTransformerPolicy:
         episode_starts: NDArray[np.bool_],
     ) -> NDArray[np.float32]:
         """Choose the deterministic action of each environment; see :meth:`Policy.act`."""
+        return self.act_by(self.network.actions, observations, rewards, episode_starts)
+
+    def act_by(
+        self,
+        choose: Callable[[Tensor], Tensor],
+        observations: NDArray[np.float32],
+        rewards: NDArray[np.float32],
+        episode_starts: NDArray[np.bool_],
+    ) -> NDArray[np.float32]:
+        """Act as :meth:`act` does, but with scaled actions (n, act) that ``choose`` makes of hidden states (n, D)."""
         assert self._context is not None, "reset() comes before act()"
         with frozen(self.network):
             features = self._context.features(
                 self._tensor(observations), self._tensor(rewards), torch.as_tensor(episode_starts, dtype=torch.bool)
             )
-            actions = self.network.actions(features).clamp(-1, 1)
+            actions = choose(features).clamp(-1, 1)
             self._context.acted(actions)
             raw: NDArray[np.float32] = self.scaling.raw_actions(actions).cpu().numpy()
             return raw

@@ -13,8 +13,8 @@ LAYERS = [
     {"eva_rl.errors", "eva_rl._version"},
     {"eva_rl.batch", "eva_rl.files", "eva_rl.seeding"},
     {"eva_rl.agents", "eva_rl.envs", "eva_rl.data", "eva_rl.eva", "eva_rl.tracking", "eva_rl.stats"},
-    {"eva_rl.adapters", "eva_rl.demonstrations", "eva_rl.rollouts"},
-    {"eva_rl.evaluation", "eva_rl.video"},
+    {"eva_rl.adapters", "eva_rl.demonstrations", "eva_rl.recording", "eva_rl.rollouts"},
+    {"eva_rl.evaluation", "eva_rl.trained_experts", "eva_rl.video"},
     {"eva_rl.training"},
     {"eva_rl.commands"},
 ]

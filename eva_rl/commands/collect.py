@@ -1,4 +1,4 @@
-"""``python -m eva_rl.collect``: demonstrations from Meta-World's scripted experts, in one file."""
+"""``python -m eva_rl.collect``: demonstrations from scripted experts, or from an agent trained on the spot."""
 
 from __future__ import annotations
 
@@ -6,21 +6,39 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from eva_rl.commands.command import console, register, run_command
-from eva_rl.commands.options import EnvOptions, NoiseOptions, between, group, option, positive
+from eva_rl.commands.options import EnvOptions, NoiseOptions, between, group, one_of, option, positive
 from eva_rl.commands.outputs import MINARI, check_output, write_output
+from eva_rl.data import Trajectories
 from eva_rl.demonstrations import ActionNoise, collect_expert
 from eva_rl.seeding import MAX_SEED
+from eva_rl.trained_experts import TrainedExpert, collect_trained
 
 HELP = """
 Collect demonstrations of a Meta-World task from its scripted expert into one HDF5 file (Minari's episode layout),
 a Minari data set, or a folder of arrays that are mapped into memory.
 The same arguments give the same episodes, with any number of workers.
+Tasks without a scripted expert (MuJoCo) take expert=sac: Stable-Baselines3's SAC is trained until its mean return
+reaches expert.until, and the episodes are its own, with its exploration.
 
 Examples:
   python -m eva_rl.collect env=push-v3 episodes=25 out=push.h5
   python -m eva_rl.collect env=push-v3 episodes=100 noise.std=0.4 seed=7 out=noisy.h5
   python -m eva_rl.collect env=push-v3 episodes=25 out=minari:mine/push-v0
+  python -m eva_rl.collect env=mujoco/hopper expert=sac expert.until=1200 episodes=200 out=hopper-medium.h5
 """
+
+
+@dataclass
+class ExpertOptions:
+    """Who demonstrates."""
+
+    name: str = option("scripted", "scripted (Meta-World's own), or sac (trained on the spot); same as expert=")
+    steps: int = option(100_000, "sac: env steps of training at most")
+    until: float | None = option(None, "sac: mean return at which training ends; null trains for all steps")
+
+    def __post_init__(self) -> None:
+        one_of(("scripted", "sac"), expert=self.name)
+        positive(expert__steps=self.steps)
 
 
 @dataclass
@@ -33,6 +51,7 @@ class CollectConfig:
     only_successes: bool = option(True, "leave out episodes in which the expert failed")
     workers: int = option(2, "processes")
     env: EnvOptions = group(EnvOptions, "the task")
+    expert: ExpertOptions = group(ExpertOptions, "who demonstrates")
     noise: NoiseOptions = group(NoiseOptions, "action noise")
 
     def __post_init__(self) -> None:
@@ -47,7 +66,25 @@ def collect(config: CollectConfig) -> None:
     """Play, and write the file."""
     out = config.out or f"data/{config.env.id.split('/')[-1]}.h5"
     check_output(out)
-    data = collect_expert(
+    data = _episodes(config)
+    noise = {f"noise_{key}": value for key, value in asdict(config.noise).items()}
+    name = {"scripted": "scripted expert", "sac": "SAC"}[config.expert.name]
+    about = {"algorithm_name": name} if out.startswith(MINARI) else {"seed": config.seed, **noise}
+    source = write_output(out, data, about)
+    solved = int(data.successes[data.offsets[1:] - 1].sum()) if data.successes is not None else 0
+    console.print(
+        f"{data.env_id}: {data.num_episodes} episodes, {data.num_steps} env steps, {solved} solved, mean return "
+        f"{data.returns.mean():.1f}. Use them with data={source}",
+        soft_wrap=True,
+    )
+
+
+def _episodes(config: CollectConfig) -> Trajectories:
+    if config.expert.name == "sac":
+        until = float("inf") if config.expert.until is None else config.expert.until
+        expert = TrainedExpert(config.expert.steps, until)
+        return collect_trained(config.env.id, config.episodes, expert, seed=config.seed)
+    return collect_expert(
         config.env.id,
         config.episodes,
         seed=config.seed,
@@ -55,15 +92,6 @@ def collect(config: CollectConfig) -> None:
         horizon=config.env.horizon,
         only_successes=config.only_successes,
         workers=config.workers,
-    )
-    noise = {f"noise_{key}": value for key, value in asdict(config.noise).items()}
-    about = {"algorithm_name": "scripted expert"} if out.startswith(MINARI) else {"seed": config.seed, **noise}
-    source = write_output(out, data, about)
-    solved = int(data.successes[data.offsets[1:] - 1].sum()) if data.successes is not None else 0
-    console.print(
-        f"{data.env_id}: {data.num_episodes} episodes, {data.num_steps} env steps, {solved} solved, mean return "
-        f"{data.returns.mean():.1f}. Use them with data={source}",
-        soft_wrap=True,
     )
 
 

@@ -29,6 +29,7 @@ SHORT_KEYS = {
     "adapter": "adapter.method",
     "algo": "algo.name",
     "size": "size.name",
+    "expert": "expert.name",
 }
 """What a user types, and the key it sets."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -41,7 +43,7 @@ class WindowSampler:
     ) -> None:
         self.trajectories = trajectories
         self.context_length = context_length
-        self._scaling = scaling
+        self._scaling = scaling.to("cpu")  # windows are gathered there, whatever the policy lives on
         self._seed = seed
         self._starts = np.repeat(trajectories.offsets[:-1], trajectories.lengths)
         self._cumulative = None if weights is None else _cumulative(weights, trajectories.num_steps)
@@ -63,25 +65,67 @@ class WindowSampler:
             last_rows: (B,), row of the last env step of each window.
             device: Where the batch goes.
         """
-        data, scaling = self.trajectories, self._scaling
-        rows = last_rows[:, None] + np.arange(1 - self.context_length, 1)  # (B, T)
-        real = rows >= self._starts[last_rows, None]
-        rows = np.where(real, rows, last_rows[:, None])
-        mask = torch.from_numpy(real)
-        keep = mask.unsqueeze(-1)
-        actions = scaling.actions(_gather(data.actions, rows)) * keep
-        targets = None
-        if data.target_actions is not None:
-            targets = scaling.actions(_gather(data.target_actions, rows)) * keep
-        return WindowBatch(
-            observations=scaling.observations(_gather(data.observations, rows)) * keep,
-            actions=actions,
-            returns_to_go=_gather(data.returns_to_go, rows).unsqueeze(-1) / scaling.return_scale * keep,
-            timesteps=torch.from_numpy(rows - self._starts[last_rows, None]) * mask,
-            attention_mask=None if real.all() else mask,
-            rewards=_gather(data.rewards, rows).unsqueeze(-1) / scaling.return_scale * keep,
-            target_actions=targets,
-        ).to(device)
+        starts = self._starts[last_rows]
+        return gather_windows(self.trajectories, last_rows, starts, self.context_length, self._scaling).to(device)
+
+
+class StepColumns(Protocol):
+    """Env steps of successive episodes, one a row."""
+
+    @property
+    def observations(self) -> NDArray[np.float32]:
+        """(N, obs)."""
+
+    @property
+    def actions(self) -> NDArray[np.float32]:
+        """(N, act)."""
+
+    @property
+    def rewards(self) -> NDArray[np.float32]:
+        """(N,)."""
+
+    @property
+    def returns_to_go(self) -> NDArray[np.float32]:
+        """(N,)."""
+
+    @property
+    def target_actions(self) -> NDArray[np.float32] | None:
+        """(N, act), or None where they are the actions."""
+
+
+def gather_windows(
+    data: StepColumns,
+    last_rows: NDArray[np.int64],
+    starts: NDArray[np.int64],
+    context_length: int,
+    scaling: InputScaling,
+) -> WindowBatch:
+    """The windows that end in the given rows, padded on the left.
+
+    Args:
+        data: Where the steps lie.
+        last_rows: (B,), row of the last env step of each window.
+        starts: (B,), row of the first env step of the episode of each window.
+        context_length: T.
+        scaling: How raw numbers become what the network sees.
+    """
+    rows = last_rows[:, None] + np.arange(1 - context_length, 1)  # (B, T)
+    real = rows >= starts[:, None]
+    rows = np.where(real, rows, last_rows[:, None])
+    mask = torch.from_numpy(real)
+    keep = mask.unsqueeze(-1)
+    targets = None
+    if data.target_actions is not None:
+        targets = scaling.actions(_gather(data.target_actions, rows)) * keep
+    return WindowBatch(
+        observations=scaling.observations(_gather(data.observations, rows)) * keep,
+        actions=scaling.actions(_gather(data.actions, rows)) * keep,
+        returns_to_go=_gather(data.returns_to_go, rows).unsqueeze(-1) / scaling.return_scale * keep,
+        timesteps=torch.from_numpy(rows - starts[:, None]) * mask,
+        attention_mask=None if real.all() else mask,
+        rewards=_gather(data.rewards, rows).unsqueeze(-1) / scaling.return_scale * keep,
+        target_actions=targets,
+    )
 
 
 def _gather(array: NDArray[np.float32], rows: NDArray[np.int64]) -> Tensor:

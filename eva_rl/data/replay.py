@@ -1,0 +1,246 @@
+"""Whole episodes, the newest up to a bound, in arrays that may lie on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from eva_rl.batch import InputScaling, WindowBatch
+from eva_rl.data.trajectories import Episode
+from eva_rl.data.windows import gather_windows
+from eva_rl.errors import UserError
+
+COLUMNS = ("observations", "actions", "rewards", "returns_to_go", "asked")
+_EPISODES = "episodes"
+
+
+@dataclass(frozen=True)
+class TransitionWindows:
+    """Windows of T env steps whose successive steps are transitions.
+
+    Attributes:
+        windows: B windows; the last step of one may be the observation after an episode's end, with zeros for its
+            action.
+        rewards: (B, T), unscaled, of the env step taken in each observation.
+        terminated: (B, T), True where that step ended the episode for good.
+        acted: (B, T), True where the step is real and an action was taken in it.
+        valid: (B, T - 1), True where a step and its successor are both in the window.
+    """
+
+    windows: WindowBatch
+    rewards: Tensor
+    terminated: Tensor
+    acted: Tensor
+    valid: Tensor
+
+    def to(self, device: torch.device | str) -> TransitionWindows:
+        """The same windows on a device."""
+        moved = {f.name: getattr(self, f.name).to(device) for f in fields(self)}
+        return TransitionWindows(**moved)
+
+
+class TrajectoryReplay:
+    """A ring of whole episodes; each env step is stored once.
+
+    An episode of T env steps takes T + 1 rows: its last row is the observation after its end. The oldest episodes make
+    room for new ones. Returns-to-go are those that were obtained (hindsight return relabelling, Zheng et al. 2022,
+    arXiv 2202.05607, section 4.1); what the policy was asked for stands beside them.
+
+    Args:
+        capacity: Rows kept at most.
+        observation_dim: Numbers in one observation.
+        action_dim: Numbers in one action.
+        folder: Where the arrays lie, mapped into memory; None keeps them in memory.
+
+    Raises:
+        UserError: The folder cannot be written.
+    """
+
+    def __init__(self, capacity: int, observation_dim: int, action_dim: int, folder: Path | None = None) -> None:
+        self.capacity = capacity
+        shapes = {"observations": (observation_dim,), "actions": (action_dim,)}
+        arrays = {name: _array(name, (capacity, *shapes.get(name, ())), folder) for name in COLUMNS}
+        self.observations, self.actions = arrays["observations"], arrays["actions"]
+        self.rewards, self.returns_to_go = arrays["rewards"], arrays["returns_to_go"]
+        self.asked = arrays["asked"]
+        self.target_actions: None = None
+        self._starts = np.zeros(0, np.int64)
+        self._lengths = np.zeros(0, np.int64)
+        self._terminated = np.zeros(0, bool)
+        self._complete = np.zeros(0, bool)
+        self._next_row = 0
+
+    @property
+    def num_episodes(self) -> int:
+        """Episodes kept."""
+        return len(self._starts)
+
+    @property
+    def num_steps(self) -> int:
+        """Env steps kept."""
+        return int(self._lengths.sum())
+
+    @property
+    def episode_returns(self) -> NDArray[np.float32]:
+        """(E,), oldest first."""
+        return self.returns_to_go[self._starts]
+
+    def add(self, episode: Episode, asked: float, *, complete: bool = True) -> None:
+        """Keep an episode.
+
+        Args:
+            episode: T env steps.
+            asked: Return that the policy was asked for at its start.
+            complete: False for the beginning of an episode that was broken off: its returns-to-go are not what would
+                have been obtained, so that it serves for transitions only.
+
+        Raises:
+            UserError: It is longer than the whole replay.
+        """
+        length = len(episode.rewards)
+        if length + 1 > self.capacity:
+            raise UserError(
+                f"algo.replay_size={self.capacity} does not hold an episode of {length} env steps. Give it more."
+            )
+        begin = self._make_room(length + 1)
+        rows = slice(begin, begin + length)
+        self.observations[begin : begin + length + 1] = episode.observations
+        self.actions[rows], self.rewards[rows] = episode.actions, episode.rewards
+        to_go = np.cumsum(episode.rewards[::-1], dtype=np.float64)[::-1]
+        self.returns_to_go[rows] = to_go
+        self.asked[rows] = asked - (to_go[0] - to_go)
+        last = begin + length
+        self.actions[last], self.rewards[last] = 0, 0
+        self.returns_to_go[last], self.asked[last] = 0, asked - to_go[0]
+        self._starts = np.append(self._starts, begin)
+        self._lengths = np.append(self._lengths, length)
+        self._terminated = np.append(self._terminated, bool(episode.terminations[-1]))
+        self._complete = np.append(self._complete, complete)
+        self._next_row = last + 1
+
+    def _make_room(self, rows: int) -> int:
+        """First of ``rows`` free rows; the episodes that lie there are forgotten, all of which are the oldest."""
+        begin = self._next_row if self._next_row + rows <= self.capacity else 0
+        ends = self._starts + self._lengths + 1
+        keep = (ends <= begin) | (self._starts >= begin + rows)
+        if begin == 0 and self._next_row:  # what lies between the end of the ring and its wrap is older still
+            keep &= self._starts < self._next_row
+        self._keep(keep)
+        return begin
+
+    def _keep(self, keep: NDArray[np.bool_]) -> None:
+        self._starts, self._lengths = self._starts[keep], self._lengths[keep]
+        self._terminated, self._complete = self._terminated[keep], self._complete[keep]
+
+    def sample(
+        self,
+        batch_size: int,
+        rng: np.random.Generator,
+        context_length: int,
+        scaling: InputScaling,
+    ) -> WindowBatch:
+        """Windows of complete episodes, every env step alike as the last of one, with the returns obtained.
+
+        Args:
+            batch_size: B.
+            rng: What draws.
+            context_length: T.
+            scaling: How raw numbers become what the network sees; on the CPU.
+
+        Raises:
+            UserError: No complete episode is kept.
+        """
+        rows, episodes = self._draw(batch_size, rng, self._complete, extra=0)
+        return gather_windows(self, rows, self._starts[episodes], context_length, scaling)
+
+    def sample_transitions(
+        self,
+        batch_size: int,
+        rng: np.random.Generator,
+        context_length: int,
+        scaling: InputScaling,
+        *,
+        as_asked: bool = False,
+    ) -> TransitionWindows:
+        """Windows for temporal differences: broken-off episodes and observations after an end are among them.
+
+        Args:
+            batch_size: B.
+            rng: What draws.
+            context_length: T, at least 2.
+            scaling: How raw numbers become what the network sees; on the CPU.
+            as_asked: Show the returns-to-go that the policy was asked for, rather than those obtained.
+        """
+        rows, episodes = self._draw(batch_size, rng, np.ones(self.num_episodes, bool), extra=1)
+        starts = self._starts[episodes]
+        windows = gather_windows(self, rows, starts, context_length, scaling)
+        span = rows[:, None] + np.arange(1 - context_length, 1)
+        real = span >= starts[:, None]
+        span = np.where(real, span, rows[:, None])
+        if as_asked:
+            asked = torch.from_numpy(self.asked[span] * real).unsqueeze(-1) / scaling.return_scale
+            windows = replace(windows, returns_to_go=asked)
+        last_step = (starts + self._lengths[episodes] - 1)[:, None]
+        return TransitionWindows(
+            windows=windows,
+            rewards=torch.from_numpy(self.rewards[span] * real),
+            terminated=torch.from_numpy(self._terminated[episodes][:, None] & (span == last_step)),
+            acted=torch.from_numpy(real & (span <= last_step)),
+            valid=torch.from_numpy(real[:, :-1]),
+        )
+
+    def _draw(
+        self, batch_size: int, rng: np.random.Generator, allowed: NDArray[np.bool_], extra: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Rows, and the episode of each; ``extra`` rows after an episode's last env step may be drawn, too."""
+        which = np.flatnonzero(allowed)
+        if not len(which):
+            raise UserError("The replay holds no complete episode yet. Raise algo.steps_per_iteration.")
+        cumulative = np.cumsum(self._lengths[which] + extra)
+        draws = rng.integers(cumulative[-1], size=batch_size)
+        index = np.searchsorted(cumulative, draws, side="right")
+        episodes = which[index]
+        back = cumulative[index] - draws  # 1 for the last row of the episode
+        return self._starts[episodes] + self._lengths[episodes] + extra - back, episodes
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything kept, for a checkpoint; rows that no episode owns are left out."""
+        rows = self._rows()
+        state = {name: torch.from_numpy(np.array(getattr(self, name)[rows])) for name in COLUMNS}
+        episodes = np.stack([self._lengths, self._terminated, self._complete, self._starts])
+        return state | {_EPISODES: torch.from_numpy(episodes.astype(np.int64)), "next": torch.tensor(self._next_row)}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Put back what :meth:`tensors` gave."""
+        lengths, terminated, complete, starts = state[_EPISODES].numpy()
+        self._starts, self._lengths = starts.copy(), lengths.copy()
+        self._terminated, self._complete = terminated.astype(bool), complete.astype(bool)
+        self._next_row = int(state["next"])
+        rows = self._rows()
+        for name in COLUMNS:
+            getattr(self, name)[rows] = state[name].numpy()
+
+    def _rows(self) -> NDArray[np.int64]:
+        spans = [np.arange(s, s + n + 1) for s, n in zip(self._starts, self._lengths, strict=True)]
+        return np.concatenate(spans) if spans else np.zeros(0, np.int64)
+
+    def extend(self, episodes: Iterable[Episode], asked: float) -> None:
+        """Keep several complete episodes."""
+        for episode in episodes:
+            self.add(episode, asked)
+
+
+def _array(name: str, shape: tuple[int, ...], folder: Path | None) -> NDArray[np.float32]:
+    if folder is None:
+        return np.zeros(shape, np.float32)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return np.lib.format.open_memmap(folder / f"{name}.npy", "w+", np.float32, shape)
+    except OSError as error:
+        raise UserError(f"The replay cannot be kept in {folder}: {error}. Name another run_dir=.") from error
