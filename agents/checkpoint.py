@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -119,9 +121,23 @@ def save_policy(
 
 
 def write_policy_files(
-    folder: Path, policy: DecisionTransformerPolicy, weights: Mapping[str, Tensor] | None, dtype: torch.dtype
+    folder: Path,
+    policy: DecisionTransformerPolicy,
+    weights: Mapping[str, Tensor] | None,
+    dtype: torch.dtype,
+    also: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write ``policy.json`` and ``model.safetensors`` into an existing folder."""
+    """Write ``policy.json`` (with what is there ``also``) and ``model.safetensors`` into an existing folder."""
     state = policy.network.state_dict() if weights is None else weights
     save_file({k: v.detach().to("cpu", dtype).contiguous() for k, v in state.items()}, folder / WEIGHTS_FILE)
-    write_json(folder / POLICY_FILE, policy_record(policy))
+    write_json(folder / POLICY_FILE, policy_record(policy) | dict(also or {}))
+
+
+def weights_digest(weights: Mapping[str, Tensor]) -> str:
+    """SHA-256 of weights as float32, by name: two policies have the same one if they are the same."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        value = weights[name].detach().to("cpu", torch.float32).contiguous()
+        digest.update(f"{name} {tuple(value.shape)}\n".encode())
+        digest.update(value.numpy().tobytes())
+    return digest.hexdigest()

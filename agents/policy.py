@@ -94,6 +94,8 @@ class DecisionTransformerPolicy:
         self.metadata = dict(metadata or {})
         self.window: Window = "cached"
         self.on_window: Callable[[WindowBatch], None] | None = None
+        self.adapters: Any = None
+        """The :class:`eva_rl.adapters.Adapters` of a policy that ``eva_rl.load_policy`` loaded."""
         self._context: RolloutContext | None = None
 
     @property

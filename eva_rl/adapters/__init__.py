@@ -1,33 +1,35 @@
 """Adapters on policies: PEFT's, aimed by the EVA engine."""
 
 from eva_rl.adapters.adalora import initial_rank
-from eva_rl.adapters.attach import (
-    PROJECTIONS,
-    AttachedAdapter,
-    attach_adapter,
-    base_weights,
-    count_parameters,
-    find_method,
-    target_layers,
-)
-from eva_rl.adapters.folders import load_policy, save_adapted_policy
-from eva_rl.adapters.measuring import SOURCES, Rollouts, measure
-from eva_rl.adapters.methods import METHODS, Method
+from eva_rl.adapters.attach import AttachedAdapter, attach_adapter, base_weights, count_parameters
+from eva_rl.adapters.folders import adapter_bytes, find_adapter, load_policy, save_adapted_policy
+from eva_rl.adapters.layers import PROJECTIONS, rank_limits, target_layers
+from eva_rl.adapters.measuring import SOURCES, Rollouts, measure, second_moments
+from eva_rl.adapters.methods import DIRECTIONS, GRADIENTS, METHODS, MOMENTS, Method, find_method
+from eva_rl.adapters.switching import Adapters
 
 __all__ = [
+    "DIRECTIONS",
+    "GRADIENTS",
     "METHODS",
+    "MOMENTS",
     "PROJECTIONS",
     "SOURCES",
+    "Adapters",
     "AttachedAdapter",
     "Method",
     "Rollouts",
+    "adapter_bytes",
     "attach_adapter",
     "base_weights",
     "count_parameters",
+    "find_adapter",
     "find_method",
     "initial_rank",
     "load_policy",
     "measure",
+    "rank_limits",
     "save_adapted_policy",
+    "second_moments",
     "target_layers",
 ]

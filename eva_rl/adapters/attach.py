@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,14 +11,16 @@ from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from eva_rl.adapters.adalora import ADAPTER_NAME, ORTHOGONALITY, AdaLoraExtension, initial_rank, schedule
-from eva_rl.adapters.methods import METHODS, Method
+from eva_rl.adapters.factors import FrozenFactors, RewrittenBase
+from eva_rl.adapters.layers import PROJECTIONS, capped, rank_limits
+from eva_rl.adapters.methods import DIRECTIONS, GRADIENTS, MOMENTS, Method, find_method
 from eva_rl.agents.policy import DecisionTransformerPolicy
-from eva_rl.errors import UnknownNameError, UserError
+from eva_rl.errors import UserError
 from eva_rl.eva import EvaResult
 
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj")
-"""Every weight matrix of the blocks: the default targets."""
 HEAD = "action_head."
+Backward = Callable[[], None]
+"""Runs forward and backward passes of the loss; gradients add up."""
 
 
 @dataclass(frozen=True)
@@ -35,34 +37,7 @@ class AttachedAdapter:
     method: Method
     model: PeftModel | None
     eva: EvaResult | None
-    extension: AdaLoraExtension | None = None
-
-
-def find_method(name: str) -> Method:
-    """Look a method up.
-
-    Raises:
-        UnknownNameError: There is none of that name.
-    """
-    if name not in METHODS:
-        raise UnknownNameError("adapter", name, METHODS)
-    return METHODS[name]
-
-
-def target_layers(network: nn.Module, targets: Sequence[str] = PROJECTIONS) -> list[str]:
-    """Names of the Linear layers whose name is, or ends with, one of the targets.
-
-    Raises:
-        UserError: A target matches nothing; the message lists what exists.
-    """
-    linear = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
-    matches = {t: [name for name in linear if name == t or name.endswith("." + t)] for t in targets}
-    for target, found in matches.items():
-        if not found:
-            endings = sorted({name.rpartition(".")[2] for name in linear})
-            raise UserError(f"adapter.targets: {target!r} matches no layer. Expected some of {', '.join(endings)}.")
-    chosen = {name for found in matches.values() for name in found}
-    return [name for name in linear if name in chosen]
+    extension: AdaLoraExtension | FrozenFactors | RewrittenBase | None = None
 
 
 def attach_adapter(  # noqa: PLR0913 - PEFT's names for what a user may set
@@ -73,73 +48,166 @@ def attach_adapter(  # noqa: PLR0913 - PEFT's names for what a user may set
     alpha: float | None = None,
     dropout: float = 0.0,
     targets: Sequence[str] = PROJECTIONS,
+    rank_caps: Mapping[str, int] | None = None,
     eva: EvaResult | None = None,
+    moments: Mapping[str, Tensor] | None = None,
+    backward: Backward | None = None,
     total_updates: int = 0,
 ) -> AttachedAdapter:
     """Freeze a policy's network and make the method's own parameters trainable.
 
-    At first the policy acts as it did before: all methods here start from a zero update. AdaLoRA begins with
-    :func:`eva_rl.adapters.initial_rank` in each layer, which is the rank that EVA has to be computed with, and its
-    extension has to be given to the training loop.
+    At first the policy acts as it did before. Methods that take their start out of the base weights leave others in
+    their place until the policy is saved: give the extension to the training loop, and save with
+    :func:`eva_rl.adapters.save_adapted_policy`. AdaLoRA begins with :func:`eva_rl.adapters.initial_rank` in each layer,
+    which is the rank that EVA has to be computed with; its extension belongs in the training loop, too.
 
     Args:
         policy: Changed in place.
         method: A name in :data:`eva_rl.adapters.METHODS`.
-        rank: Rank of each target layer; EVA's result brings its own ranks.
+        rank: Rank of each target layer; EVA's result brings its own ranks. No layer gets more than its weight has.
         alpha: LoRA's alpha; None takes the rank, so that the update is not scaled. Ignored for EVA, whose result
             brings its own.
         dropout: LoRA's dropout.
-        targets: Names, or endings of names, of Linear layers.
+        targets: Names, or endings of names, of layers.
+        rank_caps: Highest rank of some of them, by name or ending; the scale of the update stays that of ``rank``.
         eva: What ``eva_rl.eva.compute`` found; needed by the EVA methods, and by no other.
+        moments: (in, in) by layer, what :func:`eva_rl.adapters.second_moments` found; needed by CorDA.
+        backward: Forward and backward passes of the loss; needed by LoRA-GA.
         total_updates: Gradient steps to come, for AdaLoRA's schedule; other methods do without.
 
     Raises:
-        UserError: Unknown method or target, EVA without its result, or a policy that has an adapter already.
+        UserError: Unknown method or target, a rank or layer that the method cannot do, data that it lacks, or a policy
+            that has an adapter already.
     """
     chosen = find_method(method)
     network = policy.network
-    if any("lora_" in name for name, _ in network.named_parameters()):
+    if any(".lora_" in name for name, _ in network.named_parameters()):
         raise UserError("This policy has an adapter already. Merge it first, or start from the policy without it.")
-    if chosen.eva != (eva is not None):
-        needed = "needs" if chosen.eva else "takes no"
-        raise UserError(f"adapter={method} {needed} EVA directions (eva=eva_rl.eva.compute(...)).")
+    _check_data(chosen, {DIRECTIONS: eva, MOMENTS: moments, GRADIENTS: backward})
     if not chosen.adapter:
         for name, parameter in network.named_parameters():
             parameter.requires_grad_(method == "full" or name.startswith(HEAD))
         return AttachedAdapter(chosen, None, None)
-    layers = target_layers(network, targets)
+    limits = rank_limits(network, chosen, rank, targets, rank_caps)
+    eva = None if eva is None else _complete(capped(eva, limits), limits)
     if chosen.adalora:
-        peft_config = _adalora_config(layers, rank, alpha, dropout, total_updates)
+        peft_config: LoraConfig = _adalora_config(list(limits), rank, alpha, dropout, total_updates)
     else:
-        peft_config = _lora_config(chosen, layers, rank, alpha, dropout, eva)
-    model = get_peft_model(network, peft_config)
+        peft_config = _lora_config(chosen, limits, rank, alpha, dropout, eva)
+    model, extension = _attached(network, chosen, peft_config, moments, backward)
     if eva is not None:
         _aim(model, eva.state_dict())
     model.to(policy.device)
-    return AttachedAdapter(chosen, model, eva, AdaLoraExtension(model) if chosen.adalora else None)
+    return AttachedAdapter(chosen, model, eva, extension)
+
+
+_WAYS = {
+    DIRECTIONS: "EVA directions (eva=eva_rl.eva.compute(...))",
+    MOMENTS: "second moments of its inputs (moments=eva_rl.adapters.second_moments(...))",
+    GRADIENTS: "gradients of the loss (backward=, a function that runs it backward)",
+}
+
+
+def _check_data(method: Method, given: Mapping[str, object]) -> None:
+    for kind, value in given.items():
+        if (method.needs == kind) != (value is not None):
+            raise UserError(f"adapter={method.name} {'needs' if method.needs == kind else 'takes no'} {_WAYS[kind]}.")
+
+
+def _complete(eva: EvaResult, limits: Mapping[str, int]) -> EvaResult:
+    if missing := [name for name in limits if name not in eva.layers]:
+        raise UserError(f"EVA found no directions for {', '.join(missing[:3])}. Compute it with the same targets.")
+    return eva
+
+
+def _attached(
+    network: nn.Module,
+    method: Method,
+    peft_config: LoraConfig,
+    moments: Mapping[str, Tensor] | None,
+    backward: Backward | None,
+) -> tuple[PeftModel, AdaLoraExtension | FrozenFactors | RewrittenBase | None]:
+    """PEFT's model, and what has to be kept of the weights from before."""
+    originals = {}
+    if method.rewrites:
+        layers = peft_config.target_modules
+        originals = {name: network.get_submodule(name).weight.detach().clone() for name in layers}
+    if moments is not None:
+        _prepare_corda(network, peft_config, moments)
+    if backward is not None:
+        _prepare_lora_ga(network, peft_config, backward)
+    model = get_peft_model(network, peft_config)
+    peft_config.corda_config = peft_config.lora_ga_config = None  # done; a saved adapter needs them no more
+    if method.rewrites:
+        return model, RewrittenBase(model, originals)
+    if method.freezes:
+        return model, FrozenFactors(model)
+    return model, AdaLoraExtension(model) if method.adalora else None
+
+
+def _prepare_corda(network: nn.Module, peft_config: LoraConfig, moments: Mapping[str, Tensor]) -> None:
+    """Hand PEFT the second moments, of mean diagonal 1: white inputs then give the weights' own singular triplets."""
+    from peft.tuners.lora.corda import preprocess_corda
+
+    def fill() -> None:
+        for name in peft_config.target_modules:
+            layer, moment = network.get_submodule(name), moments[name]
+            layer.sample_count = 1
+            layer.covariance_matrix = (moment / moment.diagonal().mean()).to(layer.weight)
+
+    if missing := [name for name in peft_config.target_modules if name not in moments]:
+        raise UserError(f"There are no second moments of {', '.join(missing[:3])}. Compute them with the same targets.")
+    preprocess_corda(network, peft_config, run_model=fill)
+
+
+def _prepare_lora_ga(network: nn.Module, peft_config: LoraConfig, backward: Backward) -> None:
+    from peft.tuners.lora.loraga import preprocess_loraga
+
+    with warnings.catch_warnings():  # layers that read the data themselves have no input to differentiate
+        warnings.filterwarnings("ignore", message=".*no inputs require gradients.*")
+        preprocess_loraga(network, peft_config, backward)
 
 
 def _lora_config(
-    method: Method, layers: list[str], rank: int, alpha: float | None, dropout: float, eva: EvaResult | None
+    method: Method,
+    limits: Mapping[str, int],
+    rank: int,
+    alpha: float | None,
+    dropout: float,
+    eva: EvaResult | None,
 ) -> LoraConfig:
-    ranks: Mapping[str, int] = {} if eva is None else eva.rank_pattern
-    alphas: Mapping[str, float] = {} if eva is None else eva.alpha_pattern
+    scale = (rank if alpha is None else alpha) / rank
+    ranks: Mapping[str, int] = {name: min(rank, limit) for name, limit in limits.items()}
     if eva is not None:
-        if missing := [name for name in layers if name not in eva.layers]:
-            raise UserError(f"EVA found no directions for {', '.join(missing[:3])}. Compute it with the same targets.")
-        layers = [name for name in layers if name in ranks]
-        if method.rslora:  # divides by the root of a layer's rank: the same scale everywhere needs a root here, too
-            alphas = {name: value * (eva.options.rank / ranks[name]) ** 0.5 for name, value in alphas.items()}
+        rank, scale = eva.options.rank, eva.options.alpha / eva.options.rank
+        ranks = {name: r for name, r in eva.rank_pattern.items() if name in limits}
+    alphas: Mapping[str, float] = {name: scale * r for name, r in ranks.items()}
+    if eva is not None:
+        alphas = {name: eva.alpha_pattern[name] for name in ranks}
+    if method.rslora:  # divides by the root of a layer's rank: the same scale everywhere needs a root here, too
+        alphas = {name: value * (rank / ranks[name]) ** 0.5 for name, value in alphas.items()}
+    own = [name for name in ranks if eva is not None or ranks[name] != rank]
     return LoraConfig(
         r=rank,
-        lora_alpha=rank if alpha is None else alpha,
+        lora_alpha=scale * rank,
         lora_dropout=dropout,
-        target_modules=layers,
-        rank_pattern={_exactly(name): value for name, value in ranks.items() if name in layers},
-        alpha_pattern={_exactly(name): value for name, value in alphas.items() if name in layers},
+        target_modules=list(ranks),
+        rank_pattern={_exactly(name): ranks[name] for name in own},
+        alpha_pattern={_exactly(name): alphas[name] for name in own},
         use_dora=method.dora,
         use_rslora=method.rslora,
+        init_lora_weights=method.init,
+        **_start_config(method),
     )
+
+
+def _start_config(method: Method) -> dict[str, object]:
+    """PEFT's options of methods whose start has some; CorDA's is the paper's mode for a new task."""
+    from peft.tuners.lora import config  # old versions lack one or the other
+
+    if method.needs == MOMENTS:
+        return {"corda_config": config.CordaConfig(corda_method="ipm", verbose=False)}
+    return {"lora_ga_config": config.LoraGAConfig()} if method.needs == GRADIENTS else {}
 
 
 def _adalora_config(
@@ -180,13 +248,20 @@ def _aim(model: PeftModel, components: Mapping[str, Tensor]) -> None:
                 weight.copy_(directions)
 
 
-def base_weights(network: nn.Module) -> dict[str, Tensor]:
-    """Weights of the policy without its adapter, under the names they had before it was attached."""
-    return {
+def base_weights(network: nn.Module, adapter: AttachedAdapter | None = None) -> dict[str, Tensor]:
+    """Weights of the policy without its adapter, under the names they had before it was attached.
+
+    Args:
+        network: With the adapter injected.
+        adapter: What :func:`attach_adapter` returned; needed where its method rewrites the base weights.
+    """
+    weights = {
         name.replace(".base_layer.", "."): value
         for name, value in network.state_dict().items()
         if ".lora_" not in name and ".ranknum." not in name
     }
+    rewritten = adapter is not None and isinstance(adapter.extension, RewrittenBase)
+    return weights | adapter.extension.original_weights() if rewritten else weights
 
 
 def count_parameters(network: nn.Module) -> dict[str, int]:
@@ -195,13 +270,3 @@ def count_parameters(network: nn.Module) -> dict[str, int]:
         "trainable_parameters": sum(p.numel() for p in network.parameters() if p.requires_grad),
         "total_parameters": sum(p.numel() for p in network.parameters()),
     }
-
-
-@contextmanager
-def without_adapter(model: PeftModel | None) -> Iterator[None]:
-    """The policy as it was before its adapter."""
-    if model is None:
-        yield
-        return
-    with model.disable_adapter():
-        yield

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import warnings
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from peft import PeftModel
-from safetensors import SafetensorError
 
+from eva_rl.adapters.adalora import ADAPTER_NAME
 from eva_rl.adapters.attach import AttachedAdapter, base_weights
-from eva_rl.agents.checkpoint import find_policy, read_policy, write_policy_files
+from eva_rl.adapters.factors import WEIGHTS_FILE, RewrittenBase
+from eva_rl.adapters.switching import CONFIG_FILE, ORIGIN_FILE, Adapters
+from eva_rl.agents.checkpoint import POLICY_FILE, find_policy, read_policy, weights_digest, write_policy_files
 from eva_rl.agents.imports import ImportOptions
 from eva_rl.agents.policy import DecisionTransformerPolicy
 from eva_rl.errors import UserError
-from eva_rl.files import write_folder
+from eva_rl.files import read_json, write_folder, write_json
 
 ADAPTER_FOLDER = "adapter"
+CARD_FILE = "README.md"
 
 
 def save_adapted_policy(
@@ -24,21 +26,44 @@ def save_adapted_policy(
 ) -> None:
     """Write base policy, adapter and model card, completely or not at all.
 
+    The base is written as it was before the adapter came, whatever the method did to it since: plain
+    ``peft.PeftModel.from_pretrained`` puts the adapter on it.
+
     Args:
         folder: Where to; what was there is replaced.
         policy: With the adapter attached.
         adapter: What :func:`eva_rl.adapters.attach_adapter` returned.
         model_card: Text of README.md.
     """
+    weights = base_weights(policy.network, adapter)
 
     def write(aside: Path) -> None:
-        write_policy_files(aside, policy, base_weights(policy.network), torch.float32)
-        (aside / "README.md").write_text(model_card)
-        if adapter.model is not None:
+        write_policy_files(aside, policy, weights, torch.float32, {"adapter": adapter.model is not None})
+        (aside / CARD_FILE).write_text(model_card)
+        if adapter.model is None:
+            return
+        if isinstance(adapter.extension, RewrittenBase):
+            adapter.extension.save(aside / ADAPTER_FOLDER)
+        else:
             adapter.model.save_pretrained(str(aside / ADAPTER_FOLDER))
-            (aside / ADAPTER_FOLDER / "README.md").write_text(model_card)
+        (aside / ADAPTER_FOLDER / CARD_FILE).write_text(model_card)
+        write_json(
+            aside / ADAPTER_FOLDER / ORIGIN_FILE,
+            {
+                "method": adapter.method.name,
+                "base_sha256": weights_digest(weights),
+                "env_id": policy.env_id,
+                "target_return": policy.conditioning.of(policy.env_id),
+            },
+        )
 
     write_folder(folder, write)
+
+
+def adapter_bytes(folder: Path) -> int:
+    """Size of a policy folder's adapter weights on disk; 0 without an adapter."""
+    path = folder / ADAPTER_FOLDER / WEIGHTS_FILE
+    return path.stat().st_size if path.is_file() else 0
 
 
 def load_policy(
@@ -47,8 +72,12 @@ def load_policy(
     options: ImportOptions | None = None,
     *,
     merge: bool = False,
+    is_trainable: bool = False,
+    adapters: Mapping[str, str | Path] | None = None,
 ) -> DecisionTransformerPolicy:
     """Load a policy with its adapter, where it has one.
+
+    ``policy.adapters`` switches them, turns them off, merges and unmerges.
 
     Args:
         name_or_path: A policy folder, a run directory that holds one, a shipped name such as ``mt40``, or a Hugging
@@ -56,26 +85,48 @@ def load_policy(
         device: Where the network goes.
         options: What checkpoints of other projects do not say of themselves.
         merge: Fold the adapter into the weights, so that another one can be attached.
+        is_trainable: Whether the adapter is going to be trained further (``policy.adapters.attached()``).
+        adapters: More adapters by name, each a policy folder, a run directory or an adapter's folder; with them, the
+            base acts alone until ``policy.adapters.use(name)``.
 
     Raises:
         UserError: No such policy, or its files are damaged or do not fit each other.
     """
     folder = find_policy(str(name_or_path))
     policy = read_policy(folder, options)
-    if (folder / ADAPTER_FOLDER).is_dir():
-        model = _load_adapter(policy, folder / ADAPTER_FOLDER)
-        if merge:
-            model.merge_and_unload()
+    policy.adapters = found = Adapters(policy)
+    if _has_adapter(folder):
+        found.add(ADAPTER_NAME, folder / ADAPTER_FOLDER, is_trainable=is_trainable)
+    for name, path in (adapters or {}).items():
+        found.add(name, find_adapter(path))
+    if merge:
+        found.merge_and_unload()
+    elif adapters:
+        found.use(None)
     policy.network.eval()
     return policy.to(device)
 
 
-def _load_adapter(policy: DecisionTransformerPolicy, folder: Path) -> PeftModel:
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("error", message=".*missing adapter keys.*")
-            return PeftModel.from_pretrained(policy.network, str(folder), torch_device="cpu")
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError, UserWarning, SafetensorError) as error:
-        raise UserError(
-            f"The adapter in {folder} does not fit the policy beside it, or is damaged: {str(error).splitlines()[0]}"
-        ) from error
+def find_adapter(path: str | Path) -> Path:
+    """Folder of an adapter, given it, a policy folder, a run directory or a hub id.
+
+    Raises:
+        UserError: There is none.
+    """
+    given = Path(path).expanduser()
+    if (given / CONFIG_FILE).is_file():
+        return given
+    folder = find_policy(str(path))
+    if not _has_adapter(folder):
+        raise UserError(f"{path} holds no adapter. Expected a run of an adapter method, or an adapter's folder.")
+    return folder / ADAPTER_FOLDER
+
+
+def _has_adapter(folder: Path) -> bool:
+    """Whether a policy folder has an adapter, by its files and by what it says of itself."""
+    if (folder / ADAPTER_FOLDER).is_dir():
+        return True
+    record = read_json(folder / POLICY_FILE) if (folder / POLICY_FILE).is_file() else {}
+    if record.get("adapter"):
+        raise UserError(f"{folder} is not whole: its {ADAPTER_FOLDER}/ folder is missing. Save or copy it again.")
+    return False

@@ -11,10 +11,12 @@ from typing import Any
 
 import numpy as np
 from stable_baselines3.common.vec_env import VecEnv
+from torch import Tensor
 
 from eva_rl import eva
 from eva_rl.agents.policy import DecisionTransformerPolicy, frozen
 from eva_rl.batch import WindowBatch
+from eva_rl.errors import UserError
 
 SOURCES = ("trajectories", "rollouts", "mixed")
 
@@ -66,13 +68,54 @@ def measure(
     began = time.perf_counter()
     components = round(asked.rank * asked.rho)
     with frozen(policy.network), eva.listen(policy.network, list(targets), components=components) as accumulators:
-        for batch in islice(batches or (), max_batches):
-            with accumulators.masked(batch.attention_mask):
-                policy.network(batch)
-            accumulators.finish_forward()
+        _hear(policy, accumulators, islice(batches or (), max_batches), rollouts)
+        return replace(accumulators.evaluate(asked), seconds=time.perf_counter() - began)
+
+
+def second_moments(
+    policy: DecisionTransformerPolicy,
+    targets: Sequence[str],
+    batches: Iterable[WindowBatch] | None,
+    rollouts: Rollouts | None,
+    *,
+    max_batches: int,
+) -> dict[str, Tensor]:
+    """Mean of x x^T over the inputs x of each target layer, (in, in), exactly; padding does not count.
+
+    Args:
+        policy: With no adapter attached.
+        targets: Layers, by full name.
+        batches: Scaled windows, or None.
+        rollouts: Where to act, or None.
+        max_batches: Batches taken at most.
+
+    Raises:
+        UserError: No data reached a layer, or they were not finite.
+    """
+    memory = eva.Memory(method="moments")
+    with frozen(policy.network), eva.Accumulators(policy.network, list(targets), memory) as accumulators:
+        _hear(policy, accumulators, islice(batches or (), max_batches), rollouts)
+        accumulators.check_finite()
+    if silent := [name for name in targets if name not in accumulators.group_of]:
+        raise UserError(f"No data reached {silent[0]}. Give batches, rollouts or both.")
+    sums = {name: accumulators.group_of[name].sums() for name in targets}
+    return {name: one.core.sum(0) / one.count.sum() for name, one in sums.items()}
+
+
+def _hear(
+    policy: DecisionTransformerPolicy,
+    accumulators: eva.Accumulators,
+    batches: Iterable[WindowBatch],
+    rollouts: Rollouts | None,
+) -> None:
+    """Run the batches, and the rollouts where there are some."""
+    for batch in batches:
+        with accumulators.masked(batch.attention_mask):
+            policy.network(batch)
+        accumulators.finish_forward()
+    if rollouts is not None:
         with _listening(policy, accumulators):
             _act(policy, rollouts, accumulators)
-        return replace(accumulators.evaluate(asked), seconds=time.perf_counter() - began)
 
 
 @contextmanager

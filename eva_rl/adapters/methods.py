@@ -4,6 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from peft import LoraConfig
+
+from eva_rl.errors import UnknownNameError, UserError
+
+DIRECTIONS, MOMENTS, GRADIENTS = "directions", "second moments", "gradients"
+
 
 @dataclass(frozen=True)
 class Method:
@@ -18,6 +24,7 @@ class Method:
         dora: Whether PEFT splits magnitude from direction.
         rslora: Whether the scale is alpha over the square root of the rank.
         adalora: Whether ranks are pruned while training.
+        init: PEFT's ``init_lora_weights``.
     """
 
     name: str
@@ -28,11 +35,40 @@ class Method:
     dora: bool = False
     rslora: bool = False
     adalora: bool = False
+    init: bool | str = True
+
+    @property
+    def needs(self) -> str:
+        """What it computes from data before it starts: DIRECTIONS, MOMENTS, GRADIENTS or nothing."""
+        return DIRECTIONS if self.eva else {"corda": MOMENTS, "lora_ga": GRADIENTS}.get(str(self.init), "")
+
+    @property
+    def rewrites(self) -> bool:
+        """Whether it takes its start out of the base weights, which are then others than before."""
+        return self.init in {"pissa", "olora", "corda", "lora_ga"}
+
+    @property
+    def freezes(self) -> bool:
+        """Whether a part of the adapter itself stays as it is."""
+        return self.init == "mica"
+
+    @property
+    def embeds(self) -> bool:
+        """Whether it can adapt lookup tables, besides matrices."""
+        return self.init in {True, "mica"} and not self.eva and not self.adalora
+
+    def largest_rank(self, inputs: int, outputs: int) -> int:
+        """The highest rank that a layer of this shape can have: that of its weight, or less."""
+        largest = min(inputs, outputs)
+        return largest // 2 if self.init == "lora_ga" else largest  # it takes 2 R singular vectors of the gradient
 
 
 LORA, DORA = "Hu et al. 2021, arXiv 2106.09685", "Liu et al. 2024, arXiv 2402.09353"
 EVA, RSLORA = "Paischer et al. 2024, arXiv 2410.07170", "Kalajdzievski 2023, arXiv 2312.03732"
 ADALORA = "Zhang et al. 2023, arXiv 2303.10512"
+PISSA, OLORA = "Meng et al. 2024, arXiv 2404.02948", "Büyükakyüz 2024, arXiv 2406.01775"
+CORDA, LORA_GA = "Yang et al. 2024, arXiv 2406.05223", "Wang et al. 2024, arXiv 2407.05000"
+ORTHOGONAL, MICA = "datta0.github.io/posts/rethink-lora-init", "arXiv 2604.01694"
 
 METHODS = {
     method.name: method
@@ -45,7 +81,43 @@ METHODS = {
         Method("eva_rslora", "rsLoRA along EVA's directions", f"{EVA}; {RSLORA}", eva=True, rslora=True),
         Method("adalora", "singular triplets, the least important pruned while training", ADALORA, adalora=True),
         Method("eva_adalora", "AdaLoRA along EVA's directions", f"{EVA}; {ADALORA}", eva=True, adalora=True),
+        Method("pissa", "the weights' own leading singular triplets, taken out and trained", PISSA, init="pissa"),
+        Method(
+            "olora", "the leading part of the weights' QR decomposition, taken out and trained", OLORA, init="olora"
+        ),
+        Method(
+            "orthogonal", "A and B from orthogonal halves of one basis, so that B A = 0", ORTHOGONAL, init="orthogonal"
+        ),
+        Method(
+            "corda",
+            "the part of the weights that acts most on the task's inputs, taken out and trained",
+            CORDA,
+            init="corda",
+        ),
+        Method(
+            "lora_ga", "the leading directions of the loss's gradient, taken out and trained", LORA_GA, init="lora_ga"
+        ),
+        Method("mica", "A alone, read out along the weights' minor left singular vectors", MICA, init="mica"),
         Method("full", "every weight of the policy", "", adapter=False),
         Method("head", "the action head alone", "", adapter=False),
     )
 }
+
+
+def find_method(name: str) -> Method:
+    """Look a method up.
+
+    Raises:
+        UnknownNameError: There is none of that name.
+        UserError: The installed PEFT is too old for it.
+    """
+    if name not in METHODS:
+        raise UnknownNameError("adapter", name, METHODS)
+    if not _in_peft(METHODS[name].init):
+        raise UserError(f"The installed peft has no {name}. Install a newer one: pip install -U 'peft>=0.21.2'.")
+    return METHODS[name]
+
+
+def _in_peft(init: bool | str) -> bool:
+    fields = LoraConfig.__dataclass_fields__
+    return init is True or f"{init}_config" in fields or repr(init) in str(fields["init_lora_weights"].type)

@@ -1,0 +1,109 @@
+"""Which layers of a policy get an adapter, and of which rank at most."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from torch import nn
+
+from eva_rl.adapters.adalora import initial_rank
+from eva_rl.adapters.methods import Method
+from eva_rl.errors import UserError
+from eva_rl.eva import EvaResult, LayerResult
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj")
+"""Every weight matrix of the blocks: the default targets."""
+
+
+def target_layers(network: nn.Module, targets: Sequence[str] = PROJECTIONS) -> list[str]:
+    """Names of the Linear and Embedding layers whose name is, or ends with, one of the targets.
+
+    Raises:
+        UserError: A target matches nothing; the message lists what exists.
+    """
+    known = [name for name, module in network.named_modules() if isinstance(module, nn.Linear | nn.Embedding)]
+    chosen = {name for target in targets for name in _matching(target, known, "adapter.targets")}
+    return [name for name in known if name in chosen]
+
+
+def _matching(target: str, known: Sequence[str], key: str) -> list[str]:
+    found = [name for name in known if name == target or name.endswith("." + target)]
+    if not found:
+        endings = sorted({name.rpartition(".")[2] for name in known})
+        raise UserError(f"{key}: {target!r} matches no layer. Expected some of {', '.join(endings)}.")
+    return found
+
+
+def rank_limits(
+    network: nn.Module,
+    method: Method,
+    rank: int,
+    targets: Sequence[str] = PROJECTIONS,
+    caps: Mapping[str, int] | None = None,
+) -> dict[str, int]:
+    """The highest rank of each target layer: that of its weight, and no more than its cap.
+
+    Args:
+        network: Of a policy, without an adapter.
+        method: The way to fine-tune.
+        rank: Rank that is asked for.
+        targets: As :func:`target_layers` takes them.
+        caps: Highest rank by (ending of) name.
+
+    Raises:
+        UserError: A target or a cap matches nothing, or the method cannot adapt one of the layers.
+    """
+    layers = target_layers(network, targets)
+    limits = {name: method.largest_rank(*_shape(network.get_submodule(name))) for name in layers}
+    for target, cap in (caps or {}).items():
+        if cap < 1:
+            raise UserError(f"adapter.rank_caps: {target}={cap}; expected at least 1. Leave it out of adapter.targets.")
+        for name in _matching(target, layers, "adapter.rank_caps"):
+            limits[name] = min(limits[name], cap)
+    _check_kinds(network, method, layers)
+    return _checked(method, rank, limits)
+
+
+def _shape(layer: nn.Module) -> tuple[int, int]:
+    if isinstance(layer, nn.Embedding):
+        return layer.num_embeddings, layer.embedding_dim
+    assert isinstance(layer, nn.Linear)
+    return layer.in_features, layer.out_features
+
+
+def _check_kinds(network: nn.Module, method: Method, layers: Sequence[str]) -> None:
+    tables = [name for name in layers if isinstance(network.get_submodule(name), nn.Embedding)]
+    if tables and not method.embeds:
+        raise UserError(
+            f"adapter={method.name} adapts matrices, {tables[0]} is a lookup table. Leave it out of adapter.targets, "
+            "or use adapter=lora, rslora, dora or mica."
+        )
+
+
+def _checked(method: Method, rank: int, limits: dict[str, int]) -> dict[str, int]:
+    if method.init == "orthogonal":
+        if rank % 2:
+            raise UserError(f"adapter=orthogonal pairs directions: adapter.rank={rank} has to be even.")
+        limits = {name: limit - limit % 2 for name, limit in limits.items()}
+    if method.adalora:
+        needed = initial_rank(rank)
+        if narrow := [name for name, limit in limits.items() if limit < needed]:
+            raise UserError(
+                f"adapter={method.name} begins with rank {needed} in every layer and prunes from there; {narrow[0]} "
+                f"takes {limits[narrow[0]]} at most. Leave it out of adapter.targets, or lower adapter.rank."
+            )
+    if none := [name for name, limit in limits.items() if limit < 1]:
+        raise UserError(f"adapter={method.name} finds no direction in {none[0]}. Leave it out of adapter.targets.")
+    return limits
+
+
+def capped(eva: EvaResult, limits: Mapping[str, int]) -> EvaResult:
+    """EVA's result with no layer above its limit; what is cut off goes to no other layer."""
+    return replace(eva, layers={name: _cut(eva, layer, limits.get(name, 0)) for name, layer in eva.layers.items()})
+
+
+def _cut(eva: EvaResult, layer: LayerResult, limit: int) -> LayerResult:
+    if layer.rank <= limit:
+        return layer
+    return replace(layer, components=layer.components[:limit], lora_alpha=eva.options.lora_alpha(limit))

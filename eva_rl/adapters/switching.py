@@ -1,0 +1,190 @@
+"""The adapters of a loaded policy: several on one base, one of them at work, on or off, merged or not."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from peft import PeftConfig, PeftModel
+from safetensors import SafetensorError
+
+from eva_rl.adapters.attach import AttachedAdapter, base_weights
+from eva_rl.adapters.factors import WEIGHTS_FILE
+from eva_rl.adapters.methods import METHODS
+from eva_rl.agents.checkpoint import weights_digest
+from eva_rl.agents.policy import DecisionTransformerPolicy
+from eva_rl.errors import UnknownNameError, UserError
+from eva_rl.files import read_json
+
+CONFIG_FILE = "adapter_config.json"
+ORIGIN_FILE = "eva_rl.json"
+"""Beside PEFT's files: the method, the base that the adapter fits, the task and what to ask for there."""
+
+
+class Adapters:
+    """The adapters of a policy, by name. Switch between episodes: a history that one has read is not another's.
+
+    Args:
+        policy: Without an adapter so far; the adapters go into its network.
+    """
+
+    def __init__(self, policy: DecisionTransformerPolicy) -> None:
+        self._policy = policy
+        self._model: PeftModel | None = None
+        self._base = weights_digest(base_weights(policy.network))
+        self._origins: dict[str, dict[str, Any]] = {}
+        self._active: str | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the adapters that were added."""
+        return tuple(self._origins)
+
+    @property
+    def active(self) -> str | None:
+        """The adapter at work; None where the base acts alone."""
+        return self._active
+
+    def add(self, name: str, folder: Path, *, is_trainable: bool = False) -> None:
+        """Read an adapter and put it to work; target returns that came with it are asked for on its task.
+
+        Args:
+            name: To call it by.
+            folder: As PEFT writes it.
+            is_trainable: Whether it is going to be trained.
+
+        Raises:
+            UserError: A file is missing or damaged, it was made for another base, its shapes are others, or the name
+                is taken.
+        """
+        if name in self._origins:
+            raise UserError(f"The policy has an adapter {name!r} already. Give this one another name.")
+        self._refuse_merged()
+        origin = _origin(folder)
+        if origin.get("base_sha256", self._base) != self._base:
+            raise UserError(
+                f"The adapter in {folder} was trained on other base weights than this policy's "
+                f"({origin['base_sha256'][:12]}, not {self._base[:12]}). Use it on the policy that it was saved beside."
+            )
+        with _fitting(folder):
+            self._read(name, folder, is_trainable)
+        self._origins[name] = origin
+        if origin.get("target_return") is not None:
+            self._policy.with_target(origin["target_return"], origin["env_id"])
+        if not is_trainable:
+            self.use(name)
+        self._active = name
+
+    def _read(self, name: str, folder: Path, is_trainable: bool) -> None:
+        peft_config = PeftConfig.from_pretrained(str(folder))
+        device = str(self._policy.device)
+        if self._model is None:
+            self._model = PeftModel.from_pretrained(
+                self._policy.network, str(folder), name, is_trainable=is_trainable, torch_device=device
+            )
+            return
+        kinds = {config.peft_type for config in self._model.peft_config.values()} | {peft_config.peft_type}
+        if len(kinds) > 1:
+            raise UserError(
+                f"{folder}: PEFT puts {' and '.join(sorted(kinds))} adapters on one model only apart from each other. "
+                "Use adapters of one kind, or merge this one: python -m eva_rl.export to=merged."
+            )
+        self._model.load_adapter(str(folder), name, is_trainable=is_trainable, torch_device=device)
+
+    def use(self, name: str | None) -> None:
+        """Let an adapter act; None lets the base act alone.
+
+        Raises:
+            UnknownNameError: There is none of that name.
+            UserError: Another one is merged.
+        """
+        if name is not None and name not in self._origins:
+            raise UnknownNameError("adapter", name, self.names)
+        if name == self._active and name is not None and not self._off():
+            return
+        self._refuse_merged()
+        if self._model is not None:
+            if name is None:
+                self._model.base_model.disable_adapter_layers()
+            else:
+                self._model.base_model.enable_adapter_layers()
+                self._model.set_adapter(name, inference_mode=True)
+        self._active = name
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """The base alone, inside the ``with`` block."""
+        before = self._active
+        self.use(None)
+        try:
+            yield
+        finally:
+            self.use(before)
+
+    def merge(self) -> None:
+        """Add the active adapter to the base weights, in place: no extra work per step; :meth:`unmerge` undoes it."""
+        self._refuse_merged()
+        if self._model is not None and self._active is not None:
+            self._model.merge_adapter([self._active])
+
+    def unmerge(self) -> None:
+        """Take a merged adapter out of the base weights again, to rounding."""
+        if self._merged():
+            assert self._model is not None
+            self._model.unmerge_adapter()
+
+    def merge_and_unload(self) -> None:
+        """Add the active adapter to the base weights for good, and forget all of them."""
+        self._refuse_merged()
+        if self._model is None:
+            return
+        if self._active is None:
+            self._model.unload()
+        else:
+            self._model.merge_and_unload(adapter_names=[self._active])
+        self._model, self._active, self._origins = None, None, {}
+        self._base = weights_digest(base_weights(self._policy.network))
+
+    def attached(self) -> AttachedAdapter:
+        """The one adapter, for the training loop and for saving.
+
+        Raises:
+            UserError: There is none, or there are several.
+        """
+        if self._model is None or len(self._origins) != 1:
+            raise UserError(f"Expected one adapter to train or save, the policy has {len(self._origins)}.")
+        method = METHODS.get(next(iter(self._origins.values())).get("method", ""), METHODS["lora"])
+        return AttachedAdapter(method, self._model, None)
+
+    def _off(self) -> bool:
+        return any(getattr(module, "disable_adapters", False) for module in self._policy.network.modules())
+
+    def _merged(self) -> bool:
+        return any(getattr(module, "merged_adapters", None) for module in self._policy.network.modules())
+
+    def _refuse_merged(self) -> None:
+        if self._merged():
+            raise UserError(f"The adapter {self._active!r} is merged into the weights. Call unmerge() first.")
+
+
+def _origin(folder: Path) -> dict[str, Any]:
+    missing = [name for name in (CONFIG_FILE, WEIGHTS_FILE) if not (folder / name).is_file()]
+    if missing:
+        raise UserError(f"{folder} is no whole adapter: it lacks {' and '.join(missing)}. Save or copy it again.")
+    path = folder / ORIGIN_FILE
+    return dict(read_json(path)) if path.is_file() else {}
+
+
+@contextmanager
+def _fitting(folder: Path) -> Iterator[None]:
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*missing adapter keys.*")
+            yield
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, UserWarning, SafetensorError) as error:
+        raise UserError(
+            f"The adapter in {folder} does not fit the policy, or is damaged: {str(error).splitlines()[0]}"
+        ) from error
