@@ -61,6 +61,14 @@ class EpisodeRecorder:
                 self._observations[i], self._steps[i] = [observations[i].copy()], []
         return finished
 
+    def unfinished(self) -> list[Episode]:
+        """The beginnings of episodes that have not ended, as if a time limit had cut them here."""
+        begun = [i for i, steps in enumerate(self._steps) if steps]
+        for i in begun:
+            action, reward, _, _, success = self._steps[i][-1]
+            self._steps[i][-1] = (action, reward, False, True, success)
+        return [self._episode(i) for i in begun]
+
     def _episode(self, index: int) -> Episode:
         actions, rewards, terminations, truncations, successes = zip(*self._steps[index], strict=True)
         return Episode(

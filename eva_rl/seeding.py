@@ -9,7 +9,7 @@ import torch
 
 BLOCK = 10_000
 """Episodes that one seed may number."""
-DEMONSTRATIONS, VALIDATION, EVALUATION, ROLLOUTS = 0, 500_000_000, 1_000_000_000, 1_500_000_000
+DEMONSTRATIONS, VALIDATION, EVALUATION, ROLLOUTS, ONLINE = 0, 500_000_000, 1_000_000_000, 1_500_000_000, 2_000_000_000
 MAX_SEED = 40_000
 """Largest seed whose blocks stay apart and within 32 bits."""
 

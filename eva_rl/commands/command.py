@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any, TypeVar
 
@@ -27,7 +27,6 @@ SHORT_KEYS = {
     "data": "data.source",
     "policy": "policy.path",
     "adapter": "adapter.method",
-    "algo": "algo.name",
     "size": "size.name",
     "expert": "expert.name",
 }
@@ -36,13 +35,13 @@ SHORT_KEYS = {
 console = Console(stderr=True, highlight=False)
 
 
-def register(name: str, schema: type, groups: dict[str, dict[str, type]]) -> None:
+def register(name: str, schema: type, groups: Mapping[str, Mapping[str, object]]) -> None:
     """Make a command's schema, and the options of its groups, known to Hydra.
 
     Args:
         name: The command.
         schema: Dataclass of the whole config.
-        groups: For each Hydra group, its options by name.
+        groups: For each Hydra group, its options by name: dataclasses with the values that each begins with.
     """
     store = ConfigStore.instance()
     store.store(name=f"{name}_schema", node=schema)

@@ -20,7 +20,7 @@ from eva_rl.data import (
 from eva_rl.demonstrations import ActionNoise, collect_expert
 from eva_rl.errors import UserError
 
-EXPERT = "expert"
+EXPERT, AUTO, NONE = "expert", "auto", "none"
 TARGET_QUANTILE = 0.9
 """Quantile of the demonstrations' returns that a policy is asked for."""
 GRACE = 10

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 
 from eva_rl.adapters import METHODS, PROJECTIONS, SOURCES, find_method
+from eva_rl.commands.algorithms import ALGORITHMS
 from eva_rl.commands.command import register
 from eva_rl.commands.options import (
-    BCOptionsGroup,
+    AlgoOptions,
     CheckpointOptions,
     DataOptions,
     EnvOptions,
@@ -24,16 +26,19 @@ from eva_rl.commands.options import (
 
 @dataclass
 class EvaSourceOptions:
-    """The activations that EVA looks at."""
+    """The activations and gradients that EVA, CorDA and LoRA-GA look at."""
 
-    source: str = option("trajectories", "trajectories, rollouts (of the policy, while it acts) or mixed")
+    source: str = option(
+        "auto",
+        "trajectories, rollouts (of the policy, while it acts) or mixed; auto takes trajectories if there are any",
+    )
     max_batches: int = option(16, "batches of windows at most")
     batch_size: int = option(64, "windows a batch")
     rollout_envs: int = option(10, "environments in which the policy acts")
     rollout_steps: int = option(200, "env steps in each")
 
     def __post_init__(self) -> None:
-        one_of(SOURCES, adapter__eva__source=self.source)
+        one_of(("auto", *SOURCES), adapter__eva__source=self.source)
         positive(
             adapter__eva__max_batches=self.max_batches,
             adapter__eva__batch_size=self.batch_size,
@@ -54,12 +59,15 @@ class AdapterOptions:
         default_factory=lambda: list(PROJECTIONS),
         metadata={"help": "layers that get an adapter, by (ending of) name"},
     )
+    rank_caps: dict[str, int] = field(
+        default_factory=dict, metadata={"help": "highest rank of some layers, by (ending of) name: {action_head:2}"}
+    )
     rho: float = option(1.0, "EVA: no layer gets more than rank * rho; 1 gives all the same")
     tau: float = option(0.99, "EVA: stop when two halves of the data agree to this")
     center: bool = option(False, "EVA: subtract the mean activation")
     score: str = option("ratio", "EVA: compare layers by explained-variance ratio, or by the paper's formula (paper)")
     variant: str | None = option(None, "EVA: an ablation of the paper: whiten, rotate, permute or minor")
-    eva: EvaSourceOptions = group(EvaSourceOptions, "EVA's data")
+    eva: EvaSourceOptions = group(EvaSourceOptions, "data of EVA, CorDA and LoRA-GA")
 
     def __post_init__(self) -> None:
         find_method(self.method)
@@ -80,11 +88,11 @@ class FinetuneConfig(RunOptions):
 
     env: EnvOptions = group(EnvOptions, "the new task")
     policy: PolicyOptions = group(PolicyOptions, "what to start from")
-    data: DataOptions = group(DataOptions, "demonstrations")
+    data: DataOptions = group(partial(DataOptions, source="auto"), "demonstrations")
     adapter: AdapterOptions = group(AdapterOptions, "what is trained")
-    algo: BCOptionsGroup = group(BCOptionsGroup, "how it is trained")
+    algo: AlgoOptions = group(AlgoOptions, "how it is trained: " + ", ".join(ALGORITHMS))
     eval: EvalOptions = group(EvalOptions, "evaluation")
     checkpoint: CheckpointOptions = group(CheckpointOptions, "checkpoints")
 
 
-register("finetune", FinetuneConfig, {})
+register("finetune", FinetuneConfig, {"algo": ALGORITHMS})

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 from rich.table import Table
 
 from eva_rl import eva
 from eva_rl.adapters import AttachedAdapter, count_parameters, save_adapted_policy
-from eva_rl.agents import DecisionTransformerPolicy
+from eva_rl.commands.attaching import listened_to
 from eva_rl.commands.cards import model_card
 from eva_rl.commands.command import console
-from eva_rl.commands.finetune_options import FinetuneConfig
 from eva_rl.commands.runs import write_summary
+from eva_rl.commands.session import Session
 from eva_rl.data import Trajectories
 from eva_rl.evaluation import EvaluationResult
 from eva_rl.files import write_json
@@ -23,72 +22,67 @@ from eva_rl.tracking import Tracker
 from eva_rl.tracking.figures import rank_figure, spectrum_figure
 
 
-@dataclass
-class Phases:
-    """Seconds spent in each phase of a run."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-    _began: float = field(default_factory=perf_counter)
-
-    def end(self, name: str) -> None:
-        """Note the time since the previous phase ended."""
-        now = perf_counter()
-        self.seconds[name] = now - self._began
-        self._began = now
-
-
-def report_eva(
-    run_dir: Path, result: eva.EvaResult, data: Trajectories, config: FinetuneConfig, tracker: Tracker
-) -> None:
+def report_eva(session: Session, result: eva.EvaResult, tracker: Tracker) -> None:
     """Write ``eva_report.json``, and show spectra and ranks."""
-    origin = {"source": data.source, "hash": data.content_hash, "listened_to": config.adapter.eva.source}
-    write_json(run_dir / "eva_report.json", {"data": origin, **result.to_report()})
+    origin: dict[str, Any] = {"listened_to": listened_to(session.config, session.data is not None)}
+    if session.data is not None:
+        origin |= {"source": session.data.source, "hash": session.data.content_hash}
+    write_json(session.run_dir / "eva_report.json", {"data": origin, **result.to_report()})
     spectra = {name: layer.explained_variance_ratio.tolist() for name, layer in result.layers.items()}
     tracker.figure("eva/spectrum", spectrum_figure(spectra), 0)
     tracker.figure("eva/ranks", rank_figure({name: layer.rank for name, layer in result.layers.items()}), 0)
 
 
 def finish(
-    run_dir: Path,
-    config: FinetuneConfig,
-    policy: DecisionTransformerPolicy,
+    session: Session,
     adapter: AttachedAdapter,
     results: tuple[EvaluationResult, EvaluationResult],
-    data: Trajectories,
-    phases: Phases,
+    steps: Mapping[str, float],
 ) -> None:
-    """Write the policy folder and the summary, and show where everything lies."""
+    """Write the policy folder and the summary, and show where everything lies.
+
+    Args:
+        session: The run.
+        adapter: What was trained.
+        results: Before and after.
+        steps: ``updates``, and ``env_steps`` of an online run.
+    """
     before, after = results
-    summary: dict[str, Any] = {
-        "env": after.env_id,
-        "method": config.adapter.method,
-        "seed": config.seed,
-        "policy": config.policy.path,
-        "target_return": policy.conditioning.of(after.env_id),
-        "protocol": after.protocol,
-        **before.metrics("eval_before"),
-        **after.metrics("eval"),
-        **count_parameters(policy.network),
-        "data": {
-            "source": data.source,
-            "hash": data.content_hash,
-            "episodes": data.num_episodes,
-            "steps": data.num_steps,
-            "mean_return": float(data.returns.mean()),
-        },
-        "updates": config.algo.updates,
-        "seconds": phases.seconds,
-    }
+    policy, run_dir = session.policy, session.run_dir
+    summary = _summary(session, results) | dict(steps) | {"seconds": session.phases.seconds}
     policy.env_id = after.env_id
-    policy.metadata |= {
-        "finetuned_on": after.env_id,
-        "method": config.adapter.method,
-        "protocol": after.protocol,
-    }
+    policy.metadata |= {"finetuned_on": after.env_id, "method": summary["method"], "protocol": after.protocol}
     save_adapted_policy(run_dir / "policy", policy, adapter, model_card(summary))
     write_json(run_dir / "evaluation.json", {"before": before.record(), "after": after.record()})
     write_summary(run_dir, summary)
     show(run_dir, summary, results)
+
+
+def _summary(session: Session, results: tuple[EvaluationResult, EvaluationResult]) -> dict[str, Any]:
+    config, (before, after) = session.config, results
+    return {
+        "env": after.env_id,
+        "method": config.adapter.method,
+        "algo": config.algo.name,
+        "seed": config.seed,
+        "policy": config.policy.path,
+        "target_return": session.policy.conditioning.of(after.env_id),
+        "protocol": after.protocol,
+        **before.metrics("eval_before"),
+        **after.metrics("eval"),
+        **count_parameters(session.policy.network),
+        "data": None if session.data is None else _about(session.data),
+    }
+
+
+def _about(data: Trajectories) -> dict[str, Any]:
+    return {
+        "source": data.source,
+        "hash": data.content_hash,
+        "episodes": data.num_episodes,
+        "steps": data.num_steps,
+        "mean_return": float(data.returns.mean()),
+    }
 
 
 def show(run_dir: Path, summary: dict[str, Any], results: tuple[EvaluationResult, EvaluationResult]) -> None:

@@ -85,7 +85,7 @@ class DataOptions:
     source: str = option(
         "expert",
         "expert (Meta-World's scripts), expert:ENV?episodes=25, d4rl:NAME, d4rl:FILE, minari:ID, trajectories:PATH or "
-        "a path; same as data=",
+        "a path; finetune: none, or auto for the expert where there is something to clone; same as data=",
     )
     episodes: int = option(25, "episodes to collect, for each task")
     seed: int = option(0, "chooses the goals and the noise of collected episodes")
@@ -149,10 +149,26 @@ PRECISIONS = ("float32", "bfloat16")
 
 
 @dataclass
-class BCOptionsGroup:
+class AlgoOptions:
+    """How the policy is trained."""
+
+    name: str = option("bc", "the algorithm")
+
+    @property
+    def gradient_steps(self) -> int:
+        """Gradient steps that the adapter will see."""
+        raise NotImplementedError
+
+    @property
+    def final_step(self) -> int:
+        """Where the record ends, on its own axis."""
+        raise NotImplementedError
+
+
+@dataclass
+class BCOptionsGroup(AlgoOptions):
     """Behaviour cloning."""
 
-    name: str = option("bc", "behaviour cloning")
     updates: int = option(200, "gradient steps")
     batch_size: int = option(64, "windows a gradient step")
     learning_rate: float = option(1e-3, "peak learning rate of AdamW")
@@ -164,8 +180,8 @@ class BCOptionsGroup:
     precision: str = option("float32", "float32, or bfloat16 for mixed precision")
 
     def __post_init__(self) -> None:
+        between(0, 10**9, algo__updates=self.updates)
         positive(
-            algo__updates=self.updates,
             algo__batch_size=self.batch_size,
             algo__learning_rate=self.learning_rate,
             algo__gradient_clip=self.gradient_clip,
@@ -173,9 +189,18 @@ class BCOptionsGroup:
         between(0, 1, algo__final_learning_rate=self.final_learning_rate)
         between(0, 10**9, algo__warmup=self.warmup)
         between(0, 10, algo__weight_decay=self.weight_decay)
-        one_of(("bc",), algo__name=self.name)
         one_of(LOSSES, algo__loss=self.loss)
         one_of(PRECISIONS, algo__precision=self.precision)
+
+    @property
+    def gradient_steps(self) -> int:
+        """Gradient steps of the whole training."""
+        return self.updates
+
+    @property
+    def final_step(self) -> int:
+        """Where the record ends, in gradient steps."""
+        return self.updates
 
 
 @dataclass

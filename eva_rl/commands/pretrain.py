@@ -105,7 +105,7 @@ class PretrainConfig(RunOptions):
     checkpoint: CheckpointOptions = group(CheckpointOptions, "checkpoints")
 
 
-register("pretrain", PretrainConfig, {})
+register("pretrain", PretrainConfig, {"algo": {"bc": BCOptionsGroup()}})
 
 
 def task_ids(names: str) -> list[str]:

@@ -13,6 +13,9 @@ Log = Callable[[Mapping[str, float], int], None]
 SHOWN = {
     "train/loss": "loss {:.4f}",
     "time/updates_per_second": "{:.1f} updates/s",
+    "time/fps": "{:.0f} env steps/s",
+    "rollout/ep_rew_mean": "return {:.0f}",
+    "rollout/success_rate": "rollouts {:.2f}",
     "eval/success_rate": "success {:.2f}",
     "validation/success_rate": "success {:.2f}",
 }
@@ -37,8 +40,8 @@ class TrainingProgress:
 
 
 @contextmanager
-def training_progress(updates: int) -> Iterator[TrainingProgress]:
-    """Show a bar over ``updates`` gradient steps."""
+def training_progress(steps: int, unit: str = "gradient steps") -> Iterator[TrainingProgress]:
+    """Show a bar over ``steps`` of the record."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -47,7 +50,7 @@ def training_progress(updates: int) -> Iterator[TrainingProgress]:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console) as progress:
-        task = progress.add_task("Training", total=updates, shown="")
+        task = progress.add_task(f"Training ({unit})", total=steps, shown="")
         yield TrainingProgress(progress, task)
 
 

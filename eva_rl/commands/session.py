@@ -1,0 +1,150 @@
+"""What a fine-tuning run works on: the task, the policy, the demonstrations, the held-out episodes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from stable_baselines3.common.vec_env import VecEnv
+
+from eva_rl import envs
+from eva_rl.agents import DecisionTransformerPolicy
+from eva_rl.agents.stochastic import make_stochastic
+from eva_rl.commands.algorithms import ODTAlgoOptions, OnlineAlgoOptions
+from eva_rl.commands.attaching import check_adapter
+from eva_rl.commands.demonstrations import AUTO, EXPERT, NONE, load_task_data, sampling_weights, target_return
+from eva_rl.commands.finetune_options import FinetuneConfig
+from eva_rl.commands.outputs import data_references
+from eva_rl.commands.policies import open_policy
+from eva_rl.commands.progress import counting_progress
+from eva_rl.commands.runs import open_run, prepare_machine
+from eva_rl.commands.timing import Phases
+from eva_rl.data import Trajectories, WindowSampler
+from eva_rl.errors import UserError
+from eva_rl.evaluation import EvaluationResult, evaluate, evaluation_envs
+from eva_rl.seeding import VALIDATION
+
+
+@dataclass
+class Session:
+    """Everything that the phases of a run share.
+
+    Attributes:
+        config: As it was given.
+        spec: The task.
+        policy: What is fine-tuned.
+        run_dir: Where everything goes.
+        data: Demonstrations, or None.
+        sampler: Windows of the demonstrations, or None.
+        vec_env: Environments of the held-out episodes.
+        phases: Seconds spent.
+    """
+
+    config: FinetuneConfig
+    spec: envs.EnvSpec
+    policy: DecisionTransformerPolicy
+    run_dir: Path
+    data: Trajectories | None
+    sampler: WindowSampler | None
+    vec_env: VecEnv
+    phases: Phases
+
+    @property
+    def checkpoint_dir(self) -> Path:
+        """Where checkpoints go."""
+        return self.run_dir / "checkpoint"
+
+    @property
+    def play(self) -> Callable[..., EvaluationResult]:
+        """The evaluation of this run's task, of the policy as it is; takes what :func:`evaluate` takes besides."""
+        config = self.config
+        return partial(
+            evaluate,
+            self.policy,
+            config.env.id,
+            horizon=config.env.horizon,
+            seed=config.eval.seed,
+            references=None if self.data is None else data_references(self.data),
+            vec_env=self.vec_env,
+        )
+
+    def evaluate(self, name: str) -> EvaluationResult:
+        """The held-out evaluation, behind a progress bar."""
+        episodes = self.config.eval.episodes
+        with counting_progress(f"{name:8s}", episodes) as advance:
+            return self.play(episodes=episodes, on_episode=advance)
+
+    def look(self, _: int = 0) -> dict[str, float]:
+        """A quick look at validation episodes, which no report sees."""
+        found = self.play(episodes=self.config.eval.quick_episodes, purpose=VALIDATION)
+        return found.metrics("validation")
+
+    def close(self) -> None:
+        """Close the environments."""
+        self.vec_env.close()
+
+
+def open_session(config: FinetuneConfig) -> Session:
+    """Check everything that can be checked before anything is computed, then load or collect.
+
+    Raises:
+        UserError: The policy, the task, the data, the adapter or the algorithm do not fit each other.
+    """
+    phases = Phases()
+    device = prepare_machine(config)
+    spec = envs.env_spec(config.env.id, config.env.horizon)
+    policy = open_policy(config.policy, device, merge=True)
+    policy.check_dimensions(spec.observation_dim, spec.action_dim, spec.env_id)
+    check_adapter(policy, config.adapter)
+    if isinstance(config.algo, ODTAlgoOptions):
+        make_stochastic(policy, config.algo.initial_std)
+    source = data_source(config)
+    run_dir = open_run("finetune", config)
+    data = None
+    if source != NONE:
+        options = replace(config.data, source=source)
+        data = load_task_data(spec.env_id, options, run_dir / "data", config.env.horizon)
+        policy.check_dimensions(data.observation_dim, data.action_dim, data.source)
+    _ask(policy, config, data, spec.env_id)
+    sampler = None if data is None else make_sampler(policy, data, config)
+    vec_env = evaluation_envs(spec.env_id, config.eval.episodes, config.env.horizon)
+    phases.end("data")
+    return Session(config, spec, policy, run_dir, data, sampler, vec_env, phases)
+
+
+def data_source(config: FinetuneConfig) -> str:
+    """The source of demonstrations, with ``auto`` resolved.
+
+    Raises:
+        UserError: The algorithm clones, and there is nothing to clone.
+    """
+    clones = not isinstance(config.algo, OnlineAlgoOptions) or config.algo.bc.updates > 0
+    if config.data.source == AUTO:
+        return EXPERT if clones else NONE
+    if config.data.source == NONE and clones:
+        raise UserError(
+            f"algo={config.algo.name} clones demonstrations, data=none gives it none. Name some with data=, or use an "
+            "algorithm that does without: algo=odt_td3."
+        )
+    return config.data.source
+
+
+def _ask(policy: DecisionTransformerPolicy, config: FinetuneConfig, data: Trajectories | None, env_id: str) -> None:
+    """Decide on the return to ask for: the user's, the demonstrations', or the policy's own."""
+    asked = config.policy.target_return
+    if asked is None and data is not None:
+        asked = target_return(data)
+    policy.with_target(policy.conditioning.of(env_id) if asked is None else asked, env_id)
+
+
+def make_sampler(policy: DecisionTransformerPolicy, data: Trajectories, config: FinetuneConfig) -> WindowSampler:
+    """Windows as the policy sees them, in an order that the seed decides."""
+    return WindowSampler(
+        data,
+        policy.network.config.context_length,
+        policy.scaling,
+        seed=config.seed,
+        weights=sampling_weights(data, config.data.after_success, config.data.weight_by),
+    )

@@ -1,0 +1,139 @@
+"""The phases of training: cloning, then learning in the environment, as ``algo=`` says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from typing import Any
+
+from stable_baselines3.common.vec_env import VecEnv
+
+from eva_rl import envs
+from eva_rl.adapters import AttachedAdapter
+from eva_rl.commands.algorithms import ODTAlgoOptions, ODTTD3AlgoOptions, OnlineAlgoOptions, ReplayAlgoOptions
+from eva_rl.commands.options import BCOptionsGroup
+from eva_rl.commands.pretrain import bc_options
+from eva_rl.commands.progress import training_progress
+from eva_rl.commands.session import Session
+from eva_rl.data.prefetch import prefetching
+from eva_rl.data.replay import TrajectoryReplay
+from eva_rl.seeding import ONLINE, episode_seeds
+from eva_rl.tracking import Tracker
+from eva_rl.training.bc import Log, train_bc
+from eva_rl.training.checkpoint import load_latest_checkpoint
+from eva_rl.training.odt import ODTOptions, OnlineDecisionTransformer
+from eva_rl.training.odt_td3 import TD3DecisionTransformer, TD3Options
+from eva_rl.training.online import OnlineOptions, TaskEnvs, train_online
+from eva_rl.training.online_parts import OnlineAlgorithm
+
+CLONED = "bc/"
+"""Before the keys of the metrics of cloning, where the rest of the record counts env steps."""
+
+
+def resume_step(session: Session) -> int | None:
+    """The last step of the record that a continued run builds on; None where it begins afresh."""
+    online = load_latest_checkpoint(session.checkpoint_dir / "online")
+    cloned = load_latest_checkpoint(session.checkpoint_dir)
+    found = online or cloned
+    return None if found is None else found.step
+
+
+def train(session: Session, adapter: AttachedAdapter, tracker: Tracker) -> dict[str, float]:
+    """Train the policy's trainable parameters; returns the steps taken, for the summary."""
+    algo = session.config.algo
+    if isinstance(algo, BCOptionsGroup):
+        return clone(session, adapter, algo, tracker.log)
+    assert isinstance(algo, OnlineAlgoOptions)
+    steps: dict[str, float] = {}
+    if algo.bc.updates:
+        prefixed = _prefixed(tracker.log, CLONED)
+        steps = {f"{CLONED}{key}": value for key, value in clone(session, adapter, algo.bc, prefixed).items()}
+    session.phases.end("clone")
+    assert isinstance(algo, ReplayAlgoOptions)
+    return steps | learn(session, adapter, algo, tracker)
+
+
+def _prefixed(log: Log, prefix: str) -> Log:
+    return lambda metrics, step: log({prefix + key: value for key, value in metrics.items()}, step)
+
+
+def clone(session: Session, adapter: AttachedAdapter, algo: BCOptionsGroup, log: Log) -> dict[str, float]:
+    """Behaviour cloning of the demonstrations."""
+    config, policy = session.config, session.policy
+    assert session.sampler is not None
+    with training_progress(algo.updates) as bar, prefetching(session.sampler, policy.device) as ahead:
+        counters = train_bc(
+            policy,
+            ahead,
+            bc_options(algo, config.eval.every, config.checkpoint.every),
+            log=bar.also(log),
+            evaluate=session.look,
+            checkpoint_dir=session.checkpoint_dir,
+            extension=adapter.extension,
+        )
+    return {"updates": counters.update}
+
+
+def learn(session: Session, adapter: AttachedAdapter, algo: ReplayAlgoOptions, tracker: Tracker) -> dict[str, float]:
+    """Act and learn by turns."""
+    policy, spec = session.policy, session.spec
+    if policy.network.log_std_head is not None:
+        policy.network.log_std_head.requires_grad_(True)
+    replay = make_replay(session, algo)
+    algorithm = make_algorithm(session, adapter, algo)
+    vec_env = online_envs(session, algo)
+    try:
+        with training_progress(algo.env_steps, "env steps") as bar:
+            counters = train_online(
+                algorithm,
+                replay,
+                TaskEnvs(vec_env, spec.env_id, spec.reports_success),
+                online_options(session, algo),
+                log=bar.also(tracker.log),
+                evaluate=session.look,
+                checkpoint_dir=session.checkpoint_dir / "online",
+            )
+    finally:
+        vec_env.close()
+    return {"updates": counters.update, "env_steps": counters.env_steps, "episodes": counters.episodes}
+
+
+def make_replay(session: Session, algo: ReplayAlgoOptions) -> TrajectoryReplay:
+    """A replay that holds the demonstrations, the best last, as many as fit."""
+    policy = session.policy
+    folder = session.run_dir / "replay" if algo.replay_on_disk else None
+    replay = TrajectoryReplay(algo.replay_size, policy.observation_dim, policy.action_dim, folder)
+    if session.data is not None:
+        asked = policy.conditioning.of(session.spec.env_id)
+        order = session.data.returns.argsort(kind="stable")
+        replay.extend((session.data.episode(int(index)) for index in order), asked)
+    return replay
+
+
+def make_algorithm(session: Session, adapter: AttachedAdapter, algo: ReplayAlgoOptions) -> OnlineAlgorithm:
+    """The algorithm of the options, on the session's policy."""
+    policy, seed, extension = session.policy, session.config.seed, adapter.extension
+    if isinstance(algo, ODTTD3AlgoOptions):
+        return TD3DecisionTransformer(policy, _pick(TD3Options, algo), seed=seed, extension=extension)
+    assert isinstance(algo, ODTAlgoOptions)
+    return OnlineDecisionTransformer(policy, _pick(ODTOptions, algo), seed=seed, extension=extension)
+
+
+def online_envs(session: Session, algo: OnlineAlgoOptions) -> VecEnv:
+    """Environments to act in while learning."""
+    config = session.config
+    return envs.make_vec_env(
+        session.spec.env_id, algo.num_envs, horizon=config.env.horizon, workers=algo.workers * algo.num_envs
+    )
+
+
+def online_options(session: Session, algo: ReplayAlgoOptions) -> OnlineOptions:
+    """Options of the loop."""
+    seed = session.config.seed
+    return _pick(OnlineOptions, algo, seed=seed, first_episode=episode_seeds(ONLINE, seed))
+
+
+def _pick(kind: type[Any], algo: ReplayAlgoOptions, **others: Any) -> Any:
+    """The options of a loop that the config group has, under the names they share."""
+    given: Mapping[str, Any] = asdict(algo) | others
+    return kind(**{f.name: given[f.name] for f in fields(kind)})

@@ -1,0 +1,125 @@
+"""Online Decision Transformer (Zheng et al. 2022, arXiv 2202.05607), written from the paper."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from eva_rl.agents.policy import DecisionTransformerPolicy
+from eva_rl.agents.stochastic import gaussian_log_prob, sample_actions
+from eva_rl.batch import WindowBatch
+from eva_rl.data.replay import TrajectoryReplay
+from eva_rl.training.bc import Extension
+from eva_rl.training.online_parts import ActorOptions, Learner, draws, masked_mean
+
+
+@dataclass(frozen=True)
+class ODTOptions(ActorOptions):
+    """How Online Decision Transformer learns.
+
+    Attributes:
+        initial_temperature: lambda at first.
+        temperature_learning_rate: Adam's, for log lambda.
+        target_entropy: beta, a lower bound of the policy's entropy in nats; None takes minus the action's dimensions.
+    """
+
+    initial_temperature: float = 0.1
+    temperature_learning_rate: float = 1e-4
+    target_entropy: float | None = None
+
+
+@dataclass(frozen=True)
+class ODTLoss:
+    """Parts of the loss of one batch, scalars.
+
+    Attributes:
+        likelihood: Mean negative log-likelihood of the actions taken, in nats an env step.
+        entropy: Mean entropy of the policy, estimated with one draw an env step.
+    """
+
+    likelihood: Tensor
+    entropy: Tensor
+
+
+def odt_loss(
+    distribution: tuple[Tensor, Tensor], actions: Tensor, mask: Tensor | None, generator: torch.Generator
+) -> ODTLoss:
+    """Equations 5 to 7 of the paper, over the real env steps of the windows.
+
+    Args:
+        distribution: Mean and log standard deviation before the tanh, (B, T, act) each.
+        actions: (B, T, act), what was done.
+        mask: (B, T), True where a step is real; None says that all are.
+        generator: Draws the actions for the entropy.
+    """
+    drawn = sample_actions(*distribution, generator)
+    return ODTLoss(
+        likelihood=-masked_mean(gaussian_log_prob(actions, *distribution), mask),
+        entropy=-masked_mean(gaussian_log_prob(drawn, *distribution), mask),
+    )
+
+
+class OnlineDecisionTransformer(Learner):
+    """Clones what was obtained, at the return it obtained, and keeps its entropy above a bound.
+
+    Args:
+        policy: With a log-standard-deviation head; its trainable parameters are changed in place.
+        options: How.
+        seed: Of all draws; draw n depends on the seed and n alone.
+        extension: What the adapter's method adds.
+    """
+
+    def __init__(
+        self,
+        policy: DecisionTransformerPolicy,
+        options: ODTOptions,
+        *,
+        seed: int = 0,
+        extension: Extension | None = None,
+    ) -> None:
+        super().__init__(policy, options, seed=seed, extension=extension)
+        asked = options.target_entropy
+        self._target_entropy = -float(policy.action_dim) if asked is None else asked
+        self._log_temperature = nn.Parameter(torch.tensor(float(np.log(options.initial_temperature))))
+        self._temperature_optimizer = torch.optim.Adam([self._log_temperature], lr=options.temperature_learning_rate)
+        self.add("temperature", {"log": self._log_temperature}, self._temperature_optimizer)
+
+    def explore(self, generator: torch.Generator) -> Callable[[Tensor], Tensor]:
+        """Actions drawn from the policy."""
+        network = self.policy.network
+        return lambda features: sample_actions(*network.distribution(features), generator)
+
+    def update(self, replay: TrajectoryReplay, update: int) -> dict[str, float]:
+        """One gradient step on the policy and one on the temperature."""
+        rng, generator = draws(self.seed, update)
+        batch = replay.sample(self.options.batch_size, rng, self.context_length, self.scaling).to(self.policy.device)
+        found = self._loss(batch, generator)
+        temperature = self._log_temperature.exp()
+        loss = found.likelihood - temperature.detach() * found.entropy
+        norm = self.step_actor(loss, update, batch)
+        self._step_temperature(temperature * (found.entropy.detach() - self._target_entropy))
+        return {
+            "train/loss": loss.item(),
+            "train/nll": found.likelihood.item(),
+            "train/entropy": found.entropy.item(),
+            "train/temperature": temperature.item(),
+            "train/gradient_norm": norm,
+        }
+
+    def _loss(self, batch: WindowBatch, generator: torch.Generator) -> ODTLoss:
+        network = self.policy.network
+        distribution = network.distribution(network.features(batch))
+        return odt_loss(distribution, batch.actions, batch.attention_mask, generator)
+
+    def _step_temperature(self, loss: Tensor) -> None:
+        self._temperature_optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        self._temperature_optimizer.step()
+
+    def state_of(self) -> Mapping[str, Tensor]:
+        """Nothing besides parameters and optimisers."""
+        return {}

@@ -1,0 +1,164 @@
+"""Decision Transformers that climb a critic while they clone: TD3 gradients for ODT (arXiv 2410.24108)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from eva_rl.agents.policy import DecisionTransformerPolicy, frozen
+from eva_rl.data.replay import TrajectoryReplay, TransitionWindows
+from eva_rl.training.bc import Extension
+from eva_rl.training.critics import TwinCritics, blend, td_targets
+from eva_rl.training.failures import NotFiniteError
+from eva_rl.training.online_parts import ActorOptions, Learner, draws, masked_mean, named
+
+
+@dataclass(frozen=True)
+class TD3Options(ActorOptions):
+    """How the policy climbs.
+
+    Attributes:
+        critic_learning_rate: Adam's.
+        critic_hidden_size: Width of the critics.
+        discount: gamma.
+        target_share: Share by which target networks move at each gradient step.
+        policy_delay: Gradient steps of the critics for one of the policy.
+        critic_warmup: Gradient steps of the critics before the policy's first.
+        exploration_noise: Standard deviation of the noise on actions taken, in scaled actions.
+        target_noise: Standard deviation of the noise on target actions.
+        target_noise_clip: Its largest magnitude.
+        q_weight: Weight of the critic beside the distance to the actions taken; the critic is divided by its mean
+            magnitude (Fujimoto and Gu 2021, arXiv 2106.06860, equation 5).
+        clone_weight: Weight of the distance to the actions taken.
+    """
+
+    critic_learning_rate: float = 3e-4
+    critic_hidden_size: int = 256
+    discount: float = 0.99
+    target_share: float = 0.005
+    policy_delay: int = 2
+    critic_warmup: int = 500
+    exploration_noise: float = 0.1
+    target_noise: float = 0.2
+    target_noise_clip: float = 0.5
+    q_weight: float = 1.0
+    clone_weight: float = 1.0
+
+
+class TD3DecisionTransformer(Learner):
+    """A deterministic Decision Transformer with twin critics.
+
+    Departures from the paper, both so that one setting fits tasks with rewards of any size: rewards are divided by
+    their mean magnitude when training begins, and the critic's gradient by the mean magnitude of its values.
+
+    Args:
+        policy: Its trainable parameters are changed in place.
+        options: How.
+        seed: Of all draws and of the critics' first parameters.
+        extension: What the adapter's method adds.
+    """
+
+    def __init__(
+        self,
+        policy: DecisionTransformerPolicy,
+        options: TD3Options,
+        *,
+        seed: int = 0,
+        extension: Extension | None = None,
+    ) -> None:
+        super().__init__(policy, options, seed=seed, extension=extension)
+        self._td3 = options
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.critics = TwinCritics(policy.observation_dim, policy.action_dim, options.critic_hidden_size)
+        self.critics.to(policy.device)
+        self.target_critics = copy.deepcopy(self.critics)
+        self.target_network = copy.deepcopy(policy.network)
+        self._critic_optimizer = torch.optim.Adam(self.critics.parameters(), lr=options.critic_learning_rate)
+        self.add("critics", named(self.critics), self._critic_optimizer)
+        self._reward_scale = 0.0
+
+    def explore(self, generator: torch.Generator) -> Callable[[Tensor], Tensor]:
+        """The policy's own actions with Gaussian noise."""
+        std = self._td3.exploration_noise
+
+        def choose(features: Tensor) -> Tensor:
+            actions = self.policy.network.actions(features)
+            return actions + std * torch.randn(actions.shape, generator=generator).to(actions.device)
+
+        return choose
+
+    def update(self, replay: TrajectoryReplay, update: int) -> dict[str, float]:
+        """One gradient step on the critics, and at every ``policy_delay``-th one on the policy."""
+        rng, generator = draws(self.seed, update)
+        self._reward_scale = self._reward_scale or _mean_magnitude(replay)
+        batch = replay.sample_transitions(self.options.batch_size, rng, self.context_length, self.scaling)
+        batch = batch.to(self.policy.device)
+        metrics = self._update_critics(batch, generator, update)
+        if update >= self._td3.critic_warmup and update % self._td3.policy_delay == 0:
+            metrics |= self._update_policy(batch, update)
+            blend(self.target_network, self.policy.network, self._td3.target_share * self._td3.policy_delay)
+        blend(self.target_critics, self.critics, self._td3.target_share)
+        return metrics
+
+    def targets(self, batch: TransitionWindows, generator: torch.Generator) -> Tensor:
+        """What the critics should say of each transition, (B, T - 1)."""
+        options, observations = self._td3, batch.windows.observations
+        with frozen(self.target_network), torch.no_grad():
+            actions = self.target_network(batch.windows)[:, 1:]
+            noise = torch.randn(actions.shape, generator=generator).to(actions.device) * options.target_noise
+            noise = noise.clamp(-options.target_noise_clip, options.target_noise_clip)
+            following = self.target_critics.smaller(observations[:, 1:], (actions + noise).clamp(-1, 1))
+        rewards = batch.rewards[:, :-1] / self._reward_scale * (1 - options.discount)
+        return td_targets(rewards, batch.terminated[:, :-1], following, options.discount)
+
+    def _update_critics(self, batch: TransitionWindows, generator: torch.Generator, update: int) -> dict[str, float]:
+        targets = self.targets(batch, generator)
+        first, second = self.critics(batch.windows.observations[:, :-1], batch.windows.actions[:, :-1])
+        errors = (first - targets).square() + (second - targets).square()
+        loss = masked_mean(errors, batch.valid)
+        self._critic_optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        if not bool(torch.isfinite(loss)):
+            raise NotFiniteError("the critics' loss", update, batch.windows)
+        self._critic_optimizer.step()
+        return {"train/critic_loss": loss.item(), "train/q": masked_mean(first.detach(), batch.valid).item()}
+
+    def _update_policy(self, batch: TransitionWindows, update: int) -> dict[str, float]:
+        windows = batch.windows
+        actions = self.policy.network(windows)
+        distance = masked_mean((actions - windows.actions).square().mean(-1), batch.acted)
+        values = self.critics.value(windows.observations, actions)
+        gain = masked_mean(values, batch.acted) / masked_mean(values.detach().abs(), batch.acted).clamp(min=1e-6)
+        loss = self._td3.clone_weight * distance - self._td3.q_weight * gain
+        norm = self.step_actor(loss, update, windows)
+        return {"train/loss": loss.item(), "train/clone_loss": distance.item(), "train/gradient_norm": norm}
+
+    def state_of(self) -> Mapping[str, Tensor]:
+        """Target networks and the rewards' scale."""
+        state = {f"target_critics/{name}": value for name, value in self.target_critics.state_dict().items()}
+        for name, parameter in self._slow().items():
+            state[f"target_network/{name}"] = parameter.data
+        return state | {"reward_scale": torch.tensor(self._reward_scale, dtype=torch.float64)}
+
+    def restore_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put back what :meth:`state_of` gave."""
+        with torch.no_grad():
+            for name, value in self.target_critics.state_dict().items():
+                value.copy_(tensors[f"target_critics/{name}"])
+            for name, parameter in self._slow().items():
+                parameter.copy_(tensors[f"target_network/{name}"])
+        self._reward_scale = float(tensors["reward_scale"])
+
+    def _slow(self) -> dict[str, nn.Parameter]:
+        own = named(self.target_network)
+        return {name: own[name] for name in self.parameters}
+
+
+def _mean_magnitude(replay: TrajectoryReplay) -> float:
+    returns = abs(replay.episode_returns).sum()
+    return max(float(returns) / max(1, replay.num_steps), 1e-8)

@@ -1,0 +1,263 @@
+"""Collect, learn, evaluate, save: the loop of the online algorithms."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from stable_baselines3.common.vec_env import VecEnv
+
+from eva_rl.agents.policy import DecisionTransformerPolicy
+from eva_rl.data.replay import TrajectoryReplay
+from eva_rl.data.trajectories import Episode
+from eva_rl.recording import EpisodeRecorder
+from eva_rl.training.bc import Log
+from eva_rl.training.checkpoint import TrainState, load_latest_checkpoint, save_checkpoint
+from eva_rl.training.failures import NotFiniteError
+from eva_rl.training.online_parts import OnlineAlgorithm
+
+REPLAY, ALGORITHM = "replay/", "algorithm/"
+RECENT = 100
+"""Episodes over which the metrics of rollouts are averaged."""
+
+
+@dataclass(frozen=True)
+class OnlineOptions:
+    """How long, and how often.
+
+    Attributes:
+        env_steps: Env steps in all.
+        steps_per_iteration: Env steps, over all environments, between two bouts of gradient steps.
+        updates_per_iteration: Gradient steps of a bout.
+        random_steps: Env steps before the first gradient step.
+        eval_every: Env steps between two evaluations, at which unfinished episodes are broken off; 0 for none.
+        checkpoint_every: Env steps between two checkpoints, made at the same boundaries; 0 for none.
+        seed: Of exploration.
+        first_episode: Seed of the first episode.
+    """
+
+    env_steps: int
+    steps_per_iteration: int = 1000
+    updates_per_iteration: int = 100
+    random_steps: int = 0
+    eval_every: int = 0
+    checkpoint_every: int = 0
+    seed: int = 0
+    first_episode: int = 0
+
+
+@dataclass(frozen=True)
+class TaskEnvs:
+    """Where a policy acts.
+
+    Attributes:
+        vec_env: n environments whose episodes are numbered (:func:`eva_rl.envs.make_vec_env`).
+        env_id: Their task.
+        reports_success: Whether they know of success.
+    """
+
+    vec_env: VecEnv
+    env_id: str
+    reports_success: bool
+
+
+@dataclass
+class OnlineCounters:
+    """What a checkpoint holds besides tensors.
+
+    Attributes:
+        env_steps: Env steps taken.
+        update: Gradient steps done.
+        episodes: Episodes finished.
+        next_seed: Seed of the next episode.
+        seconds: Of collecting and learning.
+        returns: Of the last episodes.
+        successes: Of the last episodes.
+        lengths: Of the last episodes.
+    """
+
+    env_steps: int = 0
+    update: int = 0
+    episodes: int = 0
+    next_seed: int = 0
+    seconds: float = 0.0
+    returns: list[float] = field(default_factory=list)
+    successes: list[bool] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+
+    def finished(self, episode: Episode) -> None:
+        """Count an episode."""
+        self.episodes += 1
+        self.returns = [*self.returns, float(episode.rewards.sum())][-RECENT:]
+        self.lengths = [*self.lengths, len(episode.rewards)][-RECENT:]
+        if episode.successes is not None:
+            self.successes = [*self.successes, bool(episode.successes.any())][-RECENT:]
+
+    def metrics(self) -> dict[str, float]:
+        """Scalars under Stable-Baselines3's names."""
+        found = {
+            "time/env_steps": float(self.env_steps),
+            "time/gradient_steps": float(self.update),
+            "time/fps": self.env_steps / max(self.seconds, 1e-9),
+        }
+        if self.returns:
+            found |= {
+                "rollout/ep_rew_mean": float(np.mean(self.returns)),
+                "rollout/ep_len_mean": float(np.mean(self.lengths)),
+            }
+        if self.successes:
+            found["rollout/success_rate"] = float(np.mean(self.successes))
+        return found
+
+
+def train_online(
+    algorithm: OnlineAlgorithm,
+    replay: TrajectoryReplay,
+    task: TaskEnvs,
+    options: OnlineOptions,
+    *,
+    log: Log,
+    evaluate: Callable[[int], Mapping[str, float]] | None = None,
+    checkpoint_dir: Path | None = None,
+) -> OnlineCounters:
+    """Let a policy act and learn by turns, from the last checkpoint where there is one.
+
+    Episodes are broken off where the run is evaluated or saved, so that a run that continues from there meets the
+    same episodes as one that was never interrupted.
+
+    Args:
+        algorithm: Learns; its policy acts.
+        replay: Takes the episodes; what it holds already is learned from, too.
+        task: Where the policy acts.
+        options: How long, and how often.
+        log: Takes metrics and the env step they belong to.
+        evaluate: Called at evaluations; what it returns is logged.
+        checkpoint_dir: Where checkpoints are kept; None keeps none.
+
+    Raises:
+        NotFiniteError: A loss, a gradient, a reward or an observation is not finite.
+    """
+    counters = _resume(checkpoint_dir, algorithm, replay) or OnlineCounters()
+    counters.next_seed = counters.next_seed or options.first_episode
+    collector, network = Collector(algorithm.policy, task), algorithm.policy.network
+    while counters.env_steps < options.env_steps:
+        began = time.perf_counter()
+        if not collector.acting:
+            collector.begin(counters)
+        collector.collect(algorithm, replay, options, counters)
+        metrics: dict[str, float] = {}
+        if counters.env_steps >= options.random_steps:
+            network.train()
+            for _ in range(options.updates_per_iteration):
+                metrics |= algorithm.update(replay, counters.update)
+                counters.update += 1
+            network.eval()
+        counters.seconds += time.perf_counter() - began
+        done = counters.env_steps >= options.env_steps
+        evaluating = _due(counters, options.eval_every, options.steps_per_iteration)
+        saving = done or _due(counters, options.checkpoint_every, options.steps_per_iteration)
+        log(metrics | counters.metrics(), counters.env_steps)
+        if evaluating or saving:
+            collector.break_off(replay, counters)
+        if evaluating and not done and evaluate is not None:
+            log(evaluate(counters.env_steps), counters.env_steps)
+        if saving and checkpoint_dir and options.checkpoint_every:
+            save_checkpoint(checkpoint_dir, _state(counters, algorithm, replay))
+    return counters
+
+
+def _due(counters: OnlineCounters, every: int, step: int) -> bool:
+    """Whether the last ``step`` env steps crossed a multiple of ``every``."""
+    return every > 0 and counters.env_steps // every > (counters.env_steps - step) // every
+
+
+class Collector:
+    """The policy's rollouts: they go on from one iteration to the next until they are broken off."""
+
+    def __init__(self, policy: DecisionTransformerPolicy, task: TaskEnvs) -> None:
+        self._policy, self._task, self._vec_env = policy, task, task.vec_env
+        self.acting = False
+
+    def begin(self, counters: OnlineCounters) -> None:
+        """Start new episodes in all environments."""
+        n = self._vec_env.num_envs
+        self._vec_env.seed(counters.next_seed)
+        self._ended = np.zeros(n, dtype=int)
+        self._policy.reset([self._task.env_id] * n)
+        self._observations = _rows(self._vec_env.reset())
+        self._rewards, self._starts = np.zeros(n, np.float32), np.ones(n, dtype=bool)
+        self._recorder = EpisodeRecorder(self._observations, self._task.reports_success)
+        self.acting = True
+
+    def collect(
+        self,
+        algorithm: OnlineAlgorithm,
+        replay: TrajectoryReplay,
+        options: OnlineOptions,
+        counters: OnlineCounters,
+    ) -> None:
+        """Act for ``steps_per_iteration`` env steps, over all environments.
+
+        Raises:
+            NotFiniteError: An environment gave a number that is not finite.
+        """
+        n = self._vec_env.num_envs
+        generator = torch.Generator().manual_seed(
+            int(np.random.default_rng((options.seed, counters.env_steps)).integers(2**62))
+        )
+        choose = algorithm.explore(generator)
+        asked = self._policy.conditioning.of(self._task.env_id)
+        for _ in range(max(1, options.steps_per_iteration // n)):
+            actions = self._policy.act_by(choose, self._observations, self._rewards, self._starts)
+            stepped, self._rewards, self._starts, infos = self._vec_env.step(actions)
+            self._observations = _rows(stepped)
+            counters.env_steps += n
+            self._check(counters.env_steps)
+            finished = self._recorder.step(actions, self._observations, self._rewards, self._starts, infos)
+            for index, episode in finished:
+                replay.add(episode, asked)
+                counters.finished(episode)
+                self._ended[index] += 1
+
+    def break_off(self, replay: TrajectoryReplay, counters: OnlineCounters) -> None:
+        """End all episodes here; what was seen of them is kept for temporal differences."""
+        asked = self._policy.conditioning.of(self._task.env_id)
+        for episode in self._recorder.unfinished():
+            replay.add(episode, asked, complete=False)
+        counters.next_seed += self._vec_env.num_envs * (1 + int(self._ended.max()))
+        self.acting = False
+
+    def _check(self, env_step: int) -> None:
+        if not np.isfinite(self._rewards).all():
+            raise NotFiniteError("a reward of the environment", env_step)
+        if not np.isfinite(self._observations).all():
+            raise NotFiniteError("an observation of the environment", env_step)
+
+
+def _rows(observations: object) -> NDArray[np.float32]:
+    assert isinstance(observations, np.ndarray)
+    return observations.astype(np.float32, copy=False)
+
+
+def _state(counters: OnlineCounters, algorithm: OnlineAlgorithm, replay: TrajectoryReplay) -> TrainState:
+    tensors = {ALGORITHM + name: value for name, value in algorithm.tensors().items()}
+    tensors |= {REPLAY + name: value for name, value in replay.tensors().items()}
+    return TrainState(counters.env_steps, tensors, asdict(counters))
+
+
+def _resume(folder: Path | None, algorithm: OnlineAlgorithm, replay: TrajectoryReplay) -> OnlineCounters | None:
+    state = load_latest_checkpoint(folder) if folder else None
+    if state is None:
+        return None
+    parts = {
+        prefix: {k.removeprefix(prefix): v for k, v in state.tensors.items() if k.startswith(prefix)}
+        for prefix in (ALGORITHM, REPLAY)
+    }
+    algorithm.restore(parts[ALGORITHM])
+    replay.restore(parts[REPLAY])
+    return OnlineCounters(**state.record)
