@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -83,7 +84,9 @@ class RewrittenBase(_Quiet):
             start = Path(temporary) / "start"
             start.mkdir()
             save_file(self._start(), start / WEIGHTS_FILE)
-            self.model.save_pretrained(str(folder), path_initial_model_for_weight_conversion=str(start))
+            with warnings.catch_warnings():  # that it should be converted, which is done here
+                warnings.filterwarnings("ignore", message=".*changes the base weights of the model.*")
+                self.model.save_pretrained(str(folder), path_initial_model_for_weight_conversion=str(start))
 
     def _start(self) -> dict[str, Tensor]:
         """A0 and B0 under the names of an adapter's file."""

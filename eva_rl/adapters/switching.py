@@ -183,6 +183,7 @@ def _fitting(folder: Path) -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message=".*missing adapter keys.*")
+            warnings.filterwarnings("ignore", message="The following rank_pattern keys.*")  # AdaLoRA's are of its own
             yield
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, UserWarning, SafetensorError) as error:
         raise UserError(

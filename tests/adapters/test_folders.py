@@ -1,0 +1,169 @@
+"""Saved adapters: what comes back is what was saved, here and through plain PEFT; what does not fit is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from eva_rl.adapters import METHODS, base_weights, load_policy, save_adapted_policy
+from eva_rl.agents import save_policy
+from eva_rl.agents.checkpoint import read_policy
+from eva_rl.batch import WindowBatch
+from eva_rl.data import Trajectories
+from eva_rl.errors import UserError
+from tests.adapters.making import PEFT_METHODS, attached, sampler, train
+from tests.conftest import make_policy
+
+PLAIN_PEFT = """
+import sys
+from pathlib import Path
+import torch
+from peft import PeftModel
+from eva_rl.agents.checkpoint import read_policy
+torch.set_num_threads(1)
+batch = torch.load(sys.argv[1], weights_only=False)
+for folder in map(Path, sys.argv[2:]):
+    network = read_policy(folder).network
+    plain = network(batch)
+    model = PeftModel.from_pretrained(network, str(folder / "adapter"))
+    acted = model(batch)
+    with model.disable_adapter():
+        off = model(batch)
+    merged = model.merge_and_unload()(batch)
+    torch.save([t.detach() for t in (plain, acted, off, merged)], folder / "out.pt")
+"""
+
+
+def windows(data: Trajectories) -> WindowBatch:
+    return sampler(make_policy(), data).sample(16, 7)
+
+
+def trained(method: str, data: Trajectories, folder: Path, rho: float = 1.0) -> torch.Tensor:
+    """Train a method, save it, and return the actions on the windows."""
+    policy, adapter = attached(method, data, rho=rho)
+    train(policy, data, adapter)
+    save_adapted_policy(folder, policy, adapter, "card")
+    return policy.network(windows(data)).detach()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_loaded_and_merged_act_the_same(method: str, tmp_path: Path, reach_demonstrations: Trajectories) -> None:
+    folder, batch = tmp_path / "policy", windows(reach_demonstrations)
+    expected = trained(method, reach_demonstrations, folder, rho=2.0)
+    untouched, original = read_policy(folder), make_policy()
+    if METHODS[method].adapter:
+        for name, value in original.network.state_dict().items():
+            assert torch.equal(untouched.network.state_dict()[name], value), name
+    torch.testing.assert_close(load_policy(folder).network(batch), expected, atol=1e-5, rtol=0)
+    merged = load_policy(folder, merge=True)
+    torch.testing.assert_close(merged.network(batch), expected, atol=1e-5, rtol=0)
+    assert merged.network.state_dict().keys() == original.network.state_dict().keys()
+
+
+def test_plain_peft_in_a_new_process_acts_the_same(tmp_path: Path, reach_demonstrations: Trajectories) -> None:
+    """Every method: adapter on, off and merged, on the base that is saved beside it."""
+    batch, before = windows(reach_demonstrations), make_policy().network(windows(reach_demonstrations)).detach()
+    expected = {m: trained(m, reach_demonstrations, tmp_path / m, rho=2.0) for m in PEFT_METHODS}
+    torch.save(batch, tmp_path / "batch.pt")
+    folders = [str(tmp_path / method) for method in PEFT_METHODS]
+    command = [sys.executable, "-c", PLAIN_PEFT, str(tmp_path / "batch.pt"), *folders]
+    subprocess.run(command, check=True, timeout=300)
+    for method in PEFT_METHODS:
+        plain, acted, off, merged = torch.load(tmp_path / method / "out.pt", weights_only=True)
+        torch.testing.assert_close(plain, before, atol=1e-6, rtol=0)
+        torch.testing.assert_close(off, before, atol=1e-6, rtol=0)
+        torch.testing.assert_close(acted, expected[method], atol=1e-5, rtol=0)
+        torch.testing.assert_close(merged, expected[method], atol=1e-5, rtol=0)
+        assert (acted - before).abs().max() > 1e-4, method
+
+
+@pytest.mark.parametrize("method", ["lora", "eva_dora", "adalora", "pissa", "mica"])
+def test_loaded_to_be_trained_and_saved_again(method: str, tmp_path: Path, reach_demonstrations: Trajectories) -> None:
+    first = trained(method, reach_demonstrations, tmp_path / "first")
+    policy = load_policy(tmp_path / "first", is_trainable=True)
+    adapter = policy.adapters.attached()
+    assert adapter.method.name == method
+    asking = {name for name, p in policy.network.named_parameters() if p.requires_grad}
+    assert asking
+    assert all(".lora_" in name for name in asking)
+    train(policy, reach_demonstrations, adapter)
+    expected = policy.network(windows(reach_demonstrations))
+    assert (expected - first).abs().max() > 1e-4
+    save_adapted_policy(tmp_path / "second", policy, adapter, "card")
+    again = load_policy(tmp_path / "second").network(windows(reach_demonstrations))
+    torch.testing.assert_close(again, expected, atol=1e-5, rtol=0)
+
+
+@pytest.fixture
+def saved(tmp_path: Path, reach_demonstrations: Trajectories) -> Path:
+    trained("lora", reach_demonstrations, tmp_path / "policy")
+    return tmp_path / "policy"
+
+
+def refused(folder: Path, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        load_policy(folder)
+
+
+def test_damaged_adapters_are_refused(saved: Path) -> None:
+    weights, config = saved / "adapter/adapter_model.safetensors", saved / "adapter/adapter_config.json"
+    good = load_file(weights)
+    some = next(iter(good))
+    save_file({k: (v[:, :-1] if k == some else v).contiguous() for k, v in good.items()}, weights)
+    refused(saved, "does not fit")
+    save_file({k: v for k, v in good.items() if k != some}, weights)
+    refused(saved, "does not fit")
+    weights.write_bytes(b"half")
+    refused(saved, "does not fit")
+    save_file(good, weights)
+    settings = json.loads(config.read_text())
+    for wrong in ({"target_modules": ["nowhere"]}, {"r": settings["r"] + 1}, {"peft_type": "NONE"}):
+        config.write_text(json.dumps(settings | wrong))
+        refused(saved, "does not fit")
+    config.write_text("{")
+    refused(saved, "does not fit")
+
+
+@pytest.mark.parametrize("lost", ["adapter_config.json", "adapter_model.safetensors"])
+def test_a_half_written_adapter_is_refused(lost: str, saved: Path) -> None:
+    (saved / "adapter" / lost).unlink()
+    refused(saved, f"no whole adapter: it lacks {lost}")
+
+
+def test_a_lost_adapter_is_refused_rather_than_left_out(saved: Path) -> None:
+    shutil.rmtree(saved / "adapter")
+    refused(saved, "not whole")
+
+
+def test_an_adapter_of_another_base_is_refused(saved: Path) -> None:
+    other = make_policy(seed=1)
+    save_policy(saved.parent / "other", other)
+    shutil.copytree(saved / "adapter", saved.parent / "other/adapter")
+    refused(saved.parent / "other", "other base weights")
+    (saved / "model.safetensors").write_bytes((saved.parent / "other/model.safetensors").read_bytes())
+    refused(saved, "other base weights")
+
+
+def test_a_failed_save_leaves_the_old_folder(saved: Path, reach_demonstrations: Trajectories) -> None:
+    before = {path: path.read_bytes() for path in saved.rglob("*") if path.is_file()}
+    policy, adapter = attached("pissa", reach_demonstrations)
+    with pytest.raises(TypeError):
+        save_adapted_policy(saved, policy, adapter, b"no text")  # type: ignore[arg-type]
+    assert {path: path.read_bytes() for path in saved.rglob("*") if path.is_file()} == before
+    assert [path.name for path in saved.parent.iterdir()] == [saved.name], "nothing half-written is left"
+
+
+def test_weights_of_a_rewritten_base_come_back_exactly(reach_demonstrations: Trajectories) -> None:
+    policy, adapter = attached("pissa", reach_demonstrations)
+    original = make_policy().network.state_dict()
+    plain = base_weights(policy.network)
+    assert any(not torch.equal(plain[name], value) for name, value in original.items()), "the base was rewritten"
+    kept = base_weights(policy.network, adapter)
+    assert all(torch.equal(kept[name], value) for name, value in original.items())

@@ -1,0 +1,90 @@
+"""Several adapters on one policy: switched, turned off, merged and unmerged in place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from eva_rl.adapters import load_policy, save_adapted_policy
+from eva_rl.agents import DecisionTransformerPolicy, save_policy
+from eva_rl.batch import WindowBatch
+from eva_rl.data import Trajectories
+from eva_rl.errors import UnknownNameError, UserError
+from tests.adapters.making import attached
+from tests.adapters.test_folders import trained, windows
+from tests.conftest import make_policy
+
+
+def acted(policy: DecisionTransformerPolicy, batch: WindowBatch) -> torch.Tensor:
+    return policy.network(batch).detach()
+
+
+def close(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return bool((a - b).abs().max() < 1e-5)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "adalora", "olora", "mica"])
+def test_off_merged_and_unmerged_in_place(method: str, tmp_path: Path, reach_demonstrations: Trajectories) -> None:
+    expected, batch = trained(method, reach_demonstrations, tmp_path / "policy"), windows(reach_demonstrations)
+    base = make_policy().network(batch).detach()
+    policy = load_policy(tmp_path / "policy")
+    with policy.adapters.off():
+        assert close(acted(policy, batch), base)
+    assert close(acted(policy, batch), expected)
+    policy.adapters.merge()
+    assert close(acted(policy, batch), expected)
+    name = "blocks.0.mlp.up_proj.base_layer.weight"
+    assert not torch.equal(policy.network.get_parameter(name), make_policy().network.blocks[0].mlp.up_proj.weight)
+    with pytest.raises(UserError, match="unmerge"):
+        policy.adapters.use(None)
+    policy.adapters.unmerge()
+    assert close(acted(policy, batch), expected)
+    with policy.adapters.off():
+        assert close(acted(policy, batch), base)
+
+
+def test_one_adapter_a_task(tmp_path: Path, reach_demonstrations: Trajectories) -> None:
+    """Of different methods, ranks and layers, on the base that they have in common."""
+    batch = windows(reach_demonstrations)
+    expected = {
+        name: trained(name, reach_demonstrations, tmp_path / name, rho=2.0) for name in ("eva", "dora", "pissa")
+    }
+    save_policy(tmp_path / "base", make_policy())
+    policy = load_policy(tmp_path / "base", adapters={name: tmp_path / name for name in expected})
+    assert policy.adapters.names == ("eva", "dora", "pissa")
+    base = make_policy().network(batch)
+    assert close(acted(policy, batch), base), "the base acts until one is chosen"
+    for name in ("pissa", "eva", "dora", "eva"):
+        policy.adapters.use(name)
+        assert policy.adapters.active == name
+        assert close(acted(policy, batch), expected[name]), name
+    with pytest.raises(UnknownNameError, match=r"'evva'.*'eva'"):
+        policy.adapters.use("evva")
+    policy.adapters.use("pissa")
+    policy.adapters.merge_and_unload()
+    assert close(acted(policy, batch), expected["pissa"])
+    assert policy.adapters.names == ()
+
+
+def test_what_cannot_go_together(tmp_path: Path, reach_demonstrations: Trajectories) -> None:
+    for name in ("lora", "adalora"):
+        trained(name, reach_demonstrations, tmp_path / name)
+    save_policy(tmp_path / "base", make_policy())
+    save_policy(tmp_path / "other", make_policy(seed=1))
+    with pytest.raises(UserError, match="ADALORA and LORA"):
+        load_policy(tmp_path / "base", adapters={"a": tmp_path / "lora", "b": tmp_path / "adalora"})
+    with pytest.raises(UserError, match="holds no adapter"):
+        load_policy(tmp_path / "base", adapters={"a": tmp_path / "base"})
+    with pytest.raises(UserError, match="other base weights"):
+        load_policy(tmp_path / "other", adapters={"a": tmp_path / "lora"})
+
+
+def test_the_target_return_comes_with_the_adapter(tmp_path: Path, reach_demonstrations: Trajectories) -> None:
+    policy, adapter = attached("lora", reach_demonstrations)
+    policy.with_target(1234.0, "metaworld/reach-v3")
+    save_adapted_policy(tmp_path / "reach", policy, adapter, "card")
+    save_policy(tmp_path / "base", make_policy())
+    loaded = load_policy(tmp_path / "base", adapters={"reach": tmp_path / "reach" / "adapter"})
+    assert loaded.conditioning.of("metaworld/reach-v3") == 1234.0
