@@ -1,6 +1,6 @@
 """Adapters on policies: PEFT's, aimed by the EVA engine."""
 
-from eva_rl.adapters.adalora import initial_rank
+from eva_rl.adapters.adalora import ADAPTER_NAME, initial_rank
 from eva_rl.adapters.attach import AttachedAdapter, attach_adapter, base_weights, count_parameters
 from eva_rl.adapters.folders import adapter_bytes, find_adapter, load_policy, save_adapted_policy
 from eva_rl.adapters.layers import PROJECTIONS, rank_limits, target_layers
@@ -9,6 +9,7 @@ from eva_rl.adapters.methods import DIRECTIONS, GRADIENTS, METHODS, MOMENTS, Met
 from eva_rl.adapters.switching import Adapters
 
 __all__ = [
+    "ADAPTER_NAME",
     "DIRECTIONS",
     "GRADIENTS",
     "METHODS",

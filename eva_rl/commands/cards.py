@@ -5,37 +5,118 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+FACTS = (
+    "env",
+    "method",
+    "algo",
+    "seed",
+    "policy",
+    "data",
+    "updates",
+    "env_steps",
+    "trainable_parameters",
+    "total_parameters",
+    "protocol",
+    "target_return",
+)
+RESULTS = ("success_rate", "mean_reward", "mean_ep_length", "normalized_score")
+FORMS = {
+    "adapter": "`model.safetensors` holds the base policy as it was, `adapter/` what was learned; plain "
+    "`peft.PeftModel.from_pretrained` reads it.",
+    "merged": "The adapter is merged into `model.safetensors`.",
+    "huggingface": "The adapter is merged; `transformers.DecisionTransformerModel.from_pretrained` reads the folder. "
+    "Inputs are scaled as `eva_rl.json` says.",
+    "full": "`model.safetensors` holds the trained policy.",
+}
 
-def model_card(summary: Mapping[str, Any]) -> str:
-    """README of a fine-tuned policy: what it is, how it was made, what it reached, how to use it.
+
+def card_facts(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """What a policy folder remembers of the run that made it, enough for :func:`model_card`.
 
     Args:
         summary: The run's ``summary.json``.
     """
-    rows = "\n".join(
-        f"| {key} | {_number(summary.get(f'eval_before/{key}'))} | {_number(summary.get(f'eval/{key}'))} |"
-        for key in ("success_rate", "mean_reward", "mean_ep_length")
-    )
+    results = [f"{when}/{key}" for when in ("eval_before", "eval") for key in RESULTS]
+    return {key: summary[key] for key in (*FACTS, *results) if key in summary}
+
+
+def model_card(facts: Mapping[str, Any], form: str = "adapter") -> str:
+    """README of a fine-tuned policy: base, task, data, method, results, protocol, how to use it.
+
+    Args:
+        facts: What :func:`card_facts` kept, or the whole summary.
+        form: One of FORMS: what the folder holds.
+    """
     return f"""---
-library_name: eva-rl
-tags: [reinforcement-learning, decision-transformer, eva]
+library_name: {"transformers" if form == "huggingface" else "eva-rl"}
+pipeline_tag: reinforcement-learning
+tags: [reinforcement-learning, decision-transformer, {facts["method"].replace("_", "-")}]
 ---
-# {summary["env"]}: {summary["method"]}
+# {facts["env"]}: {facts["method"]}
 
-A Decision Transformer policy (base: `{summary["policy"]}`), fine-tuned with `adapter={summary["method"]}` on
-{summary["data"]["episodes"]} episodes ({summary["data"]["source"]}) for {summary["updates"]} gradient steps, seed
-{summary["seed"]}. Trained {summary["trainable_parameters"]:,} of {summary["total_parameters"]:,} parameters.
+A Decision Transformer policy. {FORMS[form]}
 
-| | before | after |
+| | |
+|---|---|
+| base | `{facts["policy"]}` |
+| env | `{facts["env"]}` |
+| data | {_data(facts.get("data"))} |
+| method | `adapter={facts["method"]} algo={facts.get("algo", "bc")}`, {_steps(facts)}, seed {facts["seed"]} |
+| trained | {facts["trainable_parameters"]:,} of {facts["total_parameters"]:,} parameters |
+| protocol | {facts["protocol"]}; target return {facts["target_return"]:.1f} |
+
+| result | before | after |
 |---|---|---|
-{rows}
-
-Protocol: {summary["protocol"]}. Target return {summary["target_return"]:.1f}.
+{_results(facts)}
 
 ```
-python -m eva_rl.evaluate policy=THIS_FOLDER env={summary["env"]}
+python -m eva_rl.evaluate policy=THIS_FOLDER env={facts["env"]}
 ```
 """
+
+
+def pretrained_card(name: str, about: Mapping[str, Any], form: str) -> str:
+    """README of a policy that no run of fine-tuning made.
+
+    Args:
+        name: What it was loaded by.
+        about: Its metadata.
+        form: One of FORMS.
+    """
+    rows = "\n".join(f"| {key} | {str(value)[:300]} |" for key, value in about.items() if not isinstance(value, dict))
+    return f"""---
+library_name: {"transformers" if form == "huggingface" else "eva-rl"}
+pipeline_tag: reinforcement-learning
+tags: [reinforcement-learning, decision-transformer]
+---
+# {name}
+
+A pretrained Decision Transformer policy.
+
+| | |
+|---|---|
+{rows}
+"""
+
+
+def _data(data: Mapping[str, Any] | None) -> str:
+    if data is None:
+        return "none; it learned from its own episodes"
+    amount = f"{data['episodes']} episodes, {data['steps']:,} env steps"
+    return f"{amount} ({data['source']}), mean return {data['mean_return']:.1f}"
+
+
+def _steps(facts: Mapping[str, Any]) -> str:
+    acted = f", {facts['env_steps']:,} env steps" if "env_steps" in facts else ""
+    return f"{facts.get('updates', 0):,} gradient steps{acted}"
+
+
+def _results(facts: Mapping[str, Any]) -> str:
+    return "\n".join(
+        f"| {key} | {_number(facts.get(f'eval_before/{key}'))} | {_number(facts[f'eval/{key}'])} |"
+        for key in RESULTS
+        if f"eval/{key}" in facts
+    )
 
 
 def _number(value: float | None) -> str:

@@ -62,21 +62,27 @@ def parse(name: str, overrides: Sequence[str]) -> Any:
     """
     try:
         with initialize_config_module("eva_rl.configs", version_base="1.3"):
-            config = compose(name, [_long_form(override) for override in overrides])
+            config = compose(name, [_long_form(override, name) for override in overrides])
         return OmegaConf.to_object(config)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(f"{_first_lines(error)} See `python -m eva_rl.{name} --help`.") from error
 
 
-def _long_form(override: str) -> str:
+def _long_form(override: str, command: str) -> str:
     """Turn ``env=push-v3`` into ``env.id=push-v3``, quoting what Hydra's grammar would take apart."""
     key, equals, value = override.partition("=")
     long_key = SHORT_KEYS.get(key)
-    if not equals or long_key is None:
+    if not equals or long_key is None or _is_value(key, command):
         return override
     if not re.match(r"^['\"]", value):
         value = "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
     return f"{long_key}={value}"
+
+
+def _is_value(key: str, command: str) -> bool:
+    """Whether a command knows the key as a value, not as a group of options."""
+    schema = ConfigStore.instance().load(f"{command}_schema.yaml").node
+    return key in schema and not OmegaConf.is_config(schema[key])
 
 
 def _first_lines(error: Exception) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from eva_rl.commands.attaching import attach
 from eva_rl.commands.command import run_command
+from eva_rl.commands.costs import peak_memory
 from eva_rl.commands.finetune_options import FinetuneConfig
 from eva_rl.commands.finetune_record import finish, report_eva
 from eva_rl.commands.session import open_session
@@ -40,12 +41,12 @@ def finetune(config: FinetuneConfig) -> None:
             tracker.log(before.metrics(), 0)
         if adapter.eva is not None and resumed is None:
             report_eva(session, adapter.eva, tracker)
-        with failures_kept(session.run_dir):
+        with failures_kept(session.run_dir), peak_memory(session.policy.device) as memory:
             steps = train(session, adapter, tracker)
         phases.end("train")
         after = session.evaluate("After")
         phases.end("evaluate_after")
-        finish(session, adapter, (before, after), steps)
+        finish(session, adapter, (before, after), {**steps, **memory})
         tracker.log(after.metrics(), config.algo.final_step)  # last, so that no continued run can log it twice
     session.close()
 

@@ -9,9 +9,9 @@ from typing import Any
 from rich.table import Table
 
 from eva_rl import eva
-from eva_rl.adapters import AttachedAdapter, count_parameters, save_adapted_policy
+from eva_rl.adapters import AttachedAdapter, adapter_bytes, count_parameters, save_adapted_policy
 from eva_rl.commands.attaching import listened_to
-from eva_rl.commands.cards import model_card
+from eva_rl.commands.cards import card_facts, model_card
 from eva_rl.commands.command import console
 from eva_rl.commands.runs import write_summary
 from eva_rl.commands.session import Session
@@ -45,14 +45,17 @@ def finish(
         session: The run.
         adapter: What was trained.
         results: Before and after.
-        steps: ``updates``, and ``env_steps`` of an online run.
+        steps: ``updates``, and ``env_steps`` of an online run; and what they cost.
     """
     before, after = results
     policy, run_dir = session.policy, session.run_dir
     summary = _summary(session, results) | dict(steps) | {"seconds": session.phases.seconds}
     policy.env_id = after.env_id
     policy.metadata |= {"finetuned_on": after.env_id, "method": summary["method"], "protocol": after.protocol}
-    save_adapted_policy(run_dir / "policy", policy, adapter, model_card(summary))
+    policy.metadata["finetuning"] = card_facts(summary)
+    card = model_card(summary, "full" if adapter.model is None else "adapter")
+    save_adapted_policy(run_dir / "policy", policy, adapter, card)
+    summary["adapter_bytes"] = adapter_bytes(run_dir / "policy") or 4 * summary["trainable_parameters"]
     write_json(run_dir / "evaluation.json", {"before": before.record(), "after": after.record()})
     write_summary(run_dir, summary)
     show(run_dir, summary, results)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
 from eva_rl.adapters import load_policy
@@ -10,8 +12,14 @@ from eva_rl.agents.imports import ImportOptions
 from eva_rl.commands.options import PolicyOptions
 
 
-def open_policy(options: PolicyOptions, device: torch.device, *, merge: bool = False) -> DecisionTransformerPolicy:
-    """Load the policy that the options name; ``merge`` folds its adapter into its weights.
+def open_policy(
+    options: PolicyOptions,
+    device: torch.device,
+    *,
+    merge: bool = False,
+    adapters: Mapping[str, str] | None = None,
+) -> DecisionTransformerPolicy:
+    """Load the policy that the options name; ``merge`` folds its adapter into its weights, ``adapters`` brings more.
 
     Raises:
         UserError: See :func:`eva_rl.adapters.load_policy`.
@@ -19,4 +27,4 @@ def open_policy(options: PolicyOptions, device: torch.device, *, merge: bool = F
     imported = ImportOptions(
         context_length=options.context_length, target_return=options.target_return, allow_pickle=options.allow_pickle
     )
-    return load_policy(options.path, device, imported, merge=merge)
+    return load_policy(options.path, device, imported, merge=merge, adapters=adapters)

@@ -71,7 +71,7 @@ def clone(session: Session, adapter: AttachedAdapter, algo: BCOptionsGroup, log:
             checkpoint_dir=session.checkpoint_dir,
             extension=adapter.extension,
         )
-    return {"updates": counters.update}
+    return {"updates": counters.update, "seconds_per_update": counters.seconds / max(1, counters.update)}
 
 
 def learn(session: Session, adapter: AttachedAdapter, algo: ReplayAlgoOptions, tracker: Tracker) -> dict[str, float]:
