@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from hydra import compose, initialize_config_module
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.logging import RichHandler
@@ -69,20 +69,26 @@ def parse(name: str, overrides: Sequence[str]) -> Any:
 
 
 def _long_form(override: str, command: str) -> str:
-    """Turn ``env=push-v3`` into ``env.id=push-v3``, quoting what Hydra's grammar would take apart."""
+    """Turn ``env=push-v3`` into ``env.id=push-v3``, quoting what Hydra's grammar would take apart.
+
+    Entries of a table such as ``adapter.rank_caps={action_head:2}`` are added: Hydra wants a plus for that.
+    """
     key, equals, value = override.partition("=")
+    schema = ConfigStore.instance().load(f"{command}_schema.yaml").node
+    if equals and (_is_table(schema, key) or _is_table(schema, key.rpartition(".")[0])):
+        return f"+{override}"
     long_key = SHORT_KEYS.get(key)
-    if not equals or long_key is None or _is_value(key, command):
+    if not equals or long_key is None or (key in schema and not OmegaConf.is_config(schema[key])):
         return override
     if not re.match(r"^['\"]", value):
         value = "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
     return f"{long_key}={value}"
 
 
-def _is_value(key: str, command: str) -> bool:
-    """Whether a command knows the key as a value, not as a group of options."""
-    schema = ConfigStore.instance().load(f"{command}_schema.yaml").node
-    return key in schema and not OmegaConf.is_config(schema[key])
+def _is_table(schema: DictConfig, key: str) -> bool:
+    """Whether the schema has a mapping with free keys there."""
+    node = OmegaConf.select(schema, key) if re.fullmatch(r"[\w.]+", key) else None
+    return isinstance(node, DictConfig) and OmegaConf.get_type(node) is dict
 
 
 def _first_lines(error: Exception) -> str:

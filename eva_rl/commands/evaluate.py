@@ -224,7 +224,7 @@ def _table(results: Sequence[EvaluationResult]) -> Table:
 
 def comparison(results: Sequence[EvaluationResult], without: Sequence[EvaluationResult]) -> Table:
     """With and without the adapter, and what it changes: success rates, and returns."""
-    table = Table("task", "success with", "without", "difference", "return with", "without", "difference")
+    table = Table("task", "success on", "off", "change", "return on", "off", "change")
     for on, off in zip(results, without, strict=True):
         success = ["-"] * 3
         if on.reports_success:
