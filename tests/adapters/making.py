@@ -33,7 +33,7 @@ def sampler(policy: DecisionTransformerPolicy, data: Trajectories) -> WindowSamp
 
 def batches(policy: DecisionTransformerPolicy, data: Trajectories, size: int = 32) -> Iterator[WindowBatch]:
     draw = sampler(policy, data)
-    return (draw.sample(size, step) for step in count())
+    return (draw.sample(size, step, policy.device) for step in count())
 
 
 def measure(policy: DecisionTransformerPolicy, data: Trajectories, **options: Any) -> eva.EvaResult:

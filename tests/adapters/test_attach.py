@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from eva_rl.adapters import METHODS, attach_adapter, initial_rank
+from eva_rl.adapters import METHODS, attach_adapter, initial_rank, load_policy, save_adapted_policy
 from eva_rl.data import Trajectories
 from eva_rl.errors import UserError
 from eva_rl.training.bc import BCOptions, train_bc
@@ -134,3 +134,26 @@ def test_a_second_adapter_is_refused(reach_demonstrations: Trajectories) -> None
     policy, _ = attached("lora", reach_demonstrations)
     with pytest.raises(UserError, match="adapter already"):
         attach_adapter(policy, "lora")
+
+
+def test_every_method_is_documented() -> None:
+    root = Path(__file__).parents[2]
+    for file in ("README.md", "docs/adapters.md"):
+        text = (root / file).read_text()
+        for name in METHODS:
+            assert f"`{name}`" in text or (f"`{name.removeprefix('eva_')}`" in text and "`eva_*`" in text), (file, name)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", METHODS)
+def test_on_a_gpu(method: str, tmp_path: Path, reach_demonstrations: Trajectories) -> None:
+    policy = make_policy().to("cuda")
+    batch = sampler(policy, reach_demonstrations).sample(16, 7, policy.device)
+    before = policy.network(batch)
+    policy, adapter = attached(method, reach_demonstrations, policy=policy)
+    torch.testing.assert_close(policy.network.eval()(batch), before, atol=1e-4, rtol=0)
+    train(policy, reach_demonstrations, adapter)
+    save_adapted_policy(tmp_path / "policy", policy, adapter, "card")
+    for merge in (False, True):
+        loaded = load_policy(tmp_path / "policy", "cuda", merge=merge)
+        torch.testing.assert_close(loaded.network(batch), policy.network(batch), atol=1e-4, rtol=0)
