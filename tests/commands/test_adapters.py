@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -220,3 +223,29 @@ def test_every_source_for_every_method_that_needs_data(
         return
     assert finetune.main(asked) == 0
     assert read(tmp_path / "run/summary.json")["method"] == method
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["lora_ga", "mica", "adalora"])
+def test_killed_and_continued_equals_uninterrupted(method: str, folder: Path, tmp_path: Path) -> None:
+    """The process dies while it trains; the same command goes on, with the start that it began with."""
+    asked = [f"policy={folder}/base", *SMALL, f"adapter={method}", "checkpoint.every=2"]
+    assert finetune.main([*asked, f"run_dir={tmp_path}/whole"]) == 0
+    code = f"""
+import os, signal
+from eva_rl.commands import finetune
+from eva_rl.training import bc
+save = bc.save_checkpoint
+def dying(folder, state, *rest):
+    save(folder, state, *rest)
+    if state.step == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+bc.save_checkpoint = dying
+finetune.main({[*asked, f"run_dir={tmp_path}/killed"]!r})
+"""
+    died = subprocess.run([sys.executable, "-c", code], timeout=300, check=False)
+    assert died.returncode == -signal.SIGKILL
+    assert finetune.main([*asked, f"run_dir={tmp_path}/killed"]) == 0
+    for name in ("model.safetensors", "adapter/adapter_model.safetensors", "adapter/adapter_config.json"):
+        found, expected = (tmp_path / run / "policy" / name for run in ("killed", "whole"))
+        assert found.read_bytes() == expected.read_bytes(), name
