@@ -127,12 +127,92 @@ class ODTTD3AlgoOptions(ReplayAlgoOptions):
         between(0, 10**9, algo__critic_warmup=self.critic_warmup)
 
 
-_ONLINE: Mapping[str, type[OnlineAlgoOptions]] = {"odt": ODTAlgoOptions, "odt_td3": ODTTD3AlgoOptions}
-_BC_FIRST = "bc_then_"
+@dataclass
+class SB3AlgoOptions(OnlineAlgoOptions):
+    """What Stable-Baselines3's algorithms share."""
+
+    learning_rate: float = option(1e-4, "Adam's learning rate")
+    batch_size: int = option(64, "windows a gradient step")
+    discount: float = option(0.99, "gamma")
+    initial_std: float = option(0.2, "standard deviation of the actions at first")
+    critic_hidden_size: int = option(256, "width of the value networks")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive(
+            algo__learning_rate=self.learning_rate,
+            algo__batch_size=self.batch_size,
+            algo__initial_std=self.initial_std,
+            algo__critic_hidden_size=self.critic_hidden_size,
+        )
+        between(0, 1, algo__discount=self.discount)
+
+
+@dataclass
+class PPOAlgoOptions(SB3AlgoOptions):
+    """Proximal policy optimisation (arXiv 1707.06347)."""
+
+    rollout_steps: int = option(200, "env steps of each environment between two updates")
+    epochs: int = option(5, "passes over a rollout")
+    clip_range: float = option(0.2, "of the likelihood ratio")
+    gae_lambda: float = option(0.95, "of generalised advantage estimation")
+    entropy: float = option(0.0, "weight of the entropy")
+    target_kl: float | None = option(0.03, "KL divergence at which an update ends early; null for no limit")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive(algo__rollout_steps=self.rollout_steps, algo__epochs=self.epochs, algo__clip_range=self.clip_range)
+        between(0, 1, algo__gae_lambda=self.gae_lambda)
+        between(0, 10, algo__entropy=self.entropy)
+
+    @property
+    def gradient_steps(self) -> int:
+        """Gradient steps after cloning."""
+        return max(1, self.env_steps * self.epochs // self.batch_size)
+
+
+@dataclass
+class OffPolicyAlgoOptions(SB3AlgoOptions):
+    """What SAC and TD3 share."""
+
+    replay_size: int = option(200_000, "env steps kept at most; each is stored once")
+    random_steps: int = option(1_000, "env steps before the first gradient step")
+    train_every: int = option(10, "env steps of each environment between two bouts of gradient steps")
+    updates_per_bout: int = option(10, "gradient steps of a bout")
+    target_share: float = option(0.005, "share by which target networks move at each gradient step")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive(algo__train_every=self.train_every, algo__updates_per_bout=self.updates_per_bout)
+        between(MIN_REPLAY, 10**10, algo__replay_size=self.replay_size)
+        between(0, 10**9, algo__random_steps=self.random_steps)
+        between(0, 1, algo__target_share=self.target_share)
+
+    @property
+    def gradient_steps(self) -> int:
+        """Gradient steps after cloning."""
+        return max(1, self.env_steps // (self.train_every * self.num_envs) * self.updates_per_bout)
+
+
+@dataclass
+class SACAlgoOptions(OffPolicyAlgoOptions):
+    """Soft actor-critic (arXiv 1801.01290)."""
+
+    entropy: float = option(0.01, "weight of the entropy at first; it is adapted")
+
+
+_REPLAYED: Mapping[str, type[OnlineAlgoOptions]] = {"odt": ODTAlgoOptions, "odt_td3": ODTTD3AlgoOptions}
+SB3_ALGORITHMS: Mapping[str, type[SB3AlgoOptions]] = {
+    "ppo": PPOAlgoOptions,
+    "sac": SACAlgoOptions,
+    "td3": OffPolicyAlgoOptions,
+}
+_ONLINE: Mapping[str, type[OnlineAlgoOptions]] = {**_REPLAYED, **SB3_ALGORITHMS}
+BC_FIRST = "bc_then_"
 
 ALGORITHMS: Mapping[str, AlgoOptions] = {
     "bc": BCOptionsGroup(),
     **{name: kind(name=name) for name, kind in _ONLINE.items()},
-    **{_BC_FIRST + name: kind(name=_BC_FIRST + name, bc=BCOptionsGroup(updates=200)) for name, kind in _ONLINE.items()},
+    **{BC_FIRST + name: kind(name=BC_FIRST + name, bc=BCOptionsGroup(updates=200)) for name, kind in _ONLINE.items()},
 }
 """What ``algo=`` takes, with the options that each begins with."""

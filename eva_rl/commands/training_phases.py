@@ -4,19 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, fields
+from pathlib import Path
 from typing import Any
 
 from stable_baselines3.common.vec_env import VecEnv
 
 from eva_rl import envs
 from eva_rl.adapters import AttachedAdapter
-from eva_rl.commands.algorithms import ODTAlgoOptions, ODTTD3AlgoOptions, OnlineAlgoOptions, ReplayAlgoOptions
+from eva_rl.commands.algorithms import (
+    BC_FIRST,
+    ODTAlgoOptions,
+    ODTTD3AlgoOptions,
+    OnlineAlgoOptions,
+    ReplayAlgoOptions,
+    SB3AlgoOptions,
+)
 from eva_rl.commands.options import BCOptionsGroup
 from eva_rl.commands.pretrain import bc_options
 from eva_rl.commands.progress import training_progress
 from eva_rl.commands.session import Session
 from eva_rl.data.prefetch import prefetching
 from eva_rl.data.replay import TrajectoryReplay
+from eva_rl.errors import UserError
+from eva_rl.files import write_file
 from eva_rl.seeding import ONLINE, episode_seeds
 from eva_rl.tracking import Tracker
 from eva_rl.training.bc import Log, train_bc
@@ -48,7 +58,11 @@ def train(session: Session, adapter: AttachedAdapter, tracker: Tracker) -> dict[
     if algo.bc.updates:
         prefixed = _prefixed(tracker.log, CLONED)
         steps = {f"{CLONED}{key}": value for key, value in clone(session, adapter, algo.bc, prefixed).items()}
-    session.phases.end("clone")
+        session.phases.end("clone")
+        steps |= session.evaluate("Cloned").metrics("eval_cloned")
+        session.phases.end("evaluate_cloned")
+    if isinstance(algo, SB3AlgoOptions):
+        return steps | learn_sb3(session, adapter, algo, tracker)
     assert isinstance(algo, ReplayAlgoOptions)
     return steps | learn(session, adapter, algo, tracker)
 
@@ -98,6 +112,41 @@ def learn(session: Session, adapter: AttachedAdapter, algo: ReplayAlgoOptions, t
     return {"updates": counters.update, "env_steps": counters.env_steps, "episodes": counters.episodes}
 
 
+def learn_sb3(session: Session, adapter: AttachedAdapter, algo: SB3AlgoOptions, tracker: Tracker) -> dict[str, float]:
+    """Let Stable-Baselines3 train the policy's network."""
+    if adapter.extension is not None:
+        raise UserError(
+            f"adapter={session.config.adapter.method} prunes while it trains, in our own loops; algo={algo.name} is "
+            "Stable-Baselines3's. Use adapter=eva, or algo=odt_td3."
+        )
+    from eva_rl.training.sb3 import SB3Options, make_model, train_sb3
+
+    vec_env = online_envs(session, algo)
+    seed = session.config.seed
+    options = _pick(SB3Options, algo, seed=seed, first_episode=episode_seeds(ONLINE, seed))
+    spec = session.spec
+    task = TaskEnvs(vec_env, spec.env_id, spec.reports_success)
+    try:
+        model = make_model(algo.name.removeprefix(BC_FIRST), session.policy, task, options)
+        with training_progress(algo.env_steps, "env steps") as bar:
+            steps = train_sb3(
+                model,
+                options,
+                log=bar.also(tracker.log),
+                evaluate=session.look,
+                checkpoint_dir=session.checkpoint_dir / "online",
+            )
+        write_file(session.run_dir / "sb3.zip", lambda aside: _save_model(model, aside))
+    finally:
+        vec_env.close()
+    return dict(steps)
+
+
+def _save_model(model: Any, path: Path) -> None:
+    with path.open("wb") as file:  # by name, it would add a suffix
+        model.save(file)
+
+
 def make_replay(session: Session, algo: ReplayAlgoOptions) -> TrajectoryReplay:
     """A replay that holds the demonstrations, the best last, as many as fit."""
     policy = session.policy
@@ -133,7 +182,7 @@ def online_options(session: Session, algo: ReplayAlgoOptions) -> OnlineOptions:
     return _pick(OnlineOptions, algo, seed=seed, first_episode=episode_seeds(ONLINE, seed))
 
 
-def _pick(kind: type[Any], algo: ReplayAlgoOptions, **others: Any) -> Any:
+def _pick(kind: type[Any], algo: OnlineAlgoOptions, **others: Any) -> Any:
     """The options of a loop that the config group has, under the names they share."""
     given: Mapping[str, Any] = asdict(algo) | others
-    return kind(**{f.name: given[f.name] for f in fields(kind)})
+    return kind(**{f.name: given[f.name] for f in fields(kind) if f.name in given})

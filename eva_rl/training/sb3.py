@@ -1,0 +1,282 @@
+"""PPO, SAC and TD3 of Stable-Baselines3 on a Decision Transformer, in stretches between evaluations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from stable_baselines3 import PPO, SAC, TD3
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.logger import KVWriter, Logger
+from stable_baselines3.common.noise import NormalActionNoise
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from stable_baselines3.common.vec_env import VecMonitor
+from torch import Tensor
+
+from eva_rl.agents.policy import DecisionTransformerPolicy
+from eva_rl.training.bc import Log
+from eva_rl.training.checkpoint import (
+    TrainState,
+    load_latest_checkpoint,
+    optimizer_tensors,
+    restore_optimizer,
+    save_checkpoint,
+)
+from eva_rl.training.failures import NotFiniteError
+from eva_rl.training.online import TaskEnvs
+from eva_rl.training.sb3_policies import (
+    DecisionTransformerPPOPolicy,
+    DecisionTransformerSACPolicy,
+    DecisionTransformerTD3Policy,
+)
+from eva_rl.training.sb3_windows import HistoryWindows, WindowReplayBuffer
+
+Model = PPO | SAC | TD3
+POLICY, OPTIMIZER, REPLAY, RANDOM = "policy/", "optimizer/", "replay/", "random/"
+
+
+@dataclass(frozen=True)
+class SB3Options:
+    """What the three algorithms share.
+
+    Attributes:
+        env_steps: Env steps in all.
+        eval_every: Env steps of a stretch, after which the policy is evaluated; 0 for one stretch.
+        learning_rate: Adam's.
+        batch_size: Windows a gradient step.
+        discount: gamma.
+        initial_std: Standard deviation of the actions at first.
+        critic_hidden_size: Width of the value networks.
+        replay_size: Env steps kept at most (SAC, TD3).
+        random_steps: Env steps before the first gradient step (SAC, TD3).
+        train_every: Env steps of each environment between two bouts of gradient steps (SAC, TD3).
+        updates_per_bout: Gradient steps of a bout (SAC, TD3).
+        target_share: tau (SAC, TD3).
+        entropy: Weight of the entropy (PPO), or the first one of SAC's automatic weight.
+        rollout_steps: Env steps of each environment between two updates (PPO).
+        epochs: Passes over a rollout (PPO).
+        clip_range: Of the likelihood ratio (PPO).
+        gae_lambda: Of generalised advantage estimation (PPO).
+        target_kl: KL divergence at which an update ends early (PPO); None for no limit.
+        seed: Of everything random.
+        first_episode: Seed of the first episode.
+    """
+
+    env_steps: int
+    eval_every: int = 0
+    learning_rate: float = 1e-4
+    batch_size: int = 64
+    discount: float = 0.99
+    initial_std: float = 0.2
+    critic_hidden_size: int = 256
+    replay_size: int = 200_000
+    random_steps: int = 1_000
+    train_every: int = 10
+    updates_per_bout: int = 10
+    target_share: float = 0.005
+    entropy: float = 0.0
+    rollout_steps: int = 200
+    epochs: int = 5
+    clip_range: float = 0.2
+    gae_lambda: float = 0.95
+    target_kl: float | None = 0.03
+    seed: int = 0
+    first_episode: int = 0
+
+
+def make_model(name: str, policy: DecisionTransformerPolicy, task: TaskEnvs, options: SB3Options) -> Model:
+    """A Stable-Baselines3 model whose actor is the policy's own network.
+
+    Args:
+        name: ``ppo``, ``sac`` or ``td3``.
+        policy: Trained in place: its trainable parameters are the actor's.
+        task: Where to act.
+        options: How.
+    """
+    reward_scale = policy.scaling.return_scale * (1 - options.discount) or 1.0
+    env = HistoryWindows(VecMonitor(task.vec_env), policy, task.env_id, reward_scale)
+    shared: dict[str, Any] = {
+        "learning_rate": options.learning_rate,
+        "batch_size": options.batch_size,
+        "gamma": options.discount,
+        "seed": options.seed,
+        "device": policy.device,
+    }
+    network = {"network": policy.network, "critic_hidden_size": options.critic_hidden_size}
+    noisy = network | {"initial_std": options.initial_std}
+    if name == "ppo":
+        return PPO(
+            DecisionTransformerPPOPolicy,
+            env,
+            policy_kwargs=noisy,
+            n_steps=options.rollout_steps,
+            n_epochs=options.epochs,
+            clip_range=options.clip_range,
+            gae_lambda=options.gae_lambda,
+            ent_coef=options.entropy,
+            target_kl=options.target_kl,
+            **shared,
+        )
+    shared |= {
+        "buffer_size": options.replay_size,
+        "learning_starts": options.random_steps,
+        "tau": options.target_share,
+        "train_freq": (options.train_every, "step"),
+        "gradient_steps": options.updates_per_bout,
+        "replay_buffer_class": WindowReplayBuffer,
+    }
+    if name == "sac":
+        entropy = f"auto_{options.entropy}" if options.entropy else "auto_0.01"
+        return SAC(DecisionTransformerSACPolicy, env, policy_kwargs=noisy, ent_coef=entropy, **shared)
+    noise = NormalActionNoise(np.zeros(policy.action_dim), np.full(policy.action_dim, options.initial_std))
+    return TD3(DecisionTransformerTD3Policy, env, policy_kwargs=network, action_noise=noise, **shared)
+
+
+def train_sb3(
+    model: Model,
+    options: SB3Options,
+    *,
+    log: Log,
+    evaluate: Callable[[int], Mapping[str, float]] | None = None,
+    checkpoint_dir: Path | None = None,
+    callback: BaseCallback | None = None,
+) -> dict[str, int]:
+    """Let a model learn, from the last checkpoint where there is one.
+
+    Each stretch of ``eval_every`` env steps begins with new episodes, so that a run that continues from a checkpoint
+    meets what one meets that was never interrupted.
+
+    Args:
+        model: What :func:`make_model` made.
+        options: How long.
+        log: Takes Stable-Baselines3's metrics, and the env step they belong to.
+        evaluate: Called after each stretch but the last; what it returns is logged.
+        checkpoint_dir: Where checkpoints are kept, one after each stretch; None keeps none.
+        callback: Of Stable-Baselines3.
+
+    Returns:
+        ``updates`` and ``env_steps``.
+
+    Raises:
+        NotFiniteError: A parameter is not finite after a stretch; the checkpoint before it is as it was.
+    """
+    model.set_logger(Logger(None, [_Forward(log)]))
+    next_episode = _resume(model, checkpoint_dir) or options.first_episode
+    stretch = options.eval_every or options.env_steps
+    env = model.get_env()
+    assert env is not None
+    while model.num_timesteps < options.env_steps:
+        env.seed(next_episode)
+        model._last_obs = None  # so that learn() resets the environments
+        todo = min(stretch - model.num_timesteps % stretch, options.env_steps - model.num_timesteps)
+        counter = _Episodes(env.num_envs)
+        model.learn(todo, callback=[counter, callback] if callback else counter, reset_num_timesteps=False)
+        next_episode += env.num_envs * (1 + counter.most)
+        if isinstance(model, OffPolicyAlgorithm):
+            assert isinstance(model.replay_buffer, WindowReplayBuffer)
+            model.replay_buffer.break_off()
+        _check_finite(model)
+        model.policy.set_training_mode(False)
+        if evaluate is not None and model.num_timesteps < options.env_steps:
+            log(evaluate(model.num_timesteps), model.num_timesteps)
+        if checkpoint_dir is not None:
+            save_checkpoint(checkpoint_dir, _state(model, next_episode))
+    return {"updates": int(model._n_updates), "env_steps": int(model.num_timesteps)}
+
+
+class _Forward(KVWriter):
+    """Hands Stable-Baselines3's metrics on."""
+
+    def __init__(self, log: Log) -> None:
+        self._log = log
+
+    def write(self, key_values: dict[str, Any], key_excluded: dict[str, tuple[str, ...]], step: int = 0) -> None:
+        """Hand on the numbers."""
+        self._log({key: float(value) for key, value in key_values.items() if isinstance(value, float | int)}, step)
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+class _Episodes(BaseCallback):
+    """Counts the episodes of each environment."""
+
+    def __init__(self, num_envs: int) -> None:
+        super().__init__()
+        self._ended = np.zeros(num_envs, dtype=int)
+
+    @property
+    def most(self) -> int:
+        """Episodes that the busiest environment finished."""
+        return int(self._ended.max())
+
+    def _on_step(self) -> bool:
+        self._ended += self.locals["dones"]
+        return True
+
+
+def _check_finite(model: Model) -> None:
+    for name, parameter in model.policy.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            raise NotFiniteError(f"the parameter {name}", model.num_timesteps)
+
+
+def _optimizers(model: Model) -> dict[str, tuple[torch.optim.Optimizer, Mapping[str, torch.nn.Parameter]]]:
+    policy = model.policy
+    named = dict(policy.named_parameters())
+    if isinstance(model, PPO):
+        return {"all": (policy.optimizer, named)}
+    assert isinstance(policy, DecisionTransformerSACPolicy | DecisionTransformerTD3Policy)
+    found = {"actor": (policy.actor.optimizer, named), "critic": (policy.critic.optimizer, named)}
+    if isinstance(model, SAC) and model.ent_coef_optimizer is not None:
+        assert isinstance(model.log_ent_coef, Tensor)
+        found["entropy"] = (model.ent_coef_optimizer, {"log": model.log_ent_coef})  # type: ignore[dict-item]
+    return found
+
+
+def _state(model: Model, next_episode: int) -> TrainState:
+    tensors = {POLICY + name: value.clone() for name, value in model.policy.state_dict().items()}
+    for kind, (optimizer, parameters) in _optimizers(model).items():
+        names = {id(p): name for name, p in parameters.items()}
+        tensors |= {f"{kind}/{name}": value for name, value in optimizer_tensors(optimizer, names).items()}
+        if kind == "entropy":
+            tensors["entropy/log"] = parameters["log"].detach()
+    if isinstance(model, OffPolicyAlgorithm):
+        assert isinstance(model.replay_buffer, WindowReplayBuffer)
+        tensors |= {REPLAY + name: value for name, value in model.replay_buffer.tensors().items()}
+    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # noqa: NPY002 - SB3 draws from it
+    tensors |= {RANDOM + "torch": torch.get_rng_state(), RANDOM + "numpy": torch.from_numpy(np.array(keys, np.int64))}
+    record = {
+        "num_timesteps": int(model.num_timesteps),
+        "updates": int(model._n_updates),
+        "next_episode": next_episode,
+        "numpy": [str(kind), int(position), int(has_gauss), float(cached)],
+    }
+    return TrainState(int(model.num_timesteps), tensors, record)
+
+
+def _resume(model: Model, folder: Path | None) -> int | None:
+    """Put a checkpoint back; returns the seed of the next episode, or None where there is no checkpoint."""
+    state = load_latest_checkpoint(folder) if folder else None
+    if state is None:
+        return None
+    tensors, record = state.tensors, state.record
+    model.policy.load_state_dict({k.removeprefix(POLICY): v for k, v in tensors.items() if k.startswith(POLICY)})
+    for kind, (optimizer, parameters) in _optimizers(model).items():
+        own = {k.removeprefix(f"{kind}/"): v for k, v in tensors.items() if k.startswith(f"{kind}/")}
+        restore_optimizer(optimizer, parameters, own)
+        if kind == "entropy":
+            with torch.no_grad():
+                parameters["log"].copy_(tensors["entropy/log"])
+    if isinstance(model, OffPolicyAlgorithm):
+        assert isinstance(model.replay_buffer, WindowReplayBuffer)
+        model.replay_buffer.restore({k.removeprefix(REPLAY): v for k, v in tensors.items() if k.startswith(REPLAY)})
+    kind, position, has_gauss, cached = record["numpy"]
+    np.random.set_state((kind, tensors[RANDOM + "numpy"].numpy().astype(np.uint32), position, has_gauss, cached))  # noqa: NPY002
+    torch.set_rng_state(tensors[RANDOM + "torch"])
+    model.num_timesteps, model._n_updates = record["num_timesteps"], record["updates"]
+    return int(record["next_episode"])
