@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
@@ -131,7 +132,7 @@ def _attached(
     originals = {}
     if method.rewrites:
         layers = peft_config.target_modules
-        originals = {name: network.get_submodule(name).weight.detach().clone() for name in layers}
+        originals = {name: network.get_parameter(f"{name}.weight").detach().clone() for name in layers}
     if moments is not None:
         _prepare_corda(network, peft_config, moments)
     if backward is not None:
@@ -151,7 +152,8 @@ def _prepare_corda(network: nn.Module, peft_config: LoraConfig, moments: Mapping
 
     def fill() -> None:
         for name in peft_config.target_modules:
-            layer, moment = network.get_submodule(name), moments[name]
+            layer: Any = network.get_submodule(name)
+            moment = moments[name]
             layer.sample_count = 1
             layer.covariance_matrix = (moment / moment.diagonal().mean()).to(layer.weight)
 
@@ -260,8 +262,8 @@ def base_weights(network: nn.Module, adapter: AttachedAdapter | None = None) -> 
         for name, value in network.state_dict().items()
         if ".lora_" not in name and ".ranknum." not in name
     }
-    rewritten = adapter is not None and isinstance(adapter.extension, RewrittenBase)
-    return weights | adapter.extension.original_weights() if rewritten else weights
+    extension = None if adapter is None else adapter.extension
+    return weights | extension.original_weights() if isinstance(extension, RewrittenBase) else weights
 
 
 def count_parameters(network: nn.Module) -> dict[str, int]:

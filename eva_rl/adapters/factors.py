@@ -6,11 +6,12 @@ import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from peft import PeftModel
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from eva_rl.adapters.adalora import ADAPTER_NAME
 
@@ -102,12 +103,12 @@ class RewrittenBase(_Quiet):
             weight = self._originals[name].to(A0.device)
             layer.base_layer.weight.data.copy_(weight - layer.scaling[ADAPTER_NAME] * (B0 @ A0))
 
-    def _layers(self) -> Iterator[tuple[str, nn.Module]]:
+    def _layers(self) -> Iterator[tuple[str, Any]]:
         network = self.model.get_base_model()
         return ((name, network.get_submodule(name)) for name in self._originals)
 
 
-def _factors(layer: nn.Module) -> tuple[Tensor, Tensor]:
+def _factors(layer: Any) -> tuple[Tensor, Tensor]:
     """Copies of A (rank, in) and B (out, rank)."""
     A, B = layer.lora_A[ADAPTER_NAME].weight, layer.lora_B[ADAPTER_NAME].weight
     return A.data.clone(), B.data.clone()
