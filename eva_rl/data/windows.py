@@ -50,13 +50,15 @@ class WindowSampler:
 
     def sample(self, batch_size: int, step: int, device: torch.device | str = "cpu") -> WindowBatch:
         """Draw the windows of gradient step ``step``."""
+        return self.windows(self.rows(batch_size, step), device)
+
+    def rows(self, batch_size: int, step: int) -> NDArray[np.int64]:
+        """The last rows (B,) of the windows of gradient step ``step``."""
         rng = np.random.default_rng((self._seed, step))
         if self._cumulative is None:
-            rows = rng.integers(self.trajectories.num_steps, size=batch_size)
-        else:
-            draws = rng.random(batch_size) * self._cumulative[-1]
-            rows = np.searchsorted(self._cumulative, draws, side="right")
-        return self.windows(rows, device)
+            return rng.integers(self.trajectories.num_steps, size=batch_size)
+        draws = rng.random(batch_size) * self._cumulative[-1]
+        return np.searchsorted(self._cumulative, draws, side="right")
 
     def windows(self, last_rows: NDArray[np.int64], device: torch.device | str = "cpu") -> WindowBatch:
         """Gather the windows that end in the given rows.
