@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +23,10 @@ from eva_rl.training.checkpoint import (
     restore_optimizer,
     save_checkpoint,
 )
+from eva_rl.training.compiling import CompileMode, compiled
+from eva_rl.training.distributed import Ranks
+from eva_rl.training.losses import autocast, distance, numbers_compared, parts
+from eva_rl.training.losses import clone_loss as clone_loss
 
 Log = Callable[[Mapping[str, float], int], None]
 EXTENSION = "extension/"
@@ -59,6 +62,9 @@ class BCOptions:
         gradient_clip: Largest norm of the gradient.
         loss: ``mse`` or ``l1``.
         precision: ``float32`` or ``bfloat16`` (autocast; the parameters stay float32).
+        accumulate: Parts that a gradient step's windows are taken in, one after the other, to save memory; the gradient
+            is that of the whole.
+        compile: ``none``, or torch.compile's mode: ``default`` or ``reduce-overhead`` (CUDA graphs).
         log_every: Gradient steps between two points of the record.
         eval_every: Gradient steps between two evaluations while training, 0 for none.
         checkpoint_every: Gradient steps between two checkpoints, 0 for none.
@@ -73,6 +79,8 @@ class BCOptions:
     gradient_clip: float = 0.25
     loss: str = "mse"
     precision: str = "float32"
+    accumulate: int = 1
+    compile: CompileMode = "none"
     log_every: int = 20
     eval_every: int = 0
     checkpoint_every: int = 0
@@ -85,23 +93,6 @@ class Counters:
     update: int = 0
     windows: int = 0
     seconds: float = 0.0
-
-
-def clone_loss(network: nn.Module, batch: WindowBatch, loss: str = "mse") -> Tensor:
-    """Mean distance between chosen and wanted actions over the real env steps of the windows.
-
-    Args:
-        network: Maps a batch to (B, T, act) actions.
-        batch: Scaled windows.
-        loss: ``mse`` or ``l1``.
-    """
-    wanted = batch.actions if batch.target_actions is None else batch.target_actions
-    error: Tensor = (network(batch) - wanted).float()
-    error = error.abs() if loss == "l1" else error.square()
-    if batch.attention_mask is None:
-        return torch.mean(error)
-    real = batch.attention_mask.unsqueeze(-1).to(error.dtype)
-    return torch.sum(error * real) / (real.sum() * error.shape[-1])
 
 
 def learning_rate(options: BCOptions, update: int) -> float:
@@ -125,12 +116,16 @@ def train_bc(
 ) -> Counters:
     """Clone the actions of the sampled windows, from the last checkpoint where there is one.
 
+    Where torch.distributed is initialised, all of its processes call this and take the same steps: those of one process
+    that sees all their windows. The first one writes.
+
     Args:
         policy: Its trainable parameters are changed in place.
-        sampler: Where windows come from; step n always gives the same windows.
+        sampler: Where windows come from, on each process its own (:class:`ShardedSampler`); step n always gives the
+            same windows.
         options: How.
         log: Takes metrics and the gradient step they belong to.
-        evaluate: Called every ``eval_every`` gradient steps; what it returns is logged.
+        evaluate: Called every ``eval_every`` gradient steps, on every process; what it returns is logged.
         checkpoint_dir: Where checkpoints are kept; None keeps none.
         extension: What the method adds to the loop, if anything.
 
@@ -138,41 +133,97 @@ def train_bc(
         The counters after the last update.
 
     Raises:
-        UserError: The loss or the gradient is not finite; the last checkpoint stays as it was.
+        UserError: The loss or the gradient is not finite; the last checkpoint stays as it was. Or another process
+            ended.
     """
-    network = policy.network
+    ranks, network, seed = Ranks.here(), policy.network, torch.initial_seed()
     parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
     optimizer = make_optimizer(parameters, options)
     counters = _resume(checkpoint_dir, parameters, optimizer, extension)
+    _begin_together(ranks, network, counters)
+    step = _Step(compiled(network, options.compile), list(parameters.values()), optimizer, options, extension, ranks, seed)
     while counters.update < options.updates:
         began = time.perf_counter()
         network.train()
         batch = sampler.sample(options.batch_size, counters.update, policy.device)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(options, counters.update)
-        with autocast(policy.device, options.precision):
-            loss = clone_loss(network, batch, options.loss)
-        optimizer.zero_grad(set_to_none=True)
-        (loss if extension is None else loss + extension.penalty()).backward()  # type: ignore[no-untyped-call]
-        norm = nn.utils.clip_grad_norm_(parameters.values(), options.gradient_clip)
-        _check_finite(loss, norm, counters.update)
-        optimizer.step()
+        loss, norm = step.take(batch, counters.update)
         counters.update += 1
-        if extension is not None:
-            extension.after_step(counters.update)
-        counters.windows += len(batch)
+        counters.windows += options.batch_size
         counters.seconds += time.perf_counter() - began
         update = counters.update
         last = update == options.updates
-        if update % options.log_every == 0 or last or update == 1:
+        if ranks.first and (update % options.log_every == 0 or last or update == 1):
             log(_metrics(loss, norm, optimizer, counters), update)
         if evaluate is not None and options.eval_every and update % options.eval_every == 0 and not last:
             network.eval()
-            log(evaluate(update), update)
-        if checkpoint_dir and options.checkpoint_every and (update % options.checkpoint_every == 0 or last):
+            found = evaluate(update)
+            if ranks.first:
+                log(found, update)
+        due = options.checkpoint_every and (update % options.checkpoint_every == 0 or last)
+        if checkpoint_dir and due and ranks.first:
             save_checkpoint(checkpoint_dir, _state(counters, parameters, optimizer, extension))
     network.eval()
     return counters
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One gradient step, of all processes together."""
+
+    network: Callable[..., Any]
+    parameters: list[nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    options: BCOptions
+    extension: Extension | None
+    ranks: Ranks
+    seed: int
+
+    def take(self, batch: WindowBatch, update: int) -> tuple[Tensor, Tensor]:
+        """Change the parameters by this process's windows and everyone else's.
+
+        Returns:
+            The loss, without an extension's part, and the norm of the gradient before clipping: those of all windows.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.options, update)
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.ranks.count > 1:  # dropout has to differ between processes, and not to depend on what came before
+            torch.manual_seed((self.seed + 1 + update * self.ranks.count + self.ranks.index) % 2**63)
+        loss = self.ranks.total_gradients(self.parameters, self._backward(batch))
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.options.gradient_clip)
+        _check_finite(loss, norm, update)
+        self.optimizer.step()
+        if self.extension is not None:
+            self.extension.after_step(update + 1)
+        return loss, norm
+
+    def _backward(self, batch: WindowBatch) -> Tensor:
+        """Leave this process's part of the gradient in the parameters, and return its part of the loss.
+
+        Every part is divided by the real env steps of all processes, so that the sum is the mean over all of them
+        however their windows are padded.
+        """
+        numbers = self.ranks.total(numbers_compared(batch))
+        total = torch.zeros((), device=batch.actions.device)
+        for part in parts(batch, self.options.accumulate):
+            with autocast(batch.actions.device, self.options.precision):
+                loss = (distance(self.network, part, self.options.loss) / numbers).float()
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += loss.detach()
+        if self.extension is not None:
+            (self.extension.penalty() / self.ranks.count).backward()  # type: ignore[no-untyped-call]
+        return total
+
+
+def _begin_together(ranks: Ranks, network: nn.Module, counters: Counters) -> None:
+    """Begin at the same step with the same weights."""
+    updates = ranks.everyones(counters.update)
+    if len(set(updates)) > 1:
+        raise UserError(
+            f"The processes found checkpoints of different gradient steps: {updates}. They all need the same run_dir: "
+            "put it on a disk that all machines share."
+        )
+    ranks.equalise(network)
 
 
 def make_optimizer(parameters: Mapping[str, nn.Parameter], options: BCOptions) -> torch.optim.AdamW:
@@ -184,13 +235,6 @@ def make_optimizer(parameters: Mapping[str, nn.Parameter], options: BCOptions) -
         {"params": vectors, "weight_decay": 0.0},
     ]
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=options.learning_rate)
-
-
-@contextmanager
-def autocast(device: torch.device, precision: str) -> Iterator[None]:
-    """Mixed precision where ``precision`` is ``bfloat16``."""
-    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-        yield
 
 
 def _metrics(loss: Tensor, norm: Tensor, optimizer: torch.optim.Optimizer, counters: Counters) -> dict[str, float]:

@@ -1,0 +1,44 @@
+"""``torch.compile``, with an error that says what it lacks."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from eva_rl.errors import UserError
+
+CompileMode = Literal["none", "default", "reduce-overhead"]
+COMPILE_MODES: tuple[CompileMode, ...] = ("none", "default", "reduce-overhead")
+
+
+def compiled(network: nn.Module, mode: str) -> Callable[..., Any]:
+    """The network as a call that is compiled at its first use; its parameters stay where they are.
+
+    Args:
+        network: What to compile.
+        mode: ``none`` gives the network itself; else torch.compile's ``default`` or ``reduce-overhead`` (CUDA graphs).
+
+    Raises:
+        UserError: There is no C++ compiler, which torch.compile needs on a CPU.
+    """
+    if mode == "none":
+        return network
+    check_compiler(next(network.parameters()).device)
+    call: Callable[..., Any] = torch.compile(network, mode=None if mode == "default" else mode, dynamic=False)
+    return call
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raise unless torch.compile can work on the device.
+
+    Raises:
+        UserError: There is no C++ compiler.
+    """
+    if device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++"))):
+        raise UserError(
+            "torch.compile needs a C++ compiler on a CPU, and there is none. Install g++, or use compile=none."
+        )

@@ -1,0 +1,58 @@
+"""The loss of behaviour cloning, whole or as sums that parts of a batch and processes add up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from eva_rl.batch import WindowBatch
+
+
+def clone_loss(network: nn.Module, batch: WindowBatch, loss: str = "mse") -> Tensor:
+    """Mean distance between chosen and wanted actions over the real env steps of the windows.
+
+    Args:
+        network: Maps a batch to (B, T, act) actions.
+        batch: Scaled windows.
+        loss: ``mse`` or ``l1``.
+    """
+    return distance(network, batch, loss) / numbers_compared(batch)
+
+
+def distance(network: Callable[..., Any], batch: WindowBatch, loss: str) -> Tensor:
+    """The sum that `clone_loss` is the mean of."""
+    wanted = batch.actions if batch.target_actions is None else batch.target_actions
+    error: Tensor = (network(batch) - wanted).float()
+    error = error.abs() if loss == "l1" else error.square()
+    if batch.attention_mask is not None:
+        error = error * batch.attention_mask.unsqueeze(-1).to(error.dtype)
+    return torch.sum(error)
+
+
+def numbers_compared(batch: WindowBatch) -> Tensor:
+    """How many numbers the mean is taken over: those of the actions at real env steps, float64 ()."""
+    mask, (B, T, act) = batch.attention_mask, batch.actions.shape
+    if mask is None:
+        return torch.tensor(B * T * act, dtype=torch.float64, device=batch.actions.device)
+    return mask.sum(dtype=torch.float64) * act
+
+
+def parts(batch: WindowBatch, number: int) -> Iterator[WindowBatch]:
+    """The windows in ``number`` parts of nearly equal size; fewer where there are fewer windows."""
+    size, number = len(batch), min(number, len(batch))
+    for i in range(number):
+        rows = slice(size * i // number, size * (i + 1) // number)
+        columns: dict[str, Any] = {f.name: getattr(batch, f.name) for f in fields(batch)}
+        yield replace(batch, **{name: None if x is None else x[rows] for name, x in columns.items()})
+
+
+@contextmanager
+def autocast(device: torch.device, precision: str) -> Iterator[None]:
+    """Mixed precision where ``precision`` is ``bfloat16``."""
+    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+        yield
