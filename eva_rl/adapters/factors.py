@@ -25,8 +25,8 @@ class _Quiet:
         self.model = model
 
     def penalty(self) -> Tensor:
-        """Zero."""
-        return torch.zeros((), device=next(self.model.parameters()).device)
+        """Zero, of which a gradient can be asked."""
+        return torch.zeros((), device=next(self.model.parameters()).device, requires_grad=True)
 
     def after_step(self, update: int) -> None:
         """Nothing."""

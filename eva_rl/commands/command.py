@@ -125,6 +125,7 @@ def run_command(
         format="%(message)s",
         handlers=[RichHandler(console=console, show_path=False, show_time=False)],
     )
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # it would tell of each request to the hub
     if any(flag in overrides for flag in ("--help", "-h")):
         print_help(name, schema, help_text)
         return 0

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -191,6 +195,58 @@ def test_pushing_without_a_network(folder: Path, tmp_path: Path, capsys: pytest.
     assert export.main(asked) == 2
     refused(capsys, "push=somebody/reach", "Without a network or a login", "out=")
     assert (tmp_path / "out/model.safetensors").is_file()
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of the hub as receives a commit: its files land in ``folder``."""
+
+    folder: Path
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if "/preupload/" in self.path:
+            names = [file["path"] for file in json.loads(body)["files"]]
+            self.answer({"files": [{"path": n, "uploadMode": "regular", "shouldIgnore": False} for n in names]})
+        elif "/commit/" in self.path:
+            entries = [json.loads(line) for line in body.splitlines()]
+            for value in (entry["value"] for entry in entries if entry["key"] == "file"):
+                (self.folder / value["path"]).parent.mkdir(parents=True, exist_ok=True)
+                (self.folder / value["path"]).write_bytes(base64.b64decode(value["content"]))
+            self.answer({"commitUrl": f"{self.address}/commit/0123abc", "commitOid": "0123abc"})
+        else:
+            self.answer({"url": self.address, "errors": [], "warnings": []})
+
+    def do_GET(self) -> None:
+        self.answer({})
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self.server.server_address[1]}/somebody/reach"
+
+    def answer(self, value: Any) -> None:
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.end_headers()
+        self.wfile.write(json.dumps(value).encode())
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.mark.slow
+def test_what_is_pushed_is_the_whole_policy(folder: Path, tmp_path: Path) -> None:
+    receiver = type("Receiver", (Hub,), {"folder": tmp_path / "hub"})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), receiver)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    hub = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_none"}
+    command = [sys.executable, "-m", "eva_rl.export", f"policy={folder}/reach", "to=adapter", "push=somebody/reach"]
+    pushed = subprocess.run(command, env=os.environ | hub, capture_output=True, text=True, timeout=300, check=False)
+    server.shutdown()
+    assert pushed.returncode == 0, pushed.stderr
+    assert "somebody/reach" in pushed.stderr
+    batch = windows()
+    assert torch.equal(load_policy(tmp_path / "hub").network(batch), load_policy(folder / "reach").network(batch))
+    assert "adapter=pissa" in (tmp_path / "hub/README.md").read_text()
 
 
 def test_a_policy_with_its_adapter_pulled_from_the_hub(
