@@ -92,7 +92,12 @@ class Adapters:
                 f"{folder}: PEFT puts {' and '.join(sorted(kinds))} adapters on one model only apart from each other. "
                 "Use adapters of one kind, or merge this one: python -m eva_rl.export to=merged."
             )
-        self._model.load_adapter(str(folder), name, is_trainable=is_trainable, torch_device=device)
+        try:
+            self._model.load_adapter(str(folder), name, is_trainable=is_trainable, torch_device=device)
+        except Exception:  # of any kind: the adapters that are there stay usable
+            if name in self._model.peft_config:
+                self._model.delete_adapter(name)
+            raise
 
     def use(self, name: str | None) -> None:
         """Let an adapter act; None lets the base act alone.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -88,3 +89,17 @@ def test_the_target_return_comes_with_the_adapter(tmp_path: Path, reach_demonstr
     save_policy(tmp_path / "base", make_policy())
     loaded = load_policy(tmp_path / "base", adapters={"reach": tmp_path / "reach" / "adapter"})
     assert loaded.conditioning.of("metaworld/reach-v3") == 1234.0
+
+
+def test_an_adapter_that_does_not_fit_leaves_the_others(tmp_path: Path, reach_demonstrations: Trajectories) -> None:
+    expected, batch = trained("lora", reach_demonstrations, tmp_path / "lora"), windows(reach_demonstrations)
+    policy = load_policy(tmp_path / "lora")
+    shutil.copytree(tmp_path / "lora/adapter", tmp_path / "wrong")
+    config = tmp_path / "wrong/adapter_config.json"
+    config.write_text(config.read_text().replace('"r": 4', '"r": 5'))
+    with pytest.raises(UserError, match="does not fit"):
+        policy.adapters.add("wrong", tmp_path / "wrong")
+    assert policy.adapters.names == ("default",)
+    assert close(acted(policy, batch), expected)
+    policy.adapters.add("again", tmp_path / "lora/adapter")
+    assert close(acted(policy, batch), expected)
