@@ -47,7 +47,7 @@ def load_task_data(env: str, options: DataOptions, folder: Path, horizon: int | 
         data = load_dataset(
             options.source, allow_pickle=options.allow_pickle, action_bounds=(spec.action_low, spec.action_high)
         )
-    return select_episodes(data, top=options.top, first=options.first)
+    return select_episodes(data, top=options.top, first=options.first, max_return=options.max_return)
 
 
 def _demonstrated(env: str, options: DataOptions, folder: Path, horizon: int | None) -> Trajectories:

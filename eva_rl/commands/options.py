@@ -95,6 +95,7 @@ class DataOptions:
     workers: int = option(2, "processes that collect")
     top: float = option(1.0, "fraction of the episodes that is used, those with the highest returns")
     first: int = option(0, "number of first episodes that are used; 0 for all")
+    max_return: float | None = option(None, "leave out episodes with a higher return; null for none")
     weight_by: str = option("uniform", "what windows are drawn by: uniform (env steps), episode, length or return")
     allow_pickle: bool = option(False, "open pickles, admitting numpy arrays and builtin containers alone")
 
@@ -145,6 +146,7 @@ class CheckpointOptions:
 
 
 LOSSES = ("mse", "l1")
+COMPILE_MODES = ("none", "default", "reduce-overhead")
 PRECISIONS = ("float32", "bfloat16")
 
 
@@ -178,10 +180,13 @@ class BCOptionsGroup(AlgoOptions):
     gradient_clip: float = option(0.25, "largest norm of the gradient")
     loss: str = option("mse", "mse or l1")
     precision: str = option("float32", "float32, or bfloat16 for mixed precision")
+    accumulate: int = option(1, "parts that a gradient step's windows are taken in, one after the other: less memory")
+    compile: str = option("none", "torch.compile: none, default, or reduce-overhead (CUDA graphs)")
 
     def __post_init__(self) -> None:
         between(0, 10**9, algo__updates=self.updates)
         positive(
+            algo__accumulate=self.accumulate,
             algo__batch_size=self.batch_size,
             algo__learning_rate=self.learning_rate,
             algo__gradient_clip=self.gradient_clip,
@@ -191,6 +196,7 @@ class BCOptionsGroup(AlgoOptions):
         between(0, 10, algo__weight_decay=self.weight_decay)
         one_of(LOSSES, algo__loss=self.loss)
         one_of(PRECISIONS, algo__precision=self.precision)
+        one_of(COMPILE_MODES, algo__compile=self.compile)
 
     @property
     def gradient_steps(self) -> int:

@@ -82,6 +82,11 @@ class TrajectoryReplay:
         return len(self._starts)
 
     @property
+    def num_complete(self) -> int:
+        """Episodes kept that were not broken off."""
+        return int(self._complete.sum())
+
+    @property
     def num_steps(self) -> int:
         """Env steps kept."""
         return int(self._lengths.sum())
@@ -90,6 +95,16 @@ class TrajectoryReplay:
     def episode_returns(self) -> NDArray[np.float32]:
         """(E,), oldest first."""
         return self.returns_to_go[self._starts]
+
+    def mean_discounted_return(self, discount: float) -> float:
+        """Mean magnitude, over all env steps kept, of the discounted sum of the rewards from there on."""
+        magnitude = 0.0
+        for start, length in zip(self._starts, self._lengths, strict=True):
+            total = 0.0
+            for reward in self.rewards[start : start + length][::-1].tolist():
+                total = reward + discount * total
+                magnitude += abs(total)
+        return magnitude / max(1, self.num_steps)
 
     def add(self, episode: Episode, asked: float, *, complete: bool = True) -> None:
         """Keep an episode.

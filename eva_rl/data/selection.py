@@ -14,15 +14,21 @@ WEIGHTINGS = ("uniform", "episode", "length", "return")
 
 
 def select_episodes(
-    trajectories: Trajectories, *, top: float = 1.0, first: int = 0, min_return: float | None = None
+    trajectories: Trajectories,
+    *,
+    top: float = 1.0,
+    first: int = 0,
+    min_return: float | None = None,
+    max_return: float | None = None,
 ) -> Trajectories:
-    """The first episodes, of these the ones with at least a return, and of these the best fraction.
+    """The first episodes, of these the ones with a return within bounds, and of these the best fraction.
 
     Args:
         trajectories: Where from; returned as they are where nothing is left out.
         top: Fraction with the highest returns.
         first: Number of first episodes, 0 for all.
         min_return: Lowest return; None for any.
+        max_return: Highest return; None for any.
 
     Raises:
         UserError: No episode is left, or the fraction is out of range.
@@ -30,13 +36,14 @@ def select_episodes(
     if not 0 < top <= 1:
         raise UserError(f"top={top}: expected a fraction above 0 and at most 1.")
     kept = np.arange(trajectories.num_episodes)[: first or None]
-    if min_return is not None:
-        kept = kept[trajectories.returns[kept] >= min_return]
-        if not len(kept):
-            raise UserError(
-                f"{trajectories.source}: no episode has a return of {min_return:g}; the best has "
-                f"{trajectories.returns.max():g}. Ask for less."
-            )
+    low, high = -math.inf if min_return is None else min_return, math.inf if max_return is None else max_return
+    returns = trajectories.returns
+    kept = kept[(returns[kept] >= low) & (returns[kept] <= high)]
+    if not len(kept):
+        raise UserError(
+            f"{trajectories.source}: no episode has a return from {low:g} to {high:g}; they have {returns.min():g} to "
+            f"{returns.max():g}. Ask for others."
+        )
     if top < 1:
         chosen = trajectories.returns[kept]  # of equal returns the earlier episode wins
         count = max(1, math.ceil(top * len(kept) - 1e-9))

@@ -53,7 +53,7 @@ class TD3DecisionTransformer(Learner):
     """A deterministic Decision Transformer with twin critics.
 
     Departures from the paper, both so that one setting fits tasks with rewards of any size: rewards are divided by
-    their mean magnitude when training begins, and the critic's gradient by the mean magnitude of its values.
+    the mean magnitude of discounted returns when training begins, and the critic's gradient by that of its values.
 
     Args:
         policy: Its trainable parameters are changed in place.
@@ -95,7 +95,7 @@ class TD3DecisionTransformer(Learner):
     def update(self, replay: TrajectoryReplay, update: int) -> dict[str, float]:
         """One gradient step on the critics, and at every ``policy_delay``-th one on the policy."""
         rng, generator = draws(self.seed, update)
-        self._reward_scale = self._reward_scale or _mean_magnitude(replay)
+        self._reward_scale = self._reward_scale or max(replay.mean_discounted_return(self._td3.discount), 1e-8)
         batch = replay.sample_transitions(self.options.batch_size, rng, self.context_length, self.scaling)
         batch = batch.to(self.policy.device)
         metrics = self._update_critics(batch, generator, update)
@@ -113,7 +113,7 @@ class TD3DecisionTransformer(Learner):
             noise = torch.randn(actions.shape, generator=generator).to(actions.device) * options.target_noise
             noise = noise.clamp(-options.target_noise_clip, options.target_noise_clip)
             following = self.target_critics.smaller(observations[:, 1:], (actions + noise).clamp(-1, 1))
-        rewards = batch.rewards[:, :-1] / self._reward_scale * (1 - options.discount)
+        rewards = batch.rewards[:, :-1] / self._reward_scale
         return td_targets(rewards, batch.terminated[:, :-1], following, options.discount)
 
     def _update_critics(self, batch: TransitionWindows, generator: torch.Generator, update: int) -> dict[str, float]:
@@ -158,7 +158,3 @@ class TD3DecisionTransformer(Learner):
         own = named(self.target_network)
         return {name: own[name] for name in self.parameters}
 
-
-def _mean_magnitude(replay: TrajectoryReplay) -> float:
-    returns = abs(replay.episode_returns).sum()
-    return max(float(returns) / max(1, replay.num_steps), 1e-8)

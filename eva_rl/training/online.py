@@ -34,7 +34,7 @@ class OnlineOptions:
         env_steps: Env steps in all.
         steps_per_iteration: Env steps, over all environments, between two bouts of gradient steps.
         updates_per_iteration: Gradient steps of a bout.
-        random_steps: Env steps before the first gradient step.
+        random_steps: Env steps before the first gradient step, which comes after the first finished episode.
         eval_every: Env steps between two evaluations, at which unfinished episodes are broken off; 0 for none.
         checkpoint_every: Env steps between two checkpoints, made at the same boundaries; 0 for none.
         seed: Of exploration.
@@ -151,7 +151,7 @@ def train_online(
             collector.begin(counters)
         collector.collect(algorithm, replay, options, counters)
         metrics: dict[str, float] = {}
-        if counters.env_steps >= options.random_steps:
+        if counters.env_steps >= options.random_steps and replay.num_complete:
             network.train()
             for _ in range(options.updates_per_iteration):
                 metrics |= algorithm.update(replay, counters.update)

@@ -97,8 +97,7 @@ def make_model(name: str, policy: DecisionTransformerPolicy, task: TaskEnvs, opt
         task: Where to act.
         options: How.
     """
-    reward_scale = policy.scaling.return_scale * (1 - options.discount) or 1.0
-    env = HistoryWindows(VecMonitor(task.vec_env), policy, task.env_id, reward_scale)
+    env = HistoryWindows(VecMonitor(task.vec_env), policy, task.env_id, policy.scaling.return_scale)
     shared: dict[str, Any] = {
         "learning_rate": options.learning_rate,
         "batch_size": options.batch_size,

@@ -124,6 +124,7 @@ def test_zero_weights_are_never_drawn() -> None:
         ({"top": 0.001}, [3]),
         ({"first": 3, "top": 0.5}, [0, 1]),
         ({"min_return": 2.0}, [0, 1, 3, 4]),
+        ({"max_return": 2.0}, [0, 2, 4]),
         ({"first": 1}, [0]),
         ({}, [0, 1, 2, 3, 4]),
     ],
@@ -136,7 +137,7 @@ def test_selection(options: dict[str, float], expected: list[int]) -> None:
 
 def test_selection_of_nothing() -> None:
     data = with_returns(random_trajectories((2, 2)), [2.0, 3.0])
-    with pytest.raises(UserError, match="no episode has a return of 4; the best has 3"):
+    with pytest.raises(UserError, match="no episode has a return from 4 to inf; they have 2 to 3"):
         select_episodes(data, min_return=4)
     for top in (0.0, 1.5, float("nan")):
         with pytest.raises(UserError, match="fraction"):

@@ -1,0 +1,72 @@
+"""Online Decision Transformer: its loss on a batch computed by hand, its temperature, and problems it must solve."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+
+from eva_rl.data.replay import TrajectoryReplay
+from eva_rl.training.odt import ODTOptions, OnlineDecisionTransformer, odt_loss
+from eva_rl.training.online import OnlineOptions, train_online
+from tests.training.problems import Bandit, TwoSteps, make_learner, make_task, mean_return
+
+
+def test_loss_of_a_batch_computed_by_hand() -> None:
+    # one window of two steps, the first of them padding; one action dimension; mean 0, deviation 1/2
+    mean, log_std = torch.zeros(1, 2, 1), torch.full((1, 2, 1), math.log(0.5))
+    actions = torch.tensor([[[0.9], [math.tanh(0.5)]]])
+    mask = torch.tensor([[False, True]])
+    found = odt_loss((mean, log_std), actions, mask, torch.Generator().manual_seed(3))
+    # log N(0.5; 0, 1/2) = -1/2 - log(1/2) - log(2 pi)/2, and the tanh takes log(1 - tanh(0.5)^2) away
+    log_prob = -0.5 - math.log(0.5) - 0.5 * math.log(2 * math.pi) - math.log(1 - math.tanh(0.5) ** 2)
+    assert found.likelihood.item() == pytest.approx(-log_prob, abs=1e-5)
+    noise = torch.randn(1, 2, 1, generator=torch.Generator().manual_seed(3))[0, 1, 0].item()
+    raw = 0.5 * noise
+    entropy = 0.5 * noise**2 + math.log(0.5) + 0.5 * math.log(2 * math.pi) + math.log(1 - math.tanh(raw) ** 2)
+    assert found.entropy.item() == pytest.approx(entropy, abs=1e-5)
+    everything = odt_loss((mean, log_std), actions, None, torch.Generator().manual_seed(3))
+    assert everything.likelihood.item() != pytest.approx(found.likelihood.item(), abs=1e-3)
+
+
+@pytest.mark.parametrize(("target", "grows"), [(5.0, True), (-50.0, False)])
+def test_the_temperature_defends_the_entropy(target: float, grows: bool) -> None:
+    policy = make_learner(stochastic=True)
+    learner = OnlineDecisionTransformer(policy, ODTOptions(target_entropy=target, temperature_learning_rate=0.01))
+    replay = TrajectoryReplay(1000, 2, 1)
+    task = make_task(Bandit)
+    train_online(learner, replay, task, OnlineOptions(64, 32, 10), log=lambda *_: None)
+    temperature = learner.update(replay, 100)["train/temperature"]
+    assert (temperature > 0.1) == grows
+
+
+@pytest.mark.parametrize("kind", [Bandit, TwoSteps])
+def test_small_problems_are_solved(kind: type[gym.Env[Any, Any]]) -> None:
+    policy = make_learner(stochastic=True)
+    before = mean_return(policy, kind)
+    learner = OnlineDecisionTransformer(
+        policy, ODTOptions(learning_rate=3e-3, warmup=10, weight_decay=0.0, temperature_learning_rate=1e-2)
+    )
+    options = OnlineOptions(env_steps=3200, steps_per_iteration=80, updates_per_iteration=10)
+    counters = train_online(learner, TrajectoryReplay(2000, 2, 1), make_task(kind), options, log=lambda *_: None)
+    assert counters.env_steps == 3200
+    assert counters.update == 400
+    assert before < kind.solved < mean_return(policy, kind)  # type: ignore[attr-defined]
+
+
+def test_draws_depend_on_the_step_alone() -> None:
+    replay = TrajectoryReplay(1000, 2, 1)
+    policies = [make_learner(stochastic=True) for _ in range(2)]
+    for policy in policies:
+        learner = OnlineDecisionTransformer(policy, ODTOptions(), seed=3)
+        if not replay.num_episodes:
+            train_online(learner, replay, make_task(Bandit), OnlineOptions(64, 64, 0), log=lambda *_: None)
+        np.random.default_rng().random()
+        torch.randn(7)
+        learner.update(replay, 5)
+    for first, second in zip(*(p.network.parameters() for p in policies), strict=True):
+        assert torch.equal(first, second)

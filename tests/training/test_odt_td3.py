@@ -1,0 +1,117 @@
+"""Twin critics: targets at time limits, the fixed point of a known problem, and problems that must be solved."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+
+from eva_rl.data import Episode
+from eva_rl.data.replay import TrajectoryReplay
+from eva_rl.training.critics import TwinCritics, blend, td_targets
+from eva_rl.training.odt_td3 import TD3DecisionTransformer, TD3Options
+from eva_rl.training.online import OnlineOptions, train_online
+from eva_rl.training.online_parts import draws
+from tests.training.problems import Bandit, TwoSteps, make_learner, make_task, mean_return
+
+
+def test_targets_bootstrap_through_time_limits_only() -> None:
+    rewards, values = torch.tensor([1.0, 1.0]), torch.tensor([10.0, 10.0])
+    targets = td_targets(rewards, torch.tensor([False, True]), values, 0.9)
+    assert targets.tolist() == [10.0, 1.0]
+
+
+def test_the_smaller_critic_counts() -> None:
+    critics = TwinCritics(2, 1, 8)
+    observations, actions = torch.randn(5, 2), torch.randn(5, 1)
+    first, second = critics(observations, actions)
+    assert torch.equal(critics.smaller(observations, actions), torch.minimum(first, second))
+    assert torch.equal(critics.value(observations, actions), first)
+
+
+def test_targets_move_by_a_share() -> None:
+    slow, fast = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
+    with torch.no_grad():
+        slow.weight.fill_(0.0)
+        fast.weight.fill_(1.0)
+    fast.bias.requires_grad_(False)
+    kept = slow.bias.clone()
+    blend(slow, fast, 0.1)
+    assert slow.weight.item() == pytest.approx(0.1)
+    assert torch.equal(slow.bias, kept)  # frozen in the source: nothing to follow
+
+
+def _replay(terminated: bool) -> TrajectoryReplay:
+    """Episodes of two env steps, with rewards 1 and 1."""
+    replay = TrajectoryReplay(1000, 2, 1)
+    for _ in range(50):
+        replay.add(
+            Episode(
+                observations=np.array([[0, 0], [0, 1], [1, 0]], np.float32),
+                actions=np.zeros((2, 1), np.float32),
+                rewards=np.ones(2, np.float32),
+                terminations=np.array([False, terminated]),
+                truncations=np.array([False, not terminated]),
+            ),
+            asked=1.0,
+        )
+    return replay
+
+
+@pytest.mark.parametrize(("terminated", "second"), [(True, 1.0), (False, None)])
+def test_critics_find_the_values(terminated: bool, second: float | None) -> None:
+    """Discounted returns are 1.5 and 1, their mean, 1.25, is what rewards are divided by."""
+    policy = make_learner()
+    options = TD3Options(
+        discount=0.5, critic_warmup=10**6, critic_learning_rate=3e-3, target_noise=0.0, target_share=0.05
+    )
+    learner = TD3DecisionTransformer(policy, options)
+    replay = _replay(terminated)
+    for update in range(600):
+        learner.update(replay, update)
+    with torch.no_grad():
+        batch = replay.sample_transitions(64, draws(0, 0)[0], 4, learner.scaling)
+        values, _ = learner.critics(batch.windows.observations, batch.windows.actions)
+    last = values[batch.windows.timesteps == 1].mean().item()
+    if second is not None:
+        first = values[(batch.windows.timesteps == 0) & batch.acted].mean().item()
+        assert last == pytest.approx(1 / 1.25, abs=0.05)  # nothing after an end
+        assert first == pytest.approx(1.5 / 1.25, abs=0.05)
+    else:  # a time limit: what would have followed counts
+        assert abs(last - 1 / 1.25) > 0.01
+
+
+@pytest.mark.parametrize("kind", [Bandit, TwoSteps])
+def test_small_problems_are_solved(kind: type[gym.Env[Any, Any]]) -> None:
+    policy = make_learner()
+    before = mean_return(policy, kind)
+    options = TD3Options(
+        learning_rate=3e-3,
+        warmup=10,
+        weight_decay=0.0,
+        critic_learning_rate=1e-3,
+        critic_hidden_size=32,
+        critic_warmup=50,
+        exploration_noise=0.8,
+        target_share=0.05,
+        q_weight=2.5,
+    )
+    learner = TD3DecisionTransformer(policy, options)
+    loop = OnlineOptions(env_steps=2400, steps_per_iteration=80, updates_per_iteration=20)
+    train_online(learner, TrajectoryReplay(2000, 2, 1), make_task(kind), loop, log=lambda *_: None)
+    assert before < kind.solved < mean_return(policy, kind)  # type: ignore[attr-defined]
+
+
+def test_without_the_critics_it_only_clones() -> None:
+    """The greedy critic weight at zero: the policy goes where the data are, however little they pay."""
+    policy = make_learner()
+    learner = TD3DecisionTransformer(policy, TD3Options(learning_rate=3e-3, q_weight=0.0, critic_warmup=0, warmup=1))
+    replay = _replay(terminated=True)
+    for update in range(200):
+        learner.update(replay, update)
+    batch = replay.sample(16, np.random.default_rng(0), 4, learner.scaling)
+    with torch.no_grad():
+        assert policy.network(batch).abs().max().item() < 0.05

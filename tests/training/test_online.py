@@ -1,0 +1,168 @@
+"""The loop of online algorithms: counting, breaking off, resuming, and numbers that are not finite."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from eva_rl import envs
+from eva_rl.data.replay import TrajectoryReplay
+from eva_rl.errors import UserError
+from eva_rl.training.failures import FAILED_BATCH, NotFiniteError, failures_kept
+from eva_rl.training.odt import ODTOptions, OnlineDecisionTransformer
+from eva_rl.training.odt_td3 import TD3DecisionTransformer, TD3Options
+from eva_rl.training.online import OnlineCounters, OnlineOptions, TaskEnvs, train_online
+from eva_rl.training.online_parts import Learner
+from tests.conftest import make_policy
+from tests.training.problems import Bandit, make_learner, make_task
+
+Make = Callable[[], Learner]
+
+
+def td3() -> Learner:
+    return TD3DecisionTransformer(_policy(False), TD3Options(critic_warmup=2, batch_size=8), seed=1)
+
+
+def odt() -> Learner:
+    return OnlineDecisionTransformer(_policy(True), ODTOptions(batch_size=8), seed=1)
+
+
+def _policy(stochastic: bool) -> Any:
+    return make_policy(11, 3, stochastic=stochastic, hidden_size=16, num_layers=1)
+
+
+class StopError(Exception):
+    """The run is over, whatever it was about to do."""
+
+
+def run(
+    make: Make, folder: Path | None, *, stop_at: int | None = None
+) -> tuple[OnlineCounters | None, dict[str, torch.Tensor], list[tuple[int, dict[str, float]]]]:
+    """Hopper, whose episodes differ in length, from the last checkpoint; stopped inside an iteration if asked to."""
+    algorithm, replay, record = make(), TrajectoryReplay(2000, 11, 3), []
+    task = TaskEnvs(envs.make_vec_env("mujoco/hopper", 3, horizon=15), "Hopper-v5", False)
+    options = OnlineOptions(360, 60, 3, eval_every=120, checkpoint_every=120, seed=4, first_episode=500)
+
+    def log(metrics: Mapping[str, float], step: int) -> None:
+        if stop_at is not None and step >= stop_at:
+            raise StopError
+        record.append((step, {k: v for k, v in metrics.items() if k != "time/fps"}))
+
+    counters = None
+    with contextlib.suppress(StopError):
+        counters = train_online(
+            algorithm, replay, task, options, log=log, evaluate=lambda step: {"x": step}, checkpoint_dir=folder
+        )
+    task.vec_env.close()
+    return counters, algorithm.tensors(), record
+
+
+@pytest.mark.parametrize("make", [td3, odt])
+def test_a_resumed_run_is_the_run_that_was_not_interrupted(make: Make, tmp_path: Path) -> None:
+    _, expected, record = run(make, None)
+    assert run(make, tmp_path, stop_at=200)[0] is None
+    counters, found, rest = run(make, tmp_path)
+    assert counters is not None
+    assert counters.env_steps == 360
+    assert counters.update > 9
+    assert expected.keys() == found.keys()
+    for name, value in expected.items():
+        assert torch.equal(value, found[name]), name
+    assert rest == [(step, metrics) for step, metrics in record if step > 120]
+    assert any("rollout/ep_rew_mean" in metrics for _, metrics in rest)
+
+
+def test_no_episode_is_played_twice() -> None:
+    seeds: list[int] = []
+
+    class Watched(gym.Wrapper[Any, Any, Any, Any]):
+        def reset(self, **options: Any) -> Any:
+            observation, info = self.env.reset(**options)
+            seeds.append(info["episode_seed"])
+            return observation, info
+
+    from stable_baselines3.common.vec_env import DummyVecEnv
+
+    from eva_rl.envs.vector import NumberedEpisodes
+
+    makers = [lambda i=i: Watched(NumberedEpisodes(Bandit(), i, 3)) for i in range(3)]
+    task = TaskEnvs(DummyVecEnv(makers), "problem", False)
+    learner = OnlineDecisionTransformer(make_learner(stochastic=True), ODTOptions(batch_size=4))
+    options = OnlineOptions(60, 15, 1, eval_every=15, first_episode=100)
+    train_online(learner, TrajectoryReplay(500, 2, 1), task, options, log=lambda *_: None)
+    assert len(seeds) == len(set(seeds)) > 60
+    assert min(seeds) == 100
+
+
+class Broken(Bandit):
+    """Pays what is not a number at its fifth episode."""
+
+    count = 0
+
+    def step(self, action: Any) -> Any:
+        type(self).count += 1
+        observation, reward, *rest = super().step(action)
+        return observation, float("nan") if type(self).count >= 5 else reward, *rest
+
+
+def test_a_reward_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:
+    learner = OnlineDecisionTransformer(make_learner(stochastic=True), ODTOptions(batch_size=4))
+    loop = OnlineOptions(100, 2, 1, checkpoint_every=2)
+    with (
+        pytest.raises(UserError, match="a reward of the environment is not finite") as failure,
+        failures_kept(tmp_path),
+    ):
+        train_online(
+            learner, TrajectoryReplay(500, 2, 1), make_task(Broken, 1), loop, log=lambda *_: None,
+            checkpoint_dir=tmp_path / "checkpoint",
+        )  # fmt: skip
+    assert "last checkpoint" in str(failure.value)
+    assert sorted(p.name for p in (tmp_path / "checkpoint").iterdir()) == ["step_000000002", "step_000000004"]
+
+
+def test_the_batch_of_a_loss_that_is_not_finite_is_kept(tmp_path: Path) -> None:
+    learner = OnlineDecisionTransformer(make_learner(stochastic=True), ODTOptions(batch_size=4))
+    replay = TrajectoryReplay(500, 2, 1)
+    train_online(learner, replay, make_task(Bandit), OnlineOptions(16, 16, 0), log=lambda *_: None)
+    before = {name: p.clone() for name, p in learner.parameters.items()}
+    replay.actions[:] = np.nan
+    with pytest.raises(UserError, match="the policy's loss is not finite"), failures_kept(tmp_path):
+        learner.update(replay, 0)
+    assert load_file(tmp_path / FAILED_BATCH)["actions"].isnan().any()
+    for name, parameter in learner.parameters.items():
+        assert torch.equal(parameter, before[name])
+
+
+def test_critics_stop_at_what_is_not_finite() -> None:
+    learner = TD3DecisionTransformer(make_learner(), TD3Options(batch_size=4))
+    replay = TrajectoryReplay(500, 2, 1)
+    train_online(learner, replay, make_task(Bandit), OnlineOptions(16, 16, 0), log=lambda *_: None)
+    before = [p.clone() for p in learner.critics.parameters()]
+    replay.observations[:] = np.inf
+    with pytest.raises(NotFiniteError, match="critics") as failure:
+        learner.update(replay, 0)
+    assert failure.value.batch is not None
+    assert all(torch.equal(a, b) for a, b in zip(before, learner.critics.parameters(), strict=True))
+
+
+def test_a_dead_worker_is_a_clear_end() -> None:
+    vec_env = envs.make_vec_env("mujoco/hopper", 2, workers=2)
+    task = TaskEnvs(vec_env, "Hopper-v5", False)
+    learner, killed = td3(), []
+
+    def log(_: Mapping[str, float], step: int) -> None:
+        if not killed:
+            killed.append(step)
+            vec_env.processes[0].kill()  # type: ignore[attr-defined]
+
+    with pytest.raises(UserError, match="worker process of the environments died"), failures_kept(Path()):
+        train_online(learner, TrajectoryReplay(2000, 11, 3), task, OnlineOptions(400, 40, 1, random_steps=400), log=log)
+    assert killed == [40]
