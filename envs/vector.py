@@ -38,7 +38,15 @@ class NumberedEpisodes(gym.Wrapper[Any, Any, Any, Any]):
         return observation, info | {"episode_seed": number}
 
 
-def make_vec_env(name: str, num_envs: int, *, seed: int = 0, horizon: int | None = None, workers: int = 0) -> VecEnv:
+def make_vec_env(
+    name: str,
+    num_envs: int,
+    *,
+    seed: int = 0,
+    horizon: int | None = None,
+    workers: int = 0,
+    stride: int | None = None,
+) -> VecEnv:
     """Make a Stable-Baselines3 vectorised environment with distinct, reproducible episodes.
 
     The k-th episode of environment i is seeded ``seed + i + k * num_envs``: on Meta-World every episode has its own
@@ -50,6 +58,7 @@ def make_vec_env(name: str, num_envs: int, *, seed: int = 0, horizon: int | None
         seed: Seed of the first episode.
         horizon: Env steps after which an episode is truncated; None takes the task's own.
         workers: 0 steps all environments in this process, anything else gives each its own.
+        stride: Distance between the seeds of two successive episodes of an environment; None takes their number.
 
     Raises:
         UserError: No such task, or ``num_envs`` is not positive.
@@ -58,7 +67,7 @@ def make_vec_env(name: str, num_envs: int, *, seed: int = 0, horizon: int | None
         raise UserError(f"num_envs={num_envs}: expected at least 1.")
     env_id = canonical_id(name)
     makers: list[Callable[[], gym.Env[Any, Any]]] = [
-        partial(_numbered, env_id, horizon, seed + i, num_envs) for i in range(num_envs)
+        partial(_numbered, env_id, horizon, seed + i, stride or num_envs) for i in range(num_envs)
     ]
     return SubprocVecEnv(makers, start_method="forkserver") if workers else DummyVecEnv(makers)
 
@@ -67,14 +76,15 @@ def _numbered(env_id: str, horizon: int | None, first: int, stride: int) -> gym.
     return NumberedEpisodes(make_env(env_id, horizon=horizon), first, stride)
 
 
-def make_task_vec_env(names: Sequence[str], *, seed: int = 0) -> VecEnv:
+def make_task_vec_env(names: Sequence[str], *, seed: int = 0, stride: int | None = None) -> VecEnv:
     """Make one environment per task, all in this process, each with its own numbered episodes.
 
     Args:
         names: Tasks with equal observation and action dimensions.
         seed: Seed of the first episode of the first environment; environment i starts at ``seed + i``.
+        stride: Distance between the seeds of two successive episodes of an environment; None takes their number.
     """
     makers: list[Callable[[], gym.Env[Any, Any]]] = [
-        partial(_numbered, canonical_id(name), None, seed + i, len(names)) for i, name in enumerate(names)
+        partial(_numbered, canonical_id(name), None, seed + i, stride or len(names)) for i, name in enumerate(names)
     ]
     return DummyVecEnv(makers)

@@ -88,6 +88,7 @@ def evaluate(  # noqa: PLR0913 - one call for users and for training; all but tw
     references: tuple[float, float] | None = None,
     vec_env: VecEnv | None = None,
     on_episode: Callable[[EpisodeRecord], None] | None = None,
+    share: slice | None = None,
 ) -> EvaluationResult:
     """Play whole episodes with the policy's deterministic actions.
 
@@ -104,6 +105,7 @@ def evaluate(  # noqa: PLR0913 - one call for users and for training; all but tw
         references: Returns that score 0 and 100, where the data bring their own.
         vec_env: Environments to use again, as :func:`evaluation_envs` makes them; made and closed here when None.
         on_episode: Called after each episode.
+        share: The episodes that are played, of those asked for, where several processes divide them; None plays all.
 
     Raises:
         UserError: No such task, the policy does not fit it, or ``episodes`` is not positive.
@@ -113,21 +115,22 @@ def evaluate(  # noqa: PLR0913 - one call for users and for training; all but tw
     spec = envs.env_spec(env, horizon)
     _check_fit(policy, spec)
     own = vec_env is None
-    made = evaluation_envs(env, episodes, horizon) if vec_env is None else vec_env
+    first, end, _ = (share or slice(None)).indices(episodes)
+    made = evaluation_envs(env, max(1, end - first), horizon) if vec_env is None else vec_env
     try:
-        made.seed(episode_seeds(purpose, seed))
-        rounds = -(-episodes // made.num_envs)
+        made.seed(episode_seeds(purpose, seed) + first)
+        rounds = -(-(end - first) // made.num_envs)
         records = play_episodes(policy, made, [spec.env_id] * made.num_envs, rounds, on_episode)
     finally:
         if own:
             made.close()
     protocol = f"{spec.protocol}; {episodes} episodes of seed {seed}, deterministic action"
-    return EvaluationResult(spec.env_id, tuple(records[:episodes]), protocol, spec.reports_success, references)
+    return EvaluationResult(spec.env_id, tuple(records[: end - first]), protocol, spec.reports_success, references)
 
 
-def evaluation_envs(env: str, episodes: int, horizon: int | None = None) -> VecEnv:
-    """Environments for :func:`evaluate`, to be used several times and closed by the caller."""
-    return envs.make_vec_env(env, min(episodes, DEFAULT_NUM_ENVS), horizon=horizon)
+def evaluation_envs(env: str, episodes: int, horizon: int | None = None, at_once: int = DEFAULT_NUM_ENVS) -> VecEnv:
+    """Environments for :func:`evaluate`, ``at_once`` at most, to be used several times and closed by the caller."""
+    return envs.make_vec_env(env, min(episodes, at_once), horizon=horizon)
 
 
 def evaluate_tasks(

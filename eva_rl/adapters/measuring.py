@@ -48,7 +48,9 @@ def measure(
     """Find the principal directions of a policy's activations.
 
     With batches alone, they are taken until the two halves of the data agree, at most ``max_batches``. With rollouts,
-    the sums grow while the policy acts, without a second forward pass; batches given besides are all added.
+    the sums grow while the policy acts, without a second forward pass; batches given besides are all added. Where
+    torch.distributed is initialised, all its processes call this, each with its own share of the data, and get the
+    directions of the whole.
 
     Args:
         policy: With no adapter attached.

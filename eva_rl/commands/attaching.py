@@ -28,9 +28,11 @@ from eva_rl.batch import WindowBatch
 from eva_rl.commands.command import console
 from eva_rl.commands.finetune_options import AdapterOptions, FinetuneConfig
 from eva_rl.data import WindowSampler
+from eva_rl.data.prefetch import Sampler
 from eva_rl.errors import UserError
 from eva_rl.seeding import ROLLOUTS, episode_seeds
-from eva_rl.training.bc import clone_loss
+from eva_rl.training.distributed import Ranks, ShardedSampler
+from eva_rl.training.losses import clone_loss
 
 
 def check_adapter(policy: DecisionTransformerPolicy, options: AdapterOptions) -> None:
@@ -86,7 +88,7 @@ def attach(policy: DecisionTransformerPolicy, sampler: WindowSampler | None, con
 
 def _measure(policy: DecisionTransformerPolicy, sampler: WindowSampler | None, config: FinetuneConfig) -> eva.EvaResult:
     options, pruned = config.adapter, find_method(config.adapter.method).adalora
-    with _sources(policy, sampler, config) as (batches, rollouts):
+    with _sources(policy, sampler, config, Ranks.here()) as (batches, rollouts):  # measure() adds up all processes'
         result = measure(
             policy,
             target_layers(policy.network, options.targets),
@@ -134,21 +136,27 @@ def _backward(
 
 @contextmanager
 def _sources(
-    policy: DecisionTransformerPolicy, sampler: WindowSampler | None, config: FinetuneConfig
+    policy: DecisionTransformerPolicy, sampler: WindowSampler | None, config: FinetuneConfig, ranks: Ranks | None = None
 ) -> Iterator[tuple[Iterator[WindowBatch] | None, Rollouts | None]]:
-    """Windows of the trajectories, environments to act in, or both: what ``adapter.eva.source`` names."""
+    """Windows of the trajectories, environments to act in, or both: what ``adapter.eva.source`` names.
+
+    With ``ranks``, this process's part of them.
+    """
+    ranks = ranks or Ranks()
     options, source = config.adapter.eva, config.adapter.eva.source
     if source == "auto":
         source = "rollouts" if sampler is None else "trajectories"
     batches = None
     if source != "rollouts":
-        batches = windows(policy, _trajectories(sampler, config), options.batch_size)
+        batches = windows(policy, ShardedSampler(_trajectories(sampler, config), ranks), options.batch_size)
     if source == "trajectories":
         yield batches, None
         return
     spec = envs.env_spec(config.env.id, config.env.horizon)
-    vec_env = envs.make_vec_env(spec.env_id, options.rollout_envs, horizon=config.env.horizon)
-    vec_env.seed(episode_seeds(ROLLOUTS, config.seed))
+    mine, all_envs = ranks.share(options.rollout_envs), max(options.rollout_envs, ranks.count)
+    own = max(1, ranks.mine(options.rollout_envs))
+    vec_env = envs.make_vec_env(spec.env_id, own, horizon=config.env.horizon, stride=all_envs)
+    vec_env.seed(episode_seeds(ROLLOUTS, config.seed) + mine.start)
     try:
         yield batches, Rollouts(vec_env, [spec.env_id] * vec_env.num_envs, options.rollout_steps)
     finally:
@@ -164,6 +172,6 @@ def _trajectories(sampler: WindowSampler | None, config: FinetuneConfig) -> Wind
     return sampler
 
 
-def windows(policy: DecisionTransformerPolicy, sampler: WindowSampler, batch_size: int) -> Iterator[WindowBatch]:
+def windows(policy: DecisionTransformerPolicy, sampler: Sampler, batch_size: int) -> Iterator[WindowBatch]:
     """The windows that training will see, in its order, without end."""
     return (sampler.sample(batch_size, step, policy.device) for step in count())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -120,6 +121,8 @@ def run_command(
         Exit status.
     """
     overrides = list(sys.argv[1:] if argv is None else argv)
+    process = os.environ.get("RANK", "0") if "WORLD_SIZE" in os.environ else "0"
+    console.quiet = process != "0"  # of the processes of one run, the first alone speaks
     logging.basicConfig(
         level=logging.INFO,
         format="%(message)s",
@@ -132,7 +135,9 @@ def run_command(
     try:
         main(parse(name, overrides))
     except UserError as error:
-        console.print(f"[bold red]Error:[/] {escape(str(error))}", soft_wrap=True)
+        where = f" (process {process})" if console.quiet else ""
+        console.quiet = False
+        console.print(f"[bold red]Error{where}:[/] {escape(str(error))}", soft_wrap=True)
         return 2
     except KeyboardInterrupt:
         console.print("Interrupted. Type the same command again to continue from the last checkpoint.")

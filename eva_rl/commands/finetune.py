@@ -10,8 +10,9 @@ from eva_rl.commands.costs import peak_memory
 from eva_rl.commands.finetune_options import FinetuneConfig
 from eva_rl.commands.finetune_record import finish, report_eva
 from eva_rl.commands.session import open_session
+from eva_rl.commands.silence import open_tracker
 from eva_rl.commands.training_phases import resume_step, train
-from eva_rl.tracking import Tracker
+from eva_rl.training.distributed import Ranks
 from eva_rl.training.failures import failures_kept
 
 HELP = """
@@ -36,17 +37,18 @@ def finetune(config: FinetuneConfig) -> None:
     adapter = attach(session.policy, session.sampler, config)
     phases.end("adapter")
     resumed = resume_step(session)
-    with Tracker(session.run_dir, resumed) as tracker:
+    with open_tracker(session.run_dir, resumed) as tracker:
         if resumed is None:
             tracker.log(before.metrics(), 0)
-        if adapter.eva is not None and resumed is None:
+        if adapter.eva is not None and resumed is None and Ranks.here().first:
             report_eva(session, adapter.eva, tracker)
         with failures_kept(session.run_dir), peak_memory(session.policy.device) as memory:
             steps = train(session, adapter, tracker)
         phases.end("train")
         after = session.evaluate("After")
         phases.end("evaluate_after")
-        finish(session, adapter, (before, after), {**steps, **memory})
+        if Ranks.here().first:
+            finish(session, adapter, (before, after), {**steps, **memory, "processes": Ranks.here().count})
         tracker.log(after.metrics(), config.algo.final_step)  # last, so that no continued run can log it twice
     session.close()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -39,13 +39,14 @@ from eva_rl.commands.options import (
 )
 from eva_rl.commands.progress import training_progress
 from eva_rl.commands.runs import open_run, prepare_machine, write_summary
+from eva_rl.commands.silence import open_tracker
 from eva_rl.data import Trajectories, WindowSampler, concatenate
 from eva_rl.data.prefetch import prefetching
-from eva_rl.evaluation import evaluate_tasks
 from eva_rl.seeding import VALIDATION
-from eva_rl.tracking import Tracker
 from eva_rl.training.bc import BCOptions, train_bc
 from eva_rl.training.checkpoint import load_latest_checkpoint
+from eva_rl.training.distributed import Ranks, ShardedSampler
+from eva_rl.training.distributed_evaluation import TaskLook
 
 HELP = """
 Train a Decision Transformer by behaviour cloning on demonstrations of one or many tasks.
@@ -121,26 +122,29 @@ def pretrain(config: PretrainConfig) -> None:
     tasks = task_ids(config.env.id)
     run_dir = open_run("pretrain", config)
     began = perf_counter()
-    data = [load_task_data(task, config.data, run_dir / "data", config.env.horizon) for task in tasks]
+    ranks = Ranks.here()
+    with ranks.first_goes_first():
+        data = [load_task_data(task, config.data, run_dir / "data", config.env.horizon) for task in tasks]
     policy = _new_policy(config, data).to(device)
     joined = concatenate(data, source=f"{config.data.source}:{config.env.id}")
     weights = sampling_weights(joined, config.data.after_success, config.data.weight_by)
     sampler = WindowSampler(joined, config.size.context_length, policy.scaling, seed=config.seed, weights=weights)
     data_seconds = perf_counter() - began
-    vec_env = envs.make_task_vec_env(tasks)
+    look = TaskLook.of(ranks, tasks)
 
     def validate(update: int) -> dict[str, float]:
-        rates = evaluate_tasks(policy, tasks, vec_env, config.eval.episodes, VALIDATION + config.eval.seed)
-        _save(run_dir, policy, config, joined)
+        rates = look.success_rates(policy, config.eval.episodes, VALIDATION + config.eval.seed)
+        if ranks.first:
+            _save(run_dir, policy, config, joined)
         return {f"validation/{t}": rate for t, rate in rates.items()} | {
             "validation/success_rate": float(np.mean(list(rates.values())))
         }
 
     resumed = load_latest_checkpoint(run_dir / "checkpoint")
     with (
-        Tracker(run_dir, None if resumed is None else resumed.step) as tracker,
+        open_tracker(run_dir, None if resumed is None else resumed.step) as tracker,
         training_progress(config.algo.updates) as bar,
-        prefetching(sampler, device) as ahead,
+        prefetching(ShardedSampler(sampler, ranks), device) as ahead,
     ):
         counters = train_bc(
             policy,
@@ -152,27 +156,18 @@ def pretrain(config: PretrainConfig) -> None:
         )
         final = validate(counters.update)
         tracker.log(final, counters.update)
-    write_summary(run_dir, _summary(config, policy, joined, final, {"data": data_seconds, "train": counters.seconds}))
+    if ranks.first:
+        seconds = {"data": data_seconds, "train": counters.seconds}
+        write_summary(run_dir, _summary(config, policy, joined, final, seconds) | {"processes": ranks.count})
     console.print(
         f"Success on {len(tasks)} tasks: {final['validation/success_rate']:.2f}. Policy: {run_dir / 'policy'}"
     )
 
 
 def bc_options(algo: BCOptionsGroup, eval_every: int, checkpoint_every: int) -> BCOptions:
-    """Options of the training loop."""
-    return BCOptions(
-        updates=algo.updates,
-        batch_size=algo.batch_size,
-        learning_rate=algo.learning_rate,
-        final_learning_rate=algo.final_learning_rate,
-        warmup=algo.warmup,
-        weight_decay=algo.weight_decay,
-        gradient_clip=algo.gradient_clip,
-        loss=algo.loss,
-        precision=algo.precision,
-        eval_every=eval_every,
-        checkpoint_every=checkpoint_every,
-    )
+    """Options of the training loop: those of the config group that it has, under the names they share."""
+    shared = {f.name: getattr(algo, f.name) for f in fields(BCOptions) if hasattr(algo, f.name)}
+    return BCOptions(**shared, eval_every=eval_every, checkpoint_every=checkpoint_every)
 
 
 def _new_policy(config: PretrainConfig, data: Sequence[Trajectories]) -> DecisionTransformerPolicy:

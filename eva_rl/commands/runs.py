@@ -21,12 +21,15 @@ from eva_rl.commands.options import RunOptions
 from eva_rl.errors import UserError
 from eva_rl.files import read_json, write_file, write_json
 from eva_rl.seeding import seed_everything
+from eva_rl.training.distributed import Ranks, join, launched, local_count, local_rank
 
 CONFIG_FILE, SUMMARY_FILE = "config.yaml", "summary.json"
 FREE_BYTES = 200 * 2**20
 """A run that would start with less room on its disk is refused."""
 FREE_TO_CHANGE = {"run_dir", "resume", "threads", "device", "checkpoint"}
 """Keys in which a continued run may differ from its first part."""
+FREE_IN_GROUPS = {"accumulate", "compile"}
+"""The same, within groups: what fits a machine and changes no result."""
 
 
 def open_run(name: str, options: Any) -> Path:
@@ -39,6 +42,10 @@ def open_run(name: str, options: Any) -> Path:
     Raises:
         UserError: The folder holds a finished run, an unfinished one with other settings, or something else.
     """
+    return Ranks.here().decided_by_first(lambda: _open(name, options))
+
+
+def _open(name: str, options: Any) -> Path:
     run_dir = Path(options.run_dir or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}").expanduser()
     config = asdict(options)
     if (run_dir / SUMMARY_FILE).exists():
@@ -61,7 +68,7 @@ def _continue(run_dir: Path, config: Mapping[str, Any], resume: str) -> None:
         raise UserError(f"{run_dir} holds an unfinished run. Continue it with resume=auto, or name another run_dir=.")
     before = OmegaConf.to_container(OmegaConf.load(run_dir / CONFIG_FILE))
     assert isinstance(before, dict)
-    changed = [key for key in config if key not in FREE_TO_CHANGE and before.get(key) != config[key]]
+    changed = [key for key in config if key not in FREE_TO_CHANGE and _kept(before.get(key)) != _kept(config[key])]
     if changed and not (run_dir / "checkpoint").exists():
         (run_dir / CONFIG_FILE).unlink()
         if {"env", "data"} & set(changed):
@@ -71,6 +78,11 @@ def _continue(run_dir: Path, config: Mapping[str, Any], resume: str) -> None:
             f"{run_dir} holds an unfinished run with other settings of {', '.join(changed)} (see {CONFIG_FILE} there). "
             "Use the same settings to continue it, or name another run_dir=."
         )
+
+
+def _kept(value: Any) -> Any:
+    """A setting, or a group of settings without those that may change."""
+    return {k: v for k, v in value.items() if k not in FREE_IN_GROUPS} if isinstance(value, dict) else value
 
 
 def _make(run_dir: Path) -> None:
@@ -98,21 +110,30 @@ def read_summary(run_dir: Path) -> dict[str, Any]:
 
 
 def prepare_machine(options: RunOptions) -> torch.device:
-    """Seed the global generators, set the CPU threads and choose the device.
+    """Seed the global generators, set the CPU threads, choose the device, and meet the run's other processes.
 
     Raises:
-        UserError: The device is not there.
+        UserError: The device is not there, or the other processes do not come.
     """
     seed_everything(options.seed)
-    torch.set_num_threads(options.threads or len(os.sched_getaffinity(0)))
-    if options.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.set_num_threads(options.threads or max(1, len(os.sched_getaffinity(0)) // local_count()))
+    device = _device(options)
+    join(device)
+    return device
+
+
+def _device(options: RunOptions) -> torch.device:
+    name = options.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and launched():
+        name = f"cuda:{local_rank()}"
     try:
-        device = torch.device(options.device)
+        device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"device={options.device}: {reason} Use device=auto, cpu or cuda.") from error
+        raise UserError(f"device={name}: {reason} Use device=auto, cpu or cuda.") from error
     return device
 
 

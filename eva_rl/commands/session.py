@@ -23,8 +23,10 @@ from eva_rl.commands.runs import open_run, prepare_machine
 from eva_rl.commands.timing import Phases
 from eva_rl.data import Trajectories, WindowSampler
 from eva_rl.errors import UserError
-from eva_rl.evaluation import EvaluationResult, evaluate, evaluation_envs
+from eva_rl.evaluation import EvaluationResult, evaluate
 from eva_rl.seeding import VALIDATION
+from eva_rl.training.distributed import Ranks
+from eva_rl.training.distributed_evaluation import evaluate_together, shared_envs
 
 
 @dataclass
@@ -60,7 +62,7 @@ class Session:
     def play(self) -> Callable[..., EvaluationResult]:
         """The evaluation of this run's task, of the policy as it is; takes what :func:`evaluate` takes besides."""
         config = self.config
-        return partial(
+        play = partial(
             evaluate,
             self.policy,
             config.env.id,
@@ -69,11 +71,12 @@ class Session:
             references=None if self.data is None else data_references(self.data),
             vec_env=self.vec_env,
         )
+        return partial(evaluate_together, Ranks.here(), play)
 
     def evaluate(self, name: str) -> EvaluationResult:
         """The held-out evaluation, behind a progress bar."""
         episodes = self.config.eval.episodes
-        with counting_progress(f"{name:8s}", episodes) as advance:
+        with counting_progress(f"{name:8s}", Ranks.here().mine(episodes)) as advance:
             return self.play(episodes=episodes, on_episode=advance)
 
     def look(self, _: int = 0) -> dict[str, float]:
@@ -94,6 +97,12 @@ def open_session(config: FinetuneConfig) -> Session:
     """
     phases = Phases()
     device = prepare_machine(config)
+    ranks = Ranks.here()
+    if ranks.count > 1 and isinstance(config.algo, OnlineAlgoOptions):
+        raise UserError(
+            f"algo={config.algo.name} learns in one process; this run has {ranks.count}. Start it without torchrun, "
+            "or use algo=bc."
+        )
     spec = envs.env_spec(config.env.id, config.env.horizon)
     policy = open_policy(config.policy, device, merge=True)
     policy.check_dimensions(spec.observation_dim, spec.action_dim, spec.env_id)
@@ -105,11 +114,12 @@ def open_session(config: FinetuneConfig) -> Session:
     data = None
     if source != NONE:
         options = replace(config.data, source=source)
-        data = load_task_data(spec.env_id, options, run_dir / "data", config.env.horizon)
+        with ranks.first_goes_first():
+            data = load_task_data(spec.env_id, options, run_dir / "data", config.env.horizon)
         policy.check_dimensions(data.observation_dim, data.action_dim, data.source)
     _ask(policy, config, data, spec.env_id)
     sampler = None if data is None else make_sampler(policy, data, config)
-    vec_env = evaluation_envs(spec.env_id, config.eval.episodes, config.env.horizon)
+    vec_env = shared_envs(ranks, spec.env_id, config.eval.episodes, config.env.horizon)
     phases.end("data")
     return Session(config, spec, policy, run_dir, data, sampler, vec_env, phases)
 

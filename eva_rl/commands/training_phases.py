@@ -31,6 +31,7 @@ from eva_rl.seeding import ONLINE, episode_seeds
 from eva_rl.tracking import Tracker
 from eva_rl.training.bc import Log, train_bc
 from eva_rl.training.checkpoint import load_latest_checkpoint
+from eva_rl.training.distributed import Ranks, ShardedSampler
 from eva_rl.training.odt import ODTOptions, OnlineDecisionTransformer
 from eva_rl.training.odt_td3 import TD3DecisionTransformer, TD3Options
 from eva_rl.training.online import OnlineOptions, TaskEnvs, train_online
@@ -75,7 +76,8 @@ def clone(session: Session, adapter: AttachedAdapter, algo: BCOptionsGroup, log:
     """Behaviour cloning of the demonstrations."""
     config, policy = session.config, session.policy
     assert session.sampler is not None
-    with training_progress(algo.updates) as bar, prefetching(session.sampler, policy.device) as ahead:
+    draw = ShardedSampler(session.sampler, Ranks.here())
+    with training_progress(algo.updates) as bar, prefetching(draw, policy.device) as ahead:
         counters = train_bc(
             policy,
             ahead,

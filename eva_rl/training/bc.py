@@ -26,7 +26,6 @@ from eva_rl.training.checkpoint import (
 from eva_rl.training.compiling import CompileMode, compiled
 from eva_rl.training.distributed import Ranks
 from eva_rl.training.losses import autocast, distance, numbers_compared, parts
-from eva_rl.training.losses import clone_loss as clone_loss
 
 Log = Callable[[Mapping[str, float], int], None]
 EXTENSION = "extension/"
@@ -141,7 +140,9 @@ def train_bc(
     optimizer = make_optimizer(parameters, options)
     counters = _resume(checkpoint_dir, parameters, optimizer, extension)
     _begin_together(ranks, network, counters)
-    step = _Step(compiled(network, options.compile), list(parameters.values()), optimizer, options, extension, ranks, seed)
+    step = _Step(
+        compiled(network, options.compile), list(parameters.values()), optimizer, options, extension, ranks, seed
+    )
     while counters.update < options.updates:
         began = time.perf_counter()
         network.train()

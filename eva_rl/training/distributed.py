@@ -56,6 +56,11 @@ class Ranks:
         """This process's part of ``total`` things; the parts are adjacent and differ by one at most."""
         return slice(total * self.index // self.count, total * (self.index + 1) // self.count)
 
+    def mine(self, total: int) -> int:
+        """How many of ``total`` things are this process's."""
+        share = self.share(total)
+        return int(share.stop - share.start)
+
     def total(self, tensor: Tensor) -> Tensor:
         """The sum over processes, the same to the last bit everywhere."""
         if self.count == 1:

@@ -19,7 +19,8 @@ from eva_rl.adapters import (
 from eva_rl.agents import DecisionTransformerPolicy
 from eva_rl.batch import WindowBatch
 from eva_rl.data import Trajectories, WindowSampler
-from eva_rl.training.bc import BCOptions, clone_loss, train_bc
+from eva_rl.training.bc import BCOptions, train_bc
+from eva_rl.training.losses import clone_loss
 from tests.conftest import make_policy
 
 UPDATES, RANK = 8, 4

@@ -12,8 +12,9 @@ import torch
 from eva_rl.batch import WindowBatch
 from eva_rl.data import Trajectories, WindowSampler
 from eva_rl.errors import UserError
-from eva_rl.training.bc import BCOptions, clone_loss, learning_rate, train_bc
+from eva_rl.training.bc import BCOptions, learning_rate, train_bc
 from eva_rl.training.checkpoint import load_latest_checkpoint
+from eva_rl.training.losses import clone_loss
 from tests.conftest import make_policy
 
 OPTIONS = BCOptions(updates=12, batch_size=8, warmup=2, log_every=1, checkpoint_every=3)
