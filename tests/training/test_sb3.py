@@ -1,0 +1,204 @@
+"""Stable-Baselines3's algorithms on history windows: what they see, what they keep, what they learn, how they go on."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from stable_baselines3 import PPO, SAC, TD3
+from stable_baselines3.common.callbacks import BaseCallback
+
+from eva_rl import envs
+from eva_rl.training.online import TaskEnvs
+from eva_rl.training.sb3 import SB3Options, make_model, train_sb3
+from eva_rl.training.sb3_windows import HistoryWindows, WindowReplayBuffer
+from tests.conftest import make_policy
+from tests.training.problems import Bandit, TwoSteps, make_learner, make_task, mean_return
+
+ALGORITHMS = {"ppo": PPO, "sac": SAC, "td3": TD3}
+
+
+class Counting(gym.Env[Any, Any]):
+    """Observation (k, t) at step t of episode k, reward t + 1; ends at step 5, or is cut off at step 7 if k is odd."""
+
+    observation_space = gym.spaces.Box(-np.inf, np.inf, (2,), np.float32)
+    action_space = gym.spaces.Box(-1, 1, (1,), np.float32)
+
+    def __init__(self, start: int) -> None:
+        self.episode, self.t = start - 2, 0
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+        self.episode, self.t = self.episode + 2, 0
+        return np.array([self.episode, 0], np.float32), {}
+
+    def step(self, action: Any) -> Any:
+        self.t += 1
+        odd = self.episode % 4 >= 2
+        return np.array([self.episode, self.t], np.float32), float(self.t), self.t == 5 and not odd, self.t == 7, {}
+
+
+def counting_env() -> HistoryWindows:
+    from stable_baselines3.common.vec_env import DummyVecEnv
+
+    policy = make_learner(target=100.0)
+    return HistoryWindows(DummyVecEnv([lambda: Counting(0), lambda: Counting(1)]), policy, "", 1.0)
+
+
+@pytest.mark.parametrize("capacity", [400, 60])  # as much as is needed; a ring that turns several times
+def test_replay_rebuilds_the_windows_that_were_shown(capacity: int) -> None:
+    env, rng = counting_env(), np.random.default_rng(0)
+    assert isinstance(env.observation_space, gym.spaces.Box)
+    assert isinstance(env.action_space, gym.spaces.Box)
+    buffer = WindowReplayBuffer(capacity, env.observation_space, env.action_space, "cpu", n_envs=2)
+    shown: dict[tuple[int, int], Any] = {}
+    before = env.reset()
+    for _ in range(100):
+        actions = rng.uniform(-1, 1, (2, 1)).astype(np.float32)
+        after, rewards, dones, infos = env.step(actions)
+        following = after.copy()
+        for i in np.flatnonzero(dones):
+            following[i] = infos[i]["terminal_observation"]
+        for i in range(2):
+            cut = infos[i].get("TimeLimit.truncated", False)
+            shown[buffer.pos, i] = (before[i], actions[i], following[i], float(dones[i] and not cut), rewards[i])
+        buffer.add(before, following, actions, rewards, dones, infos)
+        before = after
+    assert {bool(value[3]) for value in shown.values()} == {True, False}
+    steps = (buffer._oldest() + np.arange(buffer.size() - 1)) % buffer.buffer_size
+    rows, columns = np.repeat(steps, 2), np.tile([0, 1], len(steps))
+    found = buffer.samples_at(rows, columns)
+    reach = 4  # windows near the oldest step are cut short there
+    for k, place in enumerate(zip(rows.tolist(), columns.tolist(), strict=True)):
+        window, action, after_window, terminal, reward = shown[place]
+        if buffer.full and (place[0] - buffer._oldest()) % buffer.buffer_size < reach:
+            continue
+        np.testing.assert_array_equal(found.observations[k], window)
+        np.testing.assert_array_equal(found.next_observations[k], after_window)
+        np.testing.assert_array_equal(found.actions[k], action)
+        assert (found.dones[k].item(), found.rewards[k].item()) == (terminal, reward)
+
+
+def test_the_return_to_go_is_a_function_of_the_history() -> None:
+    env = counting_env()
+    window = env.reset()
+    for step in range(1, 5):
+        window, *_ = env.step(np.zeros((2, 1), np.float32))
+        obtained = step * (step + 1) / 2
+        batch = env.layout.decode(torch.from_numpy(np.asarray(window)))
+        assert batch.returns_to_go[0, -1, 0].item() == pytest.approx(100 - obtained)
+        assert batch.timesteps[0, -1].item() == step
+
+
+def test_steps_without_a_successor_are_not_drawn() -> None:
+    env = counting_env()
+    buffer = WindowReplayBuffer(400, env.observation_space, env.action_space, "cpu", n_envs=2)  # type: ignore[arg-type]
+    before = env.reset()
+    for step in range(12):
+        after, rewards, dones, infos = env.step(np.zeros((2, 1), np.float32))
+        buffer.add(np.asarray(before), np.asarray(after), np.zeros((2, 1)), rewards, dones, infos)
+        before = after
+        if step == 3:
+            buffer.break_off()
+            before = env.reset()
+    drawn = buffer.sample(300).observations[:, -1]
+    assert {tuple(row) for row in drawn[:, :2].int().tolist()}.isdisjoint({(0, 3), (1, 3)})
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_at_first_it_acts_as_the_decision_transformer_does(name: str) -> None:
+    policy, same = make_policy(11, 3), make_policy(11, 3)
+    same.window = "full"
+    task = TaskEnvs(envs.make_vec_env("mujoco/hopper", 2, horizon=12), "Hopper-v5", False)
+    model = make_model(name, policy, task, SB3Options(100))
+    env, own = model.get_env(), envs.make_vec_env("mujoco/hopper", 2, horizon=12)
+    assert env is not None
+    for vec_env in (env, own):
+        vec_env.seed(3)
+    windows, observations = env.reset(), own.reset()
+    same.reset(["Hopper-v5"] * 2)
+    rewards, starts = np.zeros(2, np.float32), np.ones(2, bool)
+    for _ in range(30):  # beyond ends of episodes
+        expected = same.act(np.asarray(observations), rewards, starts)
+        actions, _ = model.predict(windows, deterministic=True)  # type: ignore[arg-type]
+        np.testing.assert_allclose(actions, expected, atol=2e-6)
+        windows, *_ = env.step(actions)
+        observations, rewards, starts, _ = own.step(expected)
+    task.vec_env.close()
+    own.close()
+
+
+def options(name: str, env_steps: int, **others: Any) -> SB3Options:
+    fast = {"ppo": {"rollout_steps": 20, "epochs": 10, "initial_std": 0.6, "target_kl": None}}
+    shared = {"initial_std": 0.7, "random_steps": 80, "train_every": 4, "updates_per_bout": 16, "target_share": 0.05}
+    return SB3Options(env_steps, learning_rate=3e-3, critic_hidden_size=32, **(fast.get(name, shared) | others))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [Bandit, TwoSteps])
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_small_problems_are_solved(name: str, kind: type[gym.Env[Any, Any]]) -> None:
+    policy = make_learner()
+    before = mean_return(policy, kind)
+    model = make_model(name, policy, make_task(kind), options(name, 2000))
+    train_sb3(model, options(name, 2000), log=lambda *_: None)
+    assert before < kind.solved < mean_return(policy, kind)  # type: ignore[attr-defined]
+
+
+class StopError(Exception):
+    """The run is over."""
+
+
+def run(name: str, folder: Path | None, *, stop: bool = False) -> tuple[Any, list[tuple[int, dict[str, float]]]]:
+    task = TaskEnvs(envs.make_vec_env("mujoco/hopper", 2, horizon=15), "Hopper-v5", False)
+    chosen = options(name, 240, eval_every=80, batch_size=8, random_steps=20, seed=2, **{"rollout_steps": 20})
+    model, record = make_model(name, make_policy(11, 3, hidden_size=16, num_layers=1), task, chosen), []
+
+    def log(metrics: Mapping[str, float], step: int) -> None:
+        if stop and step > 160:
+            raise StopError
+        record.append((step, {k: v for k, v in metrics.items() if not k.startswith("time/")}))
+
+    with contextlib.suppress(StopError):
+        train_sb3(model, chosen, log=log, evaluate=lambda step: {"x": step}, checkpoint_dir=folder)
+    task.vec_env.close()
+    return model, record
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_a_resumed_run_ends_with_the_same_weights(name: str, tmp_path: Path) -> None:
+    expected, _ = run(name, None)
+    run(name, tmp_path, stop=True)
+    found, _ = run(name, tmp_path)
+    assert found.num_timesteps == expected.num_timesteps == 240
+    for key, value in expected.policy.state_dict().items():
+        assert torch.equal(value, found.policy.state_dict()[key]), key
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_saved_models_callbacks_and_the_logger_are_stable_baselines3_s(name: str, tmp_path: Path) -> None:
+    class Steps(BaseCallback):
+        count = 0
+
+        def _on_step(self) -> bool:
+            self.count += 1
+            return True
+
+    task = TaskEnvs(envs.make_vec_env("mujoco/hopper", 2, horizon=10), "Hopper-v5", False)
+    chosen, keys, steps = options(name, 160, batch_size=8, random_steps=20), set(), Steps()
+    model = make_model(name, make_policy(11, 3, hidden_size=16, num_layers=1), task, chosen)
+    train_sb3(model, chosen, log=lambda metrics, _: keys.update(metrics), callback=steps)
+    assert steps.count == 80
+    assert {"rollout/ep_rew_mean", "time/fps", "time/total_timesteps", "train/learning_rate"} <= keys
+    model.save(tmp_path / "model")
+    loaded = ALGORITHMS[name].load(tmp_path / "model", device="cpu")
+    windows: Any = model.get_env().reset()  # type: ignore[union-attr]
+    np.testing.assert_array_equal(
+        loaded.predict(windows, deterministic=True)[0], model.predict(windows, deterministic=True)[0]
+    )
+    task.vec_env.close()
