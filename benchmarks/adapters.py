@@ -2,34 +2,41 @@
 
 ``python benchmarks/adapters.py --out adapters.json``
 
-Every method is fine-tuned by the command itself, in a process of its own, on the same demonstrations, and the figures
-are those of its ``summary.json``. The methods take turns, so that other load on the machine falls on all of them;
-seconds are the least of the turns, memory the median. Nothing here says which method learns better: that takes many
-seeds.
+Every method is attached, trained for a few updates and saved by the code of ``python -m eva_rl.finetune``, on the same
+demonstrations, in a forked process of its own whose memory is watched. The methods take turns; seconds are CPU seconds
+of the process on one thread, which other load on the machine does not stretch much, and the least of the turns counts.
+Nothing here says which method learns better: that takes many seeds.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import platform
-import subprocess
-import sys
 import tempfile
 from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
-from typing import Any
+from time import process_time
 
 import torch
 from rich.console import Console
 
-from eva_rl.adapters import METHODS
+from eva_rl.adapters import METHODS, adapter_bytes, count_parameters, load_policy, save_adapted_policy
+from eva_rl.commands.attaching import attach
+from eva_rl.commands.command import parse
+from eva_rl.commands.costs import peak_memory
+from eva_rl.commands.pretrain import bc_options
+from eva_rl.data import Trajectories, WindowSampler
+from eva_rl.demonstrations import collect_expert
+from eva_rl.training.bc import train_bc
 
 
 @dataclass(frozen=True)
 class Row:
-    """One method; memory is how much the process grew while it trained."""
+    """One method; memory is by how much the process grew while it started and trained."""
 
     method: str
     trainable_parameters: int
@@ -39,55 +46,74 @@ class Row:
     seconds_per_update: float
 
 
-def command(module: str, *arguments: str) -> None:
-    """Run a command of eva-rl, quietly.
-
-    Raises:
-        RuntimeError: It failed; with what it said.
-    """
-    asked = [sys.executable, "-m", f"eva_rl.{module}", *arguments]
-    ended = subprocess.run(asked, capture_output=True, text=True, check=False)
-    if ended.returncode:
-        raise RuntimeError(f"{module} {' '.join(arguments)}\n{ended.stderr[-2000:]}")
-
-
-def run(method: str, options: argparse.Namespace, demonstrations: Path, run_dir: Path) -> dict[str, Any]:
-    """The summary of one run of fine-tuning."""
-    command(
-        "finetune",
-        f"env={options.env}",
-        f"data={demonstrations}",
-        f"adapter={method}",
-        f"adapter.rank={options.rank}",
-        f"algo.updates={options.updates}",
-        "eval.episodes=1",
-        "eval.every=0",
-        "checkpoint.every=0",
-        f"threads={options.threads}",
-        f"device={options.device}",
-        f"run_dir={run_dir}",
-    )
-    summary: dict[str, Any] = json.loads((run_dir / "summary.json").read_text())
-    return summary
-
-
-def row(method: str, summaries: list[dict[str, Any]]) -> Row:
-    """What the turns of a method say together."""
-    first = summaries[0]
+def measure(method: str, options: argparse.Namespace, data: Trajectories) -> Row:
+    """Attach, train and save one method in this process."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    asked = [f"adapter={method}", f"adapter.rank={options.rank}", f"algo.updates={options.updates}", "algo.warmup=1"]
+    config = parse("finetune", [f"env={options.env}", *asked])
+    policy = load_policy("mt40")
+    sampler = WindowSampler(data, policy.network.config.context_length, policy.scaling)
+    began = process_time()
+    with peak_memory(torch.device("cpu")) as memory:
+        adapter = attach(policy, sampler, config)
+        attached = process_time()
+        train_bc(policy, sampler, bc_options(config.algo, 0, 0), log=lambda *_: None, extension=adapter.extension)
+    trained = process_time()
+    trainable = count_parameters(policy.network)["trainable_parameters"]
+    with tempfile.TemporaryDirectory() as temporary:
+        save_adapted_policy(Path(temporary) / "policy", policy, adapter, "")
+        size = adapter_bytes(Path(temporary) / "policy") or 4 * trainable
     return Row(
         method,
-        first["trainable_parameters"],
-        first["adapter_bytes"],
-        median(summary["peak_memory_bytes"] for summary in summaries),
-        min(summary["seconds"]["adapter"] for summary in summaries),
-        min(summary["seconds_per_update"] for summary in summaries),
+        trainable,
+        size,
+        memory["peak_memory_bytes"],
+        attached - began,
+        (trained - attached) / options.updates,
+    )
+
+
+def in_a_fork(method: str, options: argparse.Namespace, data: Trajectories) -> Row:
+    """:func:`measure` in a process that has seen no other method.
+
+    Raises:
+        RuntimeError: It failed; its own message says why.
+    """
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe(duplex=False)
+
+    def run(answer: Connection) -> None:
+        answer.send(measure(method, options, data))
+
+    process = context.Process(target=run, args=(theirs,))
+    process.start()
+    theirs.close()
+    try:
+        found: Row = ours.recv()
+    except EOFError as error:
+        raise RuntimeError(f"{method} failed") from error
+    process.join()
+    return found
+
+
+def together(turns: list[Row]) -> Row:
+    """What the turns of a method say."""
+    first = turns[0]
+    return Row(
+        first.method,
+        first.trainable_parameters,
+        first.adapter_bytes,
+        median(row.peak_memory_bytes for row in turns),
+        min(row.seconds_to_start for row in turns),
+        min(row.seconds_per_update for row in turns),
     )
 
 
 def markdown(rows: list[Row]) -> str:
     """The table of docs/adapters.md."""
     lines = [
-        "| adapter | trainable parameters | KiB on disk | MiB while training | s to start | ms an update |",
+        "| adapter | trainable parameters | KiB on disk | MiB at the peak | CPU s to start | CPU ms an update |",
         "|---|---|---|---|---|---|",
     ]
     for one in rows:
@@ -109,22 +135,19 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), metavar="METHOD")
     parser.add_argument("--env", default="push-v3")
     parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--updates", type=int, default=30)
+    parser.add_argument("--updates", type=int, default=6)
     parser.add_argument("--turns", type=int, default=2)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, help="JSON file for the rows")
     options = parser.parse_args()
-    found: dict[str, list[dict[str, Any]]] = {method: [] for method in options.methods}
+    torch.set_num_threads(1)
     console = Console(stderr=True)
-    with tempfile.TemporaryDirectory() as temporary:
-        demonstrations = Path(temporary) / "demonstrations.h5"
-        command("collect", f"env={options.env}", "episodes=10", f"out={demonstrations}", "workers=1")
-        for turn in range(options.turns):
-            for method in options.methods:
-                console.print(f"turn {turn + 1}: {method}")
-                found[method].append(run(method, options, demonstrations, Path(temporary) / f"{method}-{turn}"))
-    rows = [row(method, summaries) for method, summaries in found.items()]
+    data = collect_expert(options.env, 10, seed=0)
+    found: dict[str, list[Row]] = {method: [] for method in options.methods}
+    for turn in range(options.turns):
+        for method in options.methods:
+            console.print(f"turn {turn + 1}: {method}")
+            found[method].append(in_a_fork(method, options, data))
+    rows = [together(turns) for turns in found.values()]
     print(markdown(rows))
     if options.out:
         about = {

@@ -85,7 +85,10 @@ def test_adalora_really_prunes_and_starts_along_evas_directions(reach_demonstrat
     assert len(set(kept)) > 1, "some layers keep more than others"
 
 
-@pytest.mark.parametrize("method", METHODS)
+OFTEN = {"adalora", "corda", "dora", "lora_ga", "mica", "pissa"}
+
+
+@pytest.mark.parametrize("method", [m if m in OFTEN else pytest.param(m, marks=pytest.mark.slow) for m in METHODS])
 def test_resumed_equals_uninterrupted(method: str, tmp_path: Path, reach_demonstrations: Trajectories) -> None:
     """Also where the start comes out otherwise the second time: other random numbers, other windows."""
 

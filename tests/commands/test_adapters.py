@@ -272,6 +272,7 @@ def test_every_source_for_every_method_that_needs_data(
     method: str, source: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     more = [f"adapter={method}", f"adapter.eva.source={source}", "adapter.eva.rollout_steps=20", "algo.updates=4"]
+    more += ["adapter.targets=[q_proj,down_proj,action_head,embed_state]", "adapter.rank_caps={action_head:2}"]
     asked = [f"policy={folder}/base", f"run_dir={tmp_path}/run", *SMALL, *more]
     if method == "lora_ga" and source != "trajectories":
         assert finetune.main(asked) == 2
