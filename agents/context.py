@@ -3,16 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from eva_rl.agents.decision_transformer import DecisionTransformer
+from eva_rl.agents.static_step import StaticMemory, compiled_step, static_step
 from eva_rl.agents.transformer import LayerCache
 from eva_rl.batch import InputScaling, WindowBatch
 
-Window = Literal["cached", "full"]
+Window = Literal["cached", "growing", "static", "full"]
+
+
+@dataclass(frozen=True)
+class Acting:
+    """How the network is computed while it acts.
+
+    Attributes:
+        precision: ``float32``, or ``bfloat16`` for mixed precision.
+        compile: ``none``, or torch.compile's mode for the steps of a static memory: ``default`` or ``reduce-overhead``
+            (CUDA graphs).
+    """
+
+    precision: str = "float32"
+    compile: str = "none"
 
 
 class RolloutContext:
@@ -21,15 +37,18 @@ class RolloutContext:
     ``window="full"`` shows the network the last T steps at every step. ``window="cached"`` keeps keys and values of a
     context that grows from T / 2 to T steps and is then rebuilt from the last T / 2: every action is the network's own
     on a window of legitimate length (it was trained on all lengths from 1 to T), at the cost of about two env steps'
-    tokens instead of T. All environments share the length of the context; the steps in it that precede an
-    environment's episode are masked for that environment.
+    tokens instead of T. Its tensors are either as long as the context (``growing``, the choice on a CPU), or have one
+    shape at every step (``static``, the choice on a GPU). All environments share the length of the context; the steps
+    in it that precede an environment's episode are masked for that environment.
 
     Args:
         network: The Decision Transformer.
         scaling: How raw numbers become what the network sees.
         target_returns: (n,), return to ask for, unscaled, per environment.
-        window: ``cached`` or ``full``.
+        window: ``cached``, or one of its forms by name, or ``full``.
         on_window: Called with each full window before the network sees it.
+        acting: How the network is computed.
+        earlier: A context that is no longer used; its memory is, where it fits.
     """
 
     def __init__(
@@ -39,22 +58,29 @@ class RolloutContext:
         target_returns: Tensor,
         window: Window = "cached",
         on_window: Callable[[WindowBatch], None] | None = None,
+        acting: Acting | None = None,
+        earlier: RolloutContext | None = None,
     ) -> None:
         config = network.config
-        self._network, self._scaling, self._window = network, scaling, window
+        self._network, self._scaling, self._acting = network, scaling, acting or Acting()
+        self._window = _form(window, target_returns.device, self._acting)
         self._on_window = on_window
         self._targets = (target_returns / scaling.return_scale).unsqueeze(-1)  # (n, 1)
         n, T = len(target_returns), config.context_length
         # The newest steps slide through buffers of twice their number, so that they move once every T steps only.
-        widths = [config.observation_dim, config.action_dim, 1, 1]
+        self._widths = widths = (config.observation_dim, config.action_dim, 1, 1)
         self._steps = target_returns.new_zeros(n, 2 * T, sum(widths))
-        self._observations, self._actions, self._returns_to_go, self._rewards = torch.split(self._steps, widths, dim=-1)
+        self._observations, self._actions, self._returns_to_go, self._rewards = torch.split(
+            self._steps, list(widths), dim=-1
+        )
         self._end = T
         self._timesteps = torch.zeros(n, dtype=torch.long)
         """Of the newest step, (n,); kept on the CPU, so that no decision waits for a GPU."""
         self._caches: list[LayerCache] = []
         self._cached_steps = 0
         self._positions = torch.arange(T * config.tokens_per_step)
+        kept = None if earlier is None else earlier._memory
+        self._memory = kept.forget() if kept is not None and kept.fits(network, n) else None
 
     def features(self, observations: Tensor, rewards: Tensor, starts: Tensor) -> Tensor:
         """Take in one env step and return the hidden state that its action is read from.
@@ -67,6 +93,11 @@ class RolloutContext:
         Returns:
             (n, D).
         """
+        device = self._steps.device.type
+        with torch.autocast(device, torch.bfloat16, enabled=self._acting.precision == "bfloat16"):
+            return self._features(observations, rewards, starts).float()
+
+    def _features(self, observations: Tensor, rewards: Tensor, starts: Tensor) -> Tensor:
         self._append(observations, rewards, starts)
         T, longest = self._network.config.context_length, int(self._timesteps.max()) + 1
         if self._window == "full":
@@ -75,8 +106,9 @@ class RolloutContext:
                 self._on_window(windows)
             return self._network.features(windows, last_only=self._on_window is None)[:, -1]
         if self._cached_steps in {0, T} or longest == 1:
-            return self._rebuild(min(max(1, T // 2), longest))
-        return self._extend()
+            kept = min(max(1, T // 2), longest)
+            return self._static(kept, max(1, T // 2)) if self._window == "static" else self._rebuild(kept)
+        return self._static(self._cached_steps + 1, 1) if self._window == "static" else self._extend()
 
     def acted(self, actions: Tensor) -> None:
         """Record the scaled actions (n, act) taken on the last features."""
@@ -117,6 +149,21 @@ class RolloutContext:
         """Whether every environment has taken that many steps in its episode."""
         return int(self._timesteps.min()) >= num_steps - 1
 
+    def _static(self, num_visible: int, num_new: int) -> Tensor:
+        """Add the ``num_new`` newest env steps to the static memory; a context of one begins with one step alone."""
+        num_new = min(num_new, 1) if num_visible == 1 else num_new
+        if self._memory is None:
+            self._memory = StaticMemory(self._network, len(self._timesteps))
+        memory, self._cached_steps = self._memory, num_visible
+        memory.visible.fill_(num_visible)
+        memory.timesteps.copy_(self._timesteps)
+        steps = memory.inputs(self._steps[:, self._end - num_new - 1 : self._end])
+        compiles = self._acting.compile != "none" and num_new == 1
+        step = compiled_step(self._acting.compile) if compiles else static_step
+        return step(
+            self._network, steps, self._widths, memory.keys, memory.values, memory.visible, memory.timesteps
+        ).clone()
+
     def _rebuild(self, num_steps: int) -> Tensor:
         config = self._network.config
         self._caches = self._caches or self._network.new_caches(len(self._timesteps), config.context_length)
@@ -147,3 +194,10 @@ class RolloutContext:
         ages = self._cached_steps - 1 - keys // self._network.config.tokens_per_step
         real = ages <= self._timesteps.unsqueeze(-1)  # (n, keys)
         return (causal & real[:, None, None]) | (keys == queries)
+
+
+def _form(window: Window, device: torch.device, acting: Acting) -> Window:
+    """What ``cached`` stands for: one shape at every step where that is worth its price."""
+    if window != "cached":
+        return window
+    return "static" if device.type == "cuda" or acting.compile != "none" else "growing"

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from eva_rl.agents.context import RolloutContext, Window
+from eva_rl.agents.context import Acting, RolloutContext, Window
 from eva_rl.agents.decision_transformer import DecisionTransformer
 from eva_rl.batch import InputScaling, WindowBatch
 from eva_rl.errors import UserError
@@ -93,6 +93,7 @@ class DecisionTransformerPolicy:
         self.env_id = env_id
         self.metadata = dict(metadata or {})
         self.window: Window = "cached"
+        self.acting = Acting()
         self.on_window: Callable[[WindowBatch], None] | None = None
         self.adapters: Any = None
         """The :class:`eva_rl.adapters.Adapters` of a policy that ``eva_rl.load_policy`` loaded."""
@@ -140,7 +141,9 @@ class DecisionTransformerPolicy:
     def reset(self, env_ids: Sequence[str]) -> None:
         """Forget all histories and prepare for one environment per name."""
         targets = torch.tensor([self.conditioning.of(env_id) for env_id in env_ids], device=self.device)
-        self._context = RolloutContext(self.network, self.scaling, targets.float(), self.window, self.on_window)
+        self._context = RolloutContext(
+            self.network, self.scaling, targets.float(), self.window, self.on_window, self.acting, self._context
+        )
 
     def act(
         self,

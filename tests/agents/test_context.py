@@ -7,12 +7,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 import torch
+import torch._dynamo.testing
 from numpy.typing import NDArray
 
 from eva_rl.agents import DecisionTransformer, DecisionTransformerConfig, DecisionTransformerPolicy
-from eva_rl.agents.context import RolloutContext
+from eva_rl.agents.context import Acting, RolloutContext
 from eva_rl.agents.decision_transformer import TOKEN_ORDERS
 from eva_rl.agents.policy import Conditioning
+from eva_rl.agents.static_step import static_step
 from eva_rl.batch import InputScaling, WindowBatch
 
 OBS, ACT, TARGET, SCALE = 5, 2, 30.0, 10.0
@@ -105,6 +107,47 @@ def test_full_windows_are_the_networks_own(order: tuple[str, ...]) -> None:
     policy.window = "full"
     records = play(policy, 80)
     assert largest_difference(policy, records, full=True) < 1e-5
+
+
+@pytest.mark.parametrize("order", TOKEN_ORDERS)
+@pytest.mark.parametrize("context_length", [1, 2, 7, 8])
+def test_static_shapes_give_the_same_actions(context_length: int, order: tuple[str, ...]) -> None:
+    """Across episode ends and different lengths; the memory is that of an earlier use, and held a NaN."""
+    growing, static = make_policy(context_length, order), make_policy(context_length, order)
+    static.window = "static"
+    play(static, 3)
+    assert static._context is not None
+    memory = static._context._memory
+    assert memory is not None
+    memory.keys[0].fill_(np.nan)
+    expected, found = play(growing), play(static)
+    assert static._context._memory is memory
+    assert largest_difference(static, found) < 1e-5
+    for one, other in zip(expected, found, strict=True):
+        np.testing.assert_allclose(one.actions, other.actions, atol=1e-5)
+        assert one.visible == other.visible
+
+
+def test_bfloat16_acts_nearly_alike() -> None:
+    exact, mixed = make_policy(8), make_policy(8)
+    mixed.acting = Acting(precision="bfloat16")
+    differences = [np.abs(a.actions - b.actions) for a, b in zip(play(exact, 30), play(mixed, 30), strict=True)]
+    assert 0 < np.mean(differences) < 0.1
+
+
+@pytest.mark.slow
+def test_a_static_step_compiles_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch._dynamo.reset()
+    backend = torch._dynamo.testing.CompileCounter()
+    step = torch.compile(static_step, backend=backend, dynamic=False, fullgraph=True)
+    monkeypatch.setattr("eva_rl.agents.context.compiled_step", lambda mode: step)
+    policy = make_policy(8)
+    policy.acting = Acting(compile="default")
+    records = play(policy)
+    assert backend.frame_count == 1, "no shape, mask or length makes another graph"
+    assert largest_difference(policy, records) < 1e-5
+    play(policy, 20)
+    assert backend.frame_count == 1, "nor does another evaluation"
 
 
 def test_the_comparison_sees_what_it_is_for(monkeypatch: pytest.MonkeyPatch) -> None:
