@@ -19,7 +19,7 @@ class OnlineAlgoOptions(AlgoOptions):
     """
 
     env_steps: int = option(100_000, "env steps in all")
-    num_envs: int = option(10, "environments that the policy acts in at once")
+    num_envs: int = option(10, "environments that the policy acts in at once, from no exploration to all of it")
     workers: int = option(0, "0 steps all environments in this process, 1 gives each a process of its own")
     eval_every: int = option(10_000, "env steps between two quick looks at validation episodes; 0 for none")
     checkpoint_every: int = option(10_000, "env steps between two checkpoints; 0 for none")
@@ -84,9 +84,10 @@ class ReplayAlgoOptions(OnlineAlgoOptions):
 class ODTAlgoOptions(ReplayAlgoOptions):
     """Online Decision Transformer (arXiv 2202.05607)."""
 
-    initial_std: float = option(0.2, "standard deviation, before the tanh, that a deterministic policy begins with")
-    initial_temperature: float = option(0.1, "weight of the entropy at first")
-    temperature_learning_rate: float = option(1e-4, "Adam's, for the logarithm of that weight")
+    initial_std: float = option(0.1, "standard deviation, before the tanh, that a deterministic policy begins with")
+    initial_temperature: float = option(0.02, "weight of the entropy at first")
+    temperature_learning_rate: float = option(1e-2, "Adam's, for the logarithm of that weight")
+    by_return: bool = option(False, "draw env steps in proportion to their episode's return, not all alike")
     target_entropy: float | None = option(None, "lower bound of the entropy in nats; null takes -action dimensions")
 
     def __post_init__(self) -> None:
@@ -107,7 +108,7 @@ class ODTTD3AlgoOptions(ReplayAlgoOptions):
     discount: float = option(0.99, "gamma")
     target_share: float = option(0.005, "share by which target networks move at each gradient step")
     policy_delay: int = option(2, "gradient steps of the critics for one of the policy")
-    critic_warmup: int = option(500, "gradient steps of the critics before the policy's first")
+    critic_warmup: int = option(1_000, "gradient steps in which the critics learn the returns obtained so far")
     exploration_noise: float = option(0.1, "standard deviation of the noise on actions, in scaled actions")
     target_noise: float = option(0.2, "standard deviation of the noise on target actions")
     target_noise_clip: float = option(0.5, "its largest magnitude")

@@ -153,7 +153,8 @@ def make_replay(session: Session, algo: ReplayAlgoOptions) -> TrajectoryReplay:
     """A replay that holds the demonstrations, the best last, as many as fit."""
     policy = session.policy
     folder = session.run_dir / "replay" if algo.replay_on_disk else None
-    replay = TrajectoryReplay(algo.replay_size, policy.observation_dim, policy.action_dim, folder)
+    discount = algo.discount if isinstance(algo, ODTTD3AlgoOptions) else 1.0
+    replay = TrajectoryReplay(algo.replay_size, policy.observation_dim, policy.action_dim, folder, discount=discount)
     if session.data is not None:
         asked = policy.conditioning.of(session.spec.env_id)
         order = session.data.returns.argsort(kind="stable")

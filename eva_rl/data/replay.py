@@ -16,7 +16,7 @@ from eva_rl.data.trajectories import Episode
 from eva_rl.data.windows import gather_windows
 from eva_rl.errors import UserError
 
-COLUMNS = ("observations", "actions", "rewards", "returns_to_go", "asked")
+COLUMNS = ("observations", "actions", "rewards", "returns_to_go", "discounted_returns", "asked")
 _EPISODES = "episodes"
 
 
@@ -29,6 +29,7 @@ class TransitionWindows:
             action.
         rewards: (B, T), unscaled, of the env step taken in each observation.
         terminated: (B, T), True where that step ended the episode for good.
+        returns: (B, T), discounted sum of the rewards that were obtained from each step on.
         acted: (B, T), True where the step is real and an action was taken in it.
         valid: (B, T - 1), True where a step and its successor are both in the window.
     """
@@ -36,6 +37,7 @@ class TransitionWindows:
     windows: WindowBatch
     rewards: Tensor
     terminated: Tensor
+    returns: Tensor
     acted: Tensor
     valid: Tensor
 
@@ -57,18 +59,27 @@ class TrajectoryReplay:
         observation_dim: Numbers in one observation.
         action_dim: Numbers in one action.
         folder: Where the arrays lie, mapped into memory; None keeps them in memory.
+        discount: gamma, of the discounted returns that critics begin with.
 
     Raises:
         UserError: The folder cannot be written.
     """
 
-    def __init__(self, capacity: int, observation_dim: int, action_dim: int, folder: Path | None = None) -> None:
-        self.capacity = capacity
+    def __init__(
+        self,
+        capacity: int,
+        observation_dim: int,
+        action_dim: int,
+        folder: Path | None = None,
+        *,
+        discount: float = 0.99,
+    ) -> None:
+        self.capacity, self._discount = capacity, discount
         shapes = {"observations": (observation_dim,), "actions": (action_dim,)}
         arrays = {name: _array(name, (capacity, *shapes.get(name, ())), folder) for name in COLUMNS}
         self.observations, self.actions = arrays["observations"], arrays["actions"]
         self.rewards, self.returns_to_go = arrays["rewards"], arrays["returns_to_go"]
-        self.asked = arrays["asked"]
+        self.asked, self.discounted_returns = arrays["asked"], arrays["discounted_returns"]
         self.target_actions: None = None
         self._starts = np.zeros(0, np.int64)
         self._lengths = np.zeros(0, np.int64)
@@ -96,15 +107,10 @@ class TrajectoryReplay:
         """(E,), oldest first."""
         return self.returns_to_go[self._starts]
 
-    def mean_discounted_return(self, discount: float) -> float:
+    @property
+    def mean_discounted_return(self) -> float:
         """Mean magnitude, over all env steps kept, of the discounted sum of the rewards from there on."""
-        magnitude = 0.0
-        for start, length in zip(self._starts, self._lengths, strict=True):
-            total = 0.0
-            for reward in self.rewards[start : start + length][::-1].tolist():
-                total = reward + discount * total
-                magnitude += abs(total)
-        return magnitude / max(1, self.num_steps)
+        return float(np.abs(self.discounted_returns[self._rows()]).sum()) / max(1, self.num_steps)
 
     def add(self, episode: Episode, asked: float, *, complete: bool = True) -> None:
         """Keep an episode.
@@ -130,9 +136,10 @@ class TrajectoryReplay:
         to_go = np.cumsum(episode.rewards[::-1], dtype=np.float64)[::-1]
         self.returns_to_go[rows] = to_go
         self.asked[rows] = asked - (to_go[0] - to_go)
+        self.discounted_returns[rows] = _discounted(episode.rewards, self._discount)
         last = begin + length
         self.actions[last], self.rewards[last] = 0, 0
-        self.returns_to_go[last], self.asked[last] = 0, asked - to_go[0]
+        self.returns_to_go[last], self.discounted_returns[last], self.asked[last] = 0, 0, asked - to_go[0]
         self._starts = np.append(self._starts, begin)
         self._lengths = np.append(self._lengths, length)
         self._terminated = np.append(self._terminated, bool(episode.terminations[-1]))
@@ -159,6 +166,8 @@ class TrajectoryReplay:
         rng: np.random.Generator,
         context_length: int,
         scaling: InputScaling,
+        *,
+        by_return: bool = False,
     ) -> WindowBatch:
         """Windows of complete episodes, every env step alike as the last of one, with the returns obtained.
 
@@ -167,11 +176,13 @@ class TrajectoryReplay:
             rng: What draws.
             context_length: T.
             scaling: How raw numbers become what the network sees; on the CPU.
+            by_return: Draw env steps in proportion to their episode's return above the worst, at least a hundredth.
 
         Raises:
             UserError: No complete episode is kept.
         """
-        rows, episodes = self._draw(batch_size, rng, self._complete, extra=0)
+        weights = self._complete * (self._above_worst() if by_return and self.num_complete else 1.0)
+        rows, episodes = self._draw(batch_size, rng, weights, extra=0)
         return gather_windows(self, rows, self._starts[episodes], context_length, scaling)
 
     def sample_transitions(
@@ -192,7 +203,7 @@ class TrajectoryReplay:
             scaling: How raw numbers become what the network sees; on the CPU.
             as_asked: Show the returns-to-go that the policy was asked for, rather than those obtained.
         """
-        rows, episodes = self._draw(batch_size, rng, np.ones(self.num_episodes, bool), extra=1)
+        rows, episodes = self._draw(batch_size, rng, np.ones(self.num_episodes), extra=1)
         starts = self._starts[episodes]
         windows = gather_windows(self, rows, starts, context_length, scaling)
         span = rows[:, None] + np.arange(1 - context_length, 1)
@@ -206,23 +217,31 @@ class TrajectoryReplay:
             windows=windows,
             rewards=torch.from_numpy(self.rewards[span] * real),
             terminated=torch.from_numpy(self._terminated[episodes][:, None] & (span == last_step)),
+            returns=torch.from_numpy(self.discounted_returns[span] * real),
             acted=torch.from_numpy(real & (span <= last_step)),
             valid=torch.from_numpy(real[:, :-1]),
         )
 
+    def _above_worst(self) -> NDArray[np.float64]:
+        """Return of each episode between the worst complete one's, 0.01, and the best one's, 1."""
+        returns = self.episode_returns.astype(np.float64)
+        low, high = returns[self._complete].min(), returns[self._complete].max()
+        share: NDArray[np.float64] = np.clip((returns - low) / max(high - low, 1e-12), 0.01, 1)
+        return share
+
     def _draw(
-        self, batch_size: int, rng: np.random.Generator, allowed: NDArray[np.bool_], extra: int
+        self, batch_size: int, rng: np.random.Generator, weights: NDArray[np.float64], extra: int
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Rows, and the episode of each; ``extra`` rows after an episode's last env step may be drawn, too."""
-        which = np.flatnonzero(allowed)
-        if not len(which):
+        """Rows, and the episode of each, given the relative probability of its rows, (E,).
+
+        ``extra`` rows after an episode's last env step may be drawn, too.
+        """
+        lengths = self._lengths + extra
+        cumulative = np.cumsum(lengths * weights)
+        if not len(cumulative) or cumulative[-1] <= 0:
             raise UserError("The replay holds no complete episode yet. Raise algo.steps_per_iteration.")
-        cumulative = np.cumsum(self._lengths[which] + extra)
-        draws = rng.integers(cumulative[-1], size=batch_size)
-        index = np.searchsorted(cumulative, draws, side="right")
-        episodes = which[index]
-        back = cumulative[index] - draws  # 1 for the last row of the episode
-        return self._starts[episodes] + self._lengths[episodes] + extra - back, episodes
+        episodes = np.searchsorted(cumulative, rng.random(batch_size) * cumulative[-1], side="right")
+        return self._starts[episodes] + rng.integers(lengths[episodes]), episodes
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything kept, for a checkpoint; rows that no episode owns are left out."""
@@ -249,6 +268,15 @@ class TrajectoryReplay:
         """Keep several complete episodes."""
         for episode in episodes:
             self.add(episode, asked)
+
+
+def _discounted(rewards: NDArray[np.float32], discount: float) -> list[float]:
+    """Discounted sum of the rewards from each env step on."""
+    sums, total = [], 0.0
+    for reward in reversed(rewards.tolist()):
+        total = reward + discount * total
+        sums.append(total)
+    return sums[::-1]
 
 
 def _array(name: str, shape: tuple[int, ...], folder: Path | None) -> NDArray[np.float32]:

@@ -14,7 +14,7 @@ from eva_rl.agents.stochastic import gaussian_log_prob, sample_actions
 from eva_rl.batch import WindowBatch
 from eva_rl.data.replay import TrajectoryReplay
 from eva_rl.training.bc import Extension
-from eva_rl.training.online_parts import ActorOptions, Learner, draws, masked_mean
+from eva_rl.training.online_parts import ActorOptions, Learner, draws, masked_mean, noise_levels
 
 
 @dataclass(frozen=True)
@@ -25,11 +25,14 @@ class ODTOptions(ActorOptions):
         initial_temperature: lambda at first.
         temperature_learning_rate: Adam's, for log lambda.
         target_entropy: beta, a lower bound of the policy's entropy in nats; None takes minus the action's dimensions.
+        by_return: Draw env steps in proportion to the return of their episode above the worst one's, rather than all
+            alike as the paper does.
     """
 
     initial_temperature: float = 0.1
     temperature_learning_rate: float = 1e-4
     target_entropy: float | None = None
+    by_return: bool = False
 
 
 @dataclass(frozen=True)
@@ -82,21 +85,29 @@ class OnlineDecisionTransformer(Learner):
         extension: Extension | None = None,
     ) -> None:
         super().__init__(policy, options, seed=seed, extension=extension)
-        asked = options.target_entropy
+        asked, self._by_return = options.target_entropy, options.by_return
         self._target_entropy = -float(policy.action_dim) if asked is None else asked
         self._log_temperature = nn.Parameter(torch.tensor(float(np.log(options.initial_temperature))))
         self._temperature_optimizer = torch.optim.Adam([self._log_temperature], lr=options.temperature_learning_rate)
         self.add("temperature", {"log": self._log_temperature}, self._temperature_optimizer)
 
     def explore(self, generator: torch.Generator) -> Callable[[Tensor], Tensor]:
-        """Actions drawn from the policy."""
+        """Actions drawn from the policy, with its standard deviation times each environment's level."""
         network = self.policy.network
-        return lambda features: sample_actions(*network.distribution(features), generator)
+
+        def choose(features: Tensor) -> Tensor:
+            mean, log_std = network.distribution(features)
+            levels = noise_levels(len(mean)).clamp(min=1e-6).to(mean.device)
+            return sample_actions(mean, log_std + levels.log(), generator)
+
+        return choose
 
     def update(self, replay: TrajectoryReplay, update: int) -> dict[str, float]:
         """One gradient step on the policy and one on the temperature."""
         rng, generator = draws(self.seed, update)
-        batch = replay.sample(self.options.batch_size, rng, self.context_length, self.scaling).to(self.policy.device)
+        batch = replay.sample(
+            self.options.batch_size, rng, self.context_length, self.scaling, by_return=self._by_return
+        ).to(self.policy.device)
         found = self._loss(batch, generator)
         temperature = self._log_temperature.exp()
         loss = found.likelihood - temperature.detach() * found.entropy

@@ -14,7 +14,7 @@ from eva_rl.data.replay import TrajectoryReplay, TransitionWindows
 from eva_rl.training.bc import Extension
 from eva_rl.training.critics import TwinCritics, blend, td_targets
 from eva_rl.training.failures import NotFiniteError
-from eva_rl.training.online_parts import ActorOptions, Learner, draws, masked_mean, named
+from eva_rl.training.online_parts import ActorOptions, Learner, draws, masked_mean, named, noise_levels
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,8 @@ class TD3Options(ActorOptions):
         discount: gamma.
         target_share: Share by which target networks move at each gradient step.
         policy_delay: Gradient steps of the critics for one of the policy.
-        critic_warmup: Gradient steps of the critics before the policy's first.
+        critic_warmup: Gradient steps of the critics before the policy's first; they learn the returns that were
+            obtained, since temporal differences take 1 / (target_share (1 - discount)) gradient steps to carry them.
         exploration_noise: Standard deviation of the noise on actions taken, in scaled actions.
         target_noise: Standard deviation of the noise on target actions.
         target_noise_clip: Its largest magnitude.
@@ -83,26 +84,28 @@ class TD3DecisionTransformer(Learner):
         self._reward_scale = 0.0
 
     def explore(self, generator: torch.Generator) -> Callable[[Tensor], Tensor]:
-        """The policy's own actions with Gaussian noise."""
+        """The policy's own actions with Gaussian noise, times each environment's level."""
         std = self._td3.exploration_noise
 
         def choose(features: Tensor) -> Tensor:
             actions = self.policy.network.actions(features)
-            return actions + std * torch.randn(actions.shape, generator=generator).to(actions.device)
+            noise = std * noise_levels(len(actions)) * torch.randn(actions.shape, generator=generator)
+            return actions + noise.to(actions.device)
 
         return choose
 
     def update(self, replay: TrajectoryReplay, update: int) -> dict[str, float]:
         """One gradient step on the critics, and at every ``policy_delay``-th one on the policy."""
         rng, generator = draws(self.seed, update)
-        self._reward_scale = self._reward_scale or max(replay.mean_discounted_return(self._td3.discount), 1e-8)
+        self._reward_scale = self._reward_scale or max(replay.mean_discounted_return, 1e-8)
         batch = replay.sample_transitions(self.options.batch_size, rng, self.context_length, self.scaling)
         batch = batch.to(self.policy.device)
         metrics = self._update_critics(batch, generator, update)
         if update >= self._td3.critic_warmup and update % self._td3.policy_delay == 0:
             metrics |= self._update_policy(batch, update)
             blend(self.target_network, self.policy.network, self._td3.target_share * self._td3.policy_delay)
-        blend(self.target_critics, self.critics, self._td3.target_share)
+        warming = update < self._td3.critic_warmup
+        blend(self.target_critics, self.critics, 1.0 if warming else self._td3.target_share)
         return metrics
 
     def targets(self, batch: TransitionWindows, generator: torch.Generator) -> Tensor:
@@ -117,7 +120,10 @@ class TD3DecisionTransformer(Learner):
         return td_targets(rewards, batch.terminated[:, :-1], following, options.discount)
 
     def _update_critics(self, batch: TransitionWindows, generator: torch.Generator, update: int) -> dict[str, float]:
-        targets = self.targets(batch, generator)
+        if update < self._td3.critic_warmup:
+            targets = batch.returns[:, :-1] / self._reward_scale
+        else:
+            targets = self.targets(batch, generator)
         first, second = self.critics(batch.windows.observations[:, :-1], batch.windows.actions[:, :-1])
         errors = (first - targets).square() + (second - targets).square()
         loss = masked_mean(errors, batch.valid)
@@ -157,4 +163,3 @@ class TD3DecisionTransformer(Learner):
     def _slow(self) -> dict[str, nn.Parameter]:
         own = named(self.target_network)
         return {name: own[name] for name in self.parameters}
-

@@ -151,6 +151,15 @@ def draws(seed: int, update: int) -> tuple[np.random.Generator, torch.Generator]
     return rng, torch.Generator().manual_seed(int(rng.integers(2**62)))
 
 
+def noise_levels(num_envs: int) -> Tensor:
+    """How much of its noise each environment explores with, (n, 1): from none to all.
+
+    Several degrees at once (as the actors of Ape-X, Horgan et al. 2018, arXiv 1803.00933) give episodes that succeed
+    and episodes that try something else, where one degree for all would spoil every long precise motion.
+    """
+    return torch.linspace(0, 1, num_envs).unsqueeze(-1) if num_envs > 1 else torch.ones(1, 1)
+
+
 def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
     """Mean of values (B, T) where the mask (B, T) is True; None says everywhere."""
     if mask is None:

@@ -110,6 +110,16 @@ def test_the_oldest_episodes_make_room() -> None:
         replay.add(episode(20), asked=0.0)
 
 
+def test_better_episodes_are_drawn_more_often() -> None:
+    replay = make()
+    for length in (1, 2, 4):  # returns 1, 3, 10
+        replay.add(episode(length, length), asked=0.0)
+    drawn = replay.sample(20_000, np.random.default_rng(0), 2, SCALING, by_return=True).observations[:, -1, 0]
+    shares = np.array([(drawn == length).float().mean().item() for length in (1, 2, 4)])
+    weights = np.array([1 * 0.01, 2 * 2 / 9, 4 * 1.0])
+    np.testing.assert_allclose(shares, weights / weights.sum(), atol=0.01)
+
+
 def test_a_restored_replay_draws_the_same(tmp_path: Path) -> None:
     replay = make(20)
     for start in range(7):

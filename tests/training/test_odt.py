@@ -51,10 +51,10 @@ def test_small_problems_are_solved(kind: type[gym.Env[Any, Any]]) -> None:
     learner = OnlineDecisionTransformer(
         policy, ODTOptions(learning_rate=3e-3, warmup=10, weight_decay=0.0, temperature_learning_rate=1e-2)
     )
-    options = OnlineOptions(env_steps=3200, steps_per_iteration=80, updates_per_iteration=10)
+    options = OnlineOptions(env_steps=3200, steps_per_iteration=80, updates_per_iteration=20)
     counters = train_online(learner, TrajectoryReplay(2000, 2, 1), make_task(kind), options, log=lambda *_: None)
     assert counters.env_steps == 3200
-    assert counters.update == 400
+    assert counters.update == 800
     assert before < kind.solved < mean_return(policy, kind)  # type: ignore[attr-defined]
 
 

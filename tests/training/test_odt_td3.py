@@ -46,7 +46,7 @@ def test_targets_move_by_a_share() -> None:
 
 def _replay(terminated: bool) -> TrajectoryReplay:
     """Episodes of two env steps, with rewards 1 and 1."""
-    replay = TrajectoryReplay(1000, 2, 1)
+    replay = TrajectoryReplay(1000, 2, 1, discount=0.5)
     for _ in range(50):
         replay.add(
             Episode(
@@ -61,12 +61,32 @@ def _replay(terminated: bool) -> TrajectoryReplay:
     return replay
 
 
+def test_critics_begin_with_the_returns_obtained() -> None:
+    learner = TD3DecisionTransformer(make_learner(), TD3Options(discount=0.5, critic_learning_rate=3e-3))
+    replay = _replay(terminated=True)
+    before = [p.clone() for p in learner.policy.network.parameters()]
+    for update in range(200):
+        learner.update(replay, update)
+    batch = replay.sample_transitions(64, draws(0, 0)[0], 4, learner.scaling)
+    with torch.no_grad():
+        values = learner.target_critics.value(batch.windows.observations, batch.windows.actions)
+    for step, expected in ((0, 1.5 / 1.25), (1, 1 / 1.25)):
+        found = values[(batch.windows.timesteps == step) & batch.acted].mean().item()
+        assert found == pytest.approx(expected, abs=0.05)
+    assert all(torch.equal(a, b) for a, b in zip(before, learner.policy.network.parameters(), strict=True))
+
+
 @pytest.mark.parametrize(("terminated", "second"), [(True, 1.0), (False, None)])
 def test_critics_find_the_values(terminated: bool, second: float | None) -> None:
     """Discounted returns are 1.5 and 1, their mean, 1.25, is what rewards are divided by."""
     policy = make_learner()
     options = TD3Options(
-        discount=0.5, critic_warmup=10**6, critic_learning_rate=3e-3, target_noise=0.0, target_share=0.05
+        discount=0.5,
+        critic_warmup=0,
+        policy_delay=10**6,
+        critic_learning_rate=3e-3,
+        target_noise=0.0,
+        target_share=0.05,
     )
     learner = TD3DecisionTransformer(policy, options)
     replay = _replay(terminated)
