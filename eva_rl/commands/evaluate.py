@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 
@@ -12,8 +13,18 @@ from rich.table import Table
 from eva_rl import envs
 from eva_rl.adapters import ADAPTER_NAME
 from eva_rl.agents import DecisionTransformerPolicy
+from eva_rl.agents.context import Acting
 from eva_rl.commands.command import console, register, run_command
-from eva_rl.commands.options import EvalOptions, PolicyOptions, RunOptions, group, one_of, option
+from eva_rl.commands.options import (
+    COMPILE_MODES,
+    PRECISIONS,
+    EvalOptions,
+    PolicyOptions,
+    RunOptions,
+    group,
+    one_of,
+    option,
+)
 from eva_rl.commands.policies import open_policy
 from eva_rl.commands.pretrain import task_ids
 from eva_rl.commands.progress import counting_progress
@@ -22,6 +33,9 @@ from eva_rl.errors import UserError
 from eva_rl.evaluation import EvaluationResult, evaluate
 from eva_rl.files import write_json
 from eva_rl.seeding import EVALUATION, VALIDATION
+from eva_rl.training.compiling import check_compiler
+from eva_rl.training.distributed import Ranks
+from eva_rl.training.distributed_evaluation import evaluate_together
 from eva_rl.video import record_episode
 
 HELP = """
@@ -50,6 +64,8 @@ class EvaluateConfig(RunOptions):
 
     out: str = option("", "JSON file for the result and every episode; empty writes none")
     window: str = option("cached", "cached (fast) or full context windows; both are exact")
+    precision: str = option("float32", "float32, or bfloat16 for mixed precision")
+    compile: str = option("none", "torch.compile of each step: none, default, or reduce-overhead (CUDA graphs)")
     video: bool = option(False, "also write the first episode of each task as videos/<task>.gif")
     targets: list[float] = field(
         default_factory=list, metadata={"help": "target returns to choose from, by the validation episodes"}
@@ -67,6 +83,8 @@ class EvaluateConfig(RunOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         one_of(("cached", "full"), window=self.window)
+        one_of(PRECISIONS, precision=self.precision)
+        one_of(COMPILE_MODES, compile=self.compile)
         one_of(("on", "off", "both"), adapter=self.adapter)
         self.adapters = {envs.canonical_id(task): path for task, path in self.adapters.items()}
 
@@ -81,6 +99,10 @@ def evaluate_policy(config: EvaluateConfig) -> None:
         raise UserError(f"{out} exists and is not overwritten. Name another out=, or remove it.")
     policy = open_policy(config.policy, prepare_machine(config), adapters=config.adapters)
     policy.window = "full" if config.window == "full" else "cached"
+    policy.acting = Acting(config.precision, config.compile)
+    if config.compile != "none":
+        check_compiler(policy.device)
+    first = Ranks.here().first
     if config.adapter != "on":
         check_adapters(policy)
     asked = config.env.id or "+".join(config.adapters) or policy.env_id
@@ -95,12 +117,12 @@ def evaluate_policy(config: EvaluateConfig) -> None:
         choose_target(policy, task, config)
     results, without = play(policy, tasks, config)
     show(results, without)
-    for task in tasks if config.video else ():
+    for task in tasks if config.video and first else ():
         put_to_work(policy, task, config.adapter != "off")
         path = Path("videos") / f"{task.replace('/', '-')}.gif"
         record_episode(policy, task, path, seed=config.eval.seed, horizon=config.env.horizon)
         console.print(f"Video: {path}")
-    if out is not None:
+    if out is not None and first:
         write_json(out, record(config, policy, results, without))
 
 
@@ -110,13 +132,13 @@ def play(
     """Evaluate each task as asked, and for ``adapter=both`` once more without adapters, on the same goals."""
     ways = [True, False] if config.adapter == "both" else [config.adapter == "on"]
     results: dict[bool, list[EvaluationResult]] = {True: [], False: []}
-    with counting_progress("Episodes", config.eval.episodes * len(tasks) * len(ways)) as advance:
+    with counting_progress("Episodes", Ranks.here().mine(config.eval.episodes) * len(tasks) * len(ways)) as advance:
         for task in tasks:
             for adapted in ways:
                 put_to_work(policy, task, adapted)
-                found = evaluate(
-                    policy,
-                    task,
+                found = evaluate_together(
+                    Ranks.here(),
+                    partial(evaluate, policy, task),
                     episodes=config.eval.episodes,
                     seed=config.eval.seed,
                     horizon=config.env.horizon,
