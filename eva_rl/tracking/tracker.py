@@ -1,4 +1,4 @@
-"""Metrics to ``metrics.jsonl`` and TensorBoard, under the same keys."""
+"""Metrics to ``metrics.jsonl``, TensorBoard and others, under the same keys."""
 
 from __future__ import annotations
 
@@ -6,59 +6,134 @@ import json
 import math
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
-from torch.utils.tensorboard import SummaryWriter
+from numpy.typing import NDArray
+from torch import nn
 
 from eva_rl.files import write_file
 from eva_rl.tracking.figures import pixels
+from eva_rl.tracking.layers import layer_norms
+from eva_rl.tracking.sinks import TENSORBOARD, Start, open_sinks
 
 METRICS_FILE = "metrics.jsonl"
-WALL_TIME = "wall_time"
+STEP, WALL_TIME = "step", "wall_time"
+CLONING = "bc/"
+"""Before the keys of cloning, in runs whose record counts env steps afterwards."""
+TRAINING = "train/"
+LAYER_POINTS = 50
+"""Norms of layers are recorded at most this often in a run."""
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Resume:
+    """Where a run goes on.
+
+    Attributes:
+        step: The last step that it builds on.
+        cloning: Whether that is a step of the cloning before another phase.
+    """
+
+    step: int
+    cloning: bool = False
+
+    def keeps(self, row: Row) -> bool:
+        """Whether a row was recorded before."""
+        of_cloning = any(key.startswith(CLONING) for key in row)
+        if self.cloning:
+            return row[STEP] == 0 or (of_cloning and row[STEP] <= self.step)
+        return of_cloning or row[STEP] <= self.step
 
 
 class Tracker:
-    """Writes metrics of one run; a resumed run continues both records without duplicated points.
+    """Writes metrics of one run; a resumed run continues all records without duplicated points.
 
     Args:
         run_dir: The run directory.
-        resume_step: Points after this gradient step are removed; None starts afresh.
+        resume: Where the run goes on, or the gradient step; points after it are removed. None starts afresh.
+        trackers: Which others show the metrics: ``tensorboard``, ``trackio``, ``wandb``.
+        hyperparameters: Settings to show beside the results, flat; None values are left out.
     """
 
-    def __init__(self, run_dir: Path, resume_step: int | None = None) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        resume: Resume | int | None = None,
+        trackers: tuple[str, ...] = (TENSORBOARD,),
+        hyperparameters: Mapping[str, Any] | None = None,
+    ) -> None:
         self.path = run_dir / METRICS_FILE
         run_dir.mkdir(parents=True, exist_ok=True)
-        if resume_step is None:
-            self.path.write_text("")
-        else:
-            _forget_after(self.path, resume_step)
-        purge = None if resume_step is None else resume_step + 1
-        self.writer = SummaryWriter(str(run_dir / "tb"), purge_step=purge)
+        where = Resume(resume) if isinstance(resume, int) else resume
+        rows = [] if where is None else read_metrics(run_dir)
+        kept = [row for row in rows if where is not None and where.keeps(row)]
+        forgotten = [row for row in rows if where is not None and not where.keeps(row)]
+        write_file(self.path, lambda aside: aside.write_text("".join(json.dumps(row) + "\n" for row in kept)))
+        purge = None if where is None else min([row[STEP] for row in forgotten], default=where.step + 1)
+        told = frozenset(map(_point, rows))
+        self._sinks = open_sinks(trackers, Start(run_dir, hyperparameters or {}, purge, told))
         self._file = self.path.open("a", encoding="utf-8")
+        self._last_step = kept[-1][STEP] if kept else 0
+        self._watched: tuple[nn.Module, int] | None = None
+        for row in kept:
+            if purge is not None and row[STEP] >= purge:  # of an earlier phase, whose steps count something else
+                self._tell(row)
+
+    def watch(self, network: nn.Module, steps: int) -> None:
+        """Record the norms of the trained matrices and of their gradients from now on, beside ``train/`` metrics.
+
+        Args:
+            network: What is trained.
+            steps: Of the whole record, over which the points are spread.
+        """
+        self._watched = (network, max(1, steps // LAYER_POINTS))
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Record metrics at a gradient step; the file is flushed, so that a crash loses nothing logged."""
-        row: dict[str, Any] = {"step": step, WALL_TIME: time.time()}
-        for key, value in metrics.items():
-            number = float(value)
-            row[key] = number if math.isfinite(number) else None
-            self.writer.add_scalar(key, number, step)
+        """Record metrics at a step; the file is flushed, so that a crash loses nothing logged."""
+        values = {key: float(value) for key, value in metrics.items()} | self._layers(metrics, step)
+        finite = {key: value if math.isfinite(value) else None for key, value in values.items()}
+        row: Row = {STEP: step, WALL_TIME: time.time(), **finite}
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
+        self._last_step = step
+        self._tell(row)
 
     def figure(self, tag: str, figure: Figure, step: int) -> None:
-        """Show a figure in TensorBoard and keep it as ``figures/<tag>.png``."""
+        """Show a figure and keep it as ``figures/<tag>.png``."""
         path = self.path.parent / "figures" / f"{tag.replace('/', '_')}.png"
         write_file(path, lambda aside: figure.savefig(aside, dpi=120, format="png"))
-        self.writer.add_image(tag, pixels(figure), step, dataformats="HWC")
+        picture = pixels(figure)
+        for sink in self._sinks:
+            sink.image(tag, picture, step)
+
+    def histogram(self, tag: str, values: NDArray[np.floating[Any]], step: int) -> None:
+        """Show how numbers are distributed."""
+        for sink in self._sinks:
+            sink.histogram(tag, values, step)
+
+    def video(self, tag: str, gif: Path, step: int) -> None:
+        """Show an animated GIF."""
+        for sink in self._sinks:
+            sink.video(tag, gif, step)
+
+    def finished(self, results: Mapping[str, Any]) -> None:
+        """Show the run as finished, with those of the results that are numbers."""
+        numbers = {key: float(value) for key, value in results.items() if isinstance(value, int | float)}
+        for sink in self._sinks:
+            sink.finished(numbers)
 
     def close(self) -> None:
         """Flush and close."""
         self._file.close()
-        self.writer.close()
+        for sink in self._sinks:
+            sink.close()
 
     def __enter__(self) -> Tracker:
         return self
@@ -68,8 +143,20 @@ class Tracker:
     ) -> None:
         self.close()
 
+    def _tell(self, row: Row) -> None:
+        values = {key: math.nan if row[key] is None else row[key] for key in row if key not in (STEP, WALL_TIME)}
+        for sink in self._sinks:
+            sink.scalars(values, row[STEP], row[WALL_TIME])
 
-def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    def _layers(self, metrics: Mapping[str, float], step: int) -> dict[str, float]:
+        """Norms of layers, at the first training metrics and then where a multiple of the interval was passed."""
+        if self._watched is None or not any(key.startswith(TRAINING) for key in metrics):
+            return {}
+        network, every = self._watched
+        return layer_norms(network) if step // every > self._last_step // every or self._last_step == 0 else {}
+
+
+def read_metrics(run_dir: Path) -> list[Row]:
     """Rows of ``metrics.jsonl``; a last line cut off by a crash is left out."""
     rows = []
     path = run_dir / METRICS_FILE
@@ -81,6 +168,6 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _forget_after(path: Path, step: int) -> None:
-    kept = [row for row in read_metrics(path.parent) if row["step"] <= step]
-    write_file(path, lambda aside: aside.write_text("".join(json.dumps(row) + "\n" for row in kept)))
+def _point(row: Row) -> tuple[int, frozenset[str]]:
+    """What tells rows apart: two of one step have different metrics."""
+    return row[STEP], frozenset(row) - {STEP, WALL_TIME}

@@ -24,7 +24,7 @@ def test_a_resumed_run_has_no_point_twice(tmp_path: Path) -> None:
             tracker.log({"train/loss": step}, step)
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "train/lo')  # the crash came while writing
-    with Tracker(tmp_path, resume_step=3) as tracker:
+    with Tracker(tmp_path, resume=3) as tracker:
         for step in range(4, 7):
             tracker.log({"train/loss": 10 * step}, step)
     expected = [(1, 1), (2, 2), (3, 3), (4, 40), (5, 50), (6, 60)]

@@ -1,0 +1,114 @@
+"""Trackio and Weights & Biases, which are extras: ``pip install 'eva-rl[trackio]'``, ``'eva-rl[wandb]'``."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from eva_rl.files import write_file
+from eva_rl.tracking.sinks import Start
+
+PROJECT = "eva-rl"
+STEP = "step"
+
+
+class WandbSink:
+    """A run of Weights & Biases; where it goes, and whether at all, is decided by wandb's own settings (``WANDB_MODE``).
+
+    Args:
+        start: What it begins with; a run that goes on keeps the identity that it had.
+    """
+
+    def __init__(self, start: Start) -> None:
+        import wandb
+
+        self._told = start.told
+        self._wandb = wandb
+        self._run: Any = wandb.init(
+            project=PROJECT,
+            name=start.name,
+            id=_identity(start.run_dir / "wandb_id"),
+            resume="allow",
+            dir=str(start.run_dir),
+            config=dict(start.hyperparameters),
+        )
+        self._run.define_metric("*", step_metric=STEP)
+
+    def scalars(self, metrics: Mapping[str, float], step: int, wall_time: float) -> None:
+        """Metrics of a step, unless they were shown before the run was interrupted."""
+        if (step, frozenset(metrics)) not in self._told:
+            self._run.log({**metrics, STEP: step})
+
+    def image(self, tag: str, pixels: NDArray[np.uint8], step: int) -> None:
+        """A picture, (height, width, 3)."""
+        self._run.log({tag: self._wandb.Image(pixels), STEP: step})
+
+    def video(self, tag: str, gif: Path, step: int) -> None:
+        """An animated GIF."""
+        self._run.log({tag: self._wandb.Video(str(gif), format="gif"), STEP: step})
+
+    def histogram(self, tag: str, values: NDArray[np.floating[Any]], step: int) -> None:
+        """Numbers of any shape."""
+        self._run.log({tag: self._wandb.Histogram(values.ravel()), STEP: step})
+
+    def finished(self, results: Mapping[str, float]) -> None:
+        """The run's summary."""
+        self._run.summary.update(dict(results))
+
+    def close(self) -> None:
+        """Finish the run."""
+        self._run.finish(quiet=True)
+
+
+class TrackioSink:
+    """A run of Trackio, which keeps its records on this machine; ``trackio show`` serves them.
+
+    Args:
+        start: What it begins with; a run that goes on keeps its name.
+    """
+
+    def __init__(self, start: Start) -> None:
+        import trackio
+
+        self._told = start.told
+        self._trackio: Any = trackio
+        name = f"{start.name}-{_identity(start.run_dir / 'trackio_id')}"
+        self._run: Any = trackio.init(
+            project=PROJECT, name=name, resume="allow", config=dict(start.hyperparameters), embed=False
+        )
+
+    def scalars(self, metrics: Mapping[str, float], step: int, wall_time: float) -> None:
+        """Metrics of a step, unless they were shown before the run was interrupted."""
+        if (step, frozenset(metrics)) not in self._told:
+            self._run.log(dict(metrics), step=step)
+
+    def image(self, tag: str, pixels: NDArray[np.uint8], step: int) -> None:
+        """A picture, (height, width, 3)."""
+        self._run.log({tag: self._trackio.Image(pixels)}, step=step)
+
+    def video(self, tag: str, gif: Path, step: int) -> None:
+        """An animated GIF."""
+        self._run.log({tag: self._trackio.Video(str(gif), format="gif")}, step=step)
+
+    def histogram(self, tag: str, values: NDArray[np.floating[Any]], step: int) -> None:
+        """Numbers of any shape."""
+        self._run.log({tag: self._trackio.Histogram(values.ravel())}, step=step)
+
+    def finished(self, results: Mapping[str, float]) -> None:
+        """Nothing: the last points are the results."""
+
+    def close(self) -> None:
+        """Finish the run."""
+        self._run.finish()
+
+
+def _identity(path: Path) -> str:
+    """What a service knows the run by, kept for a run that goes on."""
+    if not path.exists():
+        write_file(path, lambda aside: aside.write_text(uuid.uuid4().hex[:8]))
+    return path.read_text().strip()

@@ -1,0 +1,98 @@
+"""Where metrics go besides ``metrics.jsonl``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from eva_rl.errors import UnknownNameError, UserError
+
+TENSORBOARD = "tensorboard"
+SERVICES = {"trackio": "Trackio", "wandb": "Weights & Biases"}
+"""Trackers that are extras, by the name of the package and of the extra."""
+TRACKERS = (TENSORBOARD, *SERVICES)
+
+
+class Sink(Protocol):
+    """Shows metrics, pictures and results."""
+
+    def scalars(self, metrics: Mapping[str, float], step: int, wall_time: float) -> None:
+        """Metrics of a step, at a time in seconds since the epoch."""
+
+    def image(self, tag: str, pixels: NDArray[np.uint8], step: int) -> None:
+        """A picture, (height, width, 3)."""
+
+    def video(self, tag: str, gif: Path, step: int) -> None:
+        """An animated GIF."""
+
+    def histogram(self, tag: str, values: NDArray[np.floating[Any]], step: int) -> None:
+        """Numbers of any shape."""
+
+    def finished(self, results: Mapping[str, float]) -> None:
+        """The run is finished, with these results."""
+
+    def close(self) -> None:
+        """Write what is not written yet."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a sink begins with.
+
+    Attributes:
+        run_dir: The run directory.
+        hyperparameters: Settings, flat.
+        purge_step: Points from here on were forgotten, because the run goes on from an earlier one; None where it is new.
+        told: Step and keys of the points that the run recorded before; those are taken again, with the same values, by a
+            run that goes on from an earlier one.
+    """
+
+    run_dir: Path
+    hyperparameters: Mapping[str, Any]
+    purge_step: int | None
+    told: frozenset[tuple[int, frozenset[str]]] = frozenset()
+
+    @property
+    def name(self) -> str:
+        """What the run is called."""
+        return self.run_dir.resolve().name
+
+
+def open_sinks(names: tuple[str, ...], start: Start) -> list[Sink]:
+    """The sinks of these names.
+
+    Raises:
+        UnknownNameError: There is none of that name.
+        UserError: Its package is not installed.
+    """
+    return [_maker(name)(start) for name in names]
+
+
+def check_trackers(names: tuple[str, ...]) -> None:
+    """Raise as :func:`open_sinks` does, before anything is computed."""
+    for name in names:
+        _maker(name)
+
+
+def _maker(name: str) -> Callable[[Start], Sink]:
+    if name not in TRACKERS:
+        raise UnknownNameError("tracker", name, TRACKERS)
+    if name == TENSORBOARD:
+        from eva_rl.tracking.tensorboard import TensorBoardSink
+
+        return TensorBoardSink
+    from eva_rl.tracking import services
+
+    try:
+        __import__(name)
+    except ImportError as error:
+        raise UserError(
+            f"tracker={name}: {SERVICES[name]} is not installed ({error}). Install it with pip install 'eva-rl[{name}]', "
+            f"or leave {name} out of tracker=."
+        ) from error
+    return {"trackio": services.TrackioSink, "wandb": services.WandbSink}[name]
