@@ -6,6 +6,7 @@ from eva_rl.adapters.folders import adapter_bytes, find_adapter, load_policy, sa
 from eva_rl.adapters.layers import PROJECTIONS, rank_limits, target_layers
 from eva_rl.adapters.measuring import SOURCES, Rollouts, measure, second_moments
 from eva_rl.adapters.methods import DIRECTIONS, GRADIENTS, METHODS, MOMENTS, Method, find_method
+from eva_rl.adapters.refreshing import Refresh, refresh_directions, subspace_overlap
 from eva_rl.adapters.switching import Adapters
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "Adapters",
     "AttachedAdapter",
     "Method",
+    "Refresh",
     "Rollouts",
     "adapter_bytes",
     "attach_adapter",
@@ -30,7 +32,9 @@ __all__ = [
     "load_policy",
     "measure",
     "rank_limits",
+    "refresh_directions",
     "save_adapted_policy",
     "second_moments",
+    "subspace_overlap",
     "target_layers",
 ]

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from stable_baselines3.common.vec_env import VecEnv
 
 from eva_rl import envs
-from eva_rl.adapters import AttachedAdapter
+from eva_rl.adapters import AttachedAdapter, measure, refresh_directions
 from eva_rl.commands.algorithms import (
     BC_FIRST,
     ODTAlgoOptions,
@@ -35,7 +36,7 @@ from eva_rl.training.distributed import Ranks, ShardedSampler
 from eva_rl.training.odt import ODTOptions, OnlineDecisionTransformer
 from eva_rl.training.odt_td3 import TD3DecisionTransformer, TD3Options
 from eva_rl.training.online import OnlineOptions, TaskEnvs, train_online
-from eva_rl.training.online_parts import OnlineAlgorithm
+from eva_rl.training.online_parts import Learner, draws
 
 CLONED = "bc/"
 """Before the keys of the metrics of cloning, where the rest of the record counts env steps."""
@@ -107,6 +108,7 @@ def learn(session: Session, adapter: AttachedAdapter, algo: ReplayAlgoOptions, t
                 online_options(session, algo),
                 log=bar.also(tracker.log),
                 evaluate=session.look,
+                refresh=make_refresh(session, adapter, algo, algorithm, replay),
                 checkpoint_dir=session.checkpoint_dir / "online",
             )
     finally:
@@ -162,13 +164,46 @@ def make_replay(session: Session, algo: ReplayAlgoOptions) -> TrajectoryReplay:
     return replay
 
 
-def make_algorithm(session: Session, adapter: AttachedAdapter, algo: ReplayAlgoOptions) -> OnlineAlgorithm:
+def make_algorithm(session: Session, adapter: AttachedAdapter, algo: ReplayAlgoOptions) -> Learner:
     """The algorithm of the options, on the session's policy."""
     policy, seed, extension = session.policy, session.config.seed, adapter.extension
     if isinstance(algo, ODTTD3AlgoOptions):
         return TD3DecisionTransformer(policy, _pick(TD3Options, algo), seed=seed, extension=extension)
     assert isinstance(algo, ODTAlgoOptions)
     return OnlineDecisionTransformer(policy, _pick(ODTOptions, algo), seed=seed, extension=extension)
+
+
+def make_refresh(
+    session: Session, adapter: AttachedAdapter, algo: ReplayAlgoOptions, learner: Learner, replay: TrajectoryReplay
+) -> Callable[[int], Mapping[str, float]] | None:
+    """What looks whether the activations have moved, and aims unused directions anew; None where it was not asked for.
+
+    Raises:
+        UserError: The adapter has no directions of EVA, or prunes them itself.
+    """
+    if not algo.refresh_every:
+        return None
+    model, first = adapter.model, adapter.eva
+    if model is None or first is None or adapter.method.adalora:
+        raise UserError(
+            f"algo.refresh_every={algo.refresh_every} looks after EVA's directions; adapter={adapter.method.name} has "
+            "none that stay. Use adapter=eva, eva_dora or eva_rslora, or algo.refresh_every=0."
+        )
+    policy, options, names = session.policy, session.config.adapter, list(first.layers)
+    rank = max(layer.rank for layer in first.layers.values())
+
+    def refresh(update: int) -> Mapping[str, float]:
+        rng, _ = draws(session.config.seed, update)
+        recent = (
+            replay.sample(options.eva.batch_size, rng, learner.context_length, learner.scaling).to(policy.device)
+            for _ in count()
+        )
+        found = measure(policy, names, recent, None, max_batches=options.eva.max_batches, rank=rank, tau=options.tau)
+        done = refresh_directions(model, found, algo.refresh_below)
+        learner.forget(done.changed)
+        return done.metrics()
+
+    return refresh
 
 
 def online_envs(session: Session, algo: OnlineAlgoOptions) -> VecEnv:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -143,6 +143,15 @@ class TD3DecisionTransformer(Learner):
         loss = self._td3.clone_weight * distance - self._td3.q_weight * gain
         norm = self.step_actor(loss, update, windows)
         return {"train/loss": loss.item(), "train/clone_loss": distance.item(), "train/gradient_norm": norm}
+
+    def forget(self, changed: Sequence[nn.Parameter]) -> None:
+        """As the parent does; the target network takes the new coordinates over as they are."""
+        super().forget(changed)
+        identities, slow = {id(parameter) for parameter in changed}, self._slow()
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                if id(parameter) in identities:
+                    slow[name].copy_(parameter)
 
     def state_of(self) -> Mapping[str, Tensor]:
         """Target networks and the rewards' scale."""

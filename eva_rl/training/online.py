@@ -37,6 +37,7 @@ class OnlineOptions:
         random_steps: Env steps before the first gradient step, which comes after the first finished episode.
         eval_every: Env steps between two evaluations, at which unfinished episodes are broken off; 0 for none.
         checkpoint_every: Env steps between two checkpoints, made at the same boundaries; 0 for none.
+        refresh_every: Env steps between two calls of ``refresh``; 0 for none.
         seed: Of exploration.
         first_episode: Seed of the first episode.
     """
@@ -47,6 +48,7 @@ class OnlineOptions:
     random_steps: int = 0
     eval_every: int = 0
     checkpoint_every: int = 0
+    refresh_every: int = 0
     seed: int = 0
     first_episode: int = 0
 
@@ -115,7 +117,7 @@ class OnlineCounters:
         return found
 
 
-def train_online(
+def train_online(  # noqa: PLR0913 - four values, and what it tells others of itself
     algorithm: OnlineAlgorithm,
     replay: TrajectoryReplay,
     task: TaskEnvs,
@@ -123,6 +125,7 @@ def train_online(
     *,
     log: Log,
     evaluate: Callable[[int], Mapping[str, float]] | None = None,
+    refresh: Callable[[int], Mapping[str, float]] | None = None,
     checkpoint_dir: Path | None = None,
 ) -> OnlineCounters:
     """Let a policy act and learn by turns, from the last checkpoint where there is one.
@@ -137,6 +140,7 @@ def train_online(
         options: How long, and how often.
         log: Takes metrics and the env step they belong to.
         evaluate: Called at evaluations; what it returns is logged.
+        refresh: Called with the gradient steps done every ``refresh_every`` env steps; what it returns is logged.
         checkpoint_dir: Where checkpoints are kept; None keeps none.
 
     Raises:
@@ -144,19 +148,15 @@ def train_online(
     """
     counters = _resume(checkpoint_dir, algorithm, replay) or OnlineCounters()
     counters.next_seed = counters.next_seed or options.first_episode
-    collector, network = Collector(algorithm.policy, task), algorithm.policy.network
+    collector = Collector(algorithm.policy, task)
     while counters.env_steps < options.env_steps:
         began = time.perf_counter()
         if not collector.acting:
             collector.begin(counters)
         collector.collect(algorithm, replay, options, counters)
-        metrics: dict[str, float] = {}
-        if counters.env_steps >= options.random_steps and replay.num_complete:
-            network.train()
-            for _ in range(options.updates_per_iteration):
-                metrics |= algorithm.update(replay, counters.update)
-                counters.update += 1
-            network.eval()
+        metrics = _learn(algorithm, replay, options, counters)
+        if refresh is not None and _due(counters, options.refresh_every, options.steps_per_iteration):
+            metrics |= refresh(counters.update)
         counters.seconds += time.perf_counter() - began
         done = counters.env_steps >= options.env_steps
         evaluating = _due(counters, options.eval_every, options.steps_per_iteration)
@@ -169,6 +169,21 @@ def train_online(
         if saving and checkpoint_dir and options.checkpoint_every:
             save_checkpoint(checkpoint_dir, _state(counters, algorithm, replay))
     return counters
+
+
+def _learn(
+    algorithm: OnlineAlgorithm, replay: TrajectoryReplay, options: OnlineOptions, counters: OnlineCounters
+) -> dict[str, float]:
+    """One bout of gradient steps, once there is something to learn from; returns the last metrics."""
+    metrics: dict[str, float] = {}
+    if counters.env_steps < options.random_steps or not replay.num_complete:
+        return metrics
+    algorithm.policy.network.train()
+    for _ in range(options.updates_per_iteration):
+        metrics |= algorithm.update(replay, counters.update)
+        counters.update += 1
+    algorithm.policy.network.eval()
+    return metrics
 
 
 def _due(counters: OnlineCounters, every: int, step: int) -> bool:

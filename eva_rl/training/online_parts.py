@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -110,6 +110,11 @@ class Learner:
         if self.extension is not None:
             self.extension.after_step(update + 1)
         return float(norm)
+
+    def forget(self, changed: Sequence[nn.Parameter]) -> None:
+        """Parameters were expressed in other coordinates: what the optimiser knows of them is void."""
+        for parameter in changed:
+            self.optimizer.state.pop(parameter, None)
 
     def state_of(self) -> Mapping[str, Tensor]:
         """What an algorithm keeps besides parameters and optimisers."""

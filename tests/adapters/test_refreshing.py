@@ -1,0 +1,82 @@
+"""Looking again at the activations: overlaps, and directions aimed anew without changing what is computed."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+
+from eva_rl import eva
+from eva_rl.adapters import attach_adapter, measure, refresh_directions, subspace_overlap, target_layers
+from eva_rl.agents import DecisionTransformerPolicy
+from eva_rl.batch import WindowBatch
+from eva_rl.data import Trajectories, WindowSampler
+from tests.conftest import make_policy
+
+RANK = 4
+NAMES = target_layers(make_policy().network)
+
+
+def test_overlap_of_known_subspaces() -> None:
+    axes = torch.eye(5)
+    assert subspace_overlap(axes[:2] * 7, axes[:2].flip(0)) == pytest.approx(1)
+    assert subspace_overlap(axes[:2], axes[2:4]) == pytest.approx(0)
+    assert subspace_overlap(axes[:2], axes[1:3]) == pytest.approx(0.5)
+    slanted = torch.tensor([[np.cos(0.3), np.sin(0.3), 0, 0, 0]], dtype=torch.float32)
+    assert subspace_overlap(slanted, axes[:1]) == pytest.approx(np.cos(0.3) ** 2)
+
+
+def batches(policy: DecisionTransformerPolicy, data: Trajectories) -> Iterator[WindowBatch]:
+    sampler = WindowSampler(data, 6, policy.scaling)
+    return (sampler.sample(32, step) for step in itertools.count())
+
+
+def look(policy: DecisionTransformerPolicy, data: Trajectories) -> eva.EvaResult:
+    return measure(policy, NAMES, batches(policy, data), None, max_batches=6, rank=RANK)
+
+
+@pytest.mark.parametrize("method", ["eva", "eva_dora", "eva_rslora"])
+@pytest.mark.parametrize("used", [0, 2, RANK])
+def test_unused_directions_are_aimed_and_nothing_else_changes(
+    method: str, used: int, reach_demonstrations: Trajectories
+) -> None:
+    policy = make_policy()
+    adapter = attach_adapter(policy, method, rank=RANK, eva=look(policy, reach_demonstrations))
+    assert adapter.model is not None
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in policy.network.named_parameters():
+            if "lora_A" in name:  # away from the activations, so that the layer has to be aimed anew
+                parameter.copy_(torch.linalg.qr(torch.randn(parameter.shape, generator=generator).T)[0].T)
+            elif "lora_B" in name:
+                parameter[:, :used] = torch.randn(parameter.shape[0], used, generator=generator) * 0.3
+    batch = next(batches(policy, reach_demonstrations))
+    found = look(policy, reach_demonstrations)
+    with torch.no_grad():
+        before = policy.network(batch)
+    done = refresh_directions(adapter.model, found, threshold=1.0)
+    with torch.no_grad():
+        torch.testing.assert_close(policy.network(batch), before, atol=1e-5, rtol=1e-5)
+    again = refresh_directions(adapter.model, found, threshold=0.0)
+    assert set(done.overlaps) == set(NAMES)
+    if used == RANK:
+        assert not done.aimed
+        assert not done.changed
+        return
+    assert set(done.aimed.values()) == {RANK - used}
+    assert all(again.overlaps[name] > overlap for name, overlap in done.overlaps.items())
+    if used == 0:
+        assert min(again.overlaps.values()) == pytest.approx(1, abs=1e-4)
+
+
+def test_layers_that_still_overlap_are_left_alone(reach_demonstrations: Trajectories) -> None:
+    policy = make_policy()
+    found = look(policy, reach_demonstrations)
+    adapter = attach_adapter(policy, "eva", rank=RANK, eva=found)
+    assert adapter.model is not None
+    done = refresh_directions(adapter.model, found, threshold=0.99)
+    assert not done.changed
+    assert done.metrics()["eva/overlap_min"] == pytest.approx(1, abs=1e-5)
