@@ -37,7 +37,7 @@ from eva_rl.agents import (
     DecisionTransformerPolicy,
     export_huggingface,
 )
-from eva_rl.agents.context import Window
+from eva_rl.agents.context import Acting, Window
 from eva_rl.batch import InputScaling
 
 TARGET_RETURN, RETURN_SCALE = 6000.0, 1000.0
@@ -79,10 +79,15 @@ def load_transformers(policy: DecisionTransformerPolicy) -> Any:
         return DecisionTransformerModel.from_pretrained(Path(folder) / "model").eval()
 
 
-def our_loop(policy: DecisionTransformerPolicy, vec_env: VecEnv, window: Window) -> Loop:
+def our_loop(
+    policy: DecisionTransformerPolicy,
+    vec_env: VecEnv,
+    window: Window,
+    acting: Acting = Acting(),  # noqa: B008 - frozen
+) -> Loop:
     """Endless env steps with this package; yields each step's actions."""
     n = vec_env.num_envs
-    policy.window = window
+    policy.window, policy.acting = window, acting
     policy.reset([""] * n)
     observations: Any = vec_env.reset()
     rewards, starts = np.zeros(n, np.float32), np.ones(n, dtype=bool)
@@ -151,6 +156,7 @@ def measure(options: argparse.Namespace, context_length: int) -> tuple[list[Meas
     """
     policy = make_policy(options.env, options.size, context_length)
     model = load_transformers(policy)
+    policy.to(options.device)
     n = options.num_envs
     makers: dict[str, tuple[int, Callable[[DecisionTransformerPolicy, VecEnv], Loop]]] = {
         USUAL: (1, lambda p, v: transformers_loop(model, p, v)),
@@ -159,12 +165,24 @@ def measure(options: argparse.Namespace, context_length: int) -> tuple[list[Meas
         "eva-rl, cached": (n, lambda p, v: our_loop(p, v, "cached")),
         "eva-rl, cached, batch 1": (1, lambda p, v: our_loop(p, v, "cached")),
     }
+    if options.device != "cpu":  # the usual loops build their histories on the CPU
+        makers = {name: maker for name, maker in makers.items() if name.startswith("eva-rl")}
+    if options.variants:
+        mode = "default" if options.device == "cpu" else "reduce-overhead"
+        makers |= {
+            "eva-rl, growing": (n, lambda p, v: our_loop(p, v, "growing")),
+            "eva-rl, static": (n, lambda p, v: our_loop(p, v, "static")),
+            "eva-rl, bfloat16": (n, lambda p, v: our_loop(p, v, "cached", Acting("bfloat16"))),
+            f"eva-rl, compiled ({mode})": (n, lambda p, v: our_loop(p, v, "static", Acting(compile=mode))),
+        }
     loops = {}
     for name, (num_envs, make) in makers.items():
         own = DecisionTransformerPolicy(policy.network, policy.scaling, policy.conditioning)
         loops[name] = make(own, envs.make_vec_env(options.env, num_envs, seed=0))
     first = {name: next(loop) for name, loop in loops.items()}
-    difference = float(np.abs(first["transformers, batched"] - first["eva-rl, full window"]).max())
+    difference = 0.0
+    if options.device == "cpu":
+        difference = float(np.abs(first["transformers, batched"] - first["eva-rl, full window"]).max())
     for loop in loops.values():  # until every window is full
         for _ in range(context_length + 10):
             next(loop)
@@ -172,7 +190,7 @@ def measure(options: argparse.Namespace, context_length: int) -> tuple[list[Meas
     for _ in range(options.turns):
         for name, loop in loops.items():
             turns[name].append(steps_per_second(loop, makers[name][0], options.seconds))
-    usual = median(turns[USUAL])
+    usual = median(turns.get(USUAL) or turns["eva-rl, full window"])
     return [
         Measurement(name, context_length, makers[name][0], median(t), median(t) / usual, t) for name, t in turns.items()
     ], difference
@@ -213,6 +231,8 @@ def main() -> None:
     parser.add_argument("--context-lengths", type=int, nargs="+", default=[20, 50])
     parser.add_argument("--num-envs", type=int, default=16)
     parser.add_argument("--threads", type=int, default=1, help="of torch")
+    parser.add_argument("--device", default="cpu", help="on a GPU, the comparison is with our own full windows")
+    parser.add_argument("--variants", action="store_true", help="also static shapes, bfloat16 and torch.compile")
     parser.add_argument("--seconds", type=float, default=2.0, help="of one turn of one loop")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--out", type=Path, help="JSON file for the figures")

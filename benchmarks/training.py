@@ -1,6 +1,7 @@
 """Gradient steps a second of behaviour cloning: ours against the usual Decision Transformers, in one run.
 
     python benchmarks/training.py --threads 2 --out runs/training.json
+    python benchmarks/training.py --sizes small base large --variants --device cuda
 
 Same shape, batch, window, loss, clipping and AdamW for all: our network; the `DecisionTransformerModel` of
 transformers; and one built on `nn.MultiheadAttention`, as offline-RL libraries build it. Rounds are interleaved, so
@@ -25,11 +26,16 @@ from torch import Tensor, nn
 from transformers import DecisionTransformerConfig as HFConfig
 from transformers import DecisionTransformerModel
 
-from eva_rl.agents import DecisionTransformer, DecisionTransformerConfig
+from eva_rl.agents import SIZES, DecisionTransformer, DecisionTransformerConfig
 from eva_rl.batch import WindowBatch
-from eva_rl.training.bc import autocast
+from eva_rl.training.losses import autocast
 
 OBSERVATION, ACTION = 39, 4
+VARIANTS = (
+    ("eva-rl, torch.compile", None, "float32"),
+    ("eva-rl, CUDA graphs", "reduce-overhead", "float32"),
+    ("eva-rl, CUDA graphs, bfloat16", "reduce-overhead", "bfloat16"),
+)
 
 
 class MultiheadBlock(nn.Module):
@@ -113,10 +119,12 @@ def stepper(network: Callable[..., Any], batch: WindowBatch, precision: str = "f
     return step
 
 
-def measure(options: argparse.Namespace, width: int, window: int) -> dict[str, float]:
-    """Median seconds a gradient step, by implementation."""
+def measure(
+    options: argparse.Namespace, width: int, window: int, layers: int, heads: int
+) -> dict[str, dict[str, float]]:
+    """Median seconds a gradient step and peak memory in MiB (on a GPU), by implementation; and the FLOPs of a step."""
     torch.manual_seed(0)
-    B, heads = options.batch, width // 32
+    B, (width, window, layers, heads) = options.batch, shape
     batch = WindowBatch(
         observations=torch.randn(B, window, OBSERVATION),
         actions=torch.rand(B, window, ACTION) * 2 - 1,
@@ -124,26 +132,45 @@ def measure(options: argparse.Namespace, width: int, window: int) -> dict[str, f
         timesteps=torch.arange(window).repeat(B, 1),
     ).to(options.device)
     config = DecisionTransformerConfig(
-        OBSERVATION, ACTION, width, options.layers, heads, context_length=window, max_timestep=1000
+        OBSERVATION, ACTION, width, layers, heads, context_length=window, max_timestep=1000
     )
     networks = {
         "eva-rl": DecisionTransformer(config),
-        "transformers": HuggingFace(width, options.layers, heads),
-        "nn.MultiheadAttention": MultiheadTransformer(width, options.layers, heads),
+        "transformers": HuggingFace(width, layers, heads),
+        "nn.MultiheadAttention": MultiheadTransformer(width, layers, heads),
     }
+    if options.ours_only:
+        networks = {"eva-rl": networks["eva-rl"]}
     steps = {name: stepper(network.to(options.device), batch) for name, network in networks.items()}
     if options.variants:
         steps["eva-rl, bfloat16"] = stepper(DecisionTransformer(config).to(options.device), batch, "bfloat16")
-        compiled = torch.compile(DecisionTransformer(config).to(options.device))
-        steps["eva-rl, torch.compile"] = stepper(compiled, batch)
+        for name, mode, precision in VARIANTS[: 1 if options.device == "cpu" else 3]:
+            compiled = torch.compile(DecisionTransformer(config).to(options.device), mode=mode, dynamic=False)
+            steps[name] = stepper(compiled, batch, precision)
     seconds: dict[str, list[float]] = {name: [] for name in steps}
+    memory = dict.fromkeys(steps, 0.0)
     for turn in range(options.rounds + 2):
         for name, step in steps.items():
+            if options.device != "cpu":
+                torch.cuda.reset_peak_memory_stats()
             began = time.perf_counter()
             step()
             if turn >= 2:
                 seconds[name].append(time.perf_counter() - began)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+            memory[name] = 0.0 if options.device == "cpu" else torch.cuda.max_memory_allocated() / 2**20
+    flops = 6 * sum(p.numel() for p in networks["eva-rl"].blocks.parameters()) * B * window * 3
+    return {
+        name: {"seconds": statistics.median(values), "peak_mib": memory[name], "flops": float(flops)}
+        for name, values in seconds.items()
+    }
+
+
+def shapes(options: argparse.Namespace) -> list[tuple[int, int, int, int]]:
+    """Width, window, blocks and heads of every network to measure."""
+    if options.sizes:
+        keys = ("hidden_size", "context_length", "num_layers", "num_heads")
+        return [tuple(SIZES[name][key] for key in keys) for name in options.sizes]  # type: ignore[misc]
+    return [(width, window, options.layers, width // 32) for width in options.widths for window in options.windows]
 
 
 def main() -> None:
@@ -151,6 +178,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--widths", type=int, nargs="+", default=[128, 256])
     parser.add_argument("--windows", type=int, nargs="+", default=[20, 50])
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, help="shapes by name, in place of widths and windows")
+    parser.add_argument("--ours-only", action="store_true", help="leave the other implementations out")
+    parser.add_argument("--peak", type=float, default=0, help="TFLOP/s that the device can do, to show the fraction")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=12)
@@ -160,15 +190,24 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    table = Table("width", "window", "implementation", "gradient steps/s", "ours is faster by")
+    table = Table("width", "window", "implementation", "gradient steps/s", "ours is faster by", "GFLOP/s (6ND)", "MiB")
     rows = []
-    for width in options.widths:
-        for window in options.windows:
-            seconds = measure(options, width, window)
-            for name, value in seconds.items():
-                ratio = value / seconds["eva-rl"]
-                table.add_row(str(width), str(window), name, f"{1 / value:.2f}", f"{ratio:.2f}")
-                rows.append({"width": width, "window": window, "name": name, "seconds": value, "ratio": ratio})
+    for shape in shapes(options):
+        found, (width, window, *_) = measure(options, shape), shape
+        for name, value in found.items():
+            ratio, rate = value["seconds"] / found["eva-rl"]["seconds"], value["flops"] / value["seconds"] / 1e9
+            speed = f"{rate:.0f}" + (f" ({rate / options.peak / 10:.0f} % of peak)" if options.peak else "")
+            cells = (
+                width,
+                window,
+                name,
+                f"{1 / value['seconds']:.2f}",
+                f"{ratio:.2f}",
+                speed,
+                f"{value['peak_mib']:.0f}",
+            )
+            table.add_row(*map(str, cells))
+            rows.append({"width": width, "window": window, "name": name, "ratio": ratio, "gflops": rate, **value})
     Console().print(table)
     if options.out:
         machine = {"threads": options.threads, "device": options.device, "processor": platform.machine()}
