@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
+from eva_rl.adapters import Method
 from eva_rl.commands.options import AlgoOptions, BCOptionsGroup, between, group, option, positive
+from eva_rl.errors import UserError
 
 MIN_REPLAY = 1_000
 
@@ -217,3 +219,22 @@ ALGORITHMS: Mapping[str, AlgoOptions] = {
     **{BC_FIRST + name: kind(name=BC_FIRST + name, bc=BCOptionsGroup(updates=200)) for name, kind in _ONLINE.items()},
 }
 """What ``algo=`` takes, with the options that each begins with."""
+
+
+def check_method(algo: AlgoOptions, method: Method) -> None:
+    """Raise unless an algorithm can train an adapter's method.
+
+    Raises:
+        UserError: The method prunes while it trains, and the algorithm is Stable-Baselines3's; or EVA's directions are
+            to be refreshed, and the method has none that stay.
+    """
+    if isinstance(algo, SB3AlgoOptions) and method.adalora:
+        raise UserError(
+            f"adapter={method.name} prunes while it trains, in our own loops; algo={algo.name} is Stable-Baselines3's. "
+            "Use adapter=eva, or algo=odt_td3."
+        )
+    if isinstance(algo, ReplayAlgoOptions) and algo.refresh_every and (not method.eva or method.adalora):
+        raise UserError(
+            f"algo.refresh_every={algo.refresh_every} looks after EVA's directions; adapter={method.name} has none "
+            "that stay. Use adapter=eva, eva_dora or eva_rslora, or algo.refresh_every=0."
+        )

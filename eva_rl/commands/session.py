@@ -10,10 +10,11 @@ from pathlib import Path
 from stable_baselines3.common.vec_env import VecEnv
 
 from eva_rl import envs
+from eva_rl.adapters import GRADIENTS, find_method
 from eva_rl.agents import DecisionTransformerPolicy
 from eva_rl.agents.stochastic import make_stochastic
-from eva_rl.commands.algorithms import ODTAlgoOptions, OnlineAlgoOptions
-from eva_rl.commands.attaching import check_adapter
+from eva_rl.commands.algorithms import ODTAlgoOptions, OnlineAlgoOptions, check_method
+from eva_rl.commands.attaching import check_adapter, listened_to
 from eva_rl.commands.demonstrations import AUTO, EXPERT, NONE, load_task_data, sampling_weights, target_return
 from eva_rl.commands.finetune_options import FinetuneConfig
 from eva_rl.commands.outputs import data_references
@@ -24,6 +25,7 @@ from eva_rl.commands.timing import Phases
 from eva_rl.data import Trajectories, WindowSampler
 from eva_rl.errors import UserError
 from eva_rl.evaluation import EvaluationResult, evaluate
+from eva_rl.recording import ActionRecorder
 from eva_rl.seeding import VALIDATION
 from eva_rl.training.distributed import Ranks
 from eva_rl.training.distributed_evaluation import evaluate_together, shared_envs
@@ -53,6 +55,9 @@ class Session:
     vec_env: VecEnv
     phases: Phases
 
+    def __post_init__(self) -> None:
+        self.actor = ActionRecorder(self.policy)
+
     @property
     def checkpoint_dir(self) -> Path:
         """Where checkpoints go."""
@@ -64,7 +69,7 @@ class Session:
         config = self.config
         play = partial(
             evaluate,
-            self.policy,
+            self.actor,
             config.env.id,
             horizon=config.env.horizon,
             seed=config.eval.seed,
@@ -110,6 +115,8 @@ def open_session(config: FinetuneConfig) -> Session:
     if isinstance(config.algo, ODTAlgoOptions):
         make_stochastic(policy, config.algo.initial_std)
     source = data_source(config)
+    check_method(config.algo, find_method(config.adapter.method))
+    _check_activations(config, source != NONE)
     run_dir = open_run("finetune", config)
     data = None
     if source != NONE:
@@ -122,6 +129,17 @@ def open_session(config: FinetuneConfig) -> Session:
     vec_env = shared_envs(ranks, spec.env_id, config.eval.episodes, config.env.horizon)
     phases.end("data")
     return Session(config, spec, policy, run_dir, data, sampler, vec_env, phases)
+
+
+def _check_activations(config: FinetuneConfig, has_data: bool) -> None:
+    method = find_method(config.adapter.method)
+    if method.needs:
+        listened_to(config, has_data)
+    if method.needs == GRADIENTS and not has_data:
+        raise UserError(
+            f"adapter={method.name} starts from the gradient of cloning, and there is nothing to clone. Name "
+            "demonstrations with data=, or use adapter=eva."
+        )
 
 
 def data_source(config: FinetuneConfig) -> str:

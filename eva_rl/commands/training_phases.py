@@ -26,7 +26,6 @@ from eva_rl.commands.progress import training_progress
 from eva_rl.commands.session import Session
 from eva_rl.data.prefetch import prefetching
 from eva_rl.data.replay import TrajectoryReplay
-from eva_rl.errors import UserError
 from eva_rl.files import write_file
 from eva_rl.seeding import ONLINE, episode_seeds
 from eva_rl.tracking import Tracker
@@ -64,7 +63,7 @@ def train(session: Session, adapter: AttachedAdapter, tracker: Tracker) -> dict[
         steps |= session.evaluate("Cloned").metrics("eval_cloned")
         session.phases.end("evaluate_cloned")
     if isinstance(algo, SB3AlgoOptions):
-        return steps | learn_sb3(session, adapter, algo, tracker)
+        return steps | learn_sb3(session, algo, tracker)
     assert isinstance(algo, ReplayAlgoOptions)
     return steps | learn(session, adapter, algo, tracker)
 
@@ -116,13 +115,8 @@ def learn(session: Session, adapter: AttachedAdapter, algo: ReplayAlgoOptions, t
     return {"updates": counters.update, "env_steps": counters.env_steps, "episodes": counters.episodes}
 
 
-def learn_sb3(session: Session, adapter: AttachedAdapter, algo: SB3AlgoOptions, tracker: Tracker) -> dict[str, float]:
+def learn_sb3(session: Session, algo: SB3AlgoOptions, tracker: Tracker) -> dict[str, float]:
     """Let Stable-Baselines3 train the policy's network."""
-    if adapter.extension is not None:
-        raise UserError(
-            f"adapter={session.config.adapter.method} prunes while it trains, in our own loops; algo={algo.name} is "
-            "Stable-Baselines3's. Use adapter=eva, or algo=odt_td3."
-        )
     from eva_rl.training.sb3 import SB3Options, make_model, train_sb3
 
     vec_env = online_envs(session, algo)
@@ -176,19 +170,12 @@ def make_algorithm(session: Session, adapter: AttachedAdapter, algo: ReplayAlgoO
 def make_refresh(
     session: Session, adapter: AttachedAdapter, algo: ReplayAlgoOptions, learner: Learner, replay: TrajectoryReplay
 ) -> Callable[[int], Mapping[str, float]] | None:
-    """What looks whether the activations have moved, and aims unused directions anew; None where it was not asked for.
-
-    Raises:
-        UserError: The adapter has no directions of EVA, or prunes them itself.
-    """
+    """What looks whether the activations moved and aims unused directions anew; None where it was not asked for."""
     if not algo.refresh_every:
         return None
     model, first = adapter.model, adapter.eva
-    if model is None or first is None or adapter.method.adalora:
-        raise UserError(
-            f"algo.refresh_every={algo.refresh_every} looks after EVA's directions; adapter={adapter.method.name} has "
-            "none that stay. Use adapter=eva, eva_dora or eva_rslora, or algo.refresh_every=0."
-        )
+    assert model is not None
+    assert first is not None
     policy, options, names = session.policy, session.config.adapter, list(first.layers)
     rank = max(layer.rank for layer in first.layers.values())
 
