@@ -4,8 +4,8 @@
     python benchmarks/memory.py data
 
 `policy` takes one gradient step of the shape `base` (K = 50) and prints the process's largest resident size. `data`
-writes a store four times `--limit` MiB, limits this process's private memory to that (RLIMIT_DATA, which mapped files do
-not count against), shows that reading the store whole fails, and trains from it.
+writes a store four times `--limit` MiB, limits this process's private memory to that (RLIMIT_DATA, which does
+not count mapped files), shows that reading the store whole fails, and trains from it.
 """
 
 from __future__ import annotations

@@ -119,9 +119,7 @@ def stepper(network: Callable[..., Any], batch: WindowBatch, precision: str = "f
     return step
 
 
-def measure(
-    options: argparse.Namespace, width: int, window: int, layers: int, heads: int
-) -> dict[str, dict[str, float]]:
+def measure(options: argparse.Namespace, shape: tuple[int, int, int, int]) -> dict[str, dict[str, float]]:
     """Median seconds a gradient step and peak memory in MiB (on a GPU), by implementation; and the FLOPs of a step."""
     torch.manual_seed(0)
     B, (width, window, layers, heads) = options.batch, shape
