@@ -2,7 +2,7 @@
 
 ``python benchmarks/online.py --threads 1 --out online.json``
 
-All act and learn in the same environments, with the same number of gradient steps an env step. "plain full window" is our
+All act and learn in the same environments, with equal numbers of gradient steps an env step. "plain full window" is our
 Online Decision Transformer as it is usually run: one environment, the whole window at every step. The time of the
 simulator is part of every figure. The loops take turns, so that other load on the machine falls on all of them.
 """
