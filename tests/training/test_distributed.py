@@ -228,7 +228,7 @@ def test_a_killed_process_ends_the_others_with_a_message(tmp_path: Path, demonst
     for process in processes:
         process.start()
     for process in processes:
-        process.join(120)
+        process.join(300)
     assert processes[1].exitcode == -signal.SIGKILL
     said = torch.load(tmp_path / "0.pt", weights_only=False)
     assert "Another process of this run has ended" in said
@@ -253,7 +253,7 @@ def test_the_command_under_torchrun(tmp_path: Path, policy_folder: Path) -> None
     arguments += ["adapter.eva.max_batches=2", "eval.episodes=3", "eval.every=2", "eval.quick_episodes=2"]
     for number in (1, 2):
         process = torchrun(number, "eva_rl.finetune", *arguments, f"run_dir={tmp_path / str(number)}")
-        output, _ = process.communicate(timeout=300)
+        output, _ = process.communicate(timeout=600)
         assert process.returncode == 0, output
         assert output.count("Trained ") == 1, "the first process alone speaks"
     summaries = [json.loads((tmp_path / str(n) / "summary.json").read_text()) for n in (1, 2)]
@@ -270,10 +270,10 @@ def test_the_command_under_torchrun(tmp_path: Path, policy_folder: Path) -> None
 def test_a_killed_rank_ends_torchrun_and_another_number_of_processes_continues(tmp_path: Path) -> None:
     arguments = ["eva_rl.pretrain", "env=reach-v3", "env.horizon=40", "data.episodes=2", "data.workers=1", "threads=1"]
     arguments += ["data.only_successes=false", "size.hidden_size=16", "size.num_layers=1", "size.num_heads=2"]
-    arguments += ["size.context_length=5", "algo.updates=4000", "algo.batch_size=8", "eval.every=0"]
+    arguments += ["size.context_length=5", "algo.updates=3000", "algo.batch_size=8", "eval.every=0"]
     arguments += ["checkpoint.every=10", f"run_dir={tmp_path / 'run'}"]
     process = torchrun(2, *arguments)
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 500
     while not list((tmp_path / "run" / "checkpoint").glob("step_*")):
         assert time.monotonic() < deadline, "no checkpoint came"
         time.sleep(0.2)
@@ -281,7 +281,7 @@ def test_a_killed_rank_ends_torchrun_and_another_number_of_processes_continues(t
         ["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True, check=True
     )
     os.kill(int(children.stdout.split()[-1]), signal.SIGKILL)
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode != 0
     assert "SIGKILL" in output or "Signal 9" in output
     assert not (tmp_path / "run" / "summary.json").exists()
@@ -291,9 +291,9 @@ def test_a_killed_rank_ends_torchrun_and_another_number_of_processes_continues(t
     state = load_latest_checkpoint(tmp_path / "run" / "checkpoint")
     assert state is not None
     reached = max(state.step, 10)
-    assert reached < 4000
+    assert reached < 3000
     assert pretrain.main(arguments[1:]) == 0
     rows = [json.loads(row) for row in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     steps = [row["step"] for row in rows if "train/loss" in row]
     assert steps == sorted(set(steps)), "no step is recorded twice"
-    assert steps[-1] == 4000
+    assert steps[-1] == 3000
