@@ -35,6 +35,10 @@ class ODTOptions(ActorOptions):
     by_return: bool = False
 
 
+SATURATED = 0.99
+"""Actions beyond count as this one: experts saturate, and at the bound itself a tanh-Gaussian has no likelihood."""
+
+
 @dataclass(frozen=True)
 class ODTLoss:
     """Parts of the loss of one batch, scalars.
@@ -59,9 +63,9 @@ def odt_loss(
         mask: (B, T), True where a step is real; None says that all are.
         generator: Draws the actions for the entropy.
     """
-    drawn = sample_actions(*distribution, generator)
+    drawn, done = sample_actions(*distribution, generator), actions.clamp(-SATURATED, SATURATED)
     return ODTLoss(
-        likelihood=-masked_mean(gaussian_log_prob(actions, *distribution), mask),
+        likelihood=-masked_mean(gaussian_log_prob(done, *distribution), mask),
         entropy=-masked_mean(gaussian_log_prob(drawn, *distribution), mask),
     )
 
