@@ -32,10 +32,12 @@ class TrainedExpert:
     Attributes:
         max_steps: Env steps of training at most.
         until: Mean return over :data:`LOOK_EPISODES` deterministic episodes at which training ends.
+        horizon: Env steps of an episode; None takes the task's own.
     """
 
     max_steps: int = 100_000
     until: float = float("inf")
+    horizon: int | None = None
 
 
 def collect_trained(env: str, episodes: int, expert: TrainedExpert, *, seed: int = 0) -> Trajectories:
@@ -51,8 +53,8 @@ def collect_trained(env: str, episodes: int, expert: TrainedExpert, *, seed: int
         UserError: ``until`` was not reached.
     """
     env_id = envs.canonical_id(env)
-    vec_env = envs.make_vec_env(env_id, 1, seed=episode_seeds(DEMONSTRATIONS, seed))
-    look = _Look(env_id, expert.until)
+    vec_env = envs.make_vec_env(env_id, 1, seed=episode_seeds(DEMONSTRATIONS, seed), horizon=expert.horizon)
+    look = _Look(env_id, expert)
     agent = SAC("MlpPolicy", vec_env, seed=seed, device="cpu")
     agent.learn(expert.max_steps, callback=look)
     if not look.reached and np.isfinite(expert.until):
@@ -70,13 +72,13 @@ def collect_trained(env: str, episodes: int, expert: TrainedExpert, *, seed: int
 class _Look(BaseCallback):
     """Ends training when the return is high enough."""
 
-    def __init__(self, env_id: str, until: float) -> None:
+    def __init__(self, env_id: str, expert: TrainedExpert) -> None:
         super().__init__()
-        self.env_id, self.until = env_id, until
+        self.env_id, self.expert = env_id, expert
         self.best, self.reached = -np.inf, False
 
     def _on_training_start(self) -> None:
-        self._vec_env = envs.make_vec_env(self.env_id, 1)
+        self._vec_env = envs.make_vec_env(self.env_id, 1, horizon=self.expert.horizon)
 
     def _on_step(self) -> bool:
         if self.num_timesteps % LOOK_EVERY:
@@ -85,7 +87,7 @@ class _Look(BaseCallback):
         mean, _ = evaluate_policy(self.model, self._vec_env, LOOK_EPISODES, warn=False)
         log.info("SAC after %d env steps: mean return %.1f", self.num_timesteps, mean)
         self.best = max(self.best, float(np.mean(mean)))
-        self.reached = self.best >= self.until
+        self.reached = self.best >= self.expert.until
         return not self.reached
 
     def _on_training_end(self) -> None:

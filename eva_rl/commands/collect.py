@@ -82,7 +82,7 @@ def collect(config: CollectConfig) -> None:
 def _episodes(config: CollectConfig) -> Trajectories:
     if config.expert.name == "sac":
         until = float("inf") if config.expert.until is None else config.expert.until
-        expert = TrainedExpert(config.expert.steps, until)
+        expert = TrainedExpert(config.expert.steps, until, config.env.horizon)
         return collect_trained(config.env.id, config.episodes, expert, seed=config.seed)
     return collect_expert(
         config.env.id,
