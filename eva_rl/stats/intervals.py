@@ -42,8 +42,8 @@ def bootstrap(
     """Stratified percentile bootstrap: equal seeds give equal intervals.
 
     Runs are drawn with replacement within each task and each group on its own. With n runs a task the bootstrap sees
-    only (n - 1) / n of their variance, so that plain percentile intervals are too narrow for the few seeds that one has;
-    ``widened`` moves the percentiles outwards by that factor and by Student's t (Hesterberg 2015, "What Teachers
+    only (n - 1) / n of their variance, so that plain percentile intervals are too narrow for the few seeds that one
+    has; ``widened`` moves the percentiles outwards by that factor and by Student's t (Hesterberg 2015, "What Teachers
     Should Know About the Bootstrap", arXiv 1411.5279, section 5.3).
 
     Args:

@@ -30,12 +30,12 @@ def test_plain_percentiles_equal_a_loop() -> None:
     found = stats.bootstrap(stats.mean, scores, seed=3, replicates=200, widened=False)
     rng = np.random.default_rng(3)
     rows = [[rng.integers(len(runs)) for _ in range(200 * len(runs))] for runs in scores]
-    drawn = [
-        np.mean(
-            [np.mean([runs[i] for i in row[k * len(runs) : (k + 1) * len(runs)]]) for runs, row in zip(scores, rows)]
-        )
-        for k in range(200)
-    ]
+
+    def resample(k: int) -> float:
+        parts = [row[k * len(runs) : (k + 1) * len(runs)] for runs, row in zip(scores, rows, strict=True)]
+        return float(np.mean([np.mean(runs[part]) for runs, part in zip(scores, parts, strict=True)]))
+
+    drawn = [resample(k) for k in range(200)]
     assert (found.low, found.high) == pytest.approx(tuple(np.quantile(drawn, [0.025, 0.975])))
 
 
