@@ -27,7 +27,8 @@ from eva_rl.batch import InputScaling
 from eva_rl.data.replay import TrajectoryReplay
 from eva_rl.training.odt import ODTOptions, OnlineDecisionTransformer
 from eva_rl.training.odt_td3 import TD3DecisionTransformer, TD3Options
-from eva_rl.training.online import OnlineOptions, TaskEnvs, train_online
+from eva_rl.training.online import train_online
+from eva_rl.training.online_state import OnlineOptions, TaskEnvs
 from eva_rl.training.sb3 import SB3Options, make_model, train_sb3
 
 ENV, BATCH = "Hopper-v5", 64

@@ -5,12 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar
 
 from eva_rl.adapters import Method
 from eva_rl.commands.options import AlgoOptions, BCOptionsGroup, between, group, option, positive
 from eva_rl.errors import UserError
 
 MIN_REPLAY = 1_000
+
+
+@dataclass
+class BCFirstOptions(BCOptionsGroup):
+    """Behaviour cloning before an online algorithm, or none."""
+
+    least_updates: ClassVar[int] = 0
 
 
 @dataclass
@@ -26,7 +34,7 @@ class OnlineAlgoOptions(AlgoOptions):
     eval_every: int = option(10_000, "env steps between two quick looks at validation episodes; 0 for none")
     checkpoint_every: int = option(10_000, "env steps between two checkpoints; 0 for none")
     target_scale: float = option(1.0, "the return asked for while collecting, over the one asked for in evaluations")
-    bc: BCOptionsGroup = group(partial(BCOptionsGroup, updates=0), "behaviour cloning before; bc.updates=0 for none")
+    bc: BCFirstOptions = group(partial(BCFirstOptions, updates=0), "behaviour cloning before; bc.updates=0 for none")
 
     def __post_init__(self) -> None:
         positive(algo__env_steps=self.env_steps, algo__num_envs=self.num_envs, algo__target_scale=self.target_scale)
@@ -58,6 +66,7 @@ class ReplayAlgoOptions(OnlineAlgoOptions):
     gradient_clip: float = option(0.25, "largest norm of the gradient")
     replay_size: int = option(500_000, "env steps kept at most; the oldest episodes go first")
     replay_on_disk: bool = option(False, "keep the replay in run_dir/replay, mapped into memory")
+    keep_best: bool = option(True, "end with the parameters that did best in the quick looks, not with the last ones")
     refresh_every: int = option(0, "EVA: env steps between two looks at whether the activations moved; 0 for none")
     refresh_below: float = option(0.8, "EVA: overlap of old and new directions under which they are aimed again")
 
@@ -89,8 +98,8 @@ class ODTAlgoOptions(ReplayAlgoOptions):
     initial_std: float = option(0.1, "standard deviation, before the tanh, that a deterministic policy begins with")
     initial_temperature: float = option(0.02, "weight of the entropy at first")
     temperature_learning_rate: float = option(1e-2, "Adam's, for the logarithm of that weight")
-    by_return: bool = option(False, "draw env steps in proportion to their episode's return, not all alike")
-    target_entropy: float | None = option(None, "lower bound of the entropy in nats; null takes -action dimensions")
+    by_return: bool = option(True, "draw env steps in proportion to their episode's return, not all alike")
+    target_entropy: float | None = option(None, "lower bound of the entropy in nats; null takes -2 x action dimensions")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -216,7 +225,7 @@ BC_FIRST = "bc_then_"
 ALGORITHMS: Mapping[str, AlgoOptions] = {
     "bc": BCOptionsGroup(),
     **{name: kind(name=name) for name, kind in _ONLINE.items()},
-    **{BC_FIRST + name: kind(name=BC_FIRST + name, bc=BCOptionsGroup(updates=200)) for name, kind in _ONLINE.items()},
+    **{BC_FIRST + name: kind(name=BC_FIRST + name, bc=BCFirstOptions(updates=200)) for name, kind in _ONLINE.items()},
 }
 """What ``algo=`` takes, with the options that each begins with."""
 

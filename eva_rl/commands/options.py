@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from eva_rl.data.selection import WEIGHTINGS
 from eva_rl.errors import UnknownNameError, UserError
 from eva_rl.seeding import MAX_SEED
+from eva_rl.tracking.sinks import TENSORBOARD, TRACKERS, check_trackers
 
 
 def option(default: Any, text: str) -> Any:
@@ -171,6 +172,7 @@ class AlgoOptions:
 class BCOptionsGroup(AlgoOptions):
     """Behaviour cloning."""
 
+    least_updates: ClassVar[int] = 1
     updates: int = option(200, "gradient steps")
     batch_size: int = option(64, "windows a gradient step")
     learning_rate: float = option(1e-3, "peak learning rate of AdamW")
@@ -184,7 +186,7 @@ class BCOptionsGroup(AlgoOptions):
     compile: str = option("none", "torch.compile: none, default, or reduce-overhead (CUDA graphs)")
 
     def __post_init__(self) -> None:
-        between(0, 10**9, algo__updates=self.updates)
+        positive(algo__updates=self.updates + 1 - self.least_updates)
         positive(
             algo__accumulate=self.accumulate,
             algo__batch_size=self.batch_size,
@@ -211,7 +213,7 @@ class BCOptionsGroup(AlgoOptions):
 
 @dataclass
 class RunOptions:
-    """What every command that trains shares."""
+    """What the commands that use a network share."""
 
     seed: int = option(0, "seed of everything that has none of its own")
     device: str = option("auto", "auto, cpu, cuda or cuda:1")
@@ -223,3 +225,17 @@ class RunOptions:
         between(0, MAX_SEED, seed=self.seed)
         between(0, 4096, threads=self.threads)
         one_of(("auto", "never"), resume=self.resume)
+
+
+@dataclass
+class TrainOptions(RunOptions):
+    """What every command that trains shares."""
+
+    tracker: list[str] = field(
+        default_factory=lambda: [TENSORBOARD],
+        metadata={"help": "where metrics go besides metrics.jsonl, some of [" + ", ".join(TRACKERS) + "]"},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_trackers(tuple(self.tracker))

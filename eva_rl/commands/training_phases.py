@@ -28,25 +28,26 @@ from eva_rl.data.prefetch import prefetching
 from eva_rl.data.replay import TrajectoryReplay
 from eva_rl.files import write_file
 from eva_rl.seeding import ONLINE, episode_seeds
-from eva_rl.tracking import Tracker
+from eva_rl.tracking import Resume, Tracker
+from eva_rl.tracking.tracker import CLONING as CLONED
 from eva_rl.training.bc import Log, train_bc
 from eva_rl.training.checkpoint import load_latest_checkpoint
 from eva_rl.training.distributed import Ranks, ShardedSampler
 from eva_rl.training.odt import ODTOptions, OnlineDecisionTransformer
 from eva_rl.training.odt_td3 import TD3DecisionTransformer, TD3Options
-from eva_rl.training.online import OnlineOptions, TaskEnvs, train_online
+from eva_rl.training.online import train_online
 from eva_rl.training.online_parts import Learner, draws
-
-CLONED = "bc/"
-"""Before the keys of the metrics of cloning, where the rest of the record counts env steps."""
+from eva_rl.training.online_state import OnlineOptions, TaskEnvs
 
 
-def resume_step(session: Session) -> int | None:
+def resume_step(session: Session) -> Resume | None:
     """The last step of the record that a continued run builds on; None where it begins afresh."""
     online = load_latest_checkpoint(session.checkpoint_dir / "online")
+    if online is not None:
+        return Resume(online.step)
     cloned = load_latest_checkpoint(session.checkpoint_dir)
-    found = online or cloned
-    return None if found is None else found.step
+    first_of_two = isinstance(session.config.algo, OnlineAlgoOptions)
+    return None if cloned is None else Resume(cloned.step, cloning=first_of_two)
 
 
 def train(session: Session, adapter: AttachedAdapter, tracker: Tracker) -> dict[str, float]:
@@ -112,7 +113,8 @@ def learn(session: Session, adapter: AttachedAdapter, algo: ReplayAlgoOptions, t
             )
     finally:
         vec_env.close()
-    return {"updates": counters.update, "env_steps": counters.env_steps, "episodes": counters.episodes}
+    steps = {"updates": counters.update, "env_steps": counters.env_steps, "episodes": counters.episodes}
+    return steps | ({"best_step": counters.best_step} if algo.keep_best else {})
 
 
 def learn_sb3(session: Session, algo: SB3AlgoOptions, tracker: Tracker) -> dict[str, float]:

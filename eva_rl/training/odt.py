@@ -24,7 +24,7 @@ class ODTOptions(ActorOptions):
     Attributes:
         initial_temperature: lambda at first.
         temperature_learning_rate: Adam's, for log lambda.
-        target_entropy: beta, a lower bound of the policy's entropy in nats; None takes minus the action's dimensions.
+        target_entropy: beta, a lower bound of the policy's entropy in nats; None takes -2 a dimension of the action.
         by_return: Draw env steps in proportion to the return of their episode above the worst one's, rather than all
             alike as the paper does.
     """
@@ -32,7 +32,7 @@ class ODTOptions(ActorOptions):
     initial_temperature: float = 0.1
     temperature_learning_rate: float = 1e-4
     target_entropy: float | None = None
-    by_return: bool = False
+    by_return: bool = True
 
 
 SATURATED = 0.99
@@ -90,7 +90,7 @@ class OnlineDecisionTransformer(Learner):
     ) -> None:
         super().__init__(policy, options, seed=seed, extension=extension)
         asked, self._by_return = options.target_entropy, options.by_return
-        self._target_entropy = -float(policy.action_dim) if asked is None else asked
+        self._target_entropy = -2.0 * policy.action_dim if asked is None else asked
         self._log_temperature = nn.Parameter(torch.tensor(float(np.log(options.initial_temperature))))
         self._temperature_optimizer = torch.optim.Adam([self._log_temperature], lr=options.temperature_learning_rate)
         self.add("temperature", {"log": self._log_temperature}, self._temperature_optimizer)

@@ -4,117 +4,26 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from stable_baselines3.common.vec_env import VecEnv
+from torch import Tensor, nn
 
 from eva_rl.agents.policy import DecisionTransformerPolicy
 from eva_rl.data.replay import TrajectoryReplay
-from eva_rl.data.trajectories import Episode
 from eva_rl.recording import EpisodeRecorder
 from eva_rl.training.bc import Log
 from eva_rl.training.checkpoint import TrainState, load_latest_checkpoint, save_checkpoint
 from eva_rl.training.failures import NotFiniteError
 from eva_rl.training.online_parts import OnlineAlgorithm
+from eva_rl.training.online_state import OnlineCounters, OnlineOptions, TaskEnvs
 
-REPLAY, ALGORITHM = "replay/", "algorithm/"
-RECENT = 100
-"""Episodes over which the metrics of rollouts are averaged."""
-
-
-@dataclass(frozen=True)
-class OnlineOptions:
-    """How long, and how often.
-
-    Attributes:
-        env_steps: Env steps in all.
-        steps_per_iteration: Env steps, over all environments, between two bouts of gradient steps.
-        updates_per_iteration: Gradient steps of a bout.
-        random_steps: Env steps before the first gradient step, which comes after the first finished episode.
-        eval_every: Env steps between two evaluations, at which unfinished episodes are broken off; 0 for none.
-        checkpoint_every: Env steps between two checkpoints, made at the same boundaries; 0 for none.
-        refresh_every: Env steps between two calls of ``refresh``; 0 for none.
-        seed: Of exploration.
-        first_episode: Seed of the first episode.
-    """
-
-    env_steps: int
-    steps_per_iteration: int = 1000
-    updates_per_iteration: int = 100
-    random_steps: int = 0
-    eval_every: int = 0
-    checkpoint_every: int = 0
-    refresh_every: int = 0
-    seed: int = 0
-    first_episode: int = 0
-
-
-@dataclass(frozen=True)
-class TaskEnvs:
-    """Where a policy acts.
-
-    Attributes:
-        vec_env: n environments whose episodes are numbered (:func:`eva_rl.envs.make_vec_env`).
-        env_id: Their task.
-        reports_success: Whether they know of success.
-    """
-
-    vec_env: VecEnv
-    env_id: str
-    reports_success: bool
-
-
-@dataclass
-class OnlineCounters:
-    """What a checkpoint holds besides tensors.
-
-    Attributes:
-        env_steps: Env steps taken.
-        update: Gradient steps done.
-        episodes: Episodes finished.
-        next_seed: Seed of the next episode.
-        seconds: Of collecting and learning.
-        returns: Of the last episodes.
-        successes: Of the last episodes.
-        lengths: Of the last episodes.
-    """
-
-    env_steps: int = 0
-    update: int = 0
-    episodes: int = 0
-    next_seed: int = 0
-    seconds: float = 0.0
-    returns: list[float] = field(default_factory=list)
-    successes: list[bool] = field(default_factory=list)
-    lengths: list[int] = field(default_factory=list)
-
-    def finished(self, episode: Episode) -> None:
-        """Count an episode."""
-        self.episodes += 1
-        self.returns = [*self.returns, float(episode.rewards.sum())][-RECENT:]
-        self.lengths = [*self.lengths, len(episode.rewards)][-RECENT:]
-        if episode.successes is not None:
-            self.successes = [*self.successes, bool(episode.successes.any())][-RECENT:]
-
-    def metrics(self) -> dict[str, float]:
-        """Scalars under Stable-Baselines3's names."""
-        found = {
-            "time/env_steps": float(self.env_steps),
-            "time/gradient_steps": float(self.update),
-            "time/fps": self.env_steps / max(self.seconds, 1e-9),
-        }
-        if self.returns:
-            found |= {
-                "rollout/ep_rew_mean": float(np.mean(self.returns)),
-                "rollout/ep_len_mean": float(np.mean(self.lengths)),
-            }
-        if self.successes:
-            found["rollout/success_rate"] = float(np.mean(self.successes))
-        return found
+REPLAY, ALGORITHM, BEST = "replay/", "algorithm/", "best/"
+SCORES = ("success_rate", "mean_reward")
+"""What an evaluation is judged by, first things first."""
 
 
 def train_online(  # noqa: PLR0913 - four values, and what it tells others of itself
@@ -146,7 +55,8 @@ def train_online(  # noqa: PLR0913 - four values, and what it tells others of it
     Raises:
         NotFiniteError: A loss, a gradient, a reward or an observation is not finite.
     """
-    counters = _resume(checkpoint_dir, algorithm, replay) or OnlineCounters()
+    best: dict[str, Tensor] = {}
+    counters = _resume(checkpoint_dir, algorithm, replay, best) or OnlineCounters()
     counters.next_seed = counters.next_seed or options.first_episode
     collector = Collector(algorithm.policy, task)
     while counters.env_steps < options.env_steps:
@@ -164,11 +74,31 @@ def train_online(  # noqa: PLR0913 - four values, and what it tells others of it
         log(metrics | counters.metrics(), counters.env_steps)
         if evaluating or saving:
             collector.break_off(replay, counters)
-        if evaluating and not done and evaluate is not None:
-            log(evaluate(counters.env_steps), counters.env_steps)
+        if evaluate is not None and (options.keep_best if done else evaluating):
+            found = evaluate(counters.env_steps)
+            log(found, counters.env_steps)
+            _keep_if_best(best, counters, found, algorithm)
         if saving and checkpoint_dir and options.checkpoint_every:
-            save_checkpoint(checkpoint_dir, _state(counters, algorithm, replay))
+            save_checkpoint(checkpoint_dir, _state(counters, algorithm, replay, best))
+    if options.keep_best and best:
+        _put(algorithm.parameters, best)
     return counters
+
+
+def _keep_if_best(
+    best: dict[str, Tensor], counters: OnlineCounters, found: Mapping[str, float], algorithm: OnlineAlgorithm
+) -> None:
+    """Remember the parameters if they never did better: more success, or as much of it and a higher return."""
+    score = [max((v for k, v in found.items() if k.endswith(f"/{key}")), default=0.0) for key in SCORES]
+    if counters.best_step < 0 or score > counters.best_score:
+        counters.best_step, counters.best_score = counters.env_steps, score
+        best.update({name: parameter.detach().clone() for name, parameter in algorithm.parameters.items()})
+
+
+def _put(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(values[name])
 
 
 def _learn(
@@ -259,20 +189,26 @@ def _rows(observations: object) -> NDArray[np.float32]:
     return observations.astype(np.float32, copy=False)
 
 
-def _state(counters: OnlineCounters, algorithm: OnlineAlgorithm, replay: TrajectoryReplay) -> TrainState:
+def _state(
+    counters: OnlineCounters, algorithm: OnlineAlgorithm, replay: TrajectoryReplay, best: Mapping[str, Tensor]
+) -> TrainState:
     tensors = {ALGORITHM + name: value for name, value in algorithm.tensors().items()}
     tensors |= {REPLAY + name: value for name, value in replay.tensors().items()}
+    tensors |= {BEST + name: value for name, value in best.items()}
     return TrainState(counters.env_steps, tensors, asdict(counters))
 
 
-def _resume(folder: Path | None, algorithm: OnlineAlgorithm, replay: TrajectoryReplay) -> OnlineCounters | None:
+def _resume(
+    folder: Path | None, algorithm: OnlineAlgorithm, replay: TrajectoryReplay, best: dict[str, Tensor]
+) -> OnlineCounters | None:
     state = load_latest_checkpoint(folder) if folder else None
     if state is None:
         return None
     parts = {
         prefix: {k.removeprefix(prefix): v for k, v in state.tensors.items() if k.startswith(prefix)}
-        for prefix in (ALGORITHM, REPLAY)
+        for prefix in (ALGORITHM, REPLAY, BEST)
     }
     algorithm.restore(parts[ALGORITHM])
     replay.restore(parts[REPLAY])
+    best.update(parts[BEST])
     return OnlineCounters(**state.record)

@@ -27,6 +27,10 @@ class OnlineAlgorithm(Protocol):
     def policy(self) -> DecisionTransformerPolicy:
         """What acts, and what is changed."""
 
+    @property
+    def parameters(self) -> Mapping[str, nn.Parameter]:
+        """The policy's trainable parameters."""
+
     def explore(self, generator: torch.Generator) -> Callable[[Tensor], Tensor]:
         """A function from hidden states (n, D) to scaled exploratory actions (n, act)."""
 
@@ -75,7 +79,9 @@ class Learner:
         self.options, self.seed, self.extension, self._policy = options, seed, extension, policy
         self.scaling = policy.scaling.to("cpu")
         self.context_length = policy.network.config.context_length
-        self.parameters = {name: p for name, p in policy.network.named_parameters() if p.requires_grad}
+        self.parameters: Mapping[str, nn.Parameter] = {
+            name: p for name, p in policy.network.named_parameters() if p.requires_grad
+        }
         matrices = [p for p in self.parameters.values() if p.ndim > 1]
         vectors = [p for p in self.parameters.values() if p.ndim <= 1]
         groups = [{"params": matrices, "weight_decay": options.weight_decay}, {"params": vectors, "weight_decay": 0.0}]

@@ -27,7 +27,7 @@ from eva_rl.training.checkpoint import (
     save_checkpoint,
 )
 from eva_rl.training.failures import NotFiniteError
-from eva_rl.training.online import TaskEnvs
+from eva_rl.training.online_state import TaskEnvs
 from eva_rl.training.sb3_policies import (
     DecisionTransformerPPOPolicy,
     DecisionTransformerSACPolicy,

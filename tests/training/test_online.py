@@ -19,8 +19,9 @@ from eva_rl.errors import UserError
 from eva_rl.training.failures import FAILED_BATCH, NotFiniteError, failures_kept
 from eva_rl.training.odt import ODTOptions, OnlineDecisionTransformer
 from eva_rl.training.odt_td3 import TD3DecisionTransformer, TD3Options
-from eva_rl.training.online import OnlineCounters, OnlineOptions, TaskEnvs, train_online
+from eva_rl.training.online import train_online
 from eva_rl.training.online_parts import Learner
+from eva_rl.training.online_state import OnlineCounters, OnlineOptions, TaskEnvs
 from tests.conftest import make_policy
 from tests.training.problems import Bandit, make_learner, make_task
 
@@ -78,6 +79,41 @@ def test_a_resumed_run_is_the_run_that_was_not_interrupted(make: Make, tmp_path:
         assert torch.equal(value, found[name]), name
     assert rest == [(step, metrics) for step, metrics in record if step > 120]
     assert any("rollout/ep_rew_mean" in metrics for _, metrics in rest)
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_the_best_parameters_are_kept(interrupted: bool, tmp_path: Path) -> None:
+    """Success counts first, then the return; also where the best came before an interruption."""
+    looks = {120: (0.5, 9.0), 240: (0.8, 1.0), 360: (0.8, 2.0), 480: (0.8, 1.5)}
+    algorithm, weights = td3(), {}
+
+    def evaluate(step: int) -> dict[str, float]:
+        weights[step] = [p.detach().clone() for p in algorithm.parameters.values()]
+        return {"validation/success_rate": looks[step][0], "validation/mean_reward": looks[step][1]}
+
+    for stop in [400, 480] if interrupted else [480]:
+        algorithm = td3()
+        task = TaskEnvs(envs.make_vec_env("mujoco/hopper", 3, horizon=15), "Hopper-v5", False)
+        loop = OnlineOptions(480, 60, 3, eval_every=120, checkpoint_every=120, keep_best=True)
+
+        def log(_: Mapping[str, float], step: int, stop: int = stop) -> None:
+            if step > stop:
+                raise StopError
+
+        with contextlib.suppress(StopError):
+            counters = train_online(
+                algorithm,
+                TrajectoryReplay(2000, 11, 3),
+                task,
+                loop,
+                log=log,
+                evaluate=evaluate,
+                checkpoint_dir=tmp_path,
+            )
+        task.vec_env.close()
+    assert (counters.best_step, counters.best_score) == (360, [0.8, 2.0])
+    assert all(torch.equal(a, b) for a, b in zip(algorithm.parameters.values(), weights[360], strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(weights[480], weights[360], strict=True))
 
 
 def test_no_episode_is_played_twice() -> None:
