@@ -55,8 +55,8 @@ class TaskLook:
         mine = tasks[ranks.share(len(tasks))]
         return cls(ranks, tasks, envs.make_task_vec_env(mine, stride=len(tasks)) if mine else None)
 
-    def success_rates(self, policy: Policy, episodes: int, seed: int) -> dict[str, float]:
-        """Success rate by task, the same on every process.
+    def scores(self, policy: Policy, episodes: int, seed: int) -> dict[str, float]:
+        """Success rate by task (mean return where it knows no success), the same on every process.
 
         Args:
             policy: What to evaluate.

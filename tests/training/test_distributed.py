@@ -71,7 +71,7 @@ def look(episodes: int) -> dict[str, Any]:
 def look_at_tasks() -> dict[str, float]:
     """Success of an expert-like policy on three tasks, each on one process."""
     tasks = ["metaworld/reach-v3", "metaworld/push-v3", "metaworld/window-close-v3"]
-    return TaskLook.of(Ranks.here(), tasks).success_rates(make_policy(), 1, 7)
+    return TaskLook.of(Ranks.here(), tasks).scores(make_policy(), 1, 7)
 
 
 def worker(rank: int, world: int, folder: str, work: Any) -> None:
