@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from eva_rl.adapters import count_parameters
+from eva_rl.commands.appearance import compare_looks, look_at, shown
 from eva_rl.commands.attaching import attach
 from eva_rl.commands.command import run_command
 from eva_rl.commands.costs import peak_memory
@@ -33,23 +35,29 @@ def finetune(config: FinetuneConfig) -> None:
     session = open_session(config)
     phases = session.phases
     before = session.evaluate("Before")
+    first_look = look_at(session)
     phases.end("evaluate_before")
     adapter = attach(session.policy, session.sampler, config)
     phases.end("adapter")
     resumed = resume_step(session)
-    with open_tracker(session.run_dir, resumed) as tracker:
+    hyperparameters = shown(config) | {f"settings/{k}": n for k, n in count_parameters(session.policy.network).items()}
+    with open_tracker(session.run_dir, resumed, config.tracker, hyperparameters) as tracker:
         if resumed is None:
-            tracker.log(before.metrics(), 0)
+            tracker.log(before.metrics() | before.metrics("eval_before"), 0)
         if adapter.eva is not None and resumed is None and Ranks.here().first:
             report_eva(session, adapter.eva, tracker)
+        tracker.watch(session.policy.network, config.algo.final_step)
         with failures_kept(session.run_dir), peak_memory(session.policy.device) as memory:
             steps = train(session, adapter, tracker)
         phases.end("train")
         after = session.evaluate("After")
+        last_look = look_at(session)
         phases.end("evaluate_after")
         if Ranks.here().first:
             finish(session, adapter, (before, after), {**steps, **memory, "processes": Ranks.here().count})
         tracker.log(after.metrics(), config.algo.final_step)  # last, so that no continued run can log it twice
+        compare_looks(session, tracker, first_look, last_look)
+        tracker.finished({**before.metrics("eval_before"), **after.metrics()})
     session.close()
 
 

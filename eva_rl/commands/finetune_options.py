@@ -15,7 +15,7 @@ from eva_rl.commands.options import (
     EnvOptions,
     EvalOptions,
     PolicyOptions,
-    RunOptions,
+    TrainOptions,
     between,
     group,
     one_of,
@@ -83,9 +83,10 @@ class AdapterOptions:
 
 
 @dataclass
-class FinetuneConfig(RunOptions):
+class FinetuneConfig(TrainOptions):
     """Config of ``python -m eva_rl.finetune``."""
 
+    video: bool = option(False, "also film one episode before and after, side by side; takes time, and a renderer")
     env: EnvOptions = group(EnvOptions, "the new task")
     policy: PolicyOptions = group(PolicyOptions, "what to start from")
     data: DataOptions = group(partial(DataOptions, source="auto"), "demonstrations")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,9 @@ from eva_rl.files import write_json
 from eva_rl.tracking import Tracker
 from eva_rl.tracking.figures import rank_figure, spectrum_figure
 
+DASHBOARD = "#custom_scalars&_smoothingWeight=0"
+"""The page of TensorBoard to begin with; its smoothing would bend curves of a few points."""
+
 
 def report_eva(session: Session, result: eva.EvaResult, tracker: Tracker) -> None:
     """Write ``eva_report.json``, and show spectra and ranks."""
@@ -28,9 +32,21 @@ def report_eva(session: Session, result: eva.EvaResult, tracker: Tracker) -> Non
     if session.data is not None:
         origin |= {"source": session.data.source, "hash": session.data.content_hash}
     write_json(session.run_dir / "eva_report.json", {"data": origin, **result.to_report()})
+    tracker.log(_eva_metrics(result), 0)
     spectra = {name: layer.explained_variance_ratio.tolist() for name, layer in result.layers.items()}
     tracker.figure("eva/spectrum", spectrum_figure(spectra), 0)
     tracker.figure("eva/ranks", rank_figure({name: layer.rank for name, layer in result.layers.items()}), 0)
+
+
+def _eva_metrics(result: eva.EvaResult) -> dict[str, float]:
+    layers = result.layers.values()
+    agreements = [layer.split_half_agreement for layer in layers if not math.isnan(layer.split_half_agreement)]
+    return {
+        "eva/explained_variance": sum(layer.explained_variance for layer in layers) / len(layers),
+        "eva/rows": result.rows,
+        "time/eva_seconds": result.seconds,
+        **({"eva/agreement_min": min(agreements)} if agreements else {}),
+    }
 
 
 def finish(
@@ -106,6 +122,7 @@ def show(run_dir: Path, summary: dict[str, Any], results: tuple[EvaluationResult
     console.print(f"Trained {trainable:,} of {total:,} parameters. Seconds: {seconds}.")
     console.print(f"Protocol: {summary['protocol']}.", soft_wrap=True)
     console.print(
-        f"Policy:      {run_dir / 'policy'}\nTensorBoard: tensorboard --logdir {run_dir / 'tb'}",
+        f"Policy:      {run_dir / 'policy'}\n"
+        f"TensorBoard: tensorboard --logdir {run_dir / 'tb'}, then http://localhost:6006/{DASHBOARD}",
         soft_wrap=True,
     )

@@ -26,7 +26,7 @@ from eva_rl.training.distributed import Ranks, join, launched, local_count, loca
 CONFIG_FILE, SUMMARY_FILE = "config.yaml", "summary.json"
 FREE_BYTES = 200 * 2**20
 """A run that would start with less room on its disk is refused."""
-FREE_TO_CHANGE = {"run_dir", "resume", "threads", "device", "checkpoint"}
+FREE_TO_CHANGE = {"run_dir", "resume", "threads", "device", "checkpoint", "tracker", "video"}
 """Keys in which a continued run may differ from its first part."""
 FREE_IN_GROUPS = {"accumulate", "compile"}
 """The same, within groups: what fits a machine and changes no result."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -16,7 +17,7 @@ def spectrum_figure(spectra: Mapping[str, Sequence[float]]) -> Figure:
     Args:
         spectra: Explained-variance ratios of each layer, largest first.
     """
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     kinds = sorted({name.rpartition(".")[2] for name in spectra})
     for name, ratios in spectra.items():
@@ -67,3 +68,26 @@ def pixels(figure: Figure) -> NDArray[np.uint8]:
     canvas = FigureCanvasAgg(figure)
     canvas.draw()  # type: ignore[no-untyped-call]
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()  # type: ignore[no-untyped-call]
+
+
+def action_figure(before: NDArray[np.floating[Any]], after: NDArray[np.floating[Any]]) -> Figure:
+    """How each number of the actions is distributed, before and after.
+
+    Args:
+        before: (N, act).
+        after: (M, act).
+    """
+    numbers = before.shape[1]
+    columns = min(2, numbers)
+    rows = -(-numbers // columns)
+    figure = Figure(figsize=(2.8 * columns, 2 * rows), layout="constrained")
+    for index in range(numbers):
+        axes = figure.add_subplot(rows, columns, index + 1)
+        both = np.concatenate([before[:, index], after[:, index]])
+        bins = np.linspace(both.min(), both.max() + 1e-6, 41)
+        for values, label in ((before, "before"), (after, "after")):
+            axes.hist(values[:, index], bins=list(bins), density=True, alpha=0.55, label=label)
+        axes.set_title(f"action {index}", fontsize="medium")
+        axes.set_yticks([])
+    figure.axes[0].legend(frameon=False, fontsize="small")
+    return figure

@@ -18,7 +18,7 @@ STEP = "step"
 
 
 class WandbSink:
-    """A run of Weights & Biases; where it goes, and whether at all, is decided by wandb's own settings (``WANDB_MODE``).
+    """A run of Weights & Biases; wandb's own settings (``WANDB_MODE``) decide where it goes, and whether at all.
 
     Args:
         start: What it begins with; a run that goes on keeps the identity that it had.

@@ -47,9 +47,9 @@ class Start:
     Attributes:
         run_dir: The run directory.
         hyperparameters: Settings, flat.
-        purge_step: Points from here on were forgotten, because the run goes on from an earlier one; None where it is new.
-        told: Step and keys of the points that the run recorded before; those are taken again, with the same values, by a
-            run that goes on from an earlier one.
+        purge_step: Points from here on were forgotten, for the run goes on from before; None in a new one.
+        told: Step and keys of all points that the run recorded before, the forgotten ones, too: they come again, with
+            the same values.
     """
 
     run_dir: Path
@@ -92,7 +92,7 @@ def _maker(name: str) -> Callable[[Start], Sink]:
         __import__(name)
     except ImportError as error:
         raise UserError(
-            f"tracker={name}: {SERVICES[name]} is not installed ({error}). Install it with pip install 'eva-rl[{name}]', "
-            f"or leave {name} out of tracker=."
+            f"tracker={name}: {SERVICES[name]} is not installed ({error}). Type pip install 'eva-rl[{name}]', or "
+            f"leave {name} out of tracker=."
         ) from error
     return {"trackio": services.TrackioSink, "wandb": services.WandbSink}[name]
