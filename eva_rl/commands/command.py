@@ -33,17 +33,22 @@ SHORT_KEYS = {
 }
 """What a user types, and the key it sets."""
 
+Arguments = Callable[[Sequence[str]], list[str]]
+_ARGUMENTS: dict[str, Arguments] = {}
+
 console = Console(stderr=True, highlight=False)
 
 
-def register(name: str, schema: type, groups: Mapping[str, Mapping[str, object]]) -> None:
+def register(name: str, schema: type, groups: Mapping[str, Mapping[str, object]], arguments: Arguments = list) -> None:
     """Make a command's schema, and the options of its groups, known to Hydra.
 
     Args:
         name: The command.
         schema: Dataclass of the whole config.
         groups: For each Hydra group, its options by name: dataclasses with the values that each begins with.
+        arguments: Turns what was typed into overrides, where a command takes more than those.
     """
+    _ARGUMENTS[name] = arguments
     store = ConfigStore.instance()
     store.store(name=f"{name}_schema", node=schema)
     for group_name, options in groups.items():
@@ -63,7 +68,8 @@ def parse(name: str, overrides: Sequence[str]) -> Any:
     """
     try:
         with initialize_config_module("eva_rl.configs", version_base="1.3"):
-            config = compose(name, [_long_form(override, name) for override in overrides])
+            typed = _ARGUMENTS[name](overrides)
+            config = compose(name, [_long_form(override, name) for override in typed])
         return OmegaConf.to_object(config)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(f"{_first_lines(error)} See `python -m eva_rl.{name} --help`.") from error
