@@ -79,8 +79,8 @@ class RolloutContext:
         self._caches: list[LayerCache] = []
         self._cached_steps = 0
         self._positions = torch.arange(T * config.tokens_per_step)
-        kept = None if earlier is None else earlier._memory
-        self._memory = kept.forget() if kept is not None and kept.fits(network, n) else None
+        kept: StaticMemory | None = None if earlier is None else earlier._memory
+        self._memory: StaticMemory | None = kept.forget() if kept is not None and kept.fits(network, n) else None
 
     def features(self, observations: Tensor, rewards: Tensor, starts: Tensor) -> Tensor:
         """Take in one env step and return the hidden state that its action is read from.

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from eva_rl.agents.transformer import ACTIVATIONS, Block, LayerCache, causal_mask
+from eva_rl.agents.transformer import ACTIVATIONS, Block, Cache, LayerCache, causal_mask
 from eva_rl.batch import WindowBatch
 from eva_rl.errors import UserError
 
@@ -198,7 +198,7 @@ class DecisionTransformer(nn.Module):
         return self.embed_reward(batch.rewards)  # type: ignore[no-any-return]
 
     def encode(
-        self, tokens: Tensor, mask: Tensor | None, read: slice, caches: list[LayerCache] | None = None
+        self, tokens: Tensor, mask: Tensor | None, read: slice, caches: Sequence[Cache] | None = None
     ) -> Tensor:
         """Run the blocks.
 

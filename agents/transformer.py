@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,13 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
     "relu": F.relu,
 }
+
+
+class Cache(Protocol):
+    """What attention keeps of earlier tokens, in one layer."""
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Store new keys and values (B, H, M, D / H) and return all that can be looked at."""
 
 
 @dataclass
@@ -46,7 +54,7 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(hidden_size, hidden_size)
 
     def forward(
-        self, x: Tensor, mask: Tensor | None, queries: slice = slice(None), cache: LayerCache | None = None
+        self, x: Tensor, mask: Tensor | None, queries: slice = slice(None), cache: Cache | None = None
     ) -> Tensor:
         """Attend from the tokens ``x[:, queries]`` to all of ``x`` and to the cache.
 
@@ -107,7 +115,7 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(
-        self, x: Tensor, mask: Tensor | None, queries: slice = slice(None), cache: LayerCache | None = None
+        self, x: Tensor, mask: Tensor | None, queries: slice = slice(None), cache: Cache | None = None
     ) -> Tensor:
         """Return the tokens ``x[:, queries]`` after this block; the others only serve as keys and values."""
         attended = self.attention(self.attention_norm(x), mask, queries, cache)

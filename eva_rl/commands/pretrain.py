@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,7 @@ from eva_rl.agents import (
 from eva_rl.agents.checkpoint import save_policy
 from eva_rl.agents.sizes import SIZES
 from eva_rl.batch import InputScaling
+from eva_rl.commands.appearance import shown
 from eva_rl.commands.command import console, register, run_command
 from eva_rl.commands.demonstrations import load_task_data, sampling_weights, target_return
 from eva_rl.commands.options import (
@@ -30,7 +31,7 @@ from eva_rl.commands.options import (
     DataOptions,
     EnvOptions,
     EvalOptions,
-    RunOptions,
+    TrainOptions,
     between,
     group,
     one_of,
@@ -93,7 +94,7 @@ class SizeOptions:
 
 
 @dataclass
-class PretrainConfig(RunOptions):
+class PretrainConfig(TrainOptions):
     """Config of ``python -m eva_rl.pretrain``."""
 
     return_scale: float = option(200.0, "returns are divided by this")
@@ -133,19 +134,18 @@ def pretrain(config: PretrainConfig) -> None:
     look = TaskLook.of(ranks, tasks)
 
     def validate(update: int) -> dict[str, float]:
-        rates = look.success_rates(policy, config.eval.episodes, VALIDATION + config.eval.seed)
+        scores = look.scores(policy, config.eval.episodes, VALIDATION + config.eval.seed)
         if ranks.first:
             _save(run_dir, policy, config, joined)
-        return {f"validation/{t}": rate for t, rate in rates.items()} | {
-            "validation/success_rate": float(np.mean(list(rates.values())))
-        }
+        return _validation_metrics(scores)
 
     resumed = load_latest_checkpoint(run_dir / "checkpoint")
     with (
-        open_tracker(run_dir, None if resumed is None else resumed.step) as tracker,
+        open_tracker(run_dir, None if resumed is None else resumed.step, config.tracker, shown(config)) as tracker,
         training_progress(config.algo.updates) as bar,
         prefetching(ShardedSampler(sampler, ranks), device) as ahead,
     ):
+        tracker.watch(policy.network, config.algo.final_step)
         counters = train_bc(
             policy,
             ahead,
@@ -156,12 +156,25 @@ def pretrain(config: PretrainConfig) -> None:
         )
         final = validate(counters.update)
         tracker.log(final, counters.update)
+        tracker.finished(final)
     if ranks.first:
         seconds = {"data": data_seconds, "train": counters.seconds}
         write_summary(run_dir, _summary(config, policy, joined, final, seconds) | {"processes": ranks.count})
-    console.print(
-        f"Success on {len(tasks)} tasks: {final['validation/success_rate']:.2f}. Policy: {run_dir / 'policy'}"
-    )
+    shown_scores = ", ".join(f"{key} {final[key]:.2f}" for key in MEANS if key in final)
+    console.print(f"{len(tasks)} tasks: {shown_scores}. Policy: {run_dir / 'policy'}", soft_wrap=True)
+
+
+MEANS = ("validation/success_rate", "validation/mean_reward")
+
+
+def _validation_metrics(scores: Mapping[str, float]) -> dict[str, float]:
+    """Each task's score, and the means: of success where a task knows it, of the return elsewhere."""
+    metrics = {f"validation/{task}": score for task, score in scores.items()}
+    for key, knows_success in zip(MEANS, (True, False), strict=True):
+        own = [score for task, score in scores.items() if envs.env_spec(task).reports_success == knows_success]
+        if own:
+            metrics[key] = float(np.mean(own))
+    return metrics
 
 
 def bc_options(algo: BCOptionsGroup, eval_every: int, checkpoint_every: int) -> BCOptions:

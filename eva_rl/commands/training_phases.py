@@ -113,8 +113,8 @@ def learn(session: Session, adapter: AttachedAdapter, algo: ReplayAlgoOptions, t
             )
     finally:
         vec_env.close()
-    steps = {"updates": counters.update, "env_steps": counters.env_steps, "episodes": counters.episodes}
-    return steps | ({"best_step": counters.best_step} if algo.keep_best else {})
+    best = {"best_step": counters.best_step} if algo.keep_best else {}
+    return {"updates": counters.update, "env_steps": counters.env_steps, "episodes": counters.episodes, **best}
 
 
 def learn_sb3(session: Session, algo: SB3AlgoOptions, tracker: Tracker) -> dict[str, float]:
@@ -206,7 +206,8 @@ def online_envs(session: Session, algo: OnlineAlgoOptions) -> VecEnv:
 def online_options(session: Session, algo: ReplayAlgoOptions) -> OnlineOptions:
     """Options of the loop."""
     seed = session.config.seed
-    return _pick(OnlineOptions, algo, seed=seed, first_episode=episode_seeds(ONLINE, seed))
+    options: OnlineOptions = _pick(OnlineOptions, algo, seed=seed, first_episode=episode_seeds(ONLINE, seed))
+    return options
 
 
 def _pick(kind: type[Any], algo: OnlineAlgoOptions, **others: Any) -> Any:

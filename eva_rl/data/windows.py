@@ -58,7 +58,8 @@ class WindowSampler:
         if self._cumulative is None:
             return rng.integers(self.trajectories.num_steps, size=batch_size)
         draws = rng.random(batch_size) * self._cumulative[-1]
-        return np.searchsorted(self._cumulative, draws, side="right")
+        rows: NDArray[np.int64] = np.searchsorted(self._cumulative, draws, side="right")
+        return rows
 
     def windows(self, last_rows: NDArray[np.int64], device: torch.device | str = "cpu") -> WindowBatch:
         """Gather the windows that end in the given rows.

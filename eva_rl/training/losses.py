@@ -48,7 +48,8 @@ def parts(batch: WindowBatch, number: int) -> Iterator[WindowBatch]:
     for i in range(number):
         rows = slice(size * i // number, size * (i + 1) // number)
         columns: dict[str, Any] = {f.name: getattr(batch, f.name) for f in fields(batch)}
-        yield replace(batch, **{name: None if x is None else x[rows] for name, x in columns.items()})
+        part: dict[str, Any] = {name: None if x is None else x[rows] for name, x in columns.items()}
+        yield replace(batch, **part)
 
 
 @contextmanager

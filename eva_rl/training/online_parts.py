@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -63,7 +64,7 @@ class ActorOptions:
     gradient_clip: float = 0.25
 
 
-class Learner:
+class Learner(ABC):
     """A policy's trainable parameters with their optimiser, and whatever else is trained beside them.
 
     Args:
@@ -93,6 +94,14 @@ class Learner:
     def policy(self) -> DecisionTransformerPolicy:
         """What acts, and what is changed."""
         return self._policy
+
+    @abstractmethod
+    def explore(self, generator: torch.Generator) -> Callable[[Tensor], Tensor]:
+        """See :meth:`OnlineAlgorithm.explore`."""
+
+    @abstractmethod
+    def update(self, replay: TrajectoryReplay, update: int) -> dict[str, float]:
+        """See :meth:`OnlineAlgorithm.update`."""
 
     def add(self, name: str, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
         """Make parameters and their optimiser part of a checkpoint."""
@@ -126,7 +135,7 @@ class Learner:
         """What an algorithm keeps besides parameters and optimisers."""
         return {}
 
-    def restore_state(self, tensors: Mapping[str, Tensor]) -> None:
+    def restore_state(self, tensors: Mapping[str, Tensor]) -> None:  # noqa: B027 - most keep nothing
         """Put back what :meth:`state_of` gave."""
 
     def tensors(self) -> dict[str, Tensor]:

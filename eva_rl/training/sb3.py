@@ -230,6 +230,7 @@ def _optimizers(model: Model) -> dict[str, tuple[torch.optim.Optimizer, Mapping[
     if isinstance(model, PPO):
         return {"all": (policy.optimizer, named)}
     assert isinstance(policy, DecisionTransformerSACPolicy | DecisionTransformerTD3Policy)
+    found: dict[str, tuple[torch.optim.Optimizer, Mapping[str, torch.nn.Parameter]]]
     found = {"actor": (policy.actor.optimizer, named), "critic": (policy.critic.optimizer, named)}
     if isinstance(model, SAC) and model.ent_coef_optimizer is not None:
         assert isinstance(model.log_ent_coef, Tensor)

@@ -103,12 +103,12 @@ class DecisionTransformerPPOPolicy(ActorCriticPolicy):
     def _build(self, lr_schedule: Schedule) -> None:
         super()._build(lr_schedule)
         network = self._network[0]
-        self.action_net = squashed_head(network)
+        self.add_module("action_net", squashed_head(network))
         inputs, hidden = network.config.observation_dim, self._hidden
-        self.value_net = nn.Sequential(
-            nn.Linear(inputs, hidden), nn.Tanh(), nn.Linear(hidden, hidden), nn.Tanh(), nn.Linear(hidden, 1)
-        )
-        self.optimizer = self.optimizer_class(_trainable(self), lr=lr_schedule(1), **self.optimizer_kwargs)
+        layers = [nn.Linear(inputs, hidden), nn.Tanh(), nn.Linear(hidden, hidden), nn.Tanh(), nn.Linear(hidden, 1)]
+        self.add_module("value_net", nn.Sequential(*layers))
+        make_optimizer: Any = self.optimizer_class
+        self.optimizer = make_optimizer(_trainable(self), lr=lr_schedule(1), **self.optimizer_kwargs)
 
 
 class DecisionTransformerSACPolicy(SACPolicy):
@@ -144,9 +144,9 @@ class DecisionTransformerSACPolicy(SACPolicy):
         network = self._network[0]
         features = DecisionTransformerFeatures(self.observation_space, network)  # type: ignore[arg-type]
         actor = super().make_actor(features)
-        assert isinstance(actor.log_std, nn.Linear)
-        nn.init.zeros_(actor.log_std.weight)
-        nn.init.constant_(actor.log_std.bias, math.log(self._initial_std))
+        log_std: Any = actor.log_std  # a Linear layer, whatever its annotation says
+        nn.init.zeros_(log_std.weight)
+        nn.init.constant_(log_std.bias, math.log(self._initial_std))
         actor.mu = network.action_head
         return actor
 

@@ -239,7 +239,7 @@ class WindowReplayBuffer(ReplayBuffer):
         kept = (rows - self._oldest()) % self.buffer_size
         real = back <= np.minimum(timesteps, kept)[:, None]
         span = (rows[:, None] - back) % self.buffer_size
-        windows = self.rows[span, columns[:, None]]
+        windows: Floats = self.rows[span, columns[:, None]]
         windows[..., self._action_columns] = self.actions[span, columns[:, None]]
         windows[:, -1, self._action_columns] = 0
         windows[:, -1, self._F - EXTRAS + 1] = 0
