@@ -6,8 +6,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from hydra import compose, initialize_config_module
@@ -19,6 +18,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.markup import escape
 
+from eva_rl.commands.help import print_help
 from eva_rl.errors import UserError
 
 Config = TypeVar("Config")
@@ -32,6 +32,8 @@ SHORT_KEYS = {
     "expert": "expert.name",
 }
 """What a user types, and the key it sets."""
+CHOICES: dict[str, Mapping[str, Mapping[str, object]]] = {}
+"""For each command, its groups that are chosen by name."""
 
 Arguments = Callable[[Sequence[str]], list[str]]
 _ARGUMENTS: dict[str, Arguments] = {}
@@ -49,6 +51,7 @@ def register(name: str, schema: type, groups: Mapping[str, Mapping[str, object]]
         arguments: Turns what was typed into overrides, where a command takes more than those.
     """
     _ARGUMENTS[name] = arguments
+    CHOICES[name] = groups
     store = ConfigStore.instance()
     store.store(name=f"{name}_schema", node=schema)
     for group_name, options in groups.items():
@@ -136,7 +139,9 @@ def run_command(
     )
     logging.getLogger("httpx").setLevel(logging.WARNING)  # it would tell of each request to the hub
     if any(flag in overrides for flag in ("--help", "-h")):
-        print_help(name, schema, help_text)
+        print_help(
+            name, schema, help_text, short_keys=SHORT_KEYS, choices=CHOICES.get(name, {}), overrides=overrides
+        )
         return 0
     try:
         main(parse(name, overrides))
@@ -149,31 +154,3 @@ def run_command(
         console.print("Interrupted. Type the same command again to continue from the last checkpoint.")
         return 130
     return 0
-
-
-def print_help(name: str, schema: type, help_text: str) -> None:
-    """Show what a command does, its options by group with their defaults, and the tasks."""
-    out = Console(highlight=False)
-    out.print(f"[bold]python -m eva_rl.{name}[/] [KEY=VALUE ...]\n\n{escape(help_text.strip())}\n", soft_wrap=True)
-    heading = ""
-    for key, default, text in options_of(schema()):
-        group_name = key.rpartition(".")[0]
-        if group_name != heading:
-            heading = group_name
-            out.print(f"\n[bold]{heading}[/]")
-        out.print(f"  {key + '=' + str(default):44s} {escape(text)}", soft_wrap=True)
-    out.print("\n[bold]Tasks[/] (env=)", soft_wrap=True)
-    from eva_rl import envs
-
-    out.print("  " + "  ".join(envs.task_list()) + "\n  and every Gymnasium id, for instance Hopper-v5\n")
-
-
-def options_of(instance: Any, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
-    """Keys, defaults and help lines of a config dataclass, groups last."""
-    own = [f for f in fields(instance) if not is_dataclass(getattr(instance, f.name))]
-    for f in own:
-        value = getattr(instance, f.name)
-        yield prefix + f.name, "null" if value is None else value, f.metadata.get("help", "")
-    for f in fields(instance):
-        if f not in own:
-            yield from options_of(getattr(instance, f.name), f"{prefix}{f.name}.")
