@@ -44,8 +44,8 @@ def test_every_key_is_shown_with_its_default(
 def test_help_shows_the_options_of_the_algorithm_that_is_named(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert "algo.env_steps=" not in help_of(capsys, monkeypatch)
-    assert "algo.env_steps=" in help_of(capsys, monkeypatch, "algo=odt")
+    assert "\n  algo.env_steps=" not in help_of(capsys, monkeypatch)
+    assert "\n  algo.env_steps=" in help_of(capsys, monkeypatch, "algo=odt")
 
 
 def test_help_of_a_command_without_choices(capsys: pytest.CaptureFixture[str]) -> None:
