@@ -197,9 +197,7 @@ class DecisionTransformer(nn.Module):
         assert self.embed_reward is not None
         return self.embed_reward(batch.rewards)  # type: ignore[no-any-return]
 
-    def encode(
-        self, tokens: Tensor, mask: Tensor | None, read: slice, caches: Sequence[Cache] | None = None
-    ) -> Tensor:
+    def encode(self, tokens: Tensor, mask: Tensor | None, read: slice, caches: Sequence[Cache] | None = None) -> Tensor:
         """Run the blocks.
 
         Args:

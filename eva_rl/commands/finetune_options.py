@@ -88,7 +88,7 @@ class FinetuneConfig(TrainOptions):
 
     video: bool = option(False, "also film one episode before and after, side by side; takes time, and a renderer")
     env: EnvOptions = group(EnvOptions, "the new task")
-    policy: PolicyOptions = group(PolicyOptions, "what to start from")
+    policy: PolicyOptions = group(partial(PolicyOptions, path="auto"), "what to start from")
     data: DataOptions = group(partial(DataOptions, source="auto"), "demonstrations")
     adapter: AdapterOptions = group(AdapterOptions, "what is trained")
     algo: AlgoOptions = group(AlgoOptions, "how it is trained: " + ", ".join(ALGORITHMS))

@@ -84,7 +84,7 @@ def _summary(session: Session, results: tuple[EvaluationResult, EvaluationResult
         "method": config.adapter.method,
         "algo": config.algo.name,
         "seed": config.seed,
-        "policy": config.policy.path,
+        "policy": session.policy_name,
         "target_return": session.policy.conditioning.of(after.env_id),
         "protocol": after.protocol,
         **before.metrics("eval_before"),

@@ -129,7 +129,9 @@ class PolicyOptions:
     """The pretrained policy."""
 
     path: str = option(
-        "mt40", "a shipped name, a policy folder, a run directory, or a Hugging Face folder or hub id; same as policy="
+        "mt40",
+        "a shipped name (finetune: auto for the one that fits the task), a policy folder, a run directory, or a "
+        "Hugging Face folder or hub id; same as policy=",
     )
     target_return: float | None = option(None, "return to ask for; null takes the demonstrations' or the policy's own")
     context_length: int | None = option(None, "env steps an imported policy was trained to see; null takes 20")

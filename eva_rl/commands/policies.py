@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 
@@ -10,6 +11,17 @@ from eva_rl.adapters import load_policy
 from eva_rl.agents import DecisionTransformerPolicy
 from eva_rl.agents.imports import ImportOptions
 from eva_rl.commands.options import PolicyOptions
+
+AUTO = "auto"
+SHIPPED_FOR = {"Hopper-v5": "hopper", "Hopper-v4": "hopper"}
+DEFAULT = "mt40"
+
+
+def resolve_policy(options: PolicyOptions, env_id: str) -> PolicyOptions:
+    """The options with ``auto`` replaced by the shipped policy for a task."""
+    if options.path != AUTO:
+        return options
+    return replace(options, path=SHIPPED_FOR.get(env_id, DEFAULT))
 
 
 def open_policy(

@@ -18,7 +18,7 @@ from eva_rl.commands.attaching import check_adapter, listened_to
 from eva_rl.commands.demonstrations import AUTO, EXPERT, NONE, load_task_data, sampling_weights, target_return
 from eva_rl.commands.finetune_options import FinetuneConfig
 from eva_rl.commands.outputs import data_references
-from eva_rl.commands.policies import open_policy
+from eva_rl.commands.policies import open_policy, resolve_policy
 from eva_rl.commands.progress import counting_progress
 from eva_rl.commands.runs import open_run, prepare_machine
 from eva_rl.commands.timing import Phases
@@ -39,6 +39,7 @@ class Session:
         config: As it was given.
         spec: The task.
         policy: What is fine-tuned.
+        policy_name: Where it came from.
         run_dir: Where everything goes.
         data: Demonstrations, or None.
         sampler: Windows of the demonstrations, or None.
@@ -49,6 +50,7 @@ class Session:
     config: FinetuneConfig
     spec: envs.EnvSpec
     policy: DecisionTransformerPolicy
+    policy_name: str
     run_dir: Path
     data: Trajectories | None
     sampler: WindowSampler | None
@@ -109,7 +111,8 @@ def open_session(config: FinetuneConfig) -> Session:
             "or use algo=bc."
         )
     spec = envs.env_spec(config.env.id, config.env.horizon)
-    policy = open_policy(config.policy, device, merge=True)
+    named = resolve_policy(config.policy, spec.env_id)
+    policy = open_policy(named, device, merge=True)
     policy.check_dimensions(spec.observation_dim, spec.action_dim, spec.env_id)
     check_adapter(policy, config.adapter)
     if isinstance(config.algo, ODTAlgoOptions):
@@ -128,7 +131,7 @@ def open_session(config: FinetuneConfig) -> Session:
     sampler = None if data is None else make_sampler(policy, data, config)
     vec_env = shared_envs(ranks, spec.env_id, config.eval.episodes, config.env.horizon)
     phases.end("data")
-    return Session(config, spec, policy, run_dir, data, sampler, vec_env, phases)
+    return Session(config, spec, policy, named.path, run_dir, data, sampler, vec_env, phases)
 
 
 def _check_activations(config: FinetuneConfig, has_data: bool) -> None:

@@ -59,6 +59,8 @@ def train_online(  # noqa: PLR0913 - four values, and what it tells others of it
     counters = _resume(checkpoint_dir, algorithm, replay, best) or OnlineCounters()
     counters.next_seed = counters.next_seed or options.first_episode
     collector = Collector(algorithm.policy, task)
+    if evaluate is not None and options.keep_best and counters.best_step < 0:
+        _look(evaluate, log, best, counters, algorithm)
     while counters.env_steps < options.env_steps:
         began = time.perf_counter()
         if not collector.acting:
@@ -75,9 +77,7 @@ def train_online(  # noqa: PLR0913 - four values, and what it tells others of it
         if evaluating or saving:
             collector.break_off(replay, counters)
         if evaluate is not None and (options.keep_best if done else evaluating):
-            found = evaluate(counters.env_steps)
-            log(found, counters.env_steps)
-            _keep_if_best(best, counters, found, algorithm)
+            _look(evaluate, log, best, counters, algorithm)
         if saving and checkpoint_dir and options.checkpoint_every:
             save_checkpoint(checkpoint_dir, _state(counters, algorithm, replay, best))
     if options.keep_best and best:
@@ -85,10 +85,16 @@ def train_online(  # noqa: PLR0913 - four values, and what it tells others of it
     return counters
 
 
-def _keep_if_best(
-    best: dict[str, Tensor], counters: OnlineCounters, found: Mapping[str, float], algorithm: OnlineAlgorithm
+def _look(
+    evaluate: Callable[[int], Mapping[str, float]],
+    log: Log,
+    best: dict[str, Tensor],
+    counters: OnlineCounters,
+    algorithm: OnlineAlgorithm,
 ) -> None:
-    """Remember the parameters if they never did better: more success, or as much of it and a higher return."""
+    """Evaluate; remember the parameters if they never did better: more success, or as much of it and more return."""
+    found = evaluate(counters.env_steps)
+    log(found, counters.env_steps)
     score = [max((v for k, v in found.items() if k.endswith(f"/{key}")), default=0.0) for key in SCORES]
     if counters.best_step < 0 or score > counters.best_score:
         counters.best_step, counters.best_score = counters.env_steps, score

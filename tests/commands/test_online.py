@@ -73,7 +73,8 @@ def test_a_policy_learns_without_demonstrations(algo: str, policy_folder: Path, 
     assert found["env_steps"] == 240
     assert found["updates"] > 0
     rows = read_metrics(run_dir)
-    assert [row["step"] for row in rows if "validation/mean_reward" in row] == [120]
+    looks = [row["step"] for row in rows if "validation/mean_reward" in row]
+    assert looks == ([120] if algo == "ppo" else [0, 120, 240])  # the first and the last may be the best
     assert {row["step"] for row in rows if "eval/mean_reward" in row} == {0, 240}
     assert any("rollout/ep_rew_mean" in row for row in rows)
     report = json.loads((run_dir / "eva_report.json").read_text())
