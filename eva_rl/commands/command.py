@@ -32,6 +32,8 @@ SHORT_KEYS = {
     "expert": "expert.name",
 }
 """What a user types, and the key it sets."""
+SCHEMAS: dict[str, type] = {}
+"""The dataclass of each command's config."""
 CHOICES: dict[str, Mapping[str, Mapping[str, object]]] = {}
 """For each command, its groups that are chosen by name."""
 
@@ -51,7 +53,7 @@ def register(name: str, schema: type, groups: Mapping[str, Mapping[str, object]]
         arguments: Turns what was typed into overrides, where a command takes more than those.
     """
     _ARGUMENTS[name] = arguments
-    CHOICES[name] = groups
+    SCHEMAS[name], CHOICES[name] = schema, groups
     store = ConfigStore.instance()
     store.store(name=f"{name}_schema", node=schema)
     for group_name, options in groups.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from typing import Any
 
 from rich.console import Console
@@ -36,7 +36,7 @@ def print_help(
     """
     out = Console(highlight=False)
     out.print(f"[bold]python -m eva_rl.{name}[/] [KEY=VALUE ...]\n\n{escape(help_text.strip())}", soft_wrap=True)
-    instance = schema()
+    instance = defaults_of(schema)
     chosen = {group: _chosen(group, options, overrides) for group, options in choices.items()}
     groups = list(groups_of(instance, {group: choices[group][name] for group, name in chosen.items()}))
     texts = {key: text for _, _, rows in groups for key, _, text in rows}
@@ -56,6 +56,14 @@ def print_help(
 def _chosen(group: str, options: Mapping[str, object], overrides: Sequence[str]) -> str:
     typed = [override.partition("=")[2] for override in overrides if override.startswith(f"{group}=")]
     return typed[-1] if typed and typed[-1] in options else next(iter(options))
+
+
+def defaults_of(schema: type) -> Any:
+    """A config with all defaults, unchecked: a command may ask for a key that has none."""
+    instance = object.__new__(schema)
+    for f in fields(schema):
+        setattr(instance, f.name, f.default if f.default is not MISSING else f.default_factory())  # type: ignore[misc]
+    return instance
 
 
 def groups_of(

@@ -1,0 +1,88 @@
+"""Writes docs/config.md, every key of every command: ``python docs/make_config.py``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from eva_rl.commands import command
+from eva_rl.commands.help import defaults_of, groups_of
+
+Rows = Sequence[tuple[str, Any, str]]
+HERE = Path(__file__).parent
+OUT = HERE / "config.md"
+HEAD = """# Every key
+
+Generated from the dataclasses of `eva_rl/commands` by `python docs/make_config.py`. Keys are typed as `key=value`
+after the command; `python -m eva_rl.finetune --help` shows the same. `null` is no value, `[a,b]` a list; a run keeps its
+resolved settings in `config.yaml`.
+"""
+
+
+def commands() -> list[str]:
+    """The commands, the main one first."""
+    names = sorted(path.stem for path in (HERE.parent / "configs").glob("*.yaml"))
+    return sorted(names, key=lambda name: name != "finetune")
+
+
+def page() -> str:
+    """The whole page."""
+    return "\n".join([HEAD, *(line for name in commands() for line in _command(name))]).rstrip() + "\n"
+
+
+def _command(name: str) -> Iterator[str]:
+    module = import_module(f"eva_rl.commands.{name}")
+    about = module.HELP.strip().split("\n\n")[0].replace("\n", " ")
+    yield f"## {name}\n\n`python -m eva_rl.{name}`: {about}\n"
+    choices = command.CHOICES.get(name, {})
+    short = {key: short for short, key in command.SHORT_KEYS.items()}
+    for title, text, rows in groups_of(defaults_of(command.SCHEMAS[name]), {}):
+        if title not in choices:
+            yield from _table(f"{name}: {title}" if title else "", text and f"{text}.", rows, short)
+    for group, options in choices.items():
+        seen: dict[frozenset[str], tuple[str, Rows]] = {}
+        for option_name, option in options.items():
+            yield from _choice(name, group, option_name, option, seen)
+
+
+def _choice(
+    command_name: str, group: str, name: str, option: Any, seen: dict[frozenset[str], tuple[str, Rows]]
+) -> Iterator[str]:
+    """Tables of a choice; of one that has the keys of an earlier one, only what differs."""
+    about = (type(option).__doc__ or "").strip().splitlines()[0]
+    for index, (title, text, rows) in enumerate(groups_of(option, {}, group)):
+        label = f"{group}={name}" + ("" if index == 0 else f", {title}")
+        kept = [row for row in rows if row[0] != f"{group}.name"]
+        before, known = seen.setdefault(frozenset(row[0] for row in kept), (label, kept))
+        again = "" if before == label else f" As `{before}`, but for:"
+        differing = kept if before == label else [row for row in kept if row not in known]
+        yield from _table(
+            f"{command_name}: {label}", (about if index == 0 else text).rstrip(".") + "." + again, differing
+        )
+
+
+def _table(heading: str, about: str, rows: Rows, short: Mapping[str, str] = MappingProxyType({})) -> Iterator[str]:
+    if not rows:
+        return
+    if heading:
+        yield f"### {heading}\n"
+    if about:
+        yield f"{about[0].upper()}{about[1:]}\n"
+    yield "| key | default | meaning |\n|---|---|---|"
+    for key, default, text in rows:
+        names = f"`{short[key]}`, `{key}`" if key in short else f"`{key}`"
+        yield f"| {names} | `{default}` | {_cell(text)} |"
+    yield ""
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("*", "\\*").replace("<", "&lt;")
+
+
+if __name__ == "__main__":
+    OUT.write_text(page())
+    sys.stdout.write(f"{OUT}\n")
