@@ -37,6 +37,8 @@ SCHEMAS: dict[str, type] = {}
 CHOICES: dict[str, Mapping[str, Mapping[str, object]]] = {}
 """For each command, its groups that are chosen by name."""
 
+MULTIRUN = {"--multirun", "-m"}
+"""Flags that start one run for each combination of values, as with Hydra."""
 Arguments = Callable[[Sequence[str]], list[str]]
 _ARGUMENTS: dict[str, Arguments] = {}
 
@@ -141,12 +143,15 @@ def run_command(
     )
     logging.getLogger("httpx").setLevel(logging.WARNING)  # it would tell of each request to the hub
     if any(flag in overrides for flag in ("--help", "-h")):
-        print_help(
-            name, schema, help_text, short_keys=SHORT_KEYS, choices=CHOICES.get(name, {}), overrides=overrides
-        )
+        print_help(name, schema, help_text, short_keys=SHORT_KEYS, choices=CHOICES.get(name, {}), overrides=overrides)
         return 0
     try:
-        main(parse(name, overrides))
+        if MULTIRUN & set(overrides):
+            from eva_rl.commands.multirun import multirun
+
+            multirun(name, [word for word in overrides if word not in MULTIRUN])
+        else:
+            main(parse(name, overrides))
     except UserError as error:
         where = f" (process {process})" if console.quiet else ""
         console.quiet = False

@@ -164,7 +164,7 @@ def sections_of(analysis: Analysis, curves: dict[str, list[Curve]], problems: Se
 def runs_section(families: Sequence[Analysis], problems: Sequence[Problem]) -> Section:
     """What counts and what does not."""
     rows = [[str(problem.folder), problem.kind, problem.reason] for problem in problems]
-    table = Table("Runs that do not count, or in part", ["folder", "", "why"], rows)
+    table = Table("Runs that do not count, or in part", ["folder", "", "why"], rows, words=True)
     return Section(
         "Runs",
         text=[] if problems else ["All runs that were found are finished and sound."],

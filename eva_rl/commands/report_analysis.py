@@ -131,8 +131,9 @@ def _before(family: Family, task: str) -> float:
 
 
 def compare_all(family: Family, resampling: Resampling) -> list[Comparison]:
-    """Compare each pair of methods; p values are corrected for the number of pairs."""
-    found = [_compare(family, first, second, resampling) for first, second in combinations(family.methods, 2)]
+    """Compare each pair of methods, the better IQM first; p values are corrected for the number of pairs."""
+    ordered = sorted(family.methods, key=lambda method: -float(stats.interquartile_mean(family.strata(method))))
+    found = [_compare(family, first, second, resampling) for first, second in combinations(ordered, 2)]
     corrected = stats.holm([parts["p_runs"] for parts in found])
     return [Comparison(**parts, p_corrected=p) for parts, p in zip(found, corrected, strict=True)]
 

@@ -32,6 +32,7 @@ p, .note { max-width: 46rem; } .lead, .note { color: var(--soft); } .note { font
   border-radius: 0 6px 6px 0; }
 .warning.grave { border-color: var(--grave); background: var(--grave-card); font-weight: 600; }
 .scroll { overflow-x: auto; }
+table.words td, table.words th { text-align: left; white-space: normal; overflow-wrap: anywhere; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; min-width: 50%; }
 th, td { padding: .35rem .8rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
 th { font-weight: 600; color: var(--soft); vertical-align: bottom; white-space: normal; }
@@ -82,9 +83,9 @@ def markdown(title: str, lead: str, sections: Sequence[Section]) -> str:
         parts += [f"## {section.title}", *section.text]
         parts += [f"> **{'Warning' if w.grave else 'Note'}**: {w.text}" for w in section.warnings]
         for table in [*section.tables, *section.folded]:
-            parts += [f"### {table.title}", _markdown_table(table), *([table.note] if table.note else [])]
+            parts += [*([f"### {table.title}"] if table.title else []), _markdown_table(table), table.note]
         parts += [f"![{picture.caption}](figures/{picture.name}.svg)" for picture in section.pictures]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def _markdown_table(table: Table) -> str:
@@ -124,7 +125,8 @@ def _html_table(table: Table, titled: bool = True) -> str:
     rows = "\n".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in table.rows)
     note = f'\n<p class="note">{escape(table.note)}</p>' if table.note else ""
     body = f"<thead><tr>{columns}</tr></thead>\n<tbody>\n{rows}\n</tbody>"
-    return f'{heading}<div class="scroll"><table>\n{body}\n</table></div>{note}'
+    kind = "words" if table.words else "numbers"
+    return f'{heading}<div class="scroll"><table class="{kind}">\n{body}\n</table></div>{note}'
 
 
 def terminal_table(table: Table) -> RichTable:

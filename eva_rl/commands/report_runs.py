@@ -189,7 +189,7 @@ def _goals(folder: Path, task: str) -> tuple[dict[int, Mapping[str, Any]], str]:
         episodes = read_json(folder / EVALUATION_FILE)["after"]["episodes"]
         return {int(e["episode_seed"]): e for e in episodes if e["env_id"] == task and "episode_return" in e}, ""
     except (UserError, KeyError, TypeError, ValueError) as error:
-        return {}, f"{EVALUATION_FILE} cannot be read ({error}); in no test over goals"
+        return {}, f"{EVALUATION_FILE} is damaged or missing; in no test over goals ({type(error).__name__})"
 
 
 def _settings(config: Mapping[str, Any], summary: Mapping[str, Any]) -> Settings:

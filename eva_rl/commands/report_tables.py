@@ -40,12 +40,14 @@ class Table:
         columns: Headings; all columns but the first are numbers.
         rows: Cells.
         note: Below it.
+        words: Whether its cells are words, not numbers.
     """
 
     title: str
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     note: str = ""
+    words: bool = False
 
 
 def number(value: float, digits: int = 3) -> str:
@@ -115,12 +117,12 @@ def task_table(analysis: Analysis) -> Table:
     rows = [
         [
             task,
-            number(analysis.before[task], 2),
+            number(analysis.before[task]),
             *(with_interval(means[one]) if one in means else "-" for one in labels),
         ]
         for task, means in analysis.tasks.items()
     ]
-    return Table("Task by task", ["task", "before", *labels], rows, "Mean over runs, with its interval.")
+    return Table("", ["task", "before", *labels], rows, "Mean over runs, with its interval.")
 
 
 def cost_table(family: Family) -> Table:
@@ -128,9 +130,7 @@ def cost_table(family: Family) -> Table:
     costs = {method.label: costs_of(method) for method in family.methods}
     keys = [key for key in COSTS if any(key in own for own in costs.values())]
     rows = [[label, *(_amount(key, own[key]) if key in own else "-" for key in keys)] for label, own in costs.items()]
-    return Table(
-        "Cost", ["method", *(COSTS[key] for key in keys)], rows, "Median over runs, on the machines they ran on."
-    )
+    return Table("", ["method", *(COSTS[key] for key in keys)], rows, "Median over runs, on the machines they ran on.")
 
 
 def costs_of(method: Method) -> dict[str, float]:
@@ -164,7 +164,7 @@ def run_table(family: Family) -> Table:
         [method.label, run.task, str(run.seed), number(run.summary[f"eval/{family.key}"]), str(run.folder)]
         for method, run in runs
     ]
-    return Table("Runs", ["method", "task", "seed", family.title, "folder"], rows)
+    return Table("Runs", ["method", "task", "seed", family.title, "folder"], rows, words=True)
 
 
 def records(analysis: Analysis) -> Iterator[dict[str, Any]]:

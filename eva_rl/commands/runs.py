@@ -66,9 +66,7 @@ def _continue(run_dir: Path, config: Mapping[str, Any], resume: str) -> None:
     """Accept the settings that a run began with, or any where it ended before its first checkpoint."""
     if resume == "never":
         raise UserError(f"{run_dir} holds an unfinished run. Continue it with resume=auto, or name another run_dir=.")
-    before = OmegaConf.to_container(OmegaConf.load(run_dir / CONFIG_FILE))
-    assert isinstance(before, dict)
-    changed = [key for key in config if key not in FREE_TO_CHANGE and _kept(before.get(key)) != _kept(config[key])]
+    changed = changed_settings(run_dir, config)
     if changed and not (run_dir / "checkpoint").exists():
         (run_dir / CONFIG_FILE).unlink()
         if {"env", "data"} & set(changed):
@@ -78,6 +76,13 @@ def _continue(run_dir: Path, config: Mapping[str, Any], resume: str) -> None:
             f"{run_dir} holds an unfinished run with other settings of {', '.join(changed)} (see {CONFIG_FILE} there). "
             "Use the same settings to continue it, or name another run_dir=."
         )
+
+
+def changed_settings(run_dir: Path, config: Mapping[str, Any]) -> list[str]:
+    """Keys in which a run's config differs from another, of those that decide its result."""
+    before = OmegaConf.to_container(OmegaConf.load(run_dir / CONFIG_FILE))
+    assert isinstance(before, dict)
+    return [key for key in config if key not in FREE_TO_CHANGE and _kept(before.get(key)) != _kept(config[key])]
 
 
 def _kept(value: Any) -> Any:
