@@ -18,8 +18,8 @@ OUT = HERE / "config.md"
 HEAD = """# Every key
 
 Generated from the dataclasses of `eva_rl/commands` by `python docs/make_config.py`. Keys are typed as `key=value`
-after the command; `python -m eva_rl.finetune --help` shows the same. `null` is no value, `[a,b]` a list; a run keeps its
-resolved settings in `config.yaml`.
+after the command; `python -m eva_rl.finetune --help` shows the same. `null` is no value, `[a,b]` a list; a run keeps
+its resolved settings in `config.yaml`.
 """
 
 
@@ -58,20 +58,22 @@ def _choice(
         label = f"{group}={name}" + ("" if index == 0 else f", {title}")
         kept = [row for row in rows if row[0] != f"{group}.name"]
         before, known = seen.setdefault(frozenset(row[0] for row in kept), (label, kept))
-        again = "" if before == label else f" As `{before}`, but for:"
         differing = kept if before == label else [row for row in kept if row not in known]
+        again = "" if before == label else f" As `{before}`" + (", but for:" if differing else ".")
         yield from _table(
             f"{command_name}: {label}", (about if index == 0 else text).rstrip(".") + "." + again, differing
         )
 
 
 def _table(heading: str, about: str, rows: Rows, short: Mapping[str, str] = MappingProxyType({})) -> Iterator[str]:
-    if not rows:
+    if not rows and not about:
         return
     if heading:
         yield f"### {heading}\n"
     if about:
         yield f"{about[0].upper()}{about[1:]}\n"
+    if not rows:
+        return
     yield "| key | default | meaning |\n|---|---|---|"
     for key, default, text in rows:
         names = f"`{short[key]}`, `{key}`" if key in short else f"`{key}`"

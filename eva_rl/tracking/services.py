@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from eva_rl.errors import UserError
 from eva_rl.files import write_file
 from eva_rl.tracking.sinks import Start
 
@@ -29,14 +30,20 @@ class WandbSink:
 
         self._told = start.told
         self._wandb = wandb
-        self._run: Any = wandb.init(
-            project=PROJECT,
-            name=start.name,
-            id=_identity(start.run_dir / "wandb_id"),
-            resume="allow",
-            dir=str(start.run_dir),
-            config=dict(start.hyperparameters),
-        )
+        try:
+            self._run: Any = wandb.init(
+                project=PROJECT,
+                name=start.name,
+                id=_identity(start.run_dir / "wandb_id"),
+                resume="allow",
+                dir=str(start.run_dir),
+                config=dict(start.hyperparameters),
+            )
+        except wandb.errors.Error as error:
+            raise UserError(
+                f"tracker=wandb: Weights & Biases says: {error} Type wandb login, or set WANDB_MODE=offline to keep the "
+                "run on this machine."
+            ) from error
         self._run.define_metric("*", step_metric=STEP)
 
     def scalars(self, metrics: Mapping[str, float], step: int, wall_time: float) -> None:
