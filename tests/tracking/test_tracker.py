@@ -2,14 +2,24 @@ from __future__ import annotations
 
 import json
 import math
+import sqlite3
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+from torch import nn
 
-from eva_rl.tracking import Tracker
+from eva_rl.errors import UserError
+from eva_rl.tracking import Resume, Tracker, check_trackers
 from eva_rl.tracking.figures import pixels, rank_figure, spectrum_figure
+from eva_rl.tracking.layers import layer_norms, short_name
 from eva_rl.tracking.tracker import read_metrics
+from eva_rl.video import write_video
 
 
 def scalars(run_dir: Path, tag: str) -> list[tuple[int, float]]:
@@ -55,3 +65,117 @@ def test_pictures_show_what_they_are_given(tmp_path: Path) -> None:
     events = EventAccumulator(str(tmp_path / "tb"))
     events.Reload()
     assert events.Tags()["images"] == ["eva/ranks"]
+
+
+def test_a_run_of_two_phases_resumes_in_either(tmp_path: Path) -> None:
+    """Cloning counts gradient steps, what follows env steps: neither forgets points of the other."""
+
+    def record(tracker: Tracker, cloning: range, online: range) -> None:
+        for step in cloning:
+            tracker.log({"bc/train/loss": step}, step)
+        for step in online:
+            tracker.log({"train/loss": step}, step)
+
+    with Tracker(tmp_path) as tracker:
+        tracker.log({"eval/success_rate": 0}, 0)
+        record(tracker, range(1, 9), range(2, 7, 2))
+    with Tracker(tmp_path, Resume(4)) as tracker:
+        record(tracker, range(0), range(6, 9, 2))
+    assert scalars(tmp_path, "bc/train/loss") == [(step, step) for step in range(1, 9)]
+    assert scalars(tmp_path, "train/loss") == [(step, step) for step in range(2, 9, 2)]
+    with Tracker(tmp_path, Resume(5, cloning=True)) as tracker:
+        record(tracker, range(6, 9), range(2, 5, 2))
+    expected = [(step, step) for step in range(1, 9)]
+    assert scalars(tmp_path, "bc/train/loss") == expected
+    assert [(r["step"], r["bc/train/loss"]) for r in read_metrics(tmp_path) if "bc/train/loss" in r] == expected
+    assert scalars(tmp_path, "train/loss") == [(2, 2), (4, 4)]
+    assert scalars(tmp_path, "eval/success_rate") == [(0, 0)]
+
+
+def test_norms_of_layers(tmp_path: Path) -> None:
+    network = nn.Sequential(nn.Linear(2, 1, bias=False), nn.Linear(1, 1))
+    network[1].requires_grad_(False)
+    with torch.no_grad():
+        network[0].weight.copy_(torch.tensor([[3.0, 4.0]]))
+    network(torch.tensor([[0.0, 2.0]])).sum().backward()
+    expected = abs(float(network[1].weight)) * 2
+    assert layer_norms(network) == {
+        "layers/weight_norm/0": pytest.approx(5),
+        "layers/gradient_norm/0": pytest.approx(expected),
+    }
+    assert short_name("blocks.0.attention.q_proj.lora_A.default.weight") == "blocks.0.attention.q_proj.A"
+    with Tracker(tmp_path) as tracker:
+        tracker.watch(network, 1000)
+        for step in range(1, 1001):
+            tracker.log({"train/loss": 0.0}, step)
+            tracker.log({"validation/success_rate": 0.0}, step)
+    seen = [row["step"] for row in read_metrics(tmp_path) if "layers/weight_norm/0" in row]
+    assert seen == [1, *range(20, 1001, 20)]
+
+
+def test_tensorboard_reads_what_is_written(tmp_path: Path) -> None:
+    """The plugins' own data: the table of runs, the dashboard, a GIF with its size, a histogram."""
+    gif = tmp_path / "film.gif"
+    write_video(gif, [np.full((20, 30, 3), shade, np.uint8) for shade in (0, 120, 240)])
+    with Tracker(tmp_path, hyperparameters={"rank": 8, "env": "reach", "nothing": None}) as tracker:
+        tracker.log({"eval/success_rate": 0.5}, 3)
+        tracker.video("film", gif, 3)
+        tracker.histogram("actions", np.arange(5.0), 3)
+        tracker.finished({"eval/success_rate": 0.5})
+    assert [path.name for path in (tmp_path / "tb").iterdir() if path.is_dir()] == [], "one TensorBoard run"
+    events = EventAccumulator(str(tmp_path / "tb"))
+    events.Reload()
+    (image,) = events.Images("film")
+    assert (image.height, image.width, image.encoded_image_string) == (20, 30, gif.read_bytes())
+    assert events.Histograms("actions")[0].histogram_value.max == 4
+    begun = HParamsPluginData.FromString(
+        events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    ).session_start_info.hparams
+    assert (begun["rank"].number_value, begun["env"].string_value, "nothing" in begun) == (8, "reach", False)
+    assert "_hparams_/session_end_info" in events.summary_metadata
+    assert "custom_scalars__config__" in events.summary_metadata
+
+
+def test_a_tracker_that_is_unknown_or_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="wandb"):
+        check_trackers(("wandbb",))
+    monkeypatch.setitem(sys.modules, "trackio", None)  # as Python marks what cannot be imported
+    with pytest.raises(UserError, match=r"pip install 'eva-rl\[trackio\]'"):
+        check_trackers(("tensorboard", "trackio"))
+
+
+@pytest.mark.slow
+def test_weights_and_biases_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb", reason="needs pip install 'eva-rl[wandb]'")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    with Tracker(tmp_path, None, ("wandb",), {"rank": 8}) as tracker:
+        tracker.log({"train/loss": 0.25}, 1)
+        tracker.histogram("actions", np.arange(5.0), 1)
+        tracker.finished({"eval/success_rate": 0.5})
+    (written,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    content = written.read_bytes()
+    assert b"train/loss" in content
+    assert b"eval/success_rate" in content
+
+
+@pytest.mark.slow
+def test_trackio_keeps_the_points_of_a_resumed_run_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("trackio", reason="needs pip install 'eva-rl[trackio]'")
+    code = """
+import sys
+from pathlib import Path
+from eva_rl.tracking import Tracker
+with Tracker(Path(sys.argv[1]), int(sys.argv[2]) or None, ("trackio",), {"rank": 8}) as tracker:
+    for step in range(int(sys.argv[2]) + 1, int(sys.argv[3]) + 1):
+        tracker.log({"train/loss": step}, step)
+"""
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    for first, last in ((0, 4), (2, 6)):
+        subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path / "run"), str(first), str(last)], check=True, timeout=120
+        )
+    (database,) = (tmp_path / "trackio").glob("eva-rl*.db")
+    with sqlite3.connect(database) as connection:
+        rows = connection.execute("SELECT step, metrics FROM metrics ORDER BY step").fetchall()
+    assert [(step, json.loads(metrics)["train/loss"]) for step, metrics in rows] == [(s, s) for s in range(1, 7)]
