@@ -14,6 +14,7 @@ import pytest
 
 import eva_rl
 from eva_rl.commands.command import parse
+from eva_rl.commands.multirun import combinations
 from eva_rl.commands.options import RunOptions
 
 ROOT = Path(__file__).parent.parent
@@ -116,7 +117,11 @@ def test_commands_in_the_documentation_compose(file: str) -> None:
         name, *overrides = line.split("#")[0].split()
         if name == "pretrain" or not any("--help" in o for o in overrides):
             __import__(f"eva_rl.commands.{name}")
-            parse(name, [o.strip("'\"") for o in overrides if "=" in o])
+            typed = [o.strip("'\"") for o in overrides if "=" in o]
+            if "--multirun" in overrides:
+                fixed, swept = combinations([o for o in typed if not o.startswith("multirun.")])[0]
+                typed = fixed + swept
+            parse(name, typed)
 
 
 def test_relative_links_lead_somewhere() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from itertools import product
@@ -66,11 +66,17 @@ class BenchmarkConfig(LaunchOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.tasks = list(dict.fromkeys(task for name in _names(self.tasks) for task in task_ids(name)))
-        self.methods = list(dict.fromkeys(_names(self.methods)))
-        for method in self.methods:
-            find_method(method)
-        self.seeds = _seeds(self.seeds)
+        self.grid()
+
+    def grid(self) -> tuple[list[str], list[str], list[int]]:
+        """Canonical tasks, methods and seeds.
+
+        Raises:
+            UserError: One of them does not exist.
+        """
+        tasks = [task for name in _names(self.tasks) for task in task_ids(name)]
+        methods = [find_method(name).name for name in _names(self.methods)]
+        return list(dict.fromkeys(tasks)), list(dict.fromkeys(methods)), _seeds(self.seeds)
 
 
 def _names(value: Any) -> list[str]:
@@ -162,14 +168,15 @@ class Cell:
 
 
 def benchmark(config: BenchmarkConfig) -> None:
-    """Check everything, run what is not finished, report."""
+    """Check everything; run what is not finished, one seed of all methods and tasks after the other; report."""
     check_overrides(config.set)
-    cells = list(grid(config))
+    tasks, methods, seeds = config.grid()
+    cells = [Cell(*place, config) for seed in seeds for place in product(tasks, methods, [seed])]
     check(cells)
     out = Path(config.out).expanduser().resolve()
     left = [cell for cell in cells if not cell.finished]
     console.print(
-        f"{len(config.tasks)} tasks, {len(config.methods)} methods, {len(config.seeds)} seeds: {len(cells)} runs, "
+        f"{len(tasks)} tasks, {len(methods)} methods, {len(seeds)} seeds: {len(cells)} runs, "
         f"{len(cells) - len(left)} of them finished before. {out}",
         soft_wrap=True,
     )
@@ -180,12 +187,6 @@ def benchmark(config: BenchmarkConfig) -> None:
     list_failed(failed)
     if failed:
         raise UserError(f"{len(failed)} of {len(cells)} runs failed. Mend the reason, and type the same command again.")
-
-
-def grid(config: BenchmarkConfig) -> Iterator[Cell]:
-    """All runs, seed by seed: interrupted, a benchmark has compared all methods on all tasks as far as it got."""
-    for seed, task, method in product(config.seeds, config.tasks, config.methods):
-        yield Cell(task, method, seed, config)
 
 
 def check_overrides(overrides: Sequence[str]) -> None:

@@ -144,7 +144,8 @@ def sections_of(analysis: Analysis, curves: dict[str, list[Curve]], problems: Se
         [Picture(f"{name}-improvement", "Probability of improvement", improvement_figure(analysis))] if several else []
     )
     profile = [Picture(f"{name}-profile", "Performance profile", profile_figure(analysis))] if compared else []
-    learned = [Picture(f"{name}-curves", "Learning curves on validation episodes", curve_figure(analysis, curves))]
+    learning = "Learning curves on validation episodes"
+    learned = [Picture(f"{name}-curves", learning, curve_figure(analysis, curves))] if curves else []
     by_task = Picture(f"{name}-tasks", "Task by task; the line is the score before", task_figure(analysis))
     found = [
         Section(
@@ -155,7 +156,7 @@ def sections_of(analysis: Analysis, curves: dict[str, list[Curve]], problems: Se
         ),
         Section("Comparisons", tables=[comparison_table(analysis)] if several else [], pictures=[*pairs, *profile]),
         Section("Tasks", tables=[task_table(analysis)], pictures=[by_task]),
-        Section("Learning curves", pictures=learned if curves else []),
+        Section("Learning curves", pictures=learned),
         Section("Cost", tables=[cost_table(analysis.family)]),
     ]
     return [section for section in found if section.tables or section.pictures or section.warnings]

@@ -80,10 +80,10 @@ def test_what_fails_is_tried_again_and_listed(tmp_path: Path) -> None:
     state = run_all([job(tmp_path, "once", second), always], LocalLauncher(LaunchOptions(jobs=1)), 1, quiet)
     assert [j.name for j in state.finished] == ["once"]
     assert state.failed == [always]
-    assert last_words(always.log) == "no such thing"
-    assert always.log.read_text().count("no such thing") == 2
+    assert last_words(always.log) == "SystemExit: no such thing"
+    assert always.log.read_text().count("SystemExit: no such thing") == 2
     assert run_all([always], LocalLauncher(LaunchOptions(jobs=1)), 0, quiet).failed == [always]
-    assert always.log.read_text().count("no such thing") == 3
+    assert always.log.read_text().count("SystemExit: no such thing") == 3
 
 
 def test_an_interruption_ends_the_runs(tmp_path: Path) -> None:
