@@ -16,10 +16,10 @@ from torch.utils.tensorboard.summary import hparams
 from eva_rl.tracking.sinks import Start
 
 TABLE = (
-    "eval_before/success_rate",
     "eval/success_rate",
-    "eval_before/mean_reward",
+    "eval_before/success_rate",
     "eval/mean_reward",
+    "eval_before/mean_reward",
     "validation/success_rate",
     "train/loss",
 )
