@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import MISSING, Field, fields, is_dataclass
 from typing import Any
 
 from rich.console import Console
@@ -60,9 +60,10 @@ def _chosen(group: str, options: Mapping[str, object], overrides: Sequence[str])
 
 def defaults_of(schema: type) -> Any:
     """A config with all defaults, unchecked: a command may ask for a key that has none."""
-    instance = object.__new__(schema)
+    instance: Any = object.__new__(schema)
     for f in fields(schema):
-        setattr(instance, f.name, f.default if f.default is not MISSING else f.default_factory())  # type: ignore[misc]
+        made = f.default_factory() if f.default_factory is not MISSING else f.default
+        setattr(instance, f.name, made)
     return instance
 
 
@@ -77,7 +78,8 @@ def groups_of(
         prefix: Dotted name of the group.
         text: What it is about.
     """
-    own, inner = [], []
+    own: list[tuple[Field[Any], Any]] = []
+    inner: list[tuple[Field[Any], Any]] = []
     for f in fields(instance):
         value = getattr(instance, f.name)
         (inner if is_dataclass(value) else own).append((f, value))

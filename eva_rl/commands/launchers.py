@@ -8,15 +8,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Protocol
 
 from eva_rl.commands.options import between, one_of, option
-from eva_rl.errors import UserError
 
 LOCAL, RAY, SLURM = LAUNCHERS = ("local", "ray", "slurm")
 CLUSTERS = ("slurm", "local", "debug")
@@ -191,123 +188,6 @@ class LocalLauncher:
         """Nothing was taken."""
 
 
-class RayLauncher:
-    """Tasks of Ray; the run directories have to lie where all machines see them.
-
-    Raises:
-        UserError: Ray is not installed, or there is no cluster at the address.
-    """
-
-    capacity = 10**6  # Ray keeps the queue
-
-    def __init__(self, options: LaunchOptions) -> None:
-        try:
-            import ray
-        except ImportError as error:
-            raise missing_extra("ray", error) from error
-        self._ray = ray
-        own = {"include_dashboard": False, "object_store_memory": 100 * 2**20}
-        try:
-            ray.init(address=options.address or "local", log_to_driver=False, **({} if options.address else own))
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            raise UserError(f"address={options.address}: {error} Start one with ray start --head.") from error
-        task = ray.remote(_call)
-        self._task = task.options(
-            num_cpus=options.cpus, num_gpus=options.gpus_per_run, max_retries=options.retries, name="eva_rl"
-        )
-
-    def start(self, job: Job) -> Running:
-        """Queue a run."""
-        return RayTask(self._ray, self._task.remote(job))
-
-    def close(self) -> None:
-        """Leave the cluster; one that was started here ends."""
-        self._ray.shutdown()
-
-
-def _call(job: Job) -> int:
-    return job()
-
-
-class RayTask:
-    """A task of Ray."""
-
-    def __init__(self, ray: Any, reference: Any) -> None:
-        self._ray, self._reference = ray, reference
-
-    def poll(self) -> int | None:
-        """Exit status, None while it runs; 1 where its machine was lost too often."""
-        ended, _ = self._ray.wait([self._reference], timeout=0)
-        if not ended:
-            return None
-        try:
-            return int(self._ray.get(self._reference))
-        except self._ray.exceptions.RayError:
-            return 1
-
-    def stop(self) -> None:
-        """Interrupt it."""
-        if self.poll() is None:
-            self._ray.cancel(self._reference)
-            self._ray.wait([self._reference], timeout=PATIENCE_SECONDS)
-
-
-class SlurmLauncher:
-    """Jobs of Slurm through submitit.
-
-    Raises:
-        UserError: submitit is not installed, or there is no Slurm here.
-    """
-
-    capacity = 10**6  # Slurm keeps the queue
-
-    def __init__(self, options: LaunchOptions, folder: Path) -> None:
-        try:
-            import submitit
-        except ImportError as error:
-            raise missing_extra("submitit", error) from error
-        try:
-            self._executor = submitit.AutoExecutor(folder, cluster=options.cluster)
-        except (RuntimeError, OSError) as error:
-            raise UserError(f"launcher=slurm: {error} Start this where sbatch is, or try cluster=local.") from error
-        self._executor.update_parameters(
-            name="eva_rl",
-            timeout_min=max(1, round(60 * options.hours)),
-            cpus_per_task=max(1, round(options.cpus)),
-            gpus_per_node=round(options.gpus_per_run),
-            **({"slurm_partition": options.partition} if options.partition else {}),
-        )
-
-    def start(self, job: Job) -> Running:
-        """Submit a run."""
-        return SlurmJob(self._executor.submit(job))
-
-    def close(self) -> None:
-        """Nothing was taken."""
-
-
-class SlurmJob:
-    """A job of submitit."""
-
-    def __init__(self, job: Any) -> None:
-        self._job = job
-
-    def poll(self) -> int | None:
-        """Exit status, None while it runs; 1 where it ended without any."""
-        if not self._job.done():
-            return None
-        return 1 if self._job.exception() is not None else int(self._job.result())
-
-    def stop(self) -> None:
-        """Cancel it."""
-        self._job.cancel()
-
-
-def missing_extra(name: str, error: ImportError) -> UserError:
-    """The error of a package that is not installed."""
-    return UserError(f"{name} is not installed ({error}). Install it with: pip install 'eva-rl[{name}]'")
-
-
 def make_launcher(options: LaunchOptions, folder: Path) -> Launcher:
     """The launcher of the options.
 
@@ -315,81 +195,10 @@ def make_launcher(options: LaunchOptions, folder: Path) -> Launcher:
         options: Which, and how.
         folder: For what a launcher itself writes.
     """
+    from eva_rl.commands import launchers_remote as remote
+
     if options.launcher == RAY:
-        return RayLauncher(options)
+        return remote.RayLauncher(options)
     if options.launcher == SLURM:
-        return SlurmLauncher(options, folder)
+        return remote.SlurmLauncher(options, folder)
     return LocalLauncher(options)
-
-
-@dataclass
-class State:
-    """How far a set of runs is.
-
-    Attributes:
-        waiting: Not started, with the attempts made.
-        running: Under way.
-        finished: Ended well.
-        failed: Failed at every attempt.
-    """
-
-    waiting: deque[tuple[Job, int]]
-    running: dict[Job, tuple[Running, int]] = field(default_factory=dict)
-    finished: list[Job] = field(default_factory=list)
-    failed: list[Job] = field(default_factory=list)
-
-
-def run_all(jobs: Sequence[Job], launcher: Launcher, retries: int, tell: Callable[[State], None]) -> State:
-    """Run jobs until all have ended; those that fail are tried again, after the others.
-
-    Whatever interrupts this ends the runs that are under way.
-
-    Args:
-        jobs: In the order in which they are started.
-        launcher: Starts them.
-        retries: Further attempts.
-        tell: Called as things change, and while they do not.
-    """
-    state = State(deque((job, 0) for job in jobs))
-    with _stopping(state):
-        while state.waiting or state.running:
-            _start(state, launcher)
-            _collect(state, retries)
-            tell(state)
-            time.sleep(POLL_SECONDS)
-    return state
-
-
-@contextmanager
-def _stopping(state: State) -> Any:
-    try:
-        yield
-    finally:
-        for running, _ in state.running.values():
-            running.stop()
-
-
-def _start(state: State, launcher: Launcher) -> None:
-    for _ in range(len(state.waiting)):
-        if len(state.running) >= launcher.capacity:
-            return
-        job, attempts = state.waiting.popleft()
-        running = launcher.start(job)
-        if running is None:
-            state.waiting.append((job, attempts))
-        else:
-            state.running[job] = (running, attempts)
-
-
-def _collect(state: State, retries: int) -> None:
-    for job, (running, attempts) in list(state.running.items()):
-        status = running.poll()
-        if status is None:
-            continue
-        del state.running[job]
-        if status == 0:
-            state.finished.append(job)
-        elif attempts < retries:
-            state.waiting.append((job, attempts + 1))
-        else:
-            state.failed.append(job)

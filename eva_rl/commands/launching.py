@@ -1,18 +1,95 @@
-"""Many runs behind one line of progress, and those that failed with their logs."""
+"""Many runs until all have ended: what fails is tried again, one line of progress, failures with their logs."""
 
 from __future__ import annotations
 
 import signal
-from collections.abc import Sequence
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from eva_rl.commands.command import console
-from eva_rl.commands.launchers import Job, LaunchOptions, State, make_launcher, run_all
+from eva_rl.commands.launchers import POLL_SECONDS, Job, Launcher, LaunchOptions, Running, make_launcher
 
 NAMES_SHOWN = 2
+
+
+@dataclass
+class State:
+    """How far a set of runs is.
+
+    Attributes:
+        waiting: Not started, with the attempts made.
+        running: Under way.
+        finished: Ended well.
+        failed: Failed at every attempt.
+    """
+
+    waiting: deque[tuple[Job, int]]
+    running: dict[Job, tuple[Running, int]] = field(default_factory=dict)
+    finished: list[Job] = field(default_factory=list)
+    failed: list[Job] = field(default_factory=list)
+
+
+def run_all(jobs: Sequence[Job], launcher: Launcher, retries: int, tell: Callable[[State], None]) -> State:
+    """Run jobs until all have ended; those that fail are tried again, after the others.
+
+    Whatever interrupts this ends the runs that are under way.
+
+    Args:
+        jobs: In the order in which they are started.
+        launcher: Starts them.
+        retries: Further attempts.
+        tell: Called as things change, and while they do not.
+    """
+    state = State(deque((job, 0) for job in jobs))
+    with _stopping(state):
+        while state.waiting or state.running:
+            _start(state, launcher)
+            _collect(state, retries)
+            tell(state)
+            time.sleep(POLL_SECONDS)
+    return state
+
+
+@contextmanager
+def _stopping(state: State) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        for running, _ in state.running.values():
+            running.stop()
+
+
+def _start(state: State, launcher: Launcher) -> None:
+    for _ in range(len(state.waiting)):
+        if len(state.running) >= launcher.capacity:
+            return
+        job, attempts = state.waiting.popleft()
+        running = launcher.start(job)
+        if running is None:
+            state.waiting.append((job, attempts))
+        else:
+            state.running[job] = (running, attempts)
+
+
+def _collect(state: State, retries: int) -> None:
+    for job, (running, attempts) in list(state.running.items()):
+        status = running.poll()
+        if status is None:
+            continue
+        del state.running[job]
+        if status == 0:
+            state.finished.append(job)
+        elif attempts < retries:
+            state.waiting.append((job, attempts + 1))
+        else:
+            state.failed.append(job)
 
 
 def launch(jobs: Sequence[Job], done: int, options: LaunchOptions, folder: Path) -> list[Job]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, ValueType
-from hydra.errors import HydraException, OverrideParseException
+from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -85,7 +85,7 @@ def _parsed(word: str) -> Override | None:
     """An override, or None where Hydra's grammar does not take it: a value of ours, such as a path."""
     try:
         return OverridesParser.create().parse_override(word)
-    except OverrideParseException:
+    except HydraException:  # the grammar's listener raises the base class
         return None
 
 

@@ -95,4 +95,4 @@ def _maker(name: str) -> Callable[[Start], Sink]:
             f"tracker={name}: {SERVICES[name]} is not installed ({error}). Type pip install 'eva-rl[{name}]', or "
             f"leave {name} out of tracker=."
         ) from error
-    return {"trackio": services.TrackioSink, "wandb": services.WandbSink}[name]
+    return services.TrackioSink if name == "trackio" else services.WandbSink

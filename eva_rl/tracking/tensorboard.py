@@ -57,7 +57,9 @@ class TensorBoardSink:
     def __init__(self, start: Start) -> None:
         self._writer = SummaryWriter(str(start.run_dir / "tb"), purge_step=start.purge_step)
         values = {key: value for key, value in start.hyperparameters.items() if value is not None}
-        experiment, begun, self._ended = hparams(values, dict.fromkeys(TABLE, 0.0))
+        experiment, begun, self._ended = hparams(  # type: ignore[no-untyped-call]
+            values, dict.fromkeys(TABLE, 0.0)
+        )
         if start.purge_step is None:
             self._writer.add_custom_scalars(LAYOUT)
             self._add(experiment)
@@ -92,6 +94,5 @@ class TensorBoardSink:
         self._writer.close()
 
     def _add(self, summary: Summary, step: int = 0) -> None:
-        writer = self._writer.file_writer
-        assert writer is not None
+        writer: Any = self._writer.file_writer
         writer.add_summary(summary, step)

@@ -74,7 +74,7 @@ def test_what_is_typed() -> None:
         ("finetune.seed=3", "a benchmark decides on that by seeds="),
         ("finetune.adapter=eva", "methods="),
         ("set=[updates]", "expected KEY=VALUE"),
-        ("finetune.adapter.rank=1000", "rank"),
+        ("finetune.adapter.targets=[nowhere]", "nowhere"),
         ("finetune.policy=nowhere", "nowhere"),
         ("tasks=mujoco/hopper", "observation"),
         ("launcher=rya", "Did you mean 'ray'"),

@@ -10,19 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from eva_rl.commands.launchers import (
-    Ended,
-    Job,
-    LaunchOptions,
-    LocalLauncher,
-    RayLauncher,
-    Running,
-    SlurmLauncher,
-    State,
-    make_launcher,
-    run_all,
-)
-from eva_rl.commands.launching import last_words, launch
+from eva_rl.commands.launchers import Ended, Job, LaunchOptions, LocalLauncher, make_launcher
+from eva_rl.commands.launchers_remote import RayLauncher, SlurmLauncher
+from eva_rl.commands.launching import State, last_words, launch, run_all
 from eva_rl.errors import UserError
 
 
@@ -150,7 +140,7 @@ def test_submitit_in_processes(tmp_path: Path) -> None:
     assert launch(jobs, 0, options, tmp_path / "slurm") == jobs[2:]
     assert (tmp_path / "b.done").read_text() == "x"
     launcher = SlurmLauncher(options, tmp_path / "slurm")
-    running: Running = launcher.start(sleeps(tmp_path, "long"))
+    running = launcher.start(sleeps(tmp_path, "long"))
     wait_for(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
     running.stop()
     wait_for(lambda: running.poll() is not None)
