@@ -84,7 +84,7 @@ def _names(value: Any) -> list[str]:
 
 
 def _seeds(value: Any) -> list[int]:
-    numbers = value if isinstance(value, list) else range(value) if isinstance(value, int) else [None]
+    numbers: list[Any] = value if isinstance(value, list) else list(range(value)) if isinstance(value, int) else []
     if not numbers or not all(isinstance(number, int) for number in numbers):
         raise UserError(f"seeds={value}: expected a number of seeds, or a list such as seeds=[0,1,2].")
     for number in numbers:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from rich.markup import escape
@@ -180,9 +181,9 @@ def write(out: Path, title: str, line: str, sections: Sequence[Section]) -> None
         for shown in section.pictures:
             for kind in ("png", "svg"):
                 content = picture(shown.figure, kind)
-                write_file(out / "figures" / f"{shown.name}.{kind}", lambda aside, c=content: aside.write_bytes(c))
+                write_file(out / "figures" / f"{shown.name}.{kind}", partial(Path.write_bytes, data=content))
     for name, text in ((TEXT, markdown(title, line, sections)), (PAGE, page(title, line, sections))):
-        write_file(out / name, lambda aside, t=text: aside.write_text(t, encoding="utf-8"))
+        write_file(out / name, partial(Path.write_text, data=text, encoding="utf-8"))
 
 
 def run_records(analysis: Analysis) -> Iterator[dict[str, object]]:

@@ -37,8 +37,9 @@ class Resampling:
 
     def __call__(self, statistic: Any, *groups: stats.Strata) -> stats.Estimate:
         """A statistic with its interval."""
-        options = {"seed": self.seed, "replicates": self.replicates, "confidence": self.confidence}
-        return stats.bootstrap(statistic, *groups, **options)
+        return stats.bootstrap(
+            statistic, *groups, seed=self.seed, replicates=self.replicates, confidence=self.confidence
+        )
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ COLOURS = ("#3b82c4", "#d9662b", "#2a9d78", "#c75fa0", "#b08a1e", "#7a68c9", "#5
 MARKERS = "osD^vPX*<>"
 INK = "#0a0b0c"
 """Drawn where the page's own text colour is to stand."""
-STYLE = {
+STYLE: Any = {
     **dict.fromkeys(
         ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "grid.color"), INK
     ),

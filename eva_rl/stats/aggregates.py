@@ -63,7 +63,8 @@ def probability_of_improvement(first: Strata, second: Strata) -> Floats:
     Returns:
         (...).
     """
-    return np.mean([_share_won(a, b) for a, b in zip(first, second, strict=True)], axis=0)
+    shares: Floats = np.mean([_share_won(a, b) for a, b in zip(first, second, strict=True)], axis=0)
+    return shares
 
 
 def _share_won(a: Floats, b: Floats) -> Floats:

@@ -43,7 +43,8 @@ def sign_flip_test(differences: ArrayLike, seed: int = 0, draws: int = DRAWS) ->
 
 
 def _all_signs(size: int) -> NDArray[np.float64]:
-    return 1.0 - 2.0 * ((np.arange(2**size)[:, None] >> np.arange(size)) & 1)
+    flipped = (np.arange(2**size)[:, None] >> np.arange(size)) & 1
+    return 1.0 - 2.0 * flipped.astype(np.float64)
 
 
 def mcnemar_test(first: ArrayLike, second: ArrayLike) -> float:

@@ -41,8 +41,8 @@ class WandbSink:
             )
         except wandb.errors.Error as error:
             raise UserError(
-                f"tracker=wandb: Weights & Biases says: {error} Type wandb login, or set WANDB_MODE=offline to keep the "
-                "run on this machine."
+                f"tracker=wandb: Weights & Biases says: {error} Type wandb login, or set "
+                "WANDB_MODE=offline to keep the run on this machine."
             ) from error
         self._run.define_metric("*", step_metric=STEP)
 
