@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# How the shipped policy `hopper` was made, from nothing, and what online fine-tuning makes of it. About an hour on two cores.
-# docs/online.md holds what it printed.
+# How the shipped policy `hopper` was made, from nothing, and what online fine-tuning makes of it. About an hour and a half on
+# two cores. docs/online.md holds what it printed.
 set -euo pipefail
 runs=${1:-runs/hopper}
 mkdir -p "$runs"
@@ -14,7 +14,7 @@ python -m eva_rl.pretrain env=mujoco/hopper data="$runs/sac.h5" data.max_return=
 # What online fine-tuning makes of it; hyper-parameters were chosen with seed=0 eval.seed=100.
 for seed in 1 2 3; do
     python -m eva_rl.finetune env=mujoco/hopper policy="$runs/pretrain" algo=odt_td3 adapter=full data="$runs/sac.h5" \
-        data.max_return=1500 seed=$seed algo.env_steps=20000 algo.num_envs=4 algo.updates_per_iteration=500 \
+        data.max_return=1500 seed=$seed algo.env_steps=60000 algo.num_envs=4 algo.updates_per_iteration=500 \
         algo.batch_size=32 algo.learning_rate=3e-4 algo.q_weight=2.5 algo.exploration_noise=0.3 \
         algo.critic_learning_rate=1e-3 algo.target_share=0.01 algo.critic_warmup=2000 algo.eval_every=2000 \
         eval.quick_episodes=20 threads=1 run_dir="$runs/online/seed_$seed"

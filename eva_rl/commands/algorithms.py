@@ -114,13 +114,17 @@ class ODTAlgoOptions(ReplayAlgoOptions):
 class ODTTD3AlgoOptions(ReplayAlgoOptions):
     """Decision Transformer with twin critics (arXiv 2410.24108)."""
 
-    critic_learning_rate: float = option(3e-4, "Adam's, for the critics")
+    num_envs: int = option(5, "environments that the policy acts in at once, from no exploration to all of it")
+    eval_every: int = option(2_000, "env steps between two quick looks at validation episodes; 0 for none")
+    updates_per_iteration: int = option(500, "gradient steps of a bout")
+    batch_size: int = option(32, "windows a gradient step")
+    critic_learning_rate: float = option(1e-3, "Adam's, for the critics")
     critic_hidden_size: int = option(256, "width of the critics")
     discount: float = option(0.99, "gamma")
-    target_share: float = option(0.005, "share by which target networks move at each gradient step")
+    target_share: float = option(0.01, "share by which target networks move at each gradient step")
     policy_delay: int = option(2, "gradient steps of the critics for one of the policy")
-    critic_warmup: int = option(1_000, "gradient steps in which the critics learn the returns obtained so far")
-    exploration_noise: float = option(0.1, "standard deviation of the noise on actions, in scaled actions")
+    critic_warmup: int = option(2_000, "gradient steps in which the critics learn the returns obtained so far")
+    exploration_noise: float = option(0.2, "standard deviation of the noise on actions, in scaled actions")
     target_noise: float = option(0.2, "standard deviation of the noise on target actions")
     target_noise_clip: float = option(0.5, "its largest magnitude")
     q_weight: float = option(1.0, "weight of the critics beside the distance to the actions taken")

@@ -37,13 +37,13 @@ class TD3Options(ActorOptions):
         clone_weight: Weight of the distance to the actions taken.
     """
 
-    critic_learning_rate: float = 3e-4
+    critic_learning_rate: float = 1e-3
     critic_hidden_size: int = 256
     discount: float = 0.99
-    target_share: float = 0.005
+    target_share: float = 0.01
     policy_delay: int = 2
-    critic_warmup: int = 500
-    exploration_noise: float = 0.1
+    critic_warmup: int = 2000
+    exploration_noise: float = 0.2
     target_noise: float = 0.2
     target_noise_clip: float = 0.5
     q_weight: float = 1.0

@@ -235,10 +235,14 @@ def test_a_killed_process_ends_the_others_with_a_message(tmp_path: Path, demonst
     assert "type the same command again" in said
 
 
-def torchrun(processes: int, *arguments: str) -> subprocess.Popen[str]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node")
+ACCELERATE = ("accelerate.commands.launch", "--multi_gpu", "--main_process_port=0", "--num_machines=1",
+              "--mixed_precision=no", "--dynamo_backend=no", "--num_processes")  # fmt: skip
+
+
+def start(launcher: tuple[str, ...], processes: int, *arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [*launcher, "-m", *arguments],
+        [sys.executable, "-m", *launcher, str(processes), "-m", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -247,23 +251,27 @@ def torchrun(processes: int, *arguments: str) -> subprocess.Popen[str]:
 
 
 @pytest.mark.slow
-def test_the_command_under_torchrun(tmp_path: Path, policy_folder: Path) -> None:
+def test_the_command_under_launchers(tmp_path: Path, policy_folder: Path) -> None:
     arguments = [f"policy={policy_folder}", "env=reach-v3", "env.horizon=40", "data.episodes=2", "data.workers=1"]
     arguments += ["data.only_successes=false", "algo.updates=4", "algo.batch_size=8", "adapter.rank=2", "threads=1"]
     arguments += ["adapter.eva.max_batches=2", "eval.episodes=3", "eval.every=2", "eval.quick_episodes=2"]
-    for number in (1, 2):
-        process = torchrun(number, "eva_rl.finetune", *arguments, f"run_dir={tmp_path / str(number)}")
+    launches = {"one": (TORCHRUN, 1), "two": (TORCHRUN, 2), "accelerate": (ACCELERATE, 2)}
+    for name, launch in launches.items():
+        process = start(*launch, "eva_rl.finetune", *arguments, f"run_dir={tmp_path / name}")
         output, _ = process.communicate(timeout=600)
         assert process.returncode == 0, output
         assert output.count("Trained ") == 1, "the first process alone speaks"
-    summaries = [json.loads((tmp_path / str(n) / "summary.json").read_text()) for n in (1, 2)]
-    assert [summary["processes"] for summary in summaries] == [1, 2]
-    assert summaries[0]["eval/mean_reward"] == pytest.approx(summaries[1]["eval/mean_reward"], rel=1e-3)
-    reports = [json.loads((tmp_path / str(n) / "eva_report.json").read_text()) for n in (1, 2)]
-    assert reports[0]["rows"] == reports[1]["rows"]
-    metrics = [(tmp_path / str(n) / "metrics.jsonl").read_text().splitlines() for n in (1, 2)]
-    losses = [[json.loads(row).get("train/loss") for row in rows] for rows in metrics]
-    assert [loss for loss in losses[1] if loss] == pytest.approx([loss for loss in losses[0] if loss], rel=1e-4)
+    summaries = {name: json.loads((tmp_path / name / "summary.json").read_text()) for name in launches}
+    assert [summary["processes"] for summary in summaries.values()] == [1, 2, 2]
+    losses = {}
+    for name in launches:
+        report = json.loads((tmp_path / name / "eva_report.json").read_text())
+        rows = [json.loads(row) for row in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        losses[name] = [row["train/loss"] for row in rows if "train/loss" in row], report["rows"]
+    for name in ("two", "accelerate"):
+        assert summaries[name]["eval/mean_reward"] == pytest.approx(summaries["one"]["eval/mean_reward"], rel=1e-3)
+        assert losses[name][0] == pytest.approx(losses["one"][0], rel=1e-4)
+        assert losses[name][1] == losses["one"][1]
 
 
 @pytest.mark.slow
@@ -272,7 +280,7 @@ def test_a_killed_rank_ends_torchrun_and_another_number_of_processes_continues(t
     arguments += ["data.only_successes=false", "size.hidden_size=16", "size.num_layers=1", "size.num_heads=2"]
     arguments += ["size.context_length=5", "algo.updates=3000", "algo.batch_size=8", "eval.every=0"]
     arguments += ["checkpoint.every=10", f"run_dir={tmp_path / 'run'}"]
-    process = torchrun(2, *arguments)
+    process = start(TORCHRUN, 2, *arguments)
     deadline = time.monotonic() + 500
     while not list((tmp_path / "run" / "checkpoint").glob("step_*")):
         assert time.monotonic() < deadline, "no checkpoint came"
