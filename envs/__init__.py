@@ -4,7 +4,7 @@ from eva_rl.envs.metaworld import CW10, METAWORLD_TASKS, MT40, scripted_expert
 from eva_rl.envs.registry import canonical_id, env_spec, make_env, task_list
 from eva_rl.envs.scores import normalized_score, reference_scores, score_between
 from eva_rl.envs.spec import EnvSpec
-from eva_rl.envs.vector import make_task_vec_env, make_vec_env
+from eva_rl.envs.vector import close_vec_env, make_task_vec_env, make_vec_env
 
 __all__ = [
     "CW10",
@@ -12,6 +12,7 @@ __all__ = [
     "MT40",
     "EnvSpec",
     "canonical_id",
+    "close_vec_env",
     "env_spec",
     "make_env",
     "make_task_vec_env",

@@ -72,6 +72,16 @@ def make_vec_env(
     return SubprocVecEnv(makers, start_method="forkserver") if workers else DummyVecEnv(makers)
 
 
+def close_vec_env(vec_env: VecEnv) -> None:
+    """Close environments, the worker processes that are left with them where one has died."""
+    try:
+        vec_env.close()
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        for process in getattr(vec_env, "processes", ()):
+            process.terminate()
+            process.join()
+
+
 def _numbered(env_id: str, horizon: int | None, first: int, stride: int) -> gym.Env[Any, Any]:
     return NumberedEpisodes(make_env(env_id, horizon=horizon), first, stride)
 

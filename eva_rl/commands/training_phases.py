@@ -112,7 +112,7 @@ def learn(session: Session, adapter: AttachedAdapter, algo: ReplayAlgoOptions, t
                 checkpoint_dir=session.checkpoint_dir / "online",
             )
     finally:
-        vec_env.close()
+        envs.close_vec_env(vec_env)
     best = {"best_step": counters.best_step} if algo.keep_best else {}
     return {"updates": counters.update, "env_steps": counters.env_steps, "episodes": counters.episodes, **best}
 
@@ -138,7 +138,7 @@ def learn_sb3(session: Session, algo: SB3AlgoOptions, tracker: Tracker) -> dict[
             )
         write_file(session.run_dir / "sb3.zip", lambda aside: _save_model(model, aside))
     finally:
-        vec_env.close()
+        envs.close_vec_env(vec_env)
     return dict(steps)
 
 
