@@ -199,11 +199,14 @@ def test_a_dead_worker_is_a_clear_end() -> None:
             killed.append(step)
             vec_env.processes[0].kill()  # type: ignore[attr-defined]
 
-    with pytest.raises(UserError, match="worker process of the environments died"), failures_kept(Path()):
+    def train() -> None:
+        options = OnlineOptions(400, 40, 1, random_steps=400)
         try:
-            options = OnlineOptions(400, 40, 1, random_steps=400)
             train_online(learner, TrajectoryReplay(2000, 11, 3), task, options, log=log)
         finally:
             envs.close_vec_env(vec_env)
+
+    with pytest.raises(UserError, match="worker process of the environments died"), failures_kept(Path()):
+        train()
     assert killed == [40]
     assert not any(process.is_alive() for process in vec_env.processes)  # type: ignore[attr-defined]
