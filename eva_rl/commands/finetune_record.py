@@ -72,9 +72,10 @@ def finish(
     card = model_card(summary, "full" if adapter.model is None else "adapter")
     save_adapted_policy(run_dir / "policy", policy, adapter, card)
     summary["adapter_bytes"] = adapter_bytes(run_dir / "policy") or 4 * summary["trainable_parameters"]
-    write_json(run_dir / "evaluation.json", {"before": before.record(), "after": after.record()})
+    looks = {"before": before, **({"cloned": session.cloned} if session.cloned else {}), "after": after}
+    write_json(run_dir / "evaluation.json", {name: result.record() for name, result in looks.items()})
     write_summary(run_dir, summary)
-    show(run_dir, summary, results)
+    show(run_dir, summary, looks)
 
 
 def _summary(session: Session, results: tuple[EvaluationResult, EvaluationResult]) -> dict[str, Any]:
@@ -104,18 +105,18 @@ def _about(data: Trajectories) -> dict[str, Any]:
     }
 
 
-def show(run_dir: Path, summary: dict[str, Any], results: tuple[EvaluationResult, EvaluationResult]) -> None:
-    """The table at the end."""
-    before, after = results
+def show(run_dir: Path, summary: dict[str, Any], looks: Mapping[str, EvaluationResult]) -> None:
+    """The table at the end, with a column for each evaluation."""
+    after = looks["after"]
     table = Table(title=f"{summary['env']}, {summary['method']}: {len(after.episodes)} held-out episodes")
-    for column in ("", "before", "after"):
+    for column in ("", *looks):
         table.add_column(column)
     if after.reports_success:
-        intervals = [
-            f"{r.success_rate:.2f}  [{r.success_interval()[0]:.2f}, {r.success_interval()[1]:.2f}]" for r in results
-        ]
-        table.add_row("success rate [95% interval]", *intervals)
-    table.add_row("mean return", f"{before.mean_reward:.1f}", f"{after.mean_reward:.1f}")
+        intervals = [(result.success_rate, *result.success_interval()) for result in looks.values()]
+        table.add_row(
+            "success rate [95% interval]", *(f"{x:.2f}  [{low:.2f}, {high:.2f}]" for x, low, high in intervals)
+        )
+    table.add_row("mean return", *(f"{result.mean_reward:.1f}" for result in looks.values()))
     console.print(table)
     trainable, total = summary["trainable_parameters"], summary["total_parameters"]
     seconds = ", ".join(f"{name} {value:.0f}" for name, value in summary["seconds"].items())

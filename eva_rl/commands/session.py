@@ -45,6 +45,7 @@ class Session:
         sampler: Windows of the demonstrations, or None.
         vec_env: Environments of the held-out episodes.
         phases: Seconds spent.
+        cloned: The held-out evaluation between cloning and learning online; None where there is no such point.
     """
 
     config: FinetuneConfig
@@ -56,6 +57,7 @@ class Session:
     sampler: WindowSampler | None
     vec_env: VecEnv
     phases: Phases
+    cloned: EvaluationResult | None = None
 
     def __post_init__(self) -> None:
         self.actor = ActionRecorder(self.policy)

@@ -61,7 +61,8 @@ def train(session: Session, adapter: AttachedAdapter, tracker: Tracker) -> dict[
         prefixed = _prefixed(tracker.log, CLONED)
         steps = {f"{CLONED}{key}": value for key, value in clone(session, adapter, algo.bc, prefixed).items()}
         session.phases.end("clone")
-        steps |= session.evaluate("Cloned").metrics("eval_cloned")
+        session.cloned = session.evaluate("Cloned")
+        steps |= session.cloned.metrics("eval_cloned")
         session.phases.end("evaluate_cloned")
     if isinstance(algo, SB3AlgoOptions):
         return steps | learn_sb3(session, algo, tracker)

@@ -91,7 +91,10 @@ def test_cloning_comes_first(algo: str, policy_folder: Path, tmp_path: Path) -> 
     found = summary(run_dir)
     assert found["bc/updates"] == 3
     assert found["env_steps"] == 240
-    assert "eval_cloned/success_rate" in found
+    looks = json.loads((run_dir / "evaluation.json").read_text())
+    assert list(looks) == ["before", "cloned", "after"]
+    rewards = [episode["episode_return"] for episode in looks["cloned"]["episodes"]]
+    assert found["eval_cloned/mean_reward"] == pytest.approx(sum(rewards) / len(rewards))
     assert found["data"]["episodes"] == 2
     rows = read_metrics(run_dir)
     assert [row["step"] for row in rows if "bc/train/loss" in row] == [1, 3]
