@@ -188,7 +188,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    table = Table("width", "window", "implementation", "gradient steps/s", "ours is faster by", "GFLOP/s (6ND)", "MiB")
+    table = Table("width", "window", "implementation", "gradient steps/s", "ours is faster by", "GFLOP/s (6ND)", "MiB (GPU)")
     rows = []
     for shape in shapes(options):
         found, (width, window, *_) = measure(options, shape), shape
@@ -202,7 +202,7 @@ def main() -> None:
                 f"{1 / value['seconds']:.2f}",
                 f"{ratio:.2f}",
                 speed,
-                f"{value['peak_mib']:.0f}",
+                f"{value['peak_mib']:.0f}" if value["peak_mib"] else "-",
             )
             table.add_row(*map(str, cells))
             rows.append({"width": width, "window": window, "name": name, "ratio": ratio, "gflops": rate, **value})
