@@ -188,7 +188,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    table = Table("width", "window", "implementation", "gradient steps/s", "ours is faster by", "GFLOP/s (6ND)", "GPU MiB")
+    columns = ("width", "window", "implementation", "gradient steps/s", "ours is faster by", "GFLOP/s (6ND)", "GPU MiB")
+    table = Table(*columns)
     rows = []
     for shape in shapes(options):
         found, (width, window, *_) = measure(options, shape), shape
