@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from eva_rl.agents.decision_transformer import DecisionTransformer
-from eva_rl.agents.static_step import StaticMemory, compiled_step, static_step
+from eva_rl.agents.static_cache import StaticMemory, compiled_step, static_step
 from eva_rl.agents.transformer import LayerCache
 from eva_rl.batch import InputScaling, WindowBatch
 

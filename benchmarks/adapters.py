@@ -25,12 +25,12 @@ import torch
 from rich.console import Console
 
 from eva_rl.adapters import METHODS, adapter_bytes, count_parameters, load_policy, save_adapted_policy
-from eva_rl.commands.attaching import attach
-from eva_rl.commands.command import parse
-from eva_rl.commands.costs import peak_memory
-from eva_rl.commands.pretrain import bc_options
+from eva_rl.cli.parsing import parse
+from eva_rl.cli.profiling import peak_memory
+from eva_rl.configs.algorithms import bc_options
 from eva_rl.data import Trajectories, WindowSampler
-from eva_rl.demonstrations import collect_expert
+from eva_rl.finetune.adapter import attach
+from eva_rl.rollouts.experts import collect_expert
 from eva_rl.training.bc import train_bc
 
 

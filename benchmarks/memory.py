@@ -23,7 +23,7 @@ import torch
 from eva_rl.agents import SIZES, Conditioning, DecisionTransformer, DecisionTransformerConfig, DecisionTransformerPolicy
 from eva_rl.batch import InputScaling
 from eva_rl.data import Trajectories, WindowSampler, write_store
-from eva_rl.data.store import read_store
+from eva_rl.data.formats.store import read_store
 from eva_rl.training.bc import BCOptions, train_bc
 
 OBSERVATION, ACTION, LENGTH = 39, 4, 200

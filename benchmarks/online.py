@@ -25,10 +25,10 @@ from eva_rl import envs
 from eva_rl.agents import SIZES, Conditioning, DecisionTransformer, DecisionTransformerConfig, DecisionTransformerPolicy
 from eva_rl.batch import InputScaling
 from eva_rl.data.replay import TrajectoryReplay
+from eva_rl.training.collector import OnlineOptions, TaskEnvs
 from eva_rl.training.odt import ODTOptions, OnlineDecisionTransformer
 from eva_rl.training.odt_td3 import TD3DecisionTransformer, TD3Options
 from eva_rl.training.online import train_online
-from eva_rl.training.online_state import OnlineOptions, TaskEnvs
 from eva_rl.training.sb3 import SB3Options, make_model, train_sb3
 
 ENV, BATCH = "Hopper-v5", 64

@@ -22,8 +22,9 @@ from rich.table import Table
 from eva_rl.agents import SIZES, Conditioning, DecisionTransformer, DecisionTransformerConfig, DecisionTransformerPolicy
 from eva_rl.batch import InputScaling
 from eva_rl.data import Trajectories, WindowSampler
+from eva_rl.data.samplers import ShardedSampler
+from eva_rl.distributed import init_distributed
 from eva_rl.training.bc import BCOptions, train_bc
-from eva_rl.training.distributed import ShardedSampler, join
 
 OBSERVATION, ACTION, EPISODES, LENGTH = 39, 4, 20, 200
 
@@ -47,7 +48,7 @@ def make_data() -> Trajectories:
 def train(options: argparse.Namespace) -> None:
     """One process's part: train, and let the first say how long it took."""
     torch.set_num_threads(1)
-    ranks = join(torch.device("cpu"))
+    ranks = init_distributed(torch.device("cpu"))
     torch.manual_seed(0)
     config = DecisionTransformerConfig(OBSERVATION, ACTION, **SIZES[options.size])
     scaling = InputScaling.create([0.0] * OBSERVATION, [1.0] * OBSERVATION, 100.0, [-1.0] * ACTION, [1.0] * ACTION)

@@ -1,1 +1,1 @@
-"""Hydra's primary configs, one a command; every default stands in a dataclass of ``eva_rl.commands``."""
+"""Hydra's primary configs, one a command; every default stands in a dataclass of ``eva_rl.cli``."""

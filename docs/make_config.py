@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from importlib import import_module
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from eva_rl.commands import command
-from eva_rl.commands.help import defaults_of, groups_of
+from eva_rl.__main__ import command_module
+from eva_rl.cli import parsing
+from eva_rl.cli.help import defaults_of, groups_of
 
 Rows = Sequence[tuple[str, Any, str]]
 HERE = Path(__file__).parent
 OUT = HERE / "config.md"
 HEAD = """# Every key
 
-Generated from the dataclasses of `eva_rl/commands` by `python docs/make_config.py`. Keys are typed as `key=value`
+Generated from the option dataclasses by `python docs/make_config.py`. Keys are typed as `key=value`
 after the command; `python -m eva_rl.finetune --help` shows the same. `null` is no value, `[a,b]` a list; a run keeps
 its resolved settings in `config.yaml`.
 """
@@ -35,12 +35,12 @@ def page() -> str:
 
 
 def _command(name: str) -> Iterator[str]:
-    module = import_module(f"eva_rl.commands.{name}")
+    module = command_module(name)
     about = module.HELP.strip().split("\n\n")[0].replace("\n", " ")
     yield f"## {name}\n\n`python -m eva_rl.{name}`: {about}\n"
-    choices = command.CHOICES.get(name, {})
-    short = {key: short for short, key in command.SHORT_KEYS.items()}
-    for title, text, rows in groups_of(defaults_of(command.SCHEMAS[name]), {}):
+    choices = parsing.CHOICES.get(name, {})
+    short = {key: short for short, key in parsing.SHORT_KEYS.items()}
+    for title, text, rows in groups_of(defaults_of(parsing.SCHEMAS[name]), {}):
         if title not in choices:
             yield from _table(f"{name}: {title}" if title else "", text and f"{text}.", rows, short)
     for group, options in choices.items():

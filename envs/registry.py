@@ -36,6 +36,10 @@ MUJOCO_VERSION = "v5"
 DEFAULT_HORIZON = 1000
 
 
+TASK_SETS = {"mt40": metaworld.MT40, "cw10": metaworld.CW10, "mt50": metaworld.METAWORLD_TASKS}
+"""Named lists of tasks."""
+
+
 def task_list() -> list[str]:
     """Every name that ``env=`` takes besides Gymnasium ids: Meta-World tasks, then MuJoCo tasks."""
     return [*metaworld.METAWORLD_TASKS, *(MUJOCO_PREFIX + name for name in MUJOCO_TASKS)]
@@ -142,3 +146,10 @@ def env_spec(name: str, horizon: int | None = None) -> EnvSpec:
         reports_success=False,
         protocol=f"Gymnasium {env_id}, at most {steps} env steps, return of whole episodes, one seed an episode",
     )
+
+
+def task_ids(names: str) -> list[str]:
+    """Canonical names of a task set, or of names joined by ``+``."""
+    if names in TASK_SETS:
+        return list(TASK_SETS[names])
+    return [canonical_id(name) for name in names.split("+")]

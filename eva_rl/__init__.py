@@ -1,6 +1,6 @@
-"""Fine-tune pretrained Decision Transformer policies with adapters aimed by Explained Variance Adaptation.
+"""Fine-tune pretrained Decision Transformer policies with adapters initialised with Explained Variance Adaptation.
 
-``load_policy``, ``load_dataset``, ``attach_adapter`` and ``evaluate`` are imported when first used, so that
+``load_policy``, ``load_dataset``, ``attach_adapter`` and ``evaluate_policy`` are imported when first used, so that
 ``import eva_rl`` stays quick.
 """
 
@@ -14,16 +14,16 @@ from eva_rl._version import __version__
 if TYPE_CHECKING:
     from eva_rl.adapters import attach_adapter, load_policy
     from eva_rl.data import load_dataset
-    from eva_rl.evaluation import evaluate
+    from eva_rl.rollouts.evaluation import evaluate_policy
 
 _HOMES = {
     "attach_adapter": "eva_rl.adapters",
-    "evaluate": "eva_rl.evaluation",
+    "evaluate_policy": "eva_rl.rollouts.evaluation",
     "load_dataset": "eva_rl.data",
     "load_policy": "eva_rl.adapters",
 }
 
-__all__ = ["__version__", "attach_adapter", "evaluate", "load_dataset", "load_policy"]
+__all__ = ["__version__", "attach_adapter", "evaluate_policy", "load_dataset", "load_policy"]
 
 
 def __getattr__(name: str) -> Any:

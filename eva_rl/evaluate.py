@@ -1,8 +1,266 @@
-"""Run ``python -m eva_rl.evaluate``."""
+"""``python -m eva_rl.evaluate``: any policy on any task, with a confidence interval and a record of each episode."""
 
-import sys
+from __future__ import annotations
 
-from eva_rl.commands.evaluate import main
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import zip_longest
+from pathlib import Path
+
+from rich.table import Table
+
+from eva_rl.adapters import ADAPTER_NAME
+from eva_rl.agents import DecisionTransformerPolicy
+from eva_rl.agents.context import Acting
+from eva_rl.cli.command import run_command
+from eva_rl.cli.console import console, counting_progress
+from eva_rl.cli.loading import open_policy
+from eva_rl.cli.parsing import register
+from eva_rl.cli.run_dir import prepare_machine, versions
+from eva_rl.configs.groups import COMPILE_MODES, PRECISIONS, EvalOptions, PolicyOptions, RunOptions
+from eva_rl.distributed import ProcessGroup
+from eva_rl.envs import canonical_id
+from eva_rl.envs.registry import task_ids
+from eva_rl.errors import UserError
+from eva_rl.files import write_json
+from eva_rl.options import group, one_of, option
+from eva_rl.rollouts.evaluation import EvaluationResult, evaluate_policy, evaluate_together
+from eva_rl.rollouts.video import record_episode
+from eva_rl.seeding import EVALUATION, VALIDATION
+from eva_rl.training.compiling import check_compiler
+
+HELP = """
+Play held-out episodes with a policy and report success and return, with a confidence interval.
+
+Examples:
+  python -m eva_rl.evaluate policy=runs/push/policy env=push-v3
+  python -m eva_rl.evaluate policy=mt40 env=cw10 eval.episodes=50 out=cw10.json
+  python -m eva_rl.evaluate policy=runs/push targets=[1000,1400,1800] video=true
+  python -m eva_rl.evaluate policy=runs/push env=mt40 adapter=both out=forgetting.json
+  python -m eva_rl.evaluate policy=mt40 'adapters={push-v3:runs/push,reach-wall-v3:runs/wall}' env=cw10
+"""
+
+
+@dataclass
+class EvaluateEnvOptions:
+    """The tasks."""
+
+    id: str = option("", "a task, tasks joined by +, mt40, cw10 or mt50; empty takes the policy's own; same as env=")
+    horizon: int | None = option(None, "env steps an episode; null takes the task's own (Meta-World: 200)")
+
+
+@dataclass
+class EvaluateConfig(RunOptions):
+    """Config of ``python -m eva_rl.evaluate``."""
+
+    out: str = option("", "JSON file for the result and every episode; empty writes none")
+    window: str = option("cached", "cached (fast) or full context windows; both are exact")
+    precision: str = option("float32", "float32, or bfloat16 for mixed precision")
+    compile: str = option("none", "torch.compile of each step: none, default, or reduce-overhead (CUDA graphs)")
+    video: bool = option(False, "also write the first episode of each task as videos/<task>.gif")
+    targets: list[float] = field(
+        default_factory=list, metadata={"help": "target returns to choose from, by the validation episodes"}
+    )
+    adapter: str = option("on", "on, off, or both: with the policy's adapter, without it, or one beside the other")
+    adapters: dict[str, str] = field(
+        default_factory=dict,
+        metadata={"help": "an adapter for some tasks, '{push-v3:runs/push}'; the others get the policy as it is"},
+    )
+    validation: bool = option(False, "play the validation episodes, for choices that a report must not see")
+    env: EvaluateEnvOptions = group(EvaluateEnvOptions, "the tasks")
+    policy: PolicyOptions = group(PolicyOptions, "what to evaluate")
+    eval: EvalOptions = group(EvalOptions, "evaluation")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_of(("cached", "full"), window=self.window)
+        one_of(PRECISIONS, precision=self.precision)
+        one_of(COMPILE_MODES, compile=self.compile)
+        one_of(("on", "off", "both"), adapter=self.adapter)
+        self.adapters = {canonical_id(task): path for task, path in self.adapters.items()}
+
+
+register("evaluate", EvaluateConfig, {})
+
+
+def evaluate(config: EvaluateConfig) -> None:
+    """Load, play, show, and write where asked to."""
+    out = Path(config.out).expanduser() if config.out else None
+    if out is not None and out.exists():
+        raise UserError(f"{out} exists and is not overwritten. Name another out=, or remove it.")
+    policy = open_policy(config.policy, prepare_machine(config), adapters=config.adapters)
+    policy.window = "full" if config.window == "full" else "cached"
+    policy.acting = Acting(config.precision, config.compile)
+    if config.compile != "none":
+        check_compiler(policy.device)
+    first = ProcessGroup.current().is_main
+    if config.adapter != "on":
+        check_adapters(policy)
+    asked = config.env.id or "+".join(config.adapters) or policy.env_id
+    if not asked:
+        raise UserError(f"The policy {config.policy.path} was made for several tasks. Name one with env=.")
+    tasks = task_ids(asked)
+    if config.policy.target_return is not None:
+        for task in tasks:
+            policy.with_target(config.policy.target_return, task)
+    for task in tasks if config.targets else ():
+        put_to_work(policy, task, config.adapter != "off")
+        choose_target(policy, task, config)
+    results, without = play(policy, tasks, config)
+    show(results, without)
+    for task in tasks if config.video and first else ():
+        put_to_work(policy, task, config.adapter != "off")
+        path = Path("videos") / f"{task.replace('/', '-')}.gif"
+        record_episode(policy, task, path, seed=config.eval.seed, horizon=config.env.horizon)
+        console.print(f"Video: {path}")
+    if out is not None and first:
+        write_json(out, record(config, policy, results, without))
+
+
+def play(
+    policy: DecisionTransformerPolicy, tasks: Sequence[str], config: EvaluateConfig
+) -> tuple[list[EvaluationResult], list[EvaluationResult]]:
+    """Evaluate each task as asked, and for ``adapter=both`` once more without adapters, on the same goals."""
+    ways = [True, False] if config.adapter == "both" else [config.adapter == "on"]
+    results: dict[bool, list[EvaluationResult]] = {True: [], False: []}
+    with counting_progress(
+        "Episodes", ProcessGroup.current().local_count(config.eval.episodes) * len(tasks) * len(ways)
+    ) as advance:
+        for task in tasks:
+            for adapted in ways:
+                put_to_work(policy, task, adapted)
+                found = evaluate_together(
+                    ProcessGroup.current(),
+                    partial(evaluate_policy, policy, task),
+                    episodes=config.eval.episodes,
+                    seed=config.eval.seed,
+                    horizon=config.env.horizon,
+                    purpose=VALIDATION if config.validation else EVALUATION,
+                    on_episode=advance,
+                )
+                results[adapted].append(found)
+    return (results[True], results[False]) if ways[0] else (results[False], [])
+
+
+def put_to_work(policy: DecisionTransformerPolicy, task: str, adapted: bool) -> None:
+    """The adapter for this task, the policy's own where there is none for it, or no adapter at all."""
+    found = policy.adapters
+    own = next((name for name in (task, ADAPTER_NAME) if name in found.names), None)
+    found.use(own if adapted else None)
+
+
+def check_adapters(policy: DecisionTransformerPolicy) -> None:
+    """Raise unless the policy has an adapter to turn off."""
+    if not policy.adapters.names:
+        base = policy.metadata.get("finetuning", {}).get("policy", "mt40")
+        raise UserError(
+            "The policy has no adapter to turn off: adapter=full and head change its own weights. Evaluate what it was "
+            f"made from as well, and compare: policy={base}."
+        )
+
+
+def choose_target(policy: DecisionTransformerPolicy, task: str, config: EvaluateConfig) -> None:
+    """Ask for the target return that does best on the validation episodes, which no report sees."""
+
+    def merit(target: float) -> tuple[float, float]:
+        policy.with_target(target, task)
+        found = evaluate_policy(
+            policy,
+            task,
+            episodes=config.eval.episodes,
+            seed=config.eval.seed,
+            horizon=config.env.horizon,
+            purpose=VALIDATION,
+        )
+        return (found.success_rate if found.reports_success else 0.0, found.mean_reward)
+
+    merits = {target: merit(target) for target in config.targets}
+    best = max(merits, key=lambda target: merits[target])
+    policy.with_target(best, task)
+    tried = ", ".join(f"{target:g}: {success:.2f}/{mean:.0f}" for target, (success, mean) in merits.items())
+    console.print(f"{task}: target return {best:g} (validation success/return by target: {tried})")
+
+
+def record(
+    config: EvaluateConfig,
+    policy: DecisionTransformerPolicy,
+    results: Sequence[EvaluationResult],
+    without: Sequence[EvaluationResult] = (),
+) -> dict[str, object]:
+    """What ``out=`` holds."""
+    tasks = {
+        r.env_id: {"target_return": policy.conditioning.of(r.env_id), **r.record()}
+        | ({"without_adapter": off.record(), "difference": _difference(r, off)} if off else {})
+        for r, off in zip_longest(results, without)
+    }
+    return {
+        "policy": config.policy.path,
+        "adapter": config.adapter,
+        "adapters": config.adapters,
+        "seed": config.eval.seed,
+        "mean_success_rate": _mean_success(results),
+        **({"mean_success_rate_without_adapter": _mean_success(without)} if without else {}),
+        "versions": versions(),
+        "tasks": tasks,
+    }
+
+
+def _difference(adapted: EvaluationResult, plain: EvaluationResult) -> dict[str, float]:
+    """What the adapter changes."""
+    before = plain.metrics("")
+    return {key.strip("/"): value - before[key] for key, value in adapted.metrics("").items()}
+
+
+def _mean_success(results: Sequence[EvaluationResult]) -> float | None:
+    return sum(r.success_rate for r in results) / len(results) if results[0].reports_success else None
+
+
+def show(results: Sequence[EvaluationResult], without: Sequence[EvaluationResult] = ()) -> None:
+    """The table at the end."""
+    if without:
+        console.print(comparison(results, without))
+    else:
+        console.print(_table(results))
+    console.print(f"Protocol: {results[0].protocol}.", soft_wrap=True)
+
+
+def _table(results: Sequence[EvaluationResult]) -> Table:
+    table = Table("task", "episodes", "success rate", "95% interval", "mean return")
+    for result in results:
+        success, interval = "-", "-"
+        if result.reports_success:
+            success = f"{result.success_rate:.2f}"
+            interval = "[{:.2f}, {:.2f}]".format(*result.success_interval())
+        table.add_row(result.env_id, str(len(result.episodes)), success, interval, f"{result.mean_reward:.1f}")
+    if len(results) > 1 and results[0].reports_success:
+        table.add_row("mean", "", f"{_mean_success(results):.3f}", "", "")
+    return table
+
+
+def comparison(results: Sequence[EvaluationResult], without: Sequence[EvaluationResult]) -> Table:
+    """With and without the adapter, and what it changes: success rates, and returns."""
+    table = Table("task", "success on", "off", "change", "return on", "off", "change")
+    for on, off in zip(results, without, strict=True):
+        success = ["-"] * 3
+        if on.reports_success:
+            success = _with_difference(on.success_rate, off.success_rate, ".2f")
+        table.add_row(on.env_id, *success, *_with_difference(on.mean_reward, off.mean_reward, ".1f"))
+    if len(results) > 1 and results[0].reports_success:
+        table.add_row("mean", *_with_difference(_mean_success(results), _mean_success(without), ".3f"), "", "", "")
+    return table
+
+
+def _with_difference(on: float | None, off: float | None, digits: str) -> list[str]:
+    assert on is not None
+    assert off is not None
+    return [format(on, digits), format(off, digits), format(on - off, "+" + digits)]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command."""
+    return run_command("evaluate", EvaluateConfig, evaluate, HELP, argv)
+
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -1,8 +1,150 @@
-"""Run ``python -m eva_rl.export``."""
+"""``python -m eva_rl.export``: a policy as a folder for others, and on the Hugging Face hub."""
 
-import sys
+from __future__ import annotations
 
-from eva_rl.commands.export import main
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+
+from eva_rl.adapters import load_policy
+from eva_rl.adapters.model_card import model_card, pretrained_card
+from eva_rl.agents import DecisionTransformerPolicy
+from eva_rl.agents.huggingface import export_huggingface
+from eva_rl.agents.policy_folder import HUB_ID, find_policy, write_policy_files
+from eva_rl.cli.command import run_command
+from eva_rl.cli.console import console
+from eva_rl.cli.loading import open_policy
+from eva_rl.cli.parsing import register
+from eva_rl.configs.groups import PolicyOptions
+from eva_rl.errors import UserError
+from eva_rl.files import write_folder
+from eva_rl.options import group, one_of, option
+
+HELP = """
+Write a policy as a folder, with its adapter or merged, for eva-rl or for transformers; push it to the hub.
+
+Examples:
+  python -m eva_rl.export policy=runs/push to=merged out=exported/push
+  python -m eva_rl.export policy=runs/push to=huggingface out=exported/push-hf
+  python -m eva_rl.export policy=runs/push to=adapter push=USER/push
+
+A pushed policy is used by its name: policy=USER/push.
+"""
+TARGETS = ("adapter", "merged", "huggingface")
+CARD_FILE = "README.md"
+
+
+@dataclass
+class ExportConfig:
+    """Config of ``python -m eva_rl.export``."""
+
+    to: str = option("merged", "adapter (as it is), merged (one set of weights), or huggingface (for transformers)")
+    out: str = option("", "new folder; empty writes none, where the policy is pushed")
+    push: str = option("", "USER/NAME of a repository on the Hugging Face hub; made if it is not there")
+    private: bool = option(False, "make the repository private")
+    policy: PolicyOptions = group(PolicyOptions, "what to export")
+
+    def __post_init__(self) -> None:
+        one_of(TARGETS, to=self.to)
+        if not (self.out or self.push):
+            raise UserError("Nowhere to write: name a folder with out=, or a hub repository with push=USER/NAME.")
+        if self.push and not HUB_ID.fullmatch(self.push):
+            raise UserError(f"push={self.push}: expected USER/NAME.")
+
+
+register("export", ExportConfig, {})
+
+
+def export(config: ExportConfig) -> None:
+    """Write the folder, and push it where asked to."""
+    with TemporaryDirectory() as temporary:
+        out = Path(config.out).expanduser() if config.out else Path(temporary) / "policy"
+        if out.exists():
+            raise UserError(f"{out} exists and is not overwritten. Name another out=, or remove it.")
+        write_exported(out, config)
+        if config.out:
+            console.print(f"Policy: {out}", soft_wrap=True)
+        if config.push:
+            console.print(f"Pushed: {push_folder(out, config.push, config.private)}", soft_wrap=True)
+
+
+def write_exported(out: Path, config: ExportConfig) -> None:
+    """Write the policy in the form that ``to`` names, with its model card."""
+    if config.to == "adapter":
+        copy_policy(config.policy.path, out)
+        return
+    policy = open_policy(config.policy, torch.device("cpu"), merge=True)
+    card = card_of(policy, config.policy.path, config.to)
+    if config.to == "huggingface":
+        export_huggingface(policy, out)
+        (out / CARD_FILE).write_text(card)
+        return
+
+    def write(aside: Path) -> None:
+        write_policy_files(aside, policy, None, torch.float32)
+        (aside / CARD_FILE).write_text(card)
+
+    write_folder(out, write)
+
+
+def copy_policy(name_or_path: str, out: Path) -> None:
+    """Copy a policy folder with its adapter, after reading all of it.
+
+    Raises:
+        UserError: It is damaged, or no folder.
+    """
+    folder = find_policy(name_or_path)
+    if not folder.is_dir():
+        raise UserError(f"{name_or_path} is a file of weights. Use to=merged or to=huggingface.")
+    policy = load_policy(folder)
+
+    def write(aside: Path) -> None:
+        shutil.copytree(folder, aside, dirs_exist_ok=True)
+        if not (aside / CARD_FILE).exists():
+            (aside / CARD_FILE).write_text(card_of(policy, name_or_path, "adapter"))
+
+    write_folder(out, write)
+
+
+def card_of(policy: DecisionTransformerPolicy, name: str, form: str) -> str:
+    """Model card from what the policy remembers of its making."""
+    facts = policy.metadata.get("finetuning")
+    return pretrained_card(name, policy.metadata, form) if facts is None else model_card(facts, form)
+
+
+def push_folder(folder: Path, repository: str, private: bool) -> str:
+    """Upload a folder to the Hugging Face hub, as whom ``hf auth login`` or HF_TOKEN says.
+
+    Returns:
+        Address of the repository.
+
+    Raises:
+        UserError: No network, no leave, or no such user.
+    """
+    from huggingface_hub import HfApi  # slow to import, and rarely needed
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    api = HfApi()
+    try:
+        url = api.create_repo(repository, private=private, exist_ok=True)
+        api.upload_folder(repo_id=repository, folder_path=folder, commit_message="A policy of eva-rl")
+        return str(url)
+    except (HfHubHTTPError, OfflineModeIsEnabled, OSError, ValueError) as error:
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        raise UserError(
+            f"push={repository}: {lines[0] if lines else type(error).__name__} Without a network or a login (`hf auth "
+            "login`, or HF_TOKEN), write it with out= and upload the folder from elsewhere."
+        ) from error
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command."""
+    return run_command("export", ExportConfig, export, HELP, argv)
+
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

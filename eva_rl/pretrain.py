@@ -1,8 +1,221 @@
-"""Run ``python -m eva_rl.pretrain``."""
+"""``python -m eva_rl.pretrain``: a Decision Transformer from demonstrations of any list of tasks."""
 
-import sys
+from __future__ import annotations
 
-from eva_rl.commands.pretrain import main
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+
+from eva_rl.agents import Conditioning, DecisionTransformer, DecisionTransformerConfig, DecisionTransformerPolicy
+from eva_rl.agents.decision_transformer import SIZES
+from eva_rl.agents.policy_folder import save_policy
+from eva_rl.batch import InputScaling
+from eva_rl.cli.command import run_command
+from eva_rl.cli.console import console, training_progress
+from eva_rl.cli.loading import load_task_data
+from eva_rl.cli.parsing import register
+from eva_rl.cli.run_dir import open_run, prepare_machine, shown, write_summary
+from eva_rl.configs.algorithms import bc_options
+from eva_rl.configs.groups import BCOptionsGroup, CheckpointOptions, DataOptions, EnvOptions, EvalOptions, TrainOptions
+from eva_rl.data import Trajectories, WindowSampler, concatenate
+from eva_rl.data.samplers import ShardedSampler, prefetching
+from eva_rl.data.selection import sampling_weights, target_return
+from eva_rl.distributed import ProcessGroup
+from eva_rl.envs import env_spec
+from eva_rl.envs.registry import task_ids
+from eva_rl.launch.multirun import multirun
+from eva_rl.options import between, group, one_of, option, positive
+from eva_rl.rollouts.evaluation import TaskLook
+from eva_rl.seeding import VALIDATION
+from eva_rl.tracking.tracker import open_tracker
+from eva_rl.training.bc import train_bc
+from eva_rl.training.checkpoint import load_latest_checkpoint
+
+HELP = """
+Train a Decision Transformer by behaviour cloning on demonstrations of one or many tasks.
+
+Examples:
+  python -m eva_rl.pretrain env=mt40 data.episodes=100 run_dir=runs/mt40
+  python -m eva_rl.pretrain env=push-v3+reach-v3 algo.updates=2000 size.hidden_size=64
+
+The same command continues an unfinished run_dir.
+"""
+
+MIN_STD = 0.01
+"""Observation dimensions that vary less than this are centred, not divided: they carry no signal to blow up."""
+
+
+@dataclass
+class SizeOptions:
+    """Shape of the network."""
+
+    name: str = option(
+        "custom", "small (1M), base (13M) or large (43M parameters); overrides the next four; same as size="
+    )
+    hidden_size: int = option(256, "width")
+    num_layers: int = option(4, "blocks")
+    num_heads: int = option(8, "attention heads")
+    context_length: int = option(20, "env steps that the policy sees at most")
+    dropout: float = option(0.0, "dropout while training")
+    max_timestep: int = option(500, "rows of the timestep embedding")
+
+    def __post_init__(self) -> None:
+        one_of(("custom", *SIZES), size__name=self.name)
+        if self.name != "custom":
+            for key, value in SIZES[self.name].items():
+                setattr(self, key, value)
+        positive(
+            size__hidden_size=self.hidden_size,
+            size__num_layers=self.num_layers,
+            size__num_heads=self.num_heads,
+            size__context_length=self.context_length,
+            size__max_timestep=self.max_timestep,
+        )
+        between(0, 0.9, size__dropout=self.dropout)
+
+
+@dataclass
+class PretrainConfig(TrainOptions):
+    """Config of ``python -m eva_rl.pretrain``."""
+
+    return_scale: float = option(200.0, "returns are divided by this")
+    weight_dtype: str = option("float16", "precision of the weights in the policy folder")
+    env: EnvOptions = group(EnvOptions, "tasks: mt40, cw10, mt50, or names joined by +")
+    data: DataOptions = group(DataOptions, "demonstrations")
+    size: SizeOptions = group(SizeOptions, "network")
+    algo: BCOptionsGroup = group(BCOptionsGroup, "training")
+    eval: EvalOptions = group(partial(EvalOptions, episodes=1, every=2500), "validation, on every task")
+    checkpoint: CheckpointOptions = group(CheckpointOptions, "checkpoints")
+
+
+register("pretrain", PretrainConfig, {"algo": {"bc": BCOptionsGroup()}})
+
+
+def pretrain(config: PretrainConfig) -> None:
+    """Collect or load demonstrations, train, evaluate, save."""
+    device = prepare_machine(config)
+    tasks = task_ids(config.env.id)
+    run_dir = open_run("pretrain", config)
+    began = perf_counter()
+    process_group = ProcessGroup.current()
+    with process_group.main_process_first():
+        data = [load_task_data(task, config.data, run_dir / "data", config.env.horizon) for task in tasks]
+    policy = _new_policy(config, data).to(device)
+    joined = concatenate(data, source=f"{config.data.source}:{config.env.id}")
+    weights = sampling_weights(joined, config.data.after_success, config.data.weight_by)
+    sampler = WindowSampler(joined, config.size.context_length, policy.scaling, seed=config.seed, weights=weights)
+    data_seconds = perf_counter() - began
+    look = TaskLook.of(process_group, tasks)
+
+    def validate(update: int) -> dict[str, float]:
+        scores = look.scores(policy, config.eval.episodes, VALIDATION + config.eval.seed)
+        if process_group.is_main:
+            _save(run_dir, policy, config, joined)
+        return _validation_metrics(scores)
+
+    resumed = load_latest_checkpoint(run_dir / "checkpoint")
+    with (
+        open_tracker(run_dir, None if resumed is None else resumed.step, config.tracker, shown(config)) as tracker,
+        training_progress(config.algo.updates) as bar,
+        prefetching(ShardedSampler(sampler, process_group), device) as ahead,
+    ):
+        tracker.watch(policy.network, config.algo.final_step)
+        counters = train_bc(
+            policy,
+            ahead,
+            bc_options(config.algo, config.eval.every, config.checkpoint.every),
+            log=bar.also(tracker.log),
+            evaluate=validate,
+            checkpoint_dir=run_dir / "checkpoint",
+        )
+        final = validate(counters.update)
+        tracker.log(final, counters.update)
+        tracker.finished(final)
+    if process_group.is_main:
+        seconds = {"data": data_seconds, "train": counters.seconds}
+        write_summary(
+            run_dir, _summary(config, policy, joined, final, seconds) | {"processes": process_group.world_size}
+        )
+    shown_scores = ", ".join(f"{key} {final[key]:.2f}" for key in MEANS if key in final)
+    console.print(f"{len(tasks)} tasks: {shown_scores}. Policy: {run_dir / 'policy'}", soft_wrap=True)
+
+
+MEANS = ("validation/success_rate", "validation/mean_reward")
+
+
+def _validation_metrics(scores: Mapping[str, float]) -> dict[str, float]:
+    """Each task's score, and the means: of success where a task knows it, of the return elsewhere."""
+    metrics = {f"validation/{task}": score for task, score in scores.items()}
+    for key, knows_success in zip(MEANS, (True, False), strict=True):
+        own = [score for task, score in scores.items() if env_spec(task).reports_success == knows_success]
+        if own:
+            metrics[key] = float(np.mean(own))
+    return metrics
+
+
+def _new_policy(config: PretrainConfig, data: Sequence[Trajectories]) -> DecisionTransformerPolicy:
+    first = data[0]
+    spec = env_spec(first.env_id) if first.env_id else None
+    rows = np.concatenate([part.observations for part in data])
+    std = rows.std(0, dtype=np.float64)
+    low = spec.action_low if spec else (-1.0,) * first.action_dim
+    high = spec.action_high if spec else (1.0,) * first.action_dim
+    scaling = InputScaling.create(
+        rows.mean(0, dtype=np.float64), np.where(std < MIN_STD, 1.0, std), config.return_scale, low, high
+    )
+    size = config.size
+    network = DecisionTransformer(
+        DecisionTransformerConfig(
+            observation_dim=first.observation_dim,
+            action_dim=first.action_dim,
+            hidden_size=size.hidden_size,
+            num_layers=size.num_layers,
+            num_heads=size.num_heads,
+            context_length=size.context_length,
+            max_timestep=size.max_timestep,
+            dropout=size.dropout,
+        )
+    )
+    targets = {part.env_id: target_return(part) for part in data}
+    return DecisionTransformerPolicy(network, scaling, Conditioning(float(np.median(list(targets.values()))), targets))
+
+
+def _save(run_dir: Path, policy: DecisionTransformerPolicy, config: PretrainConfig, data: Trajectories) -> None:
+    policy.metadata = {
+        "pretrained_on": sorted(policy.conditioning.per_env),
+        "data": {"source": data.source, "episodes": data.num_episodes, "steps": data.num_steps},
+    }
+    save_policy(run_dir / "policy", policy, dtype=getattr(torch, config.weight_dtype))
+
+
+def _summary(
+    config: PretrainConfig,
+    policy: DecisionTransformerPolicy,
+    data: Trajectories,
+    final: dict[str, float],
+    seconds: dict[str, float],
+) -> dict[str, Any]:
+    return {
+        "env": config.env.id,
+        "method": "pretrain",
+        "seed": config.seed,
+        "parameters": sum(p.numel() for p in policy.network.parameters()),
+        "data": {"episodes": data.num_episodes, "steps": data.num_steps, "hash": data.content_hash},
+        "seconds": seconds,
+        **final,
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command."""
+    return run_command("pretrain", PretrainConfig, pretrain, HELP, argv, multirun=multirun)
+
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -11,16 +11,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
-from eva_rl.agents import (
-    Conditioning,
-    DecisionTransformer,
-    DecisionTransformerConfig,
-    DecisionTransformerPolicy,
-)
-from eva_rl.agents.checkpoint import save_policy
+from eva_rl.agents import Conditioning, DecisionTransformer, DecisionTransformerConfig, DecisionTransformerPolicy
+from eva_rl.agents.policy_folder import save_policy
 from eva_rl.batch import InputScaling
 from eva_rl.data import Trajectories
-from eva_rl.demonstrations import collect_expert
+from eva_rl.rollouts.experts import collect_expert
 
 torch.set_num_threads(1)
 

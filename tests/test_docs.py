@@ -12,7 +12,7 @@ from pathlib import Path
 import gymnasium as gym
 import pytest
 
-from eva_rl.commands import finetune
+from eva_rl.finetune import command as finetune
 from eva_rl.tracking.tracker import read_metrics
 
 ROOT = Path(__file__).parent.parent

@@ -1,72 +1,162 @@
-"""Imports go one way (see CONTRIBUTING.md)."""
+"""Imports go one way, in no circle, and keep to what each layer may know (see CONTRIBUTING.md)."""
 
 from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
+import networkx
 import pytest
 
 ROOT = Path(__file__).parent.parent
+FOLDERS = {
+    "eva_rl.agents": ROOT / "agents",
+    "eva_rl.envs": ROOT / "envs",
+    "eva_rl.configs": ROOT / "configs",
+    "eva_rl": ROOT / "eva_rl",
+}
 LAYERS = [
-    {"eva_rl.errors", "eva_rl._version"},
-    {"eva_rl.batch", "eva_rl.files", "eva_rl.seeding"},
-    {"eva_rl.agents", "eva_rl.envs", "eva_rl.data", "eva_rl.eva", "eva_rl.tracking", "eva_rl.stats"},
-    {"eva_rl.adapters", "eva_rl.demonstrations", "eva_rl.recording", "eva_rl.rollouts"},
-    {"eva_rl.evaluation", "eva_rl.trained_experts", "eva_rl.video"},
-    {"eva_rl.training"},
-    {"eva_rl.commands"},
+    {"errors", "_version"},
+    {"batch", "files", "seeding", "options", "distributed"},
+    {"agents", "envs", "data", "eva", "tracking"},
+    {"adapters", "rollouts"},
+    {"training"},
+    {"configs"},
+    {"cli"},
+    {"launch", "report", "collect", "evaluate", "export", "datasets"},
+    {"finetune", "pretrain"},
+    {"benchmark"},
+    {"__main__"},
 ]
-INDEPENDENT = {"eva_rl.agents", "eva_rl.envs", "eva_rl.data", "eva_rl.eva", "eva_rl.tracking", "eva_rl.stats"}
-FOLDERS = {"eva_rl.agents": ROOT / "agents", "eva_rl.envs": ROOT / "envs", "eva_rl.configs": ROOT / "configs"}
+"""Lowest first. The package's face, ``eva_rl/__init__.py``, imports lazily and stands outside."""
+STRANGERS = [LAYERS[2], LAYERS[3]]
+"""Layers whose members know nothing of each other."""
+COMMANDS = {"report", "collect", "evaluate", "export", "datasets", "finetune", "pretrain", "benchmark"}
+OWNERS = {"torch.distributed": {"distributed"}, "peft": {"adapters"}}
+"""Libraries that one room alone may import."""
+FRONT = {"hydra", "omegaconf", "rich"}
+"""Libraries of the command line, which nothing below ``cli`` imports."""
+LARGEST_ROOM = 0.15
+LARGEST_FILE, LARGEST_FOLDER = 400, 16
 
 
-def level(module: str) -> int | None:
-    for depth, names in enumerate(LAYERS):
-        if any(module == name or module.startswith(name + ".") for name in names):
-            return depth
-    return None
+@cache
+def modules() -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    for name, folder in FOLDERS.items():
+        for path in folder.rglob("*.py"):
+            parts = [name, *path.relative_to(folder).with_suffix("").parts]
+            found[".".join(part for part in parts if part != "__init__")] = path
+    return found
 
 
-def imports(path: Path) -> Iterator[str]:
-    for node in ast.walk(ast.parse(path.read_text())):
+@cache
+def imports(module: str) -> tuple[str, ...]:
+    """What a module imports anywhere, lazily or for type checking too: modules of ours, and other libraries."""
+    return tuple(_imports(module))
+
+
+def _imports(module: str) -> Iterator[str]:
+    for node in ast.walk(ast.parse(modules()[module].read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert not node.level, f"{path}: relative import"
-            yield node.module or ""
-            if node.module == "eva_rl":
-                yield from (f"eva_rl.{alias.name}" for alias in node.names)
+            assert not node.level, f"{module}: relative import"
+            source = node.module or ""
+            for alias in node.names:
+                full = f"{source}.{alias.name}"
+                yield full if full in modules() else source
 
 
-def module_files() -> Iterator[tuple[str, Path]]:
-    for name, folder in FOLDERS.items():
-        for path in folder.rglob("*.py"):
-            yield f"{name}.{path.relative_to(folder).with_suffix('').as_posix().replace('/', '.')}", path
-    for path in (ROOT / "eva_rl").rglob("*.py"):
-        yield path.relative_to(ROOT).with_suffix("").as_posix().replace("/", "."), path
+def room(module: str) -> str:
+    return module.split(".")[1] if "." in module else ""
 
 
-def package(module: str) -> str:
-    return ".".join(module.split(".")[:2])
+def level(name: str) -> int:
+    return next(depth for depth, names in enumerate(LAYERS) if name in names)
 
 
-@pytest.mark.parametrize(("module", "path"), list(module_files()), ids=lambda value: str(value).rpartition("/")[2])
-def test_imports_go_one_way(module: str, path: Path) -> None:
-    own = level(module)
-    for imported in imports(path):
-        assert imported.split(".")[0] not in {"agents", "envs", "configs"}, f"{path}: import eva_rl.{imported} instead"
-        other = level(imported)
-        if own is None or other is None or package(imported) == package(module):
-            continue
-        assert other <= own, f"{path} imports {imported} from a layer above its own"
-        if package(module) in INDEPENDENT:
-            assert package(imported) not in INDEPENDENT, f"{path} imports {imported}, its neighbour"
+EVERY = [module for module in modules() if module != "eva_rl"]
 
 
 def test_every_module_has_a_layer() -> None:
-    front = {"eva_rl.__init__", "eva_rl.configs.__init__"}
-    shims = {f"eva_rl.{p.stem}" for p in (ROOT / "eva_rl").glob("*.py") if "__main__" in p.read_text()}
-    unplaced = {module for module, _ in module_files() if level(module) is None} - front - shims
-    assert not unplaced
+    rooms = {room(module) for module in EVERY}
+    assert rooms == set().union(*LAYERS)
+
+
+@pytest.mark.parametrize("module", EVERY)
+def test_imports_go_one_way(module: str) -> None:
+    own = room(module)
+    for imported in imports(module):
+        assert imported.split(".")[0] not in {"agents", "envs", "configs"}, f"{module}: import eva_rl.{imported}"
+        if not imported.startswith("eva_rl"):
+            continue
+        other = room(imported)
+        assert other, f"{module} imports the package's face; import from the module that defines the name"
+        assert level(other) <= level(own), f"{module} imports {imported} from a layer above its own"
+        if own == other:
+            continue
+        for strangers in STRANGERS:
+            assert not {own, other} <= strangers, f"{module} imports {imported}, its neighbour"
+        allowed = own == "__main__" or (own == "benchmark" and other in {"finetune", "report"})
+        assert not {own, other} <= COMMANDS or allowed, f"{module}: a command imports a command"
+
+
+@pytest.mark.parametrize("module", EVERY)
+def test_libraries_stay_in_their_rooms(module: str) -> None:
+    own = room(module)
+    for imported in imports(module):
+        for library, rooms in OWNERS.items():
+            if imported == library or imported.startswith(library + "."):
+                assert own in rooms, f"{module} imports {imported}"
+        if imported.split(".")[0] in FRONT:
+            assert level(own) >= level("cli"), f"{module} imports {imported}"
+
+
+def test_no_import_circle() -> None:
+    graph = networkx.DiGraph((module, other) for module in EVERY for other in imports(module) if other in modules())
+    circles = [sorted(found) for found in networkx.strongly_connected_components(graph) if len(found) > 1]
+    assert circles == []
+
+
+def test_no_room_is_too_large() -> None:
+    lines: dict[str, int] = {}
+    for module in EVERY:
+        count = len(modules()[module].read_text().splitlines())
+        assert count <= LARGEST_FILE, f"{module} has {count} lines"
+        lines[room(module)] = lines.get(room(module), 0) + count
+    total = sum(lines.values())
+    assert {name: count for name, count in lines.items() if count > LARGEST_ROOM * total} == {}
+    folders: dict[Path, int] = {}
+    for module in EVERY:
+        folders[modules()[module].parent] = folders.get(modules()[module].parent, 0) + 1
+    assert {folder: count for folder, count in folders.items() if count > LARGEST_FOLDER} == {}
+
+
+def test_functions_are_small() -> None:
+    sizes = sorted(size for module in modules() for size in function_sizes(modules()[module]))
+    median, p90, largest = sizes[len(sizes) // 2], sizes[int(0.9 * len(sizes))], sizes[-1]
+    assert median <= 6, median
+    assert p90 <= 16, p90
+    assert largest <= 50, largest
+
+
+def function_sizes(path: Path) -> Iterator[int]:
+    """Lines of each function's body, without its docstring and without functions inside it counted twice."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            body = node.body[1:] if ast.get_docstring(node) is not None else node.body
+            if body:
+                yield (body[-1].end_lineno or 0) - body[0].lineno + 1
+
+
+def test_no_broad_except() -> None:
+    for module, path in modules().items():
+        lines = path.read_text().splitlines()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ExceptHandler) and (
+                node.type is None or "Exception" in {n.id for n in ast.walk(node.type) if isinstance(n, ast.Name)}
+            ):
+                assert "#" in lines[node.lineno - 1], f"{module}:{node.lineno}: a broad except needs its reason"

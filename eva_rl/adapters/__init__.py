@@ -1,12 +1,12 @@
 """Adapters on policies: PEFT's, aimed by the EVA engine."""
 
-from eva_rl.adapters.adalora import ADAPTER_NAME, initial_rank
 from eva_rl.adapters.attach import AttachedAdapter, attach_adapter, base_weights, count_parameters
+from eva_rl.adapters.eva_init import SOURCES, Rollouts, measure, second_moments
+from eva_rl.adapters.extensions import ADAPTER_NAME, initial_rank
 from eva_rl.adapters.folders import adapter_bytes, find_adapter, load_policy, save_adapted_policy
 from eva_rl.adapters.layers import PROJECTIONS, rank_limits, target_layers
-from eva_rl.adapters.measuring import SOURCES, Rollouts, measure, second_moments
 from eva_rl.adapters.methods import DIRECTIONS, GRADIENTS, METHODS, MOMENTS, Method, find_method
-from eva_rl.adapters.refreshing import Refresh, refresh_directions, subspace_overlap
+from eva_rl.adapters.refresh import Refresh, refresh_directions, subspace_overlap
 from eva_rl.adapters.switching import Adapters
 
 __all__ = [

@@ -11,8 +11,15 @@ import torch
 from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from eva_rl.adapters.adalora import ADAPTER_NAME, ORTHOGONALITY, AdaLoraExtension, initial_rank, schedule
-from eva_rl.adapters.factors import FrozenFactors, RewrittenBase
+from eva_rl.adapters.extensions import (
+    ADAPTER_NAME,
+    ORTHOGONALITY,
+    AdaLoraExtension,
+    FrozenFactors,
+    RewrittenBase,
+    initial_rank,
+    schedule,
+)
 from eva_rl.adapters.layers import PROJECTIONS, capped, rank_limits
 from eva_rl.adapters.methods import DIRECTIONS, GRADIENTS, MOMENTS, Method, find_method
 from eva_rl.agents.policy import DecisionTransformerPolicy

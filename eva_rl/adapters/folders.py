@@ -7,13 +7,12 @@ from pathlib import Path
 
 import torch
 
-from eva_rl.adapters.adalora import ADAPTER_NAME
 from eva_rl.adapters.attach import AttachedAdapter, base_weights
-from eva_rl.adapters.factors import WEIGHTS_FILE, RewrittenBase
+from eva_rl.adapters.extensions import ADAPTER_NAME, WEIGHTS_FILE, RewrittenBase
 from eva_rl.adapters.switching import CONFIG_FILE, ORIGIN_FILE, Adapters
-from eva_rl.agents.checkpoint import POLICY_FILE, find_policy, read_policy, weights_digest, write_policy_files
-from eva_rl.agents.imports import ImportOptions
+from eva_rl.agents.huggingface.options import ImportOptions
 from eva_rl.agents.policy import DecisionTransformerPolicy
+from eva_rl.agents.policy_folder import POLICY_FILE, find_policy, read_policy, weights_digest, write_policy_files
 from eva_rl.errors import UserError
 from eva_rl.files import read_json, write_folder, write_json
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from eva_rl.adapters.adalora import initial_rank
+from eva_rl.adapters.extensions import initial_rank
 from eva_rl.adapters.methods import Method
 from eva_rl.errors import UserError
 from eva_rl.eva import EvaResult, LayerResult

@@ -12,10 +12,10 @@ from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
 
 from eva_rl.adapters.attach import AttachedAdapter, base_weights
-from eva_rl.adapters.factors import WEIGHTS_FILE
+from eva_rl.adapters.extensions import WEIGHTS_FILE
 from eva_rl.adapters.methods import METHODS
-from eva_rl.agents.checkpoint import weights_digest
 from eva_rl.agents.policy import DecisionTransformerPolicy
+from eva_rl.agents.policy_folder import weights_digest
 from eva_rl.errors import UnknownNameError, UserError
 from eva_rl.files import read_json
 

@@ -13,6 +13,12 @@ from eva_rl.errors import UnknownNameError, UserError
 WEIGHTINGS = ("uniform", "episode", "length", "return")
 
 
+TARGET_QUANTILE = 0.9
+"""Quantile of the demonstrations' returns that a policy is asked for."""
+GRACE = 10
+"""Env steps after the first success that are sampled with full weight."""
+
+
 def select_episodes(
     trajectories: Trajectories,
     *,
@@ -80,3 +86,34 @@ def window_weights(trajectories: Trajectories, by: str) -> NDArray[np.float64] |
         above = (returns - returns.min()) / spread if differ else np.ones_like(returns)
         per_step = np.maximum(above, 0.01) / lengths
     return np.repeat(per_step, trajectories.lengths)
+
+
+def target_return(data: Trajectories) -> float:
+    """The return to ask for: a high quantile of what was demonstrated."""
+    return float(np.quantile(data.returns, TARGET_QUANTILE))
+
+
+def sampling_weights(
+    data: Trajectories, after_success: float, weight_by: str = "uniform"
+) -> NDArray[np.float64] | None:
+    """Weight of each env step as the last of a window.
+
+    What follows a success is mostly holding still; it gets less weight, so that updates go where success is decided.
+
+    Args:
+        data: Successes must be known, or all weights are equal.
+        after_success: Weight of env steps more than :data:`GRACE` after the first success.
+        weight_by: What windows are drawn by otherwise; see :func:`eva_rl.data.window_weights`.
+
+    Returns:
+        (N,), or None where all are equal.
+    """
+    drawn = window_weights(data, weight_by)
+    if data.successes is None or after_success == 1:
+        return drawn
+    weights = np.ones(data.num_steps)
+    for begin, end in zip(data.offsets[:-1], data.offsets[1:], strict=True):
+        solved = np.flatnonzero(data.successes[begin:end])
+        if len(solved):
+            weights[begin + solved[0] + GRACE : end] = after_success
+    return weights if drawn is None else weights * drawn

@@ -12,13 +12,13 @@ from urllib.parse import parse_qsl
 
 import numpy as np
 
-from eva_rl.data import d4rl_names
-from eva_rl.data.checks import ActionBounds
-from eva_rl.data.d4rl import read_d4rl
-from eva_rl.data.episode_folder import episode_files, is_episode_file, iterate_folder
-from eva_rl.data.episodes_file import iterate_episodes
-from eva_rl.data.minari_sets import iterate_minari, minari_folder
-from eva_rl.data.store import FORMAT, gather, is_store, read_store
+from eva_rl.data.formats import d4rl_names
+from eva_rl.data.formats.checks import ActionBounds
+from eva_rl.data.formats.d4rl import read_d4rl
+from eva_rl.data.formats.episode_folder import episode_files, iterate_folder
+from eva_rl.data.formats.minari import iterate_minari, minari_folder
+from eva_rl.data.formats.minari_file import is_episode_file, iterate_episodes
+from eva_rl.data.formats.store import FORMAT, gather, is_store, read_store
 from eva_rl.data.trajectories import Trajectories
 from eva_rl.errors import UnknownNameError, UserError
 

@@ -3,8 +3,8 @@
 Knows torch models, nothing of policies, environments or PEFT. See docs/eva.md.
 """
 
-from eva_rl.eva.accumulators import Accumulators
-from eva_rl.eva.computing import compute, listen
+from eva_rl.eva.compute import compute, listen
+from eva_rl.eva.listener import Accumulators
 from eva_rl.eva.options import EvaOptions, Memory
 from eva_rl.eva.result import EvaResult, LayerResult
 from eva_rl.eva.targets import find_layers

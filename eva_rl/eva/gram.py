@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from eva_rl.eva.factors import downdate
-from eva_rl.eva.sums import Sums
+from eva_rl.distributed import ProcessGroup
+from eva_rl.errors import UserError
+from eva_rl.eva.hooks import InputGroup
+from eva_rl.eva.moments import Method, Sums
 
 Part = Literal["first", "second", "all"]
 
@@ -66,3 +69,106 @@ def gram(sums: Sums, part: Part, center: bool) -> Gram:
 
 def _select(tensor: Tensor, part: Part) -> Tensor:
     return tensor.sum(1) if part == "all" else tensor[:, 0 if part == "first" else 1]
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Inputs of equal width, kept by the same method.
+
+    Args:
+        members: Per input, the layers that receive it.
+        width: D.
+        sums: Over all processes, with a leading dimension of inputs.
+    """
+
+    members: list[tuple[str, ...]]
+    width: int
+    sums: Sums
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What all processes have to share to add their sums: the layers of an input, its width, method and columns."""
+
+    members: tuple[str, ...]
+    width: int
+    method: Method
+    columns: int
+
+
+def stacks(groups: Sequence[InputGroup], group_of: dict[str, InputGroup], process_group: ProcessGroup) -> list[Stack]:
+    """Stack equal widths and add up all processes.
+
+    Raises:
+        UserError: The processes found different layers sharing inputs.
+    """
+    sums = {_members(group, group_of): group.sums() for group in groups}
+    structure = _common([_structure(names, one) for names, one in sums.items()], process_group)
+    stacked = []
+    for key in sorted({(s.width, s.method, s.columns) for s in structure}):
+        members = [s.members for s in structure if (s.width, s.method, s.columns) == key]
+        width, method, columns = key
+        local = [sums.get(names) or _nothing(method, width, columns, process_group.device) for names in members]
+        reduced = _reduce(Sums.stack(local), process_group)
+        stacked.append(Stack(members, width, reduced))
+    return stacked
+
+
+def _members(group: InputGroup, group_of: dict[str, InputGroup]) -> tuple[str, ...]:
+    return tuple(name for name, other in group_of.items() if other is group)
+
+
+def _structure(names: tuple[str, ...], sums: Sums) -> Structure:
+    return Structure(names, sums.linear.shape[-1], sums.method, sums.core.shape[-1])
+
+
+def _common(mine: list[Structure], process_group: ProcessGroup) -> list[Structure]:
+    heard = [structure for structure in process_group.all_gather_object(mine) if structure]
+    if not heard:
+        return []
+    if any(set(other) != set(heard[0]) for other in heard):
+        raise UserError(
+            "The processes saw different layers being called or sharing their inputs, so their sums cannot be added. "
+            "Give each process batches of the same kind, or targets= that every batch reaches."
+        )
+    return heard[0]
+
+
+def _nothing(method: Method, width: int, columns: int, device: torch.device) -> Sums:
+    """The sums of a process that has seen no row."""
+    zeros = torch.zeros(2, width, columns, dtype=torch.float64, device=device)
+    return Sums(method, zeros, zeros[..., 0].clone(), zeros[:, 0, 0].clone(), zeros[:, 0, 0].clone())
+
+
+def _reduce(sums: Sums, process_group: ProcessGroup) -> Sums:
+    core = (
+        process_group.all_reduce_sum(sums.core) if sums.method == "moments" else process_group.all_gather_cat(sums.core)
+    )
+    return Sums(sums.method, core, *(process_group.all_reduce_sum(part) for part in sums.tensors()[1:]))
+
+
+def nystrom(product: Tensor, omega: Tensor) -> Tensor:
+    """F with F F^T = Y (Omega^T Y)^+ Y^T, from Y = S Omega (..., D, C) and Omega (D, C).
+
+    The Nystrom approximation of a positive semi-definite S (Halko, Martinsson and Tropp 2011, section 5.4; in a single
+    pass as in Tropp et al. 2017, arXiv 1706.05736). A small shift keeps the inner matrix positive despite rounding.
+    """
+    shift = 1e-7 * torch.linalg.matrix_norm(product)[..., None, None]
+    product = product + shift * omega
+    inner = omega.mT @ product
+    values, vectors = torch.linalg.eigh(((inner + inner.mT) / 2).nan_to_num(0.0, 0.0, 0.0))
+    tiny = torch.finfo(values.dtype).tiny
+    usable = values > 1e-9 * values[..., -1:].clamp(min=tiny)
+    weights = torch.where(usable, values.clamp(min=tiny).rsqrt(), 0.0)
+    factor: Tensor = product @ (vectors * weights[..., None, :])
+    return factor
+
+
+def downdate(factor: Tensor, vector: Tensor) -> Tensor:
+    """A factor of F F^T - v v^T for F (..., D, C) and v (..., D), within the span of both."""
+    basis, _ = torch.linalg.qr(torch.cat([factor, vector[..., None]], dim=-1).nan_to_num(0.0, 0.0, 0.0))
+    inside = basis.mT @ factor
+    along = basis.mT @ vector[..., None]
+    values, vectors = torch.linalg.eigh((inside @ inside.mT - along @ along.mT).nan_to_num(0.0, 0.0, 0.0))
+    downdated: Tensor = basis @ (vectors * values.clamp(min=0).sqrt()[..., None, :])
+    return downdated

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from eva_rl.errors import UnknownNameError, UserError
+from eva_rl.eva.moments import Method
 from eva_rl.eva.redistribution import Score
-from eva_rl.eva.sums import Method
 
 Variant = Literal["whiten", "rotate", "permute", "minor"]
 Criterion = Literal["capture", "directions"]

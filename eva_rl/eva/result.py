@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from eva_rl.errors import UserError
+from eva_rl.eva.moments import Method
 from eva_rl.eva.options import EvaOptions
-from eva_rl.eva.sums import Method
 
 Stopped = Literal["converged", "max_batches", "data exhausted", "listening ended"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from eva_rl.eva.factors import downdate, nystrom
-from eva_rl.eva.sums import Accumulator, Shifted, Sums, full_product
+from eva_rl.eva.gram import downdate, nystrom
+from eva_rl.eva.moments import Accumulator, Shifted, Sums, full_product
 
 # The sketch re-aims whenever its rows have doubled, until it has seen this many per column.
 ROWS_PER_COLUMN = 16

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from eva_rl.errors import UserError
 from eva_rl.files import write_file
-from eva_rl.tracking.sinks import Start
+from eva_rl.tracking.sinks import RunInfo
 
 PROJECT = "eva-rl"
 STEP = "step"
@@ -22,22 +22,22 @@ class WandbSink:
     """A run of Weights & Biases; wandb's own settings (``WANDB_MODE``) decide where it goes, and whether at all.
 
     Args:
-        start: What it begins with; a run that goes on keeps the identity that it had.
+        run: The run; a resumed one keeps its identity.
     """
 
-    def __init__(self, start: Start) -> None:
+    def __init__(self, run: RunInfo) -> None:
         import wandb
 
-        self._told = start.told
+        self._logged = run.logged
         self._wandb = wandb
         try:
             self._run: Any = wandb.init(
                 project=PROJECT,
-                name=start.name,
-                id=_identity(start.run_dir / "wandb_id"),
+                name=run.name,
+                id=_identity(run.run_dir / "wandb_id"),
                 resume="allow",
-                dir=str(start.run_dir),
-                config=dict(start.hyperparameters),
+                dir=str(run.run_dir),
+                config=dict(run.hyperparameters),
             )
         except wandb.errors.Error as error:
             raise UserError(
@@ -48,7 +48,7 @@ class WandbSink:
 
     def scalars(self, metrics: Mapping[str, float], step: int, wall_time: float) -> None:
         """Metrics of a step, unless they were shown before the run was interrupted."""
-        if (step, frozenset(metrics)) not in self._told:
+        if (step, frozenset(metrics)) not in self._logged:
             self._run.log({**metrics, STEP: step})
 
     def image(self, tag: str, pixels: NDArray[np.uint8], step: int) -> None:
@@ -76,22 +76,22 @@ class TrackioSink:
     """A run of Trackio, which keeps its records on this machine; ``trackio show`` serves them.
 
     Args:
-        start: What it begins with; a run that goes on keeps its name.
+        run: The run; a resumed one keeps its name.
     """
 
-    def __init__(self, start: Start) -> None:
+    def __init__(self, run: RunInfo) -> None:
         import trackio
 
-        self._told = start.told
+        self._logged = run.logged
         self._trackio: Any = trackio
-        name = f"{start.name}-{_identity(start.run_dir / 'trackio_id')}"
+        name = f"{run.name}-{_identity(run.run_dir / 'trackio_id')}"
         self._run: Any = trackio.init(
-            project=PROJECT, name=name, resume="allow", config=dict(start.hyperparameters), embed=False
+            project=PROJECT, name=name, resume="allow", config=dict(run.hyperparameters), embed=False
         )
 
     def scalars(self, metrics: Mapping[str, float], step: int, wall_time: float) -> None:
         """Metrics of a step, unless they were shown before the run was interrupted."""
-        if (step, frozenset(metrics)) not in self._told:
+        if (step, frozenset(metrics)) not in self._logged:
             self._run.log(dict(metrics), step=step)
 
     def image(self, tag: str, pixels: NDArray[np.uint8], step: int) -> None:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-
-from eva_rl.errors import UnknownNameError, UserError
 
 TENSORBOARD = "tensorboard"
 SERVICES = {"trackio": "Trackio", "wandb": "Weights & Biases"}
@@ -41,58 +39,23 @@ class Sink(Protocol):
 
 
 @dataclass(frozen=True)
-class Start:
-    """What a sink begins with.
+class RunInfo:
+    """A run, as a sink needs to know it.
 
     Attributes:
         run_dir: The run directory.
         hyperparameters: Settings, flat.
         purge_step: Points from here on were forgotten, for the run goes on from before; None in a new one.
-        told: Step and keys of all points that the run recorded before, the forgotten ones, too: they come again, with
-            the same values.
+        logged: Step and keys of all points that the run recorded before, the purged ones too: they are logged again,
+            with the same values.
     """
 
     run_dir: Path
     hyperparameters: Mapping[str, Any]
     purge_step: int | None
-    told: frozenset[tuple[int, frozenset[str]]] = frozenset()
+    logged: frozenset[tuple[int, frozenset[str]]] = frozenset()
 
     @property
     def name(self) -> str:
         """What the run is called."""
         return self.run_dir.resolve().name
-
-
-def open_sinks(names: tuple[str, ...], start: Start) -> list[Sink]:
-    """The sinks of these names.
-
-    Raises:
-        UnknownNameError: There is none of that name.
-        UserError: Its package is not installed.
-    """
-    return [_maker(name)(start) for name in names]
-
-
-def check_trackers(names: tuple[str, ...]) -> None:
-    """Raise as :func:`open_sinks` does, before anything is computed."""
-    for name in names:
-        _maker(name)
-
-
-def _maker(name: str) -> Callable[[Start], Sink]:
-    if name not in TRACKERS:
-        raise UnknownNameError("tracker", name, TRACKERS)
-    if name == TENSORBOARD:
-        from eva_rl.tracking.tensorboard import TensorBoardSink
-
-        return TensorBoardSink
-    from eva_rl.tracking import services
-
-    try:
-        __import__(name)
-    except ImportError as error:
-        raise UserError(
-            f"tracker={name}: {SERVICES[name]} is not installed ({error}). Type pip install 'eva-rl[{name}]', or "
-            f"leave {name} out of tracker=."
-        ) from error
-    return services.TrackioSink if name == "trackio" else services.WandbSink

@@ -13,7 +13,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
-from eva_rl.tracking.sinks import Start
+from eva_rl.tracking.sinks import RunInfo
 
 TABLE = (
     "eval/success_rate",
@@ -51,16 +51,16 @@ class TensorBoardSink:
     """Writes ``tb/`` of a run directory; all of a run lies in one TensorBoard run.
 
     Args:
-        start: What it begins with.
+        run: The run.
     """
 
-    def __init__(self, start: Start) -> None:
-        self._writer = SummaryWriter(str(start.run_dir / "tb"), purge_step=start.purge_step)
-        values = {key: value for key, value in start.hyperparameters.items() if value is not None}
+    def __init__(self, run: RunInfo) -> None:
+        self._writer = SummaryWriter(str(run.run_dir / "tb"), purge_step=run.purge_step)
+        values = {key: value for key, value in run.hyperparameters.items() if value is not None}
         experiment, begun, self._ended = hparams(  # type: ignore[no-untyped-call]
             values, dict.fromkeys(TABLE, 0.0)
         )
-        if start.purge_step is None:
+        if run.purge_step is None:
             self._writer.add_custom_scalars(LAYOUT)
             self._add(experiment)
             self._add(begun)

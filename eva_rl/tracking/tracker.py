@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -16,10 +16,11 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import nn
 
+from eva_rl.errors import UnknownNameError, UserError
 from eva_rl.files import write_file
 from eva_rl.tracking.figures import pixels
 from eva_rl.tracking.layers import layer_norms
-from eva_rl.tracking.sinks import TENSORBOARD, Start, open_sinks
+from eva_rl.tracking.sinks import SERVICES, TENSORBOARD, TRACKERS, RunInfo, Sink
 
 METRICS_FILE = "metrics.jsonl"
 STEP, WALL_TIME = "step", "wall_time"
@@ -77,8 +78,8 @@ class Tracker:
         forgotten = [row for row in rows if where is not None and not where.keeps(row)]
         write_file(self.path, lambda aside: aside.write_text("".join(json.dumps(row) + "\n" for row in kept)))
         purge = None if where is None else min([row[STEP] for row in forgotten], default=where.step + 1)
-        told = frozenset(map(_point, rows))
-        self._sinks = open_sinks(trackers, Start(run_dir, hyperparameters or {}, purge, told))
+        logged = frozenset(map(_point, rows))
+        self._sinks = open_sinks(trackers, RunInfo(run_dir, hyperparameters or {}, purge, logged))
         self._file = self.path.open("a", encoding="utf-8")
         self._last_step = kept[-1][STEP] if kept else 0
         self._watched: tuple[nn.Module, int] | None = None
@@ -171,3 +172,78 @@ def read_metrics(run_dir: Path) -> list[Row]:
 def _point(row: Row) -> tuple[int, frozenset[str]]:
     """What tells rows apart: two of one step have different metrics."""
     return row[STEP], frozenset(row) - {STEP, WALL_TIME}
+
+
+def open_sinks(names: tuple[str, ...], run: RunInfo) -> list[Sink]:
+    """The sinks of these names.
+
+    Raises:
+        UnknownNameError: There is none of that name.
+        UserError: Its package is not installed.
+    """
+    return [_maker(name)(run) for name in names]
+
+
+def check_trackers(names: tuple[str, ...]) -> None:
+    """Raise as :func:`open_sinks` does, before anything is computed."""
+    for name in names:
+        _maker(name)
+
+
+def _maker(name: str) -> Callable[[RunInfo], Sink]:
+    if name not in TRACKERS:
+        raise UnknownNameError("tracker", name, TRACKERS)
+    if name == TENSORBOARD:
+        from eva_rl.tracking.tensorboard import TensorBoardSink
+
+        return TensorBoardSink
+    from eva_rl.tracking import services
+
+    try:
+        __import__(name)
+    except ImportError as error:
+        raise UserError(
+            f"tracker={name}: {SERVICES[name]} is not installed ({error}). Type pip install 'eva-rl[{name}]', or "
+            f"leave {name} out of tracker=."
+        ) from error
+    return services.TrackioSink if name == "trackio" else services.WandbSink
+
+
+class NullTracker(Tracker):
+    """A no-op tracker for every rank but 0."""
+
+    def __init__(self) -> None:
+        pass
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Do nothing."""
+
+    def figure(self, tag: str, figure: Figure, step: int) -> None:
+        """Do nothing."""
+
+    def watch(self, network: nn.Module, steps: int) -> None:
+        """Do nothing."""
+
+    def histogram(self, tag: str, values: NDArray[np.floating[Any]], step: int) -> None:
+        """Do nothing."""
+
+    def video(self, tag: str, gif: Path, step: int) -> None:
+        """Do nothing."""
+
+    def finished(self, results: Mapping[str, Any]) -> None:
+        """Do nothing."""
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
+def open_tracker(
+    run_dir: Path,
+    resume: Resume | int | None,
+    trackers: Sequence[str] = (TENSORBOARD,),
+    hyperparameters: Mapping[str, Any] | None = None,
+    *,
+    writes: bool = True,
+) -> Tracker:
+    """The tracker of a run, see :class:`Tracker`; a :class:`NullTracker` where ``writes`` is false."""
+    return Tracker(run_dir, resume, tuple(trackers), hyperparameters) if writes else NullTracker()

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from eva_rl.agents.policy import DecisionTransformerPolicy
 from eva_rl.batch import WindowBatch
-from eva_rl.data.prefetch import Sampler
+from eva_rl.data.samplers import Sampler
+from eva_rl.distributed import ProcessGroup
 from eva_rl.errors import UserError
 from eva_rl.training.checkpoint import (
     TrainState,
@@ -24,7 +25,6 @@ from eva_rl.training.checkpoint import (
     save_checkpoint,
 )
 from eva_rl.training.compiling import CompileMode, compiled
-from eva_rl.training.distributed import Ranks
 from eva_rl.training.losses import autocast, distance, numbers_compared, parts
 
 Log = Callable[[Mapping[str, float], int], None]
@@ -135,13 +135,19 @@ def train_bc(
         UserError: The loss or the gradient is not finite; the last checkpoint stays as it was. Or another process
             ended.
     """
-    ranks, network, seed = Ranks.here(), policy.network, torch.initial_seed()
+    process_group, network, seed = ProcessGroup.current(), policy.network, torch.initial_seed()
     parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
     optimizer = make_optimizer(parameters, options)
     counters = _resume(checkpoint_dir, parameters, optimizer, extension)
-    _begin_together(ranks, network, counters)
+    _begin_together(process_group, network, counters)
     step = _Step(
-        compiled(network, options.compile), list(parameters.values()), optimizer, options, extension, ranks, seed
+        compiled(network, options.compile),
+        list(parameters.values()),
+        optimizer,
+        options,
+        extension,
+        process_group,
+        seed,
     )
     while counters.update < options.updates:
         began = time.perf_counter()
@@ -153,15 +159,15 @@ def train_bc(
         counters.seconds += time.perf_counter() - began
         update = counters.update
         last = update == options.updates
-        if ranks.first and (update % options.log_every == 0 or last or update == 1):
+        if process_group.is_main and (update % options.log_every == 0 or last or update == 1):
             log(_metrics(loss, norm, optimizer, counters), update)
         if evaluate is not None and options.eval_every and update % options.eval_every == 0 and not last:
             network.eval()
             found = evaluate(update)
-            if ranks.first:
+            if process_group.is_main:
                 log(found, update)
         due = options.checkpoint_every and (update % options.checkpoint_every == 0 or last)
-        if checkpoint_dir and due and ranks.first:
+        if checkpoint_dir and due and process_group.is_main:
             save_checkpoint(checkpoint_dir, _state(counters, parameters, optimizer, extension))
     network.eval()
     return counters
@@ -176,7 +182,7 @@ class _Step:
     optimizer: torch.optim.Optimizer
     options: BCOptions
     extension: Extension | None
-    ranks: Ranks
+    process_group: ProcessGroup
     seed: int
 
     def take(self, batch: WindowBatch, update: int) -> tuple[Tensor, Tensor]:
@@ -188,9 +194,13 @@ class _Step:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.options, update)
         self.optimizer.zero_grad(set_to_none=True)
-        if self.ranks.count > 1:  # dropout has to differ between processes, and not to depend on what came before
-            torch.manual_seed((self.seed + 1 + update * self.ranks.count + self.ranks.index) % 2**63)
-        loss = self.ranks.total_gradients(self.parameters, self._backward(batch))
+        if (
+            self.process_group.world_size > 1
+        ):  # dropout has to differ between processes, and not to depend on what came before
+            torch.manual_seed(
+                (self.seed + 1 + update * self.process_group.world_size + self.process_group.rank) % 2**63
+            )
+        loss = self.process_group.all_reduce_gradients(self.parameters, self._backward(batch))
         norm = nn.utils.clip_grad_norm_(self.parameters, self.options.gradient_clip)
         _check_finite(loss, norm, update)
         self.optimizer.step()
@@ -204,7 +214,7 @@ class _Step:
         Every part is divided by the real env steps of all processes, so that the sum is the mean over all of them
         however their windows are padded.
         """
-        numbers = self.ranks.total(numbers_compared(batch))
+        numbers = self.process_group.all_reduce_sum(numbers_compared(batch))
         total = torch.zeros((), device=batch.actions.device)
         for part in parts(batch, self.options.accumulate):
             with autocast(batch.actions.device, self.options.precision):
@@ -212,19 +222,19 @@ class _Step:
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
         if self.extension is not None:
-            (self.extension.penalty() / self.ranks.count).backward()  # type: ignore[no-untyped-call]
+            (self.extension.penalty() / self.process_group.world_size).backward()  # type: ignore[no-untyped-call]
         return total
 
 
-def _begin_together(ranks: Ranks, network: nn.Module, counters: Counters) -> None:
+def _begin_together(process_group: ProcessGroup, network: nn.Module, counters: Counters) -> None:
     """Begin at the same step with the same weights."""
-    updates = ranks.everyones(counters.update)
+    updates = process_group.all_gather_object(counters.update)
     if len(set(updates)) > 1:
         raise UserError(
             f"The processes found checkpoints of different gradient steps: {updates}. They all need the same run_dir: "
             "put it on a disk that all machines share."
         )
-    ranks.equalise(network)
+    process_group.broadcast_parameters(network)
 
 
 def make_optimizer(parameters: Mapping[str, nn.Parameter], options: BCOptions) -> torch.optim.AdamW:

@@ -57,3 +57,11 @@ def autocast(device: torch.device, precision: str) -> Iterator[None]:
     """Mixed precision where ``precision`` is ``bfloat16``."""
     with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
         yield
+
+
+def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean of values (B, T) where the mask (B, T) is True; None says everywhere."""
+    if mask is None:
+        return values.mean()
+    real = mask.to(values.dtype)
+    return torch.sum(values * real) / real.sum()

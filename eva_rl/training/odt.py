@@ -14,7 +14,8 @@ from eva_rl.agents.stochastic import gaussian_log_prob, sample_actions
 from eva_rl.batch import WindowBatch
 from eva_rl.data.replay import TrajectoryReplay
 from eva_rl.training.bc import Extension
-from eva_rl.training.online_parts import ActorOptions, Learner, draws, masked_mean, noise_levels
+from eva_rl.training.learner import ActorOptions, Learner, draws, noise_levels
+from eva_rl.training.losses import masked_mean
 
 
 @dataclass(frozen=True)

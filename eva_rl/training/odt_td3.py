@@ -14,7 +14,8 @@ from eva_rl.data.replay import TrajectoryReplay, TransitionWindows
 from eva_rl.training.bc import Extension
 from eva_rl.training.critics import TwinCritics, blend, td_targets
 from eva_rl.training.failures import NotFiniteError
-from eva_rl.training.online_parts import ActorOptions, Learner, draws, masked_mean, named, noise_levels
+from eva_rl.training.learner import ActorOptions, Learner, draws, named, noise_levels
+from eva_rl.training.losses import masked_mean
 
 
 @dataclass(frozen=True)

@@ -7,19 +7,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from eva_rl.agents.policy import DecisionTransformerPolicy
 from eva_rl.data.replay import TrajectoryReplay
-from eva_rl.recording import EpisodeRecorder
 from eva_rl.training.bc import Log
 from eva_rl.training.checkpoint import TrainState, load_latest_checkpoint, save_checkpoint
-from eva_rl.training.failures import NotFiniteError
-from eva_rl.training.online_parts import OnlineAlgorithm
-from eva_rl.training.online_state import OnlineCounters, OnlineOptions, TaskEnvs
+from eva_rl.training.collector import Collector, OnlineCounters, OnlineOptions, TaskEnvs
+from eva_rl.training.learner import OnlineAlgorithm
 
 REPLAY, ALGORITHM, BEST = "replay/", "algorithm/", "best/"
 SCORES = ("success_rate", "mean_reward")
@@ -125,74 +120,6 @@ def _learn(
 def _due(counters: OnlineCounters, every: int, step: int) -> bool:
     """Whether the last ``step`` env steps crossed a multiple of ``every``."""
     return every > 0 and counters.env_steps // every > (counters.env_steps - step) // every
-
-
-class Collector:
-    """The policy's rollouts: they go on from one iteration to the next until they are broken off."""
-
-    def __init__(self, policy: DecisionTransformerPolicy, task: TaskEnvs) -> None:
-        self._policy, self._task, self._vec_env = policy, task, task.vec_env
-        self.acting = False
-
-    def begin(self, counters: OnlineCounters) -> None:
-        """Start new episodes in all environments."""
-        n = self._vec_env.num_envs
-        self._vec_env.seed(counters.next_seed)
-        self._ended = np.zeros(n, dtype=int)
-        self._policy.reset([self._task.env_id] * n)
-        self._observations = _rows(self._vec_env.reset())
-        self._rewards, self._starts = np.zeros(n, np.float32), np.ones(n, dtype=bool)
-        self._recorder = EpisodeRecorder(self._observations, self._task.reports_success)
-        self.acting = True
-
-    def collect(
-        self,
-        algorithm: OnlineAlgorithm,
-        replay: TrajectoryReplay,
-        options: OnlineOptions,
-        counters: OnlineCounters,
-    ) -> None:
-        """Act for ``steps_per_iteration`` env steps, over all environments.
-
-        Raises:
-            NotFiniteError: An environment gave a number that is not finite.
-        """
-        n = self._vec_env.num_envs
-        generator = torch.Generator().manual_seed(
-            int(np.random.default_rng((options.seed, counters.env_steps)).integers(2**62))
-        )
-        choose = algorithm.explore(generator)
-        asked = self._policy.conditioning.of(self._task.env_id)
-        for _ in range(max(1, options.steps_per_iteration // n)):
-            actions = self._policy.act_by(choose, self._observations, self._rewards, self._starts)
-            stepped, self._rewards, self._starts, infos = self._vec_env.step(actions)
-            self._observations = _rows(stepped)
-            counters.env_steps += n
-            self._check(counters.env_steps)
-            finished = self._recorder.step(actions, self._observations, self._rewards, self._starts, infos)
-            for index, episode in finished:
-                replay.add(episode, asked)
-                counters.finished(episode)
-                self._ended[index] += 1
-
-    def break_off(self, replay: TrajectoryReplay, counters: OnlineCounters) -> None:
-        """End all episodes here; what was seen of them is kept for temporal differences."""
-        asked = self._policy.conditioning.of(self._task.env_id)
-        for episode in self._recorder.unfinished():
-            replay.add(episode, asked, complete=False)
-        counters.next_seed += self._vec_env.num_envs * (1 + int(self._ended.max()))
-        self.acting = False
-
-    def _check(self, env_step: int) -> None:
-        if not np.isfinite(self._rewards).all():
-            raise NotFiniteError("a reward of the environment", env_step)
-        if not np.isfinite(self._observations).all():
-            raise NotFiniteError("an observation of the environment", env_step)
-
-
-def _rows(observations: object) -> NDArray[np.float32]:
-    assert isinstance(observations, np.ndarray)
-    return observations.astype(np.float32, copy=False)
 
 
 def _state(

@@ -26,8 +26,8 @@ from eva_rl.training.checkpoint import (
     restore_optimizer,
     save_checkpoint,
 )
+from eva_rl.training.collector import TaskEnvs
 from eva_rl.training.failures import NotFiniteError
-from eva_rl.training.online_state import TaskEnvs
 from eva_rl.training.sb3_policies import (
     DecisionTransformerPPOPolicy,
     DecisionTransformerSACPolicy,

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from eva_rl.adapters import METHODS, base_weights, load_policy, save_adapted_policy
 from eva_rl.agents import save_policy
-from eva_rl.agents.checkpoint import read_policy
+from eva_rl.agents.policy_folder import read_policy
 from eva_rl.batch import WindowBatch
 from eva_rl.data import Trajectories
 from eva_rl.errors import UserError
@@ -26,7 +26,7 @@ import sys
 from pathlib import Path
 import torch
 from peft import PeftModel
-from eva_rl.agents.checkpoint import read_policy
+from eva_rl.agents.policy_folder import read_policy
 torch.set_num_threads(1)
 batch = torch.load(sys.argv[1], weights_only=False)
 for folder in map(Path, sys.argv[2:]):

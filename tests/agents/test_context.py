@@ -14,7 +14,7 @@ from eva_rl.agents import DecisionTransformer, DecisionTransformerConfig, Decisi
 from eva_rl.agents.context import Acting, RolloutContext
 from eva_rl.agents.decision_transformer import TOKEN_ORDERS
 from eva_rl.agents.policy import Conditioning
-from eva_rl.agents.static_step import static_step
+from eva_rl.agents.static_cache import static_step
 from eva_rl.batch import InputScaling, WindowBatch
 
 OBS, ACT, TARGET, SCALE = 5, 2, 30.0, 10.0

@@ -21,10 +21,10 @@ from eva_rl.agents import (
     DecisionTransformerPolicy,
     ImportOptions,
     export_huggingface,
-    load_policy,
+    load_base_policy,
 )
 from eva_rl.agents.decision_transformer import TOKEN_ORDERS
-from eva_rl.agents.gym_checkpoints import STATISTICS, card_of
+from eva_rl.agents.huggingface.gym_cards import STATISTICS, card_of
 from eva_rl.batch import WindowBatch
 from eva_rl.errors import UnknownNameError, UserError
 from tests.conftest import make_policy
@@ -86,7 +86,7 @@ def difference(ours: DecisionTransformer, theirs: DecisionTransformerModel) -> f
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 def test_the_forward_equals_transformers(tmp_path: Path, config: Mapping[str, Any]) -> None:
     model = their_model(tmp_path, **config)
-    policy = load_policy(tmp_path, options=OPTIONS)
+    policy = load_base_policy(tmp_path, options=OPTIONS)
     assert difference(policy.network, model) < 1e-5
     with torch.no_grad():  # the position embedding and the order of q, k, v matter at this precision
         without = DecisionTransformer.with_weights(policy.network.config, policy.network.state_dict())
@@ -104,7 +104,7 @@ def test_export_loads_in_transformers_and_comes_back_identical(tmp_path: Path, s
     notes = export_huggingface(policy, tmp_path / "out")
     model = DecisionTransformerModel.from_pretrained(tmp_path / "out").eval()
     assert difference(policy.network, model) < 1e-5
-    back = load_policy(tmp_path / "out")
+    back = load_base_policy(tmp_path / "out")
     own = {k: v for k, v in policy.network.state_dict().items() if not k.startswith("log_std_head")}
     assert list(back.network.state_dict()) == list(own)
     assert all(torch.equal(value, own[name]) for name, value in back.network.state_dict().items())
@@ -127,7 +127,7 @@ def test_merged_weights_are_exported_and_checked(tmp_path: Path) -> None:
     policy = make_policy(OBS, ACT)
     merged = {name: value * 1.5 for name, value in policy.network.state_dict().items()}
     export_huggingface(policy, tmp_path / "out", weights=merged)
-    back = load_policy(tmp_path / "out").network.state_dict()
+    back = load_base_policy(tmp_path / "out").network.state_dict()
     assert all(torch.equal(back[name], value) for name, value in merged.items())
     merged["blocks.0.attention.q_proj.lora_A.weight"] = merged.pop("final_norm.bias")
     with pytest.raises(UserError, match=r"final_norm.bias is missing.*lora_A"):
@@ -144,7 +144,7 @@ def test_reward_tokens_are_refused(tmp_path: Path) -> None:
 def test_loading_needs_no_transformers(tmp_path: Path) -> None:
     export_huggingface(make_policy(OBS, ACT), tmp_path / "out")
     code = (
-        "import sys; from eva_rl.agents import load_policy; load_policy(sys.argv[1]);"
+        "import sys; from eva_rl.agents import load_base_policy; load_base_policy(sys.argv[1]);"
         "sys.exit('transformers' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "out")], check=True, cwd=tmp_path)
@@ -157,7 +157,7 @@ def test_old_buffers_and_plain_pickles_of_tensors_are_read(tmp_path: Path) -> No
     weights["encoder.h.0.attn.masked_bias"] = torch.tensor(-1e4)
     torch.save(weights, tmp_path / "pytorch_model.bin")
     (tmp_path / "model.safetensors").unlink()
-    assert difference(load_policy(tmp_path, options=OPTIONS).network, model) < 1e-5
+    assert difference(load_base_policy(tmp_path, options=OPTIONS).network, model) < 1e-5
 
 
 def test_original_state_dicts(tmp_path: Path) -> None:
@@ -168,22 +168,22 @@ def test_original_state_dicts(tmp_path: Path) -> None:
     del state["transformer.wpe.weight"]
     save_file(state, tmp_path / "original.safetensors")
     torch.save(state, tmp_path / "original.pt")
-    assert difference(load_policy(tmp_path / "original.safetensors", options=OPTIONS).network, model) < 1e-5
+    assert difference(load_base_policy(tmp_path / "original.safetensors", options=OPTIONS).network, model) < 1e-5
     with pytest.raises(UserError, match="allow_pickle=True"):
-        load_policy(tmp_path / "original.pt", options=OPTIONS)
-    allowed = load_policy(tmp_path / "original.pt", options=replace(OPTIONS, allow_pickle=True))
+        load_base_policy(tmp_path / "original.pt", options=OPTIONS)
+    allowed = load_base_policy(tmp_path / "original.pt", options=replace(OPTIONS, allow_pickle=True))
     assert difference(allowed.network, model) < 1e-5
 
 
 def test_gym_checkpoints_are_known_by_name(tmp_path: Path) -> None:
     folder = tmp_path / "decision-transformer-gym-hopper-medium"
     their_model(folder, n_head=1)
-    policy = load_policy(folder)
+    policy = load_base_policy(folder)
     assert policy.scaling.observation_mean[0] == pytest.approx(1.311279)
     assert (policy.conditioning.target_return, policy.scaling.return_scale) == (3600.0, 1000.0)
     assert (policy.env_id, policy.network.config.context_length) == ("Hopper-v4", 20)
     given = ImportOptions(context_length=5, target_return=1800.0, observation_mean=[1.0] * OBS)
-    other = load_policy(folder, options=given)
+    other = load_base_policy(folder, options=given)
     assert other.network.config.context_length == 5
     assert (other.conditioning.target_return, float(other.scaling.observation_mean[0])) == (1800.0, 1.0)
     cached = Path("/x/models--edbeeching--decision-transformer-gym-hopper-medium-replay/snapshots/0")
@@ -195,9 +195,9 @@ def test_unknown_normalisation_is_asked_for(tmp_path: Path) -> None:
     folder = tmp_path / "decision-transformer-gym-hopper-expert"
     their_model(folder, n_head=1)
     with pytest.raises(UserError, match=r"does not say its observation_mean, observation_std, without"):
-        load_policy(folder)
+        load_base_policy(folder)
     with pytest.raises(UserError, match="lengths"):
-        load_policy(folder, options=replace(OPTIONS, observation_std=[1.0]))
+        load_base_policy(folder, options=replace(OPTIONS, observation_std=[1.0]))
 
 
 @pytest.mark.parametrize(
@@ -218,18 +218,18 @@ def test_configs_that_do_not_fit(tmp_path: Path, change: dict[str, Any], message
     path = tmp_path / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(UserError, match=message):
-        load_policy(tmp_path, options=OPTIONS)
+        load_base_policy(tmp_path, options=OPTIONS)
 
 
 def test_pickles_with_code_and_missing_files(tmp_path: Path) -> None:
     model = their_model(tmp_path, n_head=1)
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(UserError, match="missing or damaged"):
-        load_policy(tmp_path, options=OPTIONS)
+        load_base_policy(tmp_path, options=OPTIONS)
     torch.save(model, tmp_path / "pytorch_model.bin")
     with pytest.raises(UserError, match="Only state dicts are read"):
-        load_policy(tmp_path, options=OPTIONS)
+        load_base_policy(tmp_path, options=OPTIONS)
     with pytest.raises(UnknownNameError, match="hub id"):
-        load_policy("no-such-policy")
+        load_base_policy("no-such-policy")
     with pytest.raises(UserError, match="could not be fetched"):
-        load_policy("nobody/no-such-policy")
+        load_base_policy("nobody/no-such-policy")

@@ -10,7 +10,7 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from eva_rl.agents import Conditioning, DecisionTransformerPolicy, PredictAdapter
 from eva_rl.envs import make_vec_env
 from eva_rl.errors import UserError
-from eva_rl.rollouts import play_episodes
+from eva_rl.rollouts.episodes import play_episodes
 from tests.conftest import make_policy
 
 

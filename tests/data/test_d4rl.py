@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from eva_rl.data import d4rl, load_dataset
-from eva_rl.data.d4rl_names import D4RL_FILES, conventions, download, known_faults
+from eva_rl.data import load_dataset
+from eva_rl.data.formats import d4rl
+from eva_rl.data.formats.d4rl_names import D4RL_FILES, conventions, download, known_faults
 from eva_rl.errors import UserError
 from tests.data.making import differences, table, write_h5
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from eva_rl.data import Trajectories, concatenate, load_dataset, read_episodes, read_store, write_episodes, write_store
-from eva_rl.data.pickles import read_pickle
+from eva_rl.data.formats.pickles import read_pickle
 from eva_rl.errors import UserError
 from tests.data.making import differences, random_trajectories, table, write_h5
 

@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from eva_rl.rollouts.video import write_video
 from eva_rl.tracking import Tracker
 from eva_rl.tracking.figures import rank_figure
-from eva_rl.video import write_video
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 

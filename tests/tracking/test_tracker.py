@@ -15,11 +15,11 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch import nn
 
 from eva_rl.errors import UserError
+from eva_rl.rollouts.video import write_video
 from eva_rl.tracking import Resume, Tracker, check_trackers
 from eva_rl.tracking.figures import pixels, rank_figure, spectrum_figure
 from eva_rl.tracking.layers import layer_norms, short_name
 from eva_rl.tracking.tracker import read_metrics
-from eva_rl.video import write_video
 
 
 def scalars(run_dir: Path, tag: str) -> list[tuple[int, float]]:

@@ -12,7 +12,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
 from eva_rl.agents import Conditioning, DecisionTransformer, DecisionTransformerConfig, DecisionTransformerPolicy
 from eva_rl.batch import InputScaling
-from eva_rl.training.online_state import TaskEnvs
+from eva_rl.training.collector import TaskEnvs
 
 Observation = NDArray[np.float32]
 

@@ -24,10 +24,11 @@ import eva_rl
 from eva_rl.adapters import attach_adapter
 from eva_rl.batch import WindowBatch
 from eva_rl.data import Trajectories, WindowSampler, read_episodes, write_episodes
+from eva_rl.data.samplers import ShardedSampler
+from eva_rl.distributed import ProcessGroup
 from eva_rl.errors import UserError
+from eva_rl.rollouts.evaluation import TaskLook, evaluate_together, shared_envs
 from eva_rl.training.bc import BCOptions, train_bc
-from eva_rl.training.distributed import Ranks, ShardedSampler
-from eva_rl.training.distributed_evaluation import TaskLook, evaluate_together, shared_envs
 from eva_rl.training.losses import clone_loss, distance, numbers_compared, parts
 from tests.conftest import make_policy
 
@@ -45,12 +46,12 @@ def make_sampler(data: Trajectories, policy: Any, seed: int = 1) -> WindowSample
 def clone(data: Trajectories, options: BCOptions, folder: Path | None, adapter: str = "") -> dict[str, Any]:
     """Train on this process's share; the losses, the weights, the windows seen."""
     torch.manual_seed(5)
-    policy, ranks = make_policy(), Ranks.here()
+    policy, process_group = make_policy(), ProcessGroup.current()
     attached = attach_adapter(policy, adapter, rank=2, total_updates=options.updates) if adapter else None
     logged: list[float] = []
     train_bc(
         policy,
-        ShardedSampler(make_sampler(data, policy), ranks),
+        ShardedSampler(make_sampler(data, policy), process_group),
         options,
         log=lambda metrics, step: logged.append(metrics["train/loss"]),
         checkpoint_dir=folder,
@@ -61,17 +62,17 @@ def clone(data: Trajectories, options: BCOptions, folder: Path | None, adapter: 
 
 def look(episodes: int) -> dict[str, Any]:
     """Evaluations, divided among the processes."""
-    ranks, policy = Ranks.here(), make_policy()
-    vec_env = shared_envs(ranks, "reach-v3", episodes, 20)
-    play = partial(eva_rl.evaluate, policy, "reach-v3", horizon=20, vec_env=vec_env)
-    result = evaluate_together(ranks, play, episodes=episodes)
+    process_group, policy = ProcessGroup.current(), make_policy()
+    vec_env = shared_envs(process_group, "reach-v3", episodes, 20)
+    play = partial(eva_rl.evaluate_policy, policy, "reach-v3", horizon=20, vec_env=vec_env)
+    result = evaluate_together(process_group, play, episodes=episodes)
     return {"episodes": result.episodes, "protocol": result.protocol}
 
 
 def look_at_tasks() -> dict[str, float]:
     """Success of an expert-like policy on three tasks, each on one process."""
     tasks = ["metaworld/reach-v3", "metaworld/push-v3", "metaworld/window-close-v3"]
-    return TaskLook.of(Ranks.here(), tasks).scores(make_policy(), 1, 7)
+    return TaskLook.of(ProcessGroup.current(), tasks).scores(make_policy(), 1, 7)
 
 
 def worker(rank: int, world: int, folder: str, work: Any) -> None:
@@ -170,10 +171,10 @@ def test_shares_cover_a_batch_without_overlap(reach_demonstrations: Trajectories
     policy = make_policy()
     sampler = make_sampler(reach_demonstrations, policy)
     whole = sampler.sample(11, 3)
-    shares = [ShardedSampler(sampler, Ranks(i, 4)).sample(11, 3) for i in range(4)]
+    shares = [ShardedSampler(sampler, ProcessGroup(i, 4)).sample(11, 3) for i in range(4)]
     assert torch.equal(torch.cat([share.observations for share in shares]), whole.observations)
-    with pytest.raises(UserError, match="3 windows a step leave some of 4 processes"):
-        ShardedSampler(sampler, Ranks(0, 4)).sample(3, 0)
+    with pytest.raises(UserError, match="batch_size=3: expected at least one window a process, and there are 4"):
+        ShardedSampler(sampler, ProcessGroup(0, 4)).sample(3, 0)
 
 
 def test_bfloat16_comes_close(reach_demonstrations: Trajectories) -> None:
@@ -215,7 +216,7 @@ class Dying(nn.Module):
 def die(path: Path) -> Any:
     policy = make_policy()
     policy.network = Dying(policy.network)  # type: ignore[assignment]
-    sampler = ShardedSampler(make_sampler(read_episodes(path), policy), Ranks.here())
+    sampler = ShardedSampler(make_sampler(read_episodes(path), policy), ProcessGroup.current())
     return train_bc(policy, sampler, OPTIONS, log=lambda metrics, step: None)
 
 
@@ -293,7 +294,7 @@ def test_a_killed_rank_ends_torchrun_and_another_number_of_processes_continues(t
     assert process.returncode != 0
     assert "SIGKILL" in output or "Signal 9" in output
     assert not (tmp_path / "run" / "summary.json").exists()
-    from eva_rl.commands import pretrain
+    from eva_rl import pretrain
     from eva_rl.training.checkpoint import load_latest_checkpoint
 
     state = load_latest_checkpoint(tmp_path / "run" / "checkpoint")

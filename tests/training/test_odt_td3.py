@@ -11,11 +11,11 @@ import torch
 
 from eva_rl.data import Episode
 from eva_rl.data.replay import TrajectoryReplay
+from eva_rl.training.collector import OnlineOptions
 from eva_rl.training.critics import TwinCritics, blend, td_targets
+from eva_rl.training.learner import draws
 from eva_rl.training.odt_td3 import TD3DecisionTransformer, TD3Options
 from eva_rl.training.online import train_online
-from eva_rl.training.online_parts import draws
-from eva_rl.training.online_state import OnlineOptions
 from tests.training.problems import Bandit, TwoSteps, make_learner, make_task, mean_return
 
 

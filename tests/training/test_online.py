@@ -16,12 +16,12 @@ from safetensors.torch import load_file
 from eva_rl import envs
 from eva_rl.data.replay import TrajectoryReplay
 from eva_rl.errors import UserError
+from eva_rl.training.collector import OnlineCounters, OnlineOptions, TaskEnvs
 from eva_rl.training.failures import FAILED_BATCH, NotFiniteError, failures_kept
+from eva_rl.training.learner import Learner
 from eva_rl.training.odt import ODTOptions, OnlineDecisionTransformer
 from eva_rl.training.odt_td3 import TD3DecisionTransformer, TD3Options
 from eva_rl.training.online import train_online
-from eva_rl.training.online_parts import Learner
-from eva_rl.training.online_state import OnlineCounters, OnlineOptions, TaskEnvs
 from tests.conftest import make_policy
 from tests.training.problems import Bandit, make_learner, make_task
 

@@ -15,7 +15,7 @@ from stable_baselines3 import PPO, SAC, TD3
 from stable_baselines3.common.callbacks import BaseCallback
 
 from eva_rl import envs
-from eva_rl.training.online_state import TaskEnvs
+from eva_rl.training.collector import TaskEnvs
 from eva_rl.training.sb3 import SB3Options, make_model, train_sb3
 from eva_rl.training.sb3_windows import HistoryWindows, WindowReplayBuffer
 from tests.conftest import make_policy

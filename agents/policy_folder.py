@@ -1,0 +1,143 @@
+"""Policy folders: ``policy.json`` and ``model.safetensors``; and the policies that come with the package."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from eva_rl.agents.decision_transformer import DecisionTransformer, DecisionTransformerConfig
+from eva_rl.agents.huggingface import CONFIG_FILE, read_huggingface, read_original
+from eva_rl.agents.huggingface.options import ImportOptions, download
+from eva_rl.agents.policy import DecisionTransformerPolicy
+from eva_rl.agents.policy_record import FORMAT, FORMAT_VERSION, policy_record, read_record
+from eva_rl.agents.weights import check_weights, read_safetensors
+from eva_rl.errors import UnknownNameError
+from eva_rl.files import read_json, write_folder, write_json
+
+__all__ = ["FORMAT", "FORMAT_VERSION", "find_policy", "load_base_policy", "policy_record", "read_policy", "save_policy"]
+
+POLICY_FILE = "policy.json"
+WEIGHTS_FILE = "model.safetensors"
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+
+
+def shipped_policies() -> dict[str, Path]:
+    """Folders of the policies that come with the package, by name."""
+    folder = Path(str(resources.files("eva_rl.agents"))) / "pretrained"
+    return {path.name: path for path in sorted(folder.glob("*")) if (path / POLICY_FILE).is_file()}
+
+
+def find_policy(name_or_path: str) -> Path:
+    """Folder (or file of weights) of a policy, given its path, a shipped name or a Hugging Face hub id.
+
+    Raises:
+        UnknownNameError: None of them.
+        UserError: The hub id could not be fetched.
+    """
+    path = Path(name_or_path).expanduser()
+    for folder in (path, path / "policy"):
+        if (folder / POLICY_FILE).is_file() or (folder / CONFIG_FILE).is_file():
+            return folder
+    if path.is_file():
+        return path
+    shipped = shipped_policies()
+    if name_or_path in shipped:
+        return shipped[name_or_path]
+    if HUB_ID.fullmatch(name_or_path) and not path.parent.exists():
+        return download(name_or_path)
+    raise UnknownNameError(
+        "policy",
+        name_or_path,
+        shipped,
+        f"Expected one of them, a Hugging Face hub id, or a folder that holds {POLICY_FILE} or {CONFIG_FILE}.",
+    )
+
+
+def load_base_policy(
+    name_or_path: str | Path, device: torch.device | str = "cpu", options: ImportOptions | None = None
+) -> DecisionTransformerPolicy:
+    """Load the base policy of a folder, or a policy that comes with the package.
+
+    Args:
+        name_or_path: A policy folder, a run directory that holds one, a shipped name, the folder or hub id of a
+            Hugging Face ``DecisionTransformerModel``, or a file of original Decision Transformer weights.
+        device: Where the network goes.
+        options: What a checkpoint of another project does not say about itself.
+
+    Raises:
+        UserError: No such policy, or its files are damaged or do not fit each other.
+    """
+    return read_policy(find_policy(str(name_or_path)), options).to(device)
+
+
+def read_policy(path: Path, options: ImportOptions | None = None) -> DecisionTransformerPolicy:
+    """Load the base policy, without its adapter, from what :func:`find_policy` returned."""
+    if path.is_file():
+        return read_original(path, options or ImportOptions())
+    if not (path / POLICY_FILE).is_file() and (path / CONFIG_FILE).is_file():
+        return read_huggingface(path, options or ImportOptions())
+    record = read_json(path / POLICY_FILE)
+    config, scaling, conditioning = read_record(record, str(path / POLICY_FILE))
+    return DecisionTransformerPolicy(
+        _load_network(config, path / WEIGHTS_FILE),
+        scaling,
+        conditioning,
+        env_id=record.get("env_id", ""),
+        metadata=record.get("metadata"),
+    )
+
+
+def _load_network(config: DecisionTransformerConfig, path: Path) -> DecisionTransformer:
+    weights = read_safetensors(path)
+    check_weights(weights, DecisionTransformer.empty(config).state_dict(), str(path), POLICY_FILE)
+    return DecisionTransformer.with_weights(config, weights)
+
+
+def save_policy(
+    folder: Path,
+    policy: DecisionTransformerPolicy,
+    *,
+    weights: Mapping[str, Tensor] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Write a policy folder, completely or not at all.
+
+    Args:
+        folder: Where to; what was there is replaced.
+        policy: What to write.
+        weights: The base network's weights where they are not ``policy.network.state_dict()`` (an adapter is
+            injected, say).
+        dtype: Precision of the weights on disk; they are loaded as float32.
+    """
+    write_folder(folder, lambda aside: write_policy_files(aside, policy, weights, dtype))
+
+
+def write_policy_files(
+    folder: Path,
+    policy: DecisionTransformerPolicy,
+    weights: Mapping[str, Tensor] | None,
+    dtype: torch.dtype,
+    also: Mapping[str, Any] | None = None,
+) -> None:
+    """Write ``policy.json`` (with what is there ``also``) and ``model.safetensors`` into an existing folder."""
+    state = policy.network.state_dict() if weights is None else weights
+    save_file({k: v.detach().to("cpu", dtype).contiguous() for k, v in state.items()}, folder / WEIGHTS_FILE)
+    write_json(folder / POLICY_FILE, policy_record(policy) | dict(also or {}))
+
+
+def weights_digest(weights: Mapping[str, Tensor]) -> str:
+    """SHA-256 of weights as float32, by name: two policies have the same one if they are the same."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        value = weights[name].detach().to("cpu", torch.float32).contiguous()
+        digest.update(f"{name} {tuple(value.shape)}\n".encode())
+        digest.update(value.numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,181 @@
+"""What an adapter holds besides its trainable parameters: for checkpoints, and to give the base weights back."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from peft import PeftModel
+from safetensors.torch import save_file
+from torch import Tensor
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+
+
+ADAPTER_NAME = "default"
+ORTHOGONALITY = 0.1
+"""Weight of AdaLoRA's regulariser, gamma in the paper's equation 4 (arXiv 2303.10512)."""
+_STATISTICS = ("ipt", "exp_avg_ipt", "exp_avg_unc")
+
+
+class _Quiet:
+    """An extension of the training loop that adds nothing to the loss."""
+
+    def __init__(self, model: PeftModel) -> None:
+        self.model = model
+
+    def penalty(self) -> Tensor:
+        """Zero, of which a gradient can be asked."""
+        return torch.zeros((), device=next(self.model.parameters()).device, requires_grad=True)
+
+    def after_step(self, update: int) -> None:
+        """Nothing."""
+
+
+class FrozenFactors(_Quiet):
+    """Keeps the untrained half of an adapter in checkpoints, so that a resumed run need not find it again."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The adapter's parameters that are not trained, by name."""
+        return {name: p.data for name, p in self.model.named_parameters() if ".lora_" in name and not p.requires_grad}
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put back what :meth:`tensors` gave."""
+        for name, value in tensors.items():
+            self.model.get_parameter(name).data.copy_(value)
+
+
+class RewrittenBase(_Quiet):
+    """The policy of a method that takes its start out of the base weights.
+
+    Such a method replaces W by W - s B0 A0 and trains from (A0, B0). This keeps W and (A0, B0): a resumed run goes on
+    with the residual that it began with, however the factors would come out the second time, and the adapter is saved
+    as the LoRA update B A - B0 A0 of twice the rank, which fits W itself.
+
+    Args:
+        model: PEFT's model, just made.
+        originals: W by layer, (out, in), from before.
+    """
+
+    def __init__(self, model: PeftModel, originals: Mapping[str, Tensor]) -> None:
+        super().__init__(model)
+        self._originals = dict(originals)
+        self._initial = {name: _factors(layer) for name, layer in self._layers()}
+        self._rewrite()
+
+    def original_weights(self) -> dict[str, Tensor]:
+        """W of each layer, under the name of its weight."""
+        return {f"{name}.weight": weight for name, weight in self._originals.items()}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """A0 and B0 of each layer."""
+        return {f"{half}/{name}": pair[i] for name, pair in self._initial.items() for i, half in enumerate("AB")}
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put back what :meth:`tensors` gave, and take it out of the base weights."""
+        self._initial = {
+            name: (tensors[f"A/{name}"].to(A0.device), tensors[f"B/{name}"].to(A0.device))
+            for name, (A0, _) in self._initial.items()
+        }
+        self._rewrite()
+
+    def save(self, folder: Path) -> None:
+        """Write the adapter as PEFT writes it for the original weights (its "weight conversion")."""
+        with TemporaryDirectory() as temporary:
+            start = Path(temporary) / "start"
+            start.mkdir()
+            save_file(self._start(), start / WEIGHTS_FILE)
+            with warnings.catch_warnings():  # that it should be converted, which is done here
+                warnings.filterwarnings("ignore", message=".*changes the base weights of the model.*")
+                self.model.save_pretrained(str(folder), path_initial_model_for_weight_conversion=str(start))
+
+    def _start(self) -> dict[str, Tensor]:
+        """A0 and B0 under the names of an adapter's file."""
+        return {
+            f"base_model.model.{name}.lora_{half}.weight": pair[i].cpu().contiguous()
+            for name, pair in self._initial.items()
+            for i, half in enumerate("AB")
+        }
+
+    def _rewrite(self) -> None:
+        for name, layer in self._layers():
+            A0, B0 = self._initial[name]
+            weight = self._originals[name].to(A0.device)
+            layer.base_layer.weight.data.copy_(weight - layer.scaling[ADAPTER_NAME] * (B0 @ A0))
+
+    def _layers(self) -> Iterator[tuple[str, Any]]:
+        network = self.model.get_base_model()
+        return ((name, network.get_submodule(name)) for name in self._originals)
+
+
+def _factors(layer: Any) -> tuple[Tensor, Tensor]:
+    """Copies of A (rank, in) and B (out, rank)."""
+    A, B = layer.lora_A[ADAPTER_NAME].weight, layer.lora_B[ADAPTER_NAME].weight
+    return A.data.clone(), B.data.clone()
+
+
+def initial_rank(rank: int) -> int:
+    """Rank that each layer begins with, for AdaLoRA to prune to ``rank`` on average: half as much again."""
+    return rank + (rank + 1) // 2
+
+
+def schedule(total_updates: int) -> dict[str, int]:
+    """AdaLoRA's phases: a tenth to warm up, pruning, and the last half with fixed ranks.
+
+    Args:
+        total_updates: Gradient steps of the whole training.
+    """
+    total = max(total_updates, 3)
+    return {"total_step": total, "tinit": total // 10, "tfinal": total // 2, "deltaT": max(1, total // 100)}
+
+
+class AdaLoraExtension:
+    """Prunes after each gradient step, and keeps its directions orthogonal.
+
+    PEFT adds the regulariser only to models that compute their own loss; ours do not, so it is added here.
+
+    Args:
+        model: PEFT's model with an AdaLoRA adapter.
+    """
+
+    def __init__(self, model: PeftModel) -> None:
+        self._model = model
+
+    def penalty(self) -> Tensor:
+        """ORTHOGONALITY times the mean squared distance of A A^T and B^T B from the identity, over all layers."""
+        distances = []
+        for name, parameter in self._model.named_parameters():
+            if f"lora_A.{ADAPTER_NAME}" in name or f"lora_B.{ADAPTER_NAME}" in name:
+                gram = parameter @ parameter.T if "lora_A" in name else parameter.T @ parameter
+                distances.append((gram - torch.eye(len(gram), device=gram.device)).norm())
+        return ORTHOGONALITY * torch.stack(distances).mean()
+
+    def after_step(self, update: int) -> None:
+        """Prune according to AdaLoRA's schedule; the gradients of gradient step ``update`` are still there."""
+        self._model.base_model.update_and_allocate(update)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Importance statistics, and which ranks are kept, for a checkpoint."""
+        allocator = self._model.base_model.rankallocator
+        state = {f"{kind}/{name}": value for kind in _STATISTICS for name, value in getattr(allocator, kind).items()}
+        kept: Mapping[str, Any] = self._config.rank_pattern or {}
+        return state | {f"kept/{name}": torch.tensor(value) for name, value in kept.items()}
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put back what :meth:`tensors` gave."""
+        allocator = self._model.base_model.rankallocator
+        groups: dict[str, dict[str, Tensor]] = {kind: {} for kind in (*_STATISTICS, "kept")}
+        for key, value in tensors.items():
+            kind, _, name = key.partition("/")
+            groups[kind][name] = value
+        for kind in _STATISTICS:
+            setattr(allocator, kind, groups[kind])
+        self._config.rank_pattern = {name: value.tolist() for name, value in groups["kept"].items()} or None
+
+    @property
+    def _config(self) -> Any:
+        return self._model.peft_config[ADAPTER_NAME]

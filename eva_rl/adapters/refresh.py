@@ -1,0 +1,117 @@
+"""Look again where a trained policy's activations vary, and aim directions that the adapter does not use there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from eva_rl.adapters.extensions import ADAPTER_NAME
+from eva_rl.eva import EvaResult
+
+UNUSED = 1e-4
+"""A direction counts as unused where its singular value of B A is at most this share of the largest one."""
+
+
+@dataclass(frozen=True)
+class Refresh:
+    """What a look at the activations found, and what was done.
+
+    Attributes:
+        overlaps: By layer, see :func:`subspace_overlap`.
+        aimed: By layer, directions that were aimed anew; layers without any are left out.
+        changed: Parameters whose coordinates changed, so that what an optimiser knows of them is void.
+    """
+
+    overlaps: Mapping[str, float]
+    aimed: Mapping[str, int]
+    changed: tuple[nn.Parameter, ...]
+
+    def metrics(self) -> dict[str, float]:
+        """Scalars for the record."""
+        values = list(self.overlaps.values())
+        return {
+            "eva/overlap_mean": sum(values) / len(values),
+            "eva/overlap_min": min(values),
+            "eva/directions_aimed": float(sum(self.aimed.values())),
+        }
+
+
+def subspace_overlap(directions: Tensor, others: Tensor) -> float:
+    """Mean squared cosine between two subspaces: 1 where the smaller lies in the larger, 0 where they are orthogonal.
+
+    Args:
+        directions: (R, D), rows of any length that span one.
+        others: (K, D), rows that span the other.
+    """
+    first, second = (torch.linalg.qr(x.double().T)[0] for x in (directions, others))
+    shared: Tensor = (first.T @ second).square().sum() / min(first.shape[1], second.shape[1])
+    return float(shared)
+
+
+def refresh_directions(model: PeftModel, found: EvaResult, threshold: float) -> Refresh:
+    """Compare the adapter's input directions with those in which the activations vary now.
+
+    Where they overlap less than ``threshold``, B A is written in terms of its own singular vectors and the directions
+    it does not use are pointed along the leading new ones, with zeros in B: the function computed stays the same.
+
+    Args:
+        model: With a LoRA adapter (DoRA and rsLoRA included); changed in place.
+        found: EVA's result for the model as it is now.
+        threshold: Overlap under which a layer is aimed anew.
+    """
+    overlaps, aimed, changed = {}, {}, []
+    for name, a, b in _factors(model):
+        components = found.layers[name].components.to(a.device)
+        overlaps[name] = subspace_overlap(a.data, components)
+        if overlaps[name] < threshold and (count := _aim_unused(a, b, components)):
+            aimed[name] = count
+            changed += [a, b]
+    return Refresh(overlaps, aimed, tuple(changed))
+
+
+def _factors(model: PeftModel) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]:
+    """Layers with their A (R, in) and B (out, R)."""
+    for name, module in model.get_base_model().named_modules():
+        factors: Any = getattr(module, "lora_A", None)
+        if factors is not None and ADAPTER_NAME in factors and isinstance(factors[ADAPTER_NAME], nn.Linear):
+            yield name, factors[ADAPTER_NAME].weight, module.lora_B[ADAPTER_NAME].weight
+
+
+def _aim_unused(a: nn.Parameter, b: nn.Parameter, components: Tensor) -> int:
+    """Returns how many directions were aimed anew."""
+    left, values, right = _svd(b.data.double(), a.data.double())
+    used = int((values > UNUSED * values[0]).sum()) if values[0] > 0 else 0
+    fresh = _outside(right[:used], components.double())[: len(a) - used]
+    if not len(fresh):
+        return 0
+    kept = left[:, :used] * values[:used]
+    with torch.no_grad():
+        a.zero_()
+        b.zero_()
+        a[:used], b[:, :used] = right[:used].to(a.dtype), kept.to(b.dtype)
+        a[used : used + len(fresh)] = fresh.to(a.dtype)
+    return len(fresh)
+
+
+def _svd(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Singular triplets of b a, (out, R), (R,) and (R, in), without making the product."""
+    q_out, r_out = torch.linalg.qr(b)
+    q_in, r_in = torch.linalg.qr(a.T)
+    u, values, v = torch.linalg.svd(r_out @ r_in.T)
+    return q_out @ u, values, v @ q_in.T
+
+
+def _outside(basis: Tensor, candidates: Tensor) -> Tensor:
+    """Orthonormal directions of the candidates' span that the basis (orthonormal rows) lacks, in their order."""
+    rows: list[Tensor] = []
+    for candidate in candidates:
+        known = torch.cat([basis, *[row[None] for row in rows]])
+        rest = candidate - known.T @ (known @ candidate)
+        if rest.norm() > 0.1:  # the rest of the candidate is known already
+            rows.append(rest / rest.norm())
+    return torch.stack(rows) if rows else candidates[:0]

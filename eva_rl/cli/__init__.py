@@ -1,0 +1,1 @@
+"""What all commands share: parsing, help, console, run directories, loading and saving."""

@@ -1,0 +1,76 @@
+"""Run a command: help, sweeps, and one clear message for a user's mistake."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from rich.logging import RichHandler
+from rich.markup import escape
+
+from eva_rl.cli.console import console
+from eva_rl.cli.help import print_help
+from eva_rl.cli.parsing import (
+    CHOICES,
+    SHORT_KEYS,
+    Config,
+    parse,
+)
+from eva_rl.errors import UserError
+
+MULTIRUN = {"--multirun", "-m"}
+"""Flags that start one run for each combination of values, as with Hydra."""
+
+
+def run_command(
+    name: str,
+    schema: type[Config],
+    main: Callable[[Config], None],
+    help_text: str,
+    argv: Sequence[str] | None = None,
+    *,
+    multirun: Callable[[str, Sequence[str]], None] | None = None,
+) -> int:
+    """Run a command; a user's mistake ends it with one message and status 2.
+
+    Args:
+        name: The command.
+        schema: Dataclass of its config, for ``--help``.
+        main: What to do with the config.
+        help_text: What the command does, with examples.
+        argv: Overrides; None takes the command line's.
+        multirun: Runs a sweep of the command, where it can be swept.
+
+    Returns:
+        Exit status.
+    """
+    overrides = list(sys.argv[1:] if argv is None else argv)
+    process = os.environ.get("RANK", "0") if "WORLD_SIZE" in os.environ else "0"
+    console.quiet = process != "0"  # of the processes of one run, the first alone speaks
+    logging.basicConfig(
+        level=logging.INFO,
+        format="%(message)s",
+        handlers=[RichHandler(console=console, show_path=False, show_time=False)],
+    )
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # it would tell of each request to the hub
+    if any(flag in overrides for flag in ("--help", "-h")):
+        print_help(name, schema, help_text, short_keys=SHORT_KEYS, choices=CHOICES.get(name, {}), overrides=overrides)
+        return 0
+    try:
+        if MULTIRUN & set(overrides):
+            if multirun is None:
+                raise UserError(f"--multirun sweeps finetune and pretrain, not {name}.")
+            multirun(name, [word for word in overrides if word not in MULTIRUN])
+        else:
+            main(parse(name, overrides))
+    except UserError as error:
+        where = f" (process {process})" if console.quiet else ""
+        console.quiet = False
+        console.print(f"[bold red]Error{where}:[/] {escape(str(error))}", soft_wrap=True)
+        return 2
+    except KeyboardInterrupt:
+        console.print("Interrupted. Type the same command again to continue from the last checkpoint.")
+        return 130
+    return 0

@@ -1,0 +1,228 @@
+"""D4RL's HDF5 files: one long table of env steps, cut into episodes by terminals and timeouts."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from eva_rl.data.formats import hdf5
+from eva_rl.data.formats.checks import ActionBounds, bounded, check_rows, flags, floats, place, vector
+from eva_rl.data.formats.d4rl_names import Conventions
+from eva_rl.data.trajectories import Flags, Floats, Trajectories
+from eva_rl.errors import UserError
+
+log = logging.getLogger(__name__)
+
+REQUIRED = ("observations", "actions", "rewards", "terminals")
+PART_ROWS = 1 << 18
+"""Rows that are read at a time, and the episode that they end in."""
+
+Rows = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class _Table:
+    """The arrays of one file or of one of its chunks.
+
+    Attributes:
+        path: Of the file.
+        prefix: Of the keys, for messages.
+        arrays: By key, unread.
+        rows: Env steps.
+    """
+
+    path: Path
+    prefix: str
+    arrays: dict[str, h5py.Dataset]
+    rows: int
+
+    def floats(self, key: str, begin: int, end: int) -> Floats:
+        name = self.prefix + key
+        raw = hdf5.read(self.path, name, self.arrays[key], slice(begin, end))
+        return (vector if key == "rewards" else floats)(self.path, name, raw, begin)
+
+    def flags(self, key: str) -> Flags:
+        name = self.prefix + key
+        return flags(self.path, name, hdf5.read(self.path, name, self.arrays[key]))
+
+
+def read_d4rl(
+    path: Path, rules: Conventions, bounds: ActionBounds | None, metadata: dict[str, str]
+) -> Iterator[Trajectories]:
+    """Read a file part by part.
+
+    An episode ends where ``terminals`` or ``timeouts`` say so. What follows the last end is an unfinished episode and
+    is left out, as D4RL's own ``sequence_dataset`` does. The observation after the last env step is that of
+    ``next_observations``; where the file has none, the last observation is repeated, since the next row belongs to
+    another episode.
+
+    Args:
+        path: The file.
+        rules: How it is to be read.
+        bounds: Of the actions.
+        metadata: Goes into the trajectories.
+
+    Yields:
+        Some whole episodes each.
+
+    Raises:
+        UserError: The file is unreadable, or what it holds is not a data set; with file, key and row.
+    """
+    with hdf5.open_hdf5(path) as file:
+        tables = list(_tables(path, file))
+        found = 0
+        for table in tables:
+            begins, ends, terminations, truncations = _episodes(table, rules)
+            found += len(ends)
+            for first, last in _parts(begins, ends):
+                part = slice(first, last)
+                yield _read_part(
+                    table, begins[part], ends[part], (terminations, truncations), (rules, bounds, metadata)
+                )
+    if not found:
+        raise UserError(f"{path}: no finished episode: neither terminals nor timeouts end one. {_advice(rules)}")
+
+
+def _advice(rules: Conventions) -> str:
+    return "Add ?horizon=STEPS to the source where episodes have a fixed length." if rules.horizon is None else ""
+
+
+def _tables(path: Path, file: h5py.File) -> Iterator[_Table]:
+    """The file itself, or its chunks under ``virtual/<i>``, each on its own."""
+    names = hdf5.keys(path, file)
+    if "observations" in names or "virtual" not in names:
+        yield _table(path, file, "")
+        return
+    virtual = hdf5.member(path, file, "virtual")
+    chunks = hdf5.keys(path, virtual) if isinstance(virtual, h5py.Group) else []
+    if not chunks or not all(chunk.isdecimal() for chunk in chunks):
+        raise UserError(f"{place(path, 'virtual')} holds {chunks[:3]}, expected groups 0, 1, ...")
+    for chunk in sorted(chunks, key=int):
+        yield _table(path, hdf5.member(path, virtual, chunk), f"virtual/{chunk}/")
+
+
+def _table(path: Path, group: Any, prefix: str) -> _Table:
+    if not isinstance(group, h5py.Group):
+        raise UserError(f"{place(path, prefix)} is no group. Expected one with {', '.join(REQUIRED)}.")
+    names = hdf5.keys(path, group)
+    present = [*REQUIRED, *(key for key in ("timeouts", "next_observations") if key in names)]
+    wanted = ", ".join(REQUIRED)
+    arrays = {key: hdf5.array(path, group, key, wanted, prefix) for key in present}
+    rows = len(arrays["rewards"])
+    for key, array in arrays.items():
+        check_rows(path, prefix + key, len(array), rows, f"{prefix}rewards has as many")
+    if rows == 0:
+        raise UserError(f"{place(path, prefix + 'rewards')} is empty; expected at least one env step.")
+    if "next_observations" in arrays:
+        own, other = arrays["next_observations"].shape, arrays["observations"].shape
+        if own != other:
+            raise UserError(f"{place(path, prefix + 'next_observations')} has shape {own}, expected {other}.")
+    return _Table(path, prefix, arrays, rows)
+
+
+def _episodes(table: _Table, rules: Conventions) -> tuple[Rows, Rows, Flags, Flags]:
+    """First row and row after the last of each finished episode; terminations and truncations of all rows."""
+    terminals = table.flags("terminals")
+    noted = "timeouts" in table.arrays
+    timeouts = table.flags("timeouts") if noted else _counted_timeouts(table, terminals, rules)
+    ends = timeouts if rules.goal_ends else terminals | timeouts
+    stops: Rows = np.flatnonzero(ends).astype(np.int64) + 1
+    starts = np.concatenate([np.zeros(1, np.int64), stops])
+    if rules.goal_ends:
+        starts, stops = _cut_at_goals(starts, stops, terminals)
+        last_rows = np.zeros(table.rows, bool)
+        last_rows[stops - 1] = True
+        terminals, timeouts = terminals & last_rows, timeouts & last_rows
+    starts = starts[: len(stops)]
+    _report_left_out(table, int((stops - starts).sum()))
+    return starts, stops, terminals, timeouts
+
+
+def _counted_timeouts(table: _Table, terminals: Flags, rules: Conventions) -> Flags:
+    """Time limits of a file that does not note them: after ``horizon`` env steps without a terminal."""
+    if rules.horizon is None:
+        raise UserError(
+            f"{place(table.path, table.prefix + 'timeouts')} is missing, and the name of the file does not say how "
+            "long an episode lasts. Add ?horizon=STEPS to the source, for instance d4rl:FILE?horizon=1000."
+        )
+    rows = np.arange(table.rows)
+    resets = np.where(np.concatenate([[True], terminals[:-1]]), rows, 0)
+    since = rows - np.maximum.accumulate(resets)
+    timeouts: Flags = (since + 1) % rules.horizon == 0
+    return timeouts & ~terminals
+
+
+def _cut_at_goals(starts: Rows, stops: Rows, terminals: Flags) -> tuple[Rows, Rows]:
+    """End each episode at its first terminal; one without a timeout counts when it has a terminal."""
+    stops = np.append(stops, len(terminals))
+    goals = np.append(np.flatnonzero(terminals), len(terminals))
+    first_goal = goals[np.searchsorted(goals, starts)] + 1
+    cut = np.minimum(stops, first_goal)
+    kept = starts < stops
+    kept[-1] &= first_goal[-1] <= stops[-1]  # what follows the last timeout is unfinished unless it met its goal
+    return starts[kept], cut[kept]
+
+
+def _report_left_out(table: _Table, kept: int) -> None:
+    if kept < table.rows:
+        log.info(
+            "%s: %d of %d rows belong to an unfinished last episode or follow a goal, and are left out.",
+            place(table.path, table.prefix.rstrip("/")),
+            table.rows - kept,
+            table.rows,
+        )
+
+
+def _parts(begins: Rows, ends: Rows) -> Iterator[tuple[int, int]]:
+    """Ranges of episodes that hold about :data:`PART_ROWS` rows each."""
+    first = 0
+    while first < len(ends):
+        last = int(np.searchsorted(ends, begins[first] + PART_ROWS))
+        last = min(max(last, first + 1), len(ends))
+        yield first, last
+        first = last
+
+
+def _read_part(
+    table: _Table,
+    begins: Rows,
+    ends: Rows,
+    over: tuple[Flags, Flags],
+    rules: tuple[Conventions, ActionBounds | None, dict[str, str]],
+) -> Trajectories:
+    conventions, bounds, metadata = rules
+    begin, end = int(begins[0]), int(ends[-1])
+    lengths = ends - begins
+    keep = slice(None) if lengths.sum() == end - begin else _kept(begins - begin, ends - begin, end - begin)
+    observations = table.floats("observations", begin, end)
+    lasts = ends - 1 - begin
+    following = table.floats("next_observations", begin, end) if "next_observations" in table.arrays else observations
+    actions = bounded(table.path, table.prefix + "actions", table.floats("actions", begin, end), bounds, begin)
+    terminations, truncations = (flag[begin:end][keep] for flag in over)
+    return Trajectories(
+        observations=observations[keep],
+        actions=actions[keep],
+        rewards=table.floats("rewards", begin, end)[keep],
+        terminations=terminations,
+        truncations=truncations,
+        final_observations=following[lasts],
+        offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        env_id=conventions.env_id,
+        source=str(table.path),
+        metadata=metadata,
+        successes=terminations if conventions.goal_ends else None,  # there a terminal is a goal
+    )
+
+
+def _kept(begins: Rows, ends: Rows, rows: int) -> Flags:
+    steps = np.zeros(rows + 1, np.int8)
+    np.add.at(steps, begins, 1)
+    np.add.at(steps, ends, -1)
+    return np.cumsum(steps[:-1]).astype(bool)

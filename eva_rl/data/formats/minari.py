@@ -1,0 +1,279 @@
+"""Minari data sets: read with h5py and json alone, saved through minari itself."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from gymnasium import spaces
+
+from eva_rl.data.formats.checks import ActionBounds, check_dims, checked_episode, floats, reading
+from eva_rl.data.formats.minari_file import iterate_episodes
+from eva_rl.data.trajectories import Episode, Trajectories
+from eva_rl.errors import UnknownNameError, UserError
+from eva_rl.files import read_json
+
+log = logging.getLogger(__name__)
+
+PART_EPISODES = 256
+REFERENCES = ("ref_min_score", "ref_max_score")
+
+
+def minari_root() -> Path:
+    """Where Minari keeps data sets: ``MINARI_DATASETS_PATH`` or ``~/.minari/datasets``."""
+    return Path(os.environ.get("MINARI_DATASETS_PATH") or "~/.minari/datasets").expanduser()
+
+
+def local_minari_sets() -> dict[str, dict[str, Any]]:
+    """Metadata of each data set below :func:`minari_root`, by id; damaged ones are left out with a warning."""
+    root, found = minari_root(), {}
+    for file in sorted(root.rglob("data/metadata.json")):
+        try:
+            found[file.parent.parent.relative_to(root).as_posix()] = _metadata(file.parent)
+        except UserError as error:
+            log.warning("%s", error)
+    return found
+
+
+def minari_folder(dataset_id: str) -> Path:
+    """The ``data`` folder of a data set; one that is not there is downloaded through minari.
+
+    Raises:
+        UserError: Not there, and cannot be downloaded.
+    """
+    folder = minari_root() / dataset_id / "data"
+    if not folder.is_dir():
+        _download(dataset_id)
+    return folder
+
+
+def _download(dataset_id: str) -> None:
+    if dataset_id in ("", ".", "..") or dataset_id.startswith(("/", "~")):
+        raise UserError(f"minari:{dataset_id}: expected an id such as minari:mujoco/hopper/expert-v0.")
+    import minari
+
+    try:
+        minari.download_dataset(dataset_id)
+    except Exception as error:  # whatever a remote's client raises: it differs by MINARI_REMOTE
+        local = local_minari_sets()
+        reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        hint = (
+            f"It is not below {minari_root()}, and the download failed ({reason}). On a machine with a network: "
+            f"minari download {dataset_id}; then copy it there, or set MINARI_DATASETS_PATH."
+        )
+        raise UnknownNameError("local Minari data set", dataset_id, local, hint) from error
+    if not (minari_root() / dataset_id / "data").is_dir():
+        raise UserError(f"minari downloaded nothing for {dataset_id}. Type `minari list remote` for the ids.")
+
+
+def _metadata(folder: Path) -> dict[str, Any]:
+    file = folder / "metadata.json"
+    content = read_json(file)
+    if not isinstance(content, dict):
+        raise UserError(f"{file} holds a {type(content).__name__}, expected a JSON object.")
+    return content
+
+
+def iterate_minari(dataset_id: str, outside: str = "check") -> Iterator[Trajectories]:
+    """Read a data set part by part.
+
+    Args:
+        dataset_id: Such as ``D4RL/door/human-v2``; a folder with ``metadata.json`` may be given instead.
+        outside: What to do with actions outside the bounds of the action space; see :class:`ActionBounds`.
+
+    Yields:
+        Some whole episodes each.
+
+    Raises:
+        UserError: Not there, damaged, or with spaces that are not made of Boxes.
+    """
+    folder = minari_folder(dataset_id)
+    metadata = _metadata(folder)
+    bounds = _checked_spaces(folder / "metadata.json", metadata, outside)
+    origin = {"env_id": _env_id(metadata), "source": f"minari:{dataset_id}", "dataset": dataset_id}
+    origin |= {key: str(metadata[key]) for key in REFERENCES if isinstance(metadata.get(key), int | float)}
+    if metadata.get("data_format", "hdf5") == "hdf5":
+        yield from iterate_episodes(folder / "main_data.hdf5", bounds, origin)
+    else:
+        yield from _iterate_other(folder, bounds, origin)
+
+
+def _iterate_other(folder: Path, bounds: ActionBounds | None, origin: Mapping[str, str]) -> Iterator[Trajectories]:
+    """Read arrow and whatever else minari may come to store, through minari."""
+    from minari.dataset.minari_storage import MinariStorage
+
+    try:
+        with reading(folder):
+            storage = MinariStorage.read(folder)
+            episodes = list(storage.get_episodes(range(storage.total_episodes)))
+    except ImportError as error:
+        raise UserError(f'{folder}: {error} Install it with `pip install "minari[arrow]"`.') from error
+    said = dict(origin)
+    env_id, source = said.pop("env_id"), said.pop("source")
+    checked = [_checked(folder, f"episode_{index}/", raw, bounds) for index, raw in enumerate(episodes)]
+    for index, episode in enumerate(checked):
+        check_dims(folder, f"episode_{index}/", episode, checked[0])
+    for begin in range(0, len(checked), PART_EPISODES):
+        yield Trajectories.from_episodes(
+            checked[begin : begin + PART_EPISODES], env_id=env_id, source=source, metadata=said
+        )
+
+
+def _checked(folder: Path, prefix: str, raw: Mapping[str, Any], bounds: ActionBounds | None) -> Episode:
+    arrays = {key: np.asarray(raw[key]) for key in ("rewards", "terminations", "truncations")}
+    arrays |= {key: _flat(folder, prefix + key, raw[key]) for key in ("observations", "actions")}
+    return checked_episode(folder, prefix, arrays, bounds)
+
+
+def _flat(folder: Path, key: str, value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return np.concatenate([_flat(folder, f"{key}/{name}", value[name]) for name in sorted(value)], axis=1)
+    if isinstance(value, tuple):
+        return np.concatenate([_flat(folder, f"{key}/{i}", part) for i, part in enumerate(value)], axis=1)
+    return floats(folder, key, np.asarray(value))
+
+
+def _env_id(metadata: Mapping[str, Any]) -> str:
+    if isinstance(metadata.get("env_id"), str):
+        return str(metadata["env_id"])
+    try:
+        spec = json.loads(metadata.get("env_spec") or "{}")
+    except (TypeError, ValueError):
+        return ""
+    return str(spec.get("id", "")) if isinstance(spec, dict) else ""
+
+
+def _checked_spaces(file: Path, metadata: Mapping[str, Any], outside: str) -> ActionBounds | None:
+    """Bounds of a Box action space; spaces that are not made of Boxes are refused."""
+    bounds = None
+    for key in ("observation_space", "action_space"):
+        if key not in metadata:
+            continue
+        with reading(file, key):
+            space = json.loads(metadata[key])
+            _refuse_other_spaces(file, key, space)
+            if key == "action_space" and space["type"] == "Box":
+                low, high = (np.asarray(space[side], np.float32) for side in ("low", "high"))
+                bounds = ActionBounds(low.reshape(-1), high.reshape(-1), outside)
+    return bounds
+
+
+def _refuse_other_spaces(file: Path, key: str, space: Any) -> None:
+    kind = space["type"]
+    if kind == "Dict":
+        for name, inner in space["subspaces"].items():
+            _refuse_other_spaces(file, f"{key}/{name}", inner)
+    elif kind == "Tuple":
+        for index, inner in enumerate(space["subspaces"]):
+            _refuse_other_spaces(file, f"{key}/_index_{index}", inner)
+    elif kind != "Box" or (len(space["shape"]) > 1 and space["dtype"] == "uint8"):
+        raise UserError(
+            f"{file}: {key} is {kind} {space.get('dtype', '')} {space.get('shape', '')}. A Decision Transformer takes "
+            "Box observations and actions, or Dicts and Tuples of them, and no images. Name another data set."
+        )
+
+
+def save_minari(
+    trajectories: Trajectories,
+    dataset_id: str,
+    *,
+    action_bounds: ActionBounds | None = None,
+    references: tuple[float, float] | None = None,
+    **about: Any,
+) -> Path:
+    """Save trajectories as a data set that minari lists and loads.
+
+    Args:
+        trajectories: What to save.
+        dataset_id: ``(namespace/)name-vN``; it must be new.
+        action_bounds: Of the action space; None takes [-1, 1], widened to what the data hold.
+        references: Lowest and highest reference return, for minari's normalised score; None takes those that came
+            with the data.
+        about: ``algorithm_name``, ``author``, ``author_email``, ``code_permalink``, ``description``, as minari takes
+            them.
+
+    Returns:
+        The folder of the data set.
+
+    Raises:
+        UserError: Minari refuses the id, it exists, or the disk is full.
+    """
+    import minari
+    from minari.data_collector import EpisodeBuffer
+
+    folder = minari_root() / dataset_id
+    if folder.exists():
+        raise UserError(f"{folder} exists and is not overwritten. Name another id, for instance the next version.")
+    inner = trajectories.observation_dim
+    spec = _gym_spec(trajectories)
+    defaults = {"description": f"Converted by eva-rl from {trajectories.source}."}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # minari asks for author, e-mail and permalink, which are optional
+            dataset = minari.create_dataset_from_buffers(
+                dataset_id,
+                (_buffer(EpisodeBuffer, trajectories, index) for index in range(trajectories.num_episodes)),
+                env=spec,
+                observation_space=spaces.Box(-np.inf, np.inf, (inner,), np.float32),
+                action_space=_action_space(trajectories, action_bounds),
+                **(defaults | about),
+            )
+            dataset.storage.update_metadata(_extra_metadata(trajectories, references))
+    except (OSError, ValueError) as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise UserError(f"minari:{dataset_id} could not be saved: {error}. Ids look like mine/push-v0.") from error
+    except BaseException:  # an interruption too leaves nothing behind
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    return folder
+
+
+def _buffer(kind: Any, trajectories: Trajectories, index: int) -> Any:
+    episode = trajectories.episode(index)
+    infos = {"success": episode.successes, "target_actions": episode.target_actions}
+    return kind(
+        id=index,
+        observations=episode.observations,
+        actions=episode.actions,
+        rewards=episode.rewards,
+        terminations=episode.terminations,
+        truncations=episode.truncations,
+        infos={key: value for key, value in infos.items() if value is not None} or None,
+    )
+
+
+def _gym_spec(trajectories: Trajectories) -> Any:
+    """Gymnasium's spec, where it knows the task and the spaces fit; Meta-World's entry points cannot be serialised."""
+    if trajectories.env_id not in gym.registry or trajectories.env_id.startswith("Meta-World"):
+        return None
+    try:
+        env = gym.make(trajectories.env_id)
+    except (gym.error.Error, ImportError):
+        return None
+    env.close()
+    fits = env.observation_space.shape == (trajectories.observation_dim,)
+    return env.spec if fits and env.action_space.shape == (trajectories.action_dim,) else None
+
+
+def _action_space(trajectories: Trajectories, bounds: ActionBounds | None) -> spaces.Box:
+    if bounds is None:
+        bounds = ActionBounds(np.minimum(-1, trajectories.actions.min(0)), np.maximum(1, trajectories.actions.max(0)))
+    shape = (trajectories.action_dim,)
+    low, high = (np.broadcast_to(np.asarray(side, np.float32), shape) for side in (bounds.low, bounds.high))
+    return spaces.Box(low, high, shape, np.float32)
+
+
+def _extra_metadata(trajectories: Trajectories, references: tuple[float, float] | None) -> dict[str, Any]:
+    extra: dict[str, Any] = {"env_id": trajectories.env_id} if trajectories.env_id else {}
+    known = [trajectories.metadata.get(key) for key in REFERENCES]
+    if references is None and None not in known:
+        references = (float(str(known[0])), float(str(known[1])))
+    return extra | (dict(zip(REFERENCES, references, strict=True)) if references else {})

@@ -1,0 +1,197 @@
+"""`compute`: run batches through a model until its input directions are known."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from eva_rl.distributed import TorchGroup
+from eva_rl.errors import UserError
+from eva_rl.eva.hooks import default_mask
+from eva_rl.eva.listener import Accumulators
+from eva_rl.eva.moments import Method
+from eva_rl.eva.options import Criterion, EvaOptions, Memory, Variant
+from eva_rl.eva.redistribution import Score
+from eva_rl.eva.result import EvaResult, Stopped
+
+Forward = Callable[[nn.Module, Any], Any]
+MaskOf = Callable[[Any], Tensor | None]
+
+MIN_BATCHES = 2
+# Checks after 2, 3, 5, 8, 12, 18, ... batches: their cost stays a fixed share of the forwards'.
+CHECK_GROWTH = 1.5
+_END = object()
+
+
+def compute(  # noqa: PLR0913 - the one call that most users make; the names are those of EvaOptions and Memory
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    targets: str | Sequence[str] | None = None,
+    rank: int = 16,
+    rho: float = 1.0,
+    tau: float = 0.99,
+    max_batches: int = 100,
+    center: bool = False,
+    forward: Forward | None = None,
+    mask: MaskOf | None = None,
+    method: Method | Literal["auto"] = "auto",
+    score: Score = "ratio",
+    variant: Variant | None = None,
+    alpha: float = 1.0,
+    keep_scale: bool = True,
+    criterion: Criterion = "capture",
+    memory_budget: int = Memory.budget,
+    seed: int = 0,
+    group: TorchGroup | None = None,
+) -> EvaResult:
+    """Find the leading directions of the inputs of a model's layers, and how many each layer should adapt.
+
+    Explained Variance Adaptation (arXiv 2410.07170): row r of `components` is the r-th right singular vector of the
+    layer's input rows. Batches are taken until the two halves of the data agree to `tau`, at most `max_batches`, each
+    once and none is kept.
+
+    Args:
+        model: Any torch model; runs in eval mode without gradients.
+        batches: Any iterable of dicts, tuples, tensors or other values that `forward` takes.
+        targets: Layers, see `find_layers`; None for all outside embeddings and heads.
+        rank: Components per layer on average.
+        rho: A layer may get up to rank * rho components.
+        tau: How far the halves have to agree.
+        max_batches: Bound on the batches, per process.
+        center: Subtract the mean of the rows first.
+        forward: Called as forward(model, batch); by default model(**batch), model(*batch) or model(batch).
+        mask: Called as mask(batch), gives (B, T) or None; by default the batch's `attention_mask`.
+        method: How second moments are kept.
+        score: What components of different layers are compared by.
+        variant: An ablation of the paper.
+        alpha: LoRA's alpha of a layer that gets `rank` components.
+        keep_scale: Scale alpha with the rank.
+        criterion: What has to agree.
+        memory_budget: Bytes for exact moments.
+        seed: Of sketches and variants.
+        group: Process group, see `Accumulators`.
+
+    Raises:
+        UserError: A value is out of range, or see `Accumulators.result`.
+    """
+    options = EvaOptions(rank, rho, tau, center, score, variant, alpha, keep_scale, criterion, seed)
+    if max_batches < 1:
+        raise UserError(f"max_batches={max_batches}: expected at least 1.")
+    memory, began = Memory(method, round(rank * rho), memory_budget, seed), time.perf_counter()
+    with evaluating(model), Accumulators(model, targets, memory, group) as accumulators:
+        feed = _Feed(accumulators, iter(batches), forward or default_forward, mask or default_mask)
+        stopped = _run(feed, max_batches, options)
+        return accumulators.evaluate(options).ended(stopped, time.perf_counter() - began)
+
+
+def listen(
+    model: nn.Module,
+    targets: str | Sequence[str] | None = None,
+    *,
+    components: int = 64,
+    method: Method | Literal["auto"] = "auto",
+    memory_budget: int = Memory.budget,
+    seed: int = 0,
+    group: TorchGroup | None = None,
+) -> Accumulators:
+    """Listen to a model's inputs while something else runs it, for instance a policy in an environment.
+
+    ```python
+    with eva.listen(model, ["c_attn", "c_fc"], components=32) as accumulators:
+        for step in rollout:
+            with accumulators.masked(step.attention_mask):
+                policy.act(step)
+    result = accumulators.result(rank=16, rho=2.0)
+    ```
+
+    Args:
+        model: Any torch model; its mode is left alone.
+        targets: Layers, see `find_layers`.
+        components: The largest rank * rho that will be asked for; sizes the sketches of wide inputs.
+        method: How second moments are kept.
+        memory_budget: Bytes for exact moments.
+        seed: Of the sketches.
+        group: Process group whose sums are added when a result is asked for, which all of its processes then must do.
+    """
+    return Accumulators(model, targets, Memory(method, components, memory_budget, seed), group)
+
+
+@dataclass
+class _Feed:
+    """One process's side of the rounds: takes a batch, feeds it, and keeps an error until the others know of it."""
+
+    accumulators: Accumulators
+    source: Iterator[Any]
+    forward: Forward
+    mask: MaskOf
+    error: Exception | None = None
+
+    def take(self) -> bool:
+        """Feed the next batch; false if there is none."""
+        try:
+            batch = next(self.source, _END)
+            if batch is _END:
+                return False
+            with self.accumulators.masked(self.mask(batch)):
+                self.forward(self.accumulators.model, batch)
+            self.accumulators.finish_forward()
+            self.accumulators.check_finite()
+        except Exception as error:  # of the model or the data, any kind: the other processes have to hear of it
+            if self.accumulators.process_group.world_size == 1:
+                raise
+            self.error = error
+        return True
+
+
+def _run(feed: _Feed, max_batches: int, options: EvaOptions) -> Stopped:
+    """Feed batches until the end.
+
+    Processes go through the rounds together, with a batch or without one, and end together.
+    """
+    due = MIN_BATCHES  # tau = 1 asks for all batches, since two halves never agree to the last digit
+    for turn in range(1, max_batches + 1):
+        taken = feed.take()
+        anyone, failed = feed.accumulators.process_group.any(taken, feed.error is not None)
+        if failed:
+            raise feed.error or UserError("Another process could not go on; its own message says why.")
+        if not anyone:
+            return "data exhausted"
+        if turn >= due:
+            due = max(turn + 1, round(turn * CHECK_GROWTH))
+            if options.tau < 1 and turn < max_batches and feed.accumulators.agreement(options) >= options.tau:
+                return "converged"
+    return "max_batches"
+
+
+def default_forward(model: nn.Module, batch: Any) -> Any:
+    """model(**batch) for a mapping, model(*batch) for a tuple or list, else model(batch)."""
+    device = next((parameter.device for parameter in model.parameters()), None)
+    if isinstance(batch, Mapping):
+        return model(**{name: _moved(value, device) for name, value in batch.items()})
+    if isinstance(batch, tuple | list):
+        return model(*(_moved(value, device) for value in batch))
+    return model(_moved(batch, device))
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients; every module's own mode comes back, also when the block raises."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _moved(value: Any, device: torch.device | None) -> Any:
+    return value.to(device, non_blocking=True) if isinstance(value, Tensor) and device is not None else value

@@ -1,0 +1,137 @@
+"""The listener with everything that can be asked of what it heard."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from eva_rl.distributed import ProcessGroup, TorchGroup
+from eva_rl.errors import UserError
+from eva_rl.eva.estimator import Estimator
+from eva_rl.eva.gram import Stack, stacks
+from eva_rl.eva.hooks import Listener
+from eva_rl.eva.moments import Accumulator, Moments
+from eva_rl.eva.options import EvaOptions, Memory, moment_bytes
+from eva_rl.eva.result import EvaResult
+from eva_rl.eva.sketches import Sketch, StreamingSvd, gaussian
+from eva_rl.eva.targets import find_layers
+
+
+class Accumulators(Listener):
+    """Sums over the inputs of a model's layers, fed by whatever runs the model inside the `with` block.
+
+    Several sources add up: feed the same accumulators with offline batches and with rollouts.
+
+    Args:
+        model: Any torch model with Linear or Hugging Face Conv1D layers.
+        targets: Which of them, see `find_layers`.
+        memory: How the sums are kept.
+        group: Process group whose sums are added; by default all processes if torch.distributed is initialised.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        targets: str | Sequence[str] | None = None,
+        memory: Memory | None = None,
+        group: TorchGroup | None = None,
+    ) -> None:
+        super().__init__(model, find_layers(model, targets), self._make)
+        self.memory = memory or Memory()
+        self.process_group = ProcessGroup.current(group)
+        self._named = targets is not None
+        self._used = 0
+        self._sketched = False
+        self._estimator: Estimator | None = None
+        self._since = time.perf_counter()
+
+    def __enter__(self) -> Accumulators:
+        super().__enter__()
+        return self
+
+    def check_finite(self) -> None:
+        """Look once at the sums of all inputs.
+
+        Raises:
+            UserError: The input of a layer held NaN or Inf, or values whose squares overflow.
+        """
+        if not self.groups:
+            return
+        probes = torch.stack([torch.stack([a.probe() for a in group.accumulators]).sum() for group in self.groups])
+        if bool(probes.isfinite().all()):
+            return
+        bad = [group.leader for group, fine in zip(self.groups, probes.isfinite().tolist(), strict=True) if not fine]
+        raise UserError(
+            f"The input of layer {bad[0]!r} ({len(bad)} of {len(self.groups)} distinct inputs) holds NaN, Inf or "
+            f"values too large to square, by batch {self.batches}. Check the batches and the model's weights; padding "
+            "that holds such values has to be masked (mask=)."
+        )
+
+    def agreement(self, options: EvaOptions) -> float:
+        """The criterion of the layer whose halves agree least; 0 while a half has no rows."""
+        return self._estimate(options).agreement(self._stacks(options))
+
+    def result(self, **options: Any) -> EvaResult:
+        """Components and ranks from everything heard so far.
+
+        Args:
+            **options: The fields of `EvaOptions`: rank, rho, tau, center, score, variant, alpha, keep_scale, criterion,
+                seed.
+
+        Raises:
+            UserError: Nothing was heard, a layer asked for by name was never called, an input was not finite, or no
+                direction carries any variance.
+        """
+        return self.evaluate(EvaOptions(**options))
+
+    def evaluate(self, options: EvaOptions) -> EvaResult:
+        """`result` with the options as one value."""
+        self.finish_forward()
+        self.check_finite()
+        stacked = self._stacks(options)
+        skipped = self._never_called(stacked)
+        found, agreed = self._estimate(options).layers_found(stacked)
+        ordered = {name: found[name] for name in self.layers if name not in skipped}
+        seconds = time.perf_counter() - self._since
+        return EvaResult(ordered, options, self.batches, "listening ended", agreed, seconds, tuple(skipped))
+
+    def _make(self, width: int, device: torch.device) -> Accumulator:
+        method = self.memory.choose(width, self._used)
+        if method == "moments":
+            self._used += moment_bytes(width)
+            return Moments(width, device)
+        self._sketched = True
+        start = gaussian(width, self.memory.columns, self.memory.seed)
+        return Sketch(width, device, start) if method == "sketch" else StreamingSvd(width, device, start)
+
+    def _estimate(self, options: EvaOptions) -> Estimator:
+        """The estimator of these options, kept for its directions to start from."""
+        if self._estimator is None or self._estimator.options != options:
+            self._estimator = Estimator(list(self.layers.values()), options, self.process_group)
+        return self._estimator
+
+    def _stacks(self, options: EvaOptions) -> list[Stack]:
+        asked = round(options.rank * options.rho)
+        if self._sketched and asked > self.memory.components:
+            raise UserError(
+                f"rank * rho = {asked} components were asked for, but the sketches were sized for "
+                f"{self.memory.components}. Listen with components={asked} or more."
+            )
+        stacked = stacks(self.groups, self.group_of, self.process_group)
+        if not stacked:
+            raise UserError("No target layer was called: no batch came, or the model did not run while listening.")
+        return stacked
+
+    def _never_called(self, stacked: list[Stack]) -> list[str]:
+        called = {name for stack in stacked for names in stack.members for name in names}
+        missing = [name for name in self.layers if name not in called]
+        if missing and self._named:
+            raise UserError(
+                f"{len(missing)} target layers were never called, the first is {missing[0]!r}. Leave them out of "
+                "targets=, or give batches that reach them."
+            )
+        return missing

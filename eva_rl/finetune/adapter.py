@@ -1,0 +1,184 @@
+"""From a command's adapter options to an adapter on the policy, aimed by data where the method wants some."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import count, islice
+
+from torch import Tensor
+
+from eva_rl.adapters import (
+    DIRECTIONS,
+    GRADIENTS,
+    MOMENTS,
+    AttachedAdapter,
+    Rollouts,
+    attach_adapter,
+    find_method,
+    initial_rank,
+    measure,
+    rank_limits,
+    second_moments,
+    target_layers,
+)
+from eva_rl.agents import DecisionTransformerPolicy
+from eva_rl.batch import WindowBatch
+from eva_rl.cli.console import console
+from eva_rl.configs.finetune import AdapterOptions, FinetuneConfig
+from eva_rl.data import WindowSampler
+from eva_rl.data.samplers import Sampler, ShardedSampler
+from eva_rl.distributed import ProcessGroup
+from eva_rl.envs import env_spec, make_vec_env
+from eva_rl.errors import UserError
+from eva_rl.eva import EvaResult
+from eva_rl.seeding import ROLLOUTS, episode_seeds
+from eva_rl.training.losses import clone_loss
+
+
+def check_adapter(policy: DecisionTransformerPolicy, options: AdapterOptions) -> None:
+    """Raise unless the policy can carry the adapter that the options ask for, and has the data that it needs.
+
+    Raises:
+        UserError: See :func:`eva_rl.adapters.rank_limits`; or a source of data that the method cannot use.
+    """
+    method = find_method(options.method)
+    if method.adapter:
+        rank_limits(policy.network, method, options.rank, options.targets, options.rank_caps)
+    if method.needs == GRADIENTS and options.eva.source in {"rollouts", "mixed"}:
+        raise UserError(
+            f"adapter.eva.source={options.eva.source}: adapter={method.name} starts from the gradient of the loss, and "
+            "the policy's own actions have no loss. Use adapter.eva.source=trajectories."
+        )
+
+
+def listened_to(config: FinetuneConfig, has_data: bool) -> str:
+    """The activations that EVA looks at, with ``auto`` resolved.
+
+    Raises:
+        UserError: Trajectories are asked for where there are none.
+    """
+    source = config.adapter.eva.source
+    if source == "auto":
+        return "trajectories" if has_data else "rollouts"
+    if source != "rollouts" and not has_data:
+        raise UserError(
+            f"adapter.eva.source={source} needs demonstrations, and there are none. Name some with data=, or use "
+            "adapter.eva.source=rollouts."
+        )
+    return source
+
+
+def attach(policy: DecisionTransformerPolicy, sampler: WindowSampler | None, config: FinetuneConfig) -> AttachedAdapter:
+    """Compute from data what the method starts from, and attach the adapter."""
+    options, needs = config.adapter, find_method(config.adapter.method).needs
+    return attach_adapter(
+        policy,
+        options.method,
+        rank=options.rank,
+        alpha=options.alpha,
+        dropout=options.dropout,
+        targets=options.targets,
+        rank_caps=options.rank_caps,
+        eva=_measure(policy, sampler, config) if needs == DIRECTIONS else None,
+        moments=_moments(policy, sampler, config) if needs == MOMENTS else None,
+        backward=_backward(policy, sampler, config) if needs == GRADIENTS else None,
+        total_updates=config.algo.gradient_steps,
+    )
+
+
+def _measure(policy: DecisionTransformerPolicy, sampler: WindowSampler | None, config: FinetuneConfig) -> EvaResult:
+    options, pruned = config.adapter, find_method(config.adapter.method).adalora
+    with _sources(policy, sampler, config, ProcessGroup.current()) as (
+        batches,
+        rollouts,
+    ):  # measure() adds up all processes'
+        result = measure(
+            policy,
+            target_layers(policy.network, options.targets),
+            batches,
+            rollouts,
+            max_batches=options.eva.max_batches,
+            rank=initial_rank(options.rank) if pruned else options.rank,
+            rho=1.0 if pruned else options.rho,
+            tau=options.tau,
+            center=options.center,
+            score=options.score,
+            variant=options.variant,
+            alpha=options.rank if options.alpha is None else options.alpha,
+            seed=config.seed,
+        )
+    console.print(
+        f"EVA: {result.rows} rows in {result.batches} batches, {result.stopped}, {result.seconds:.1f} s; "
+        f"{sum(layer.explained_variance for layer in result.layers.values()) / len(result.layers):.0%} of the "
+        "variance explained on average"
+    )
+    return result
+
+
+def _moments(
+    policy: DecisionTransformerPolicy, sampler: WindowSampler | None, config: FinetuneConfig
+) -> dict[str, Tensor]:
+    layers = target_layers(policy.network, config.adapter.targets)
+    with _sources(policy, sampler, config) as (batches, rollouts):
+        return second_moments(policy, layers, batches, rollouts, max_batches=config.adapter.eva.max_batches)
+
+
+def _backward(
+    policy: DecisionTransformerPolicy, sampler: WindowSampler | None, config: FinetuneConfig
+) -> Callable[[], None]:
+    """The loss of the first windows that training will see."""
+    options = config.adapter.eva
+    draw = _trajectories(sampler, config)
+
+    def run() -> None:
+        for batch in islice(windows(policy, draw, options.batch_size), options.max_batches):
+            clone_loss(policy.network, batch).backward()  # type: ignore[no-untyped-call]
+
+    return run
+
+
+@contextmanager
+def _sources(
+    policy: DecisionTransformerPolicy,
+    sampler: WindowSampler | None,
+    config: FinetuneConfig,
+    process_group: ProcessGroup | None = None,
+) -> Iterator[tuple[Iterator[WindowBatch] | None, Rollouts | None]]:
+    """Windows of the trajectories, environments to act in, or both: what ``adapter.eva.source`` names.
+
+    With ``process_group``, this process's part of them.
+    """
+    process_group = process_group or ProcessGroup()
+    options, source = config.adapter.eva, config.adapter.eva.source
+    if source == "auto":
+        source = "rollouts" if sampler is None else "trajectories"
+    batches = None
+    if source != "rollouts":
+        batches = windows(policy, ShardedSampler(_trajectories(sampler, config), process_group), options.batch_size)
+    if source == "trajectories":
+        yield batches, None
+        return
+    spec = env_spec(config.env.id, config.env.horizon)
+    mine, all_envs = process_group.shard(options.rollout_envs), max(options.rollout_envs, process_group.world_size)
+    own = max(1, process_group.local_count(options.rollout_envs))
+    vec_env = make_vec_env(spec.env_id, own, horizon=config.env.horizon, stride=all_envs)
+    vec_env.seed(episode_seeds(ROLLOUTS, config.seed) + mine.start)
+    try:
+        yield batches, Rollouts(vec_env, [spec.env_id] * vec_env.num_envs, options.rollout_steps)
+    finally:
+        vec_env.close()
+
+
+def _trajectories(sampler: WindowSampler | None, config: FinetuneConfig) -> WindowSampler:
+    if sampler is None:
+        raise UserError(
+            f"adapter={config.adapter.method} with adapter.eva.source={config.adapter.eva.source} needs trajectories, "
+            "and data= names none. Name some with data=, or use adapter.eva.source=rollouts (not for lora_ga)."
+        )
+    return sampler
+
+
+def windows(policy: DecisionTransformerPolicy, sampler: Sampler, batch_size: int) -> Iterator[WindowBatch]:
+    """The windows that training will see, in its order, without end."""
+    return (sampler.sample(batch_size, step, policy.device) for step in count())

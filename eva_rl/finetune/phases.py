@@ -1,0 +1,217 @@
+"""The phases of training: cloning, then learning in the environment, as ``algo=`` says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, fields
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from stable_baselines3.common.vec_env import VecEnv
+
+from eva_rl.adapters import AttachedAdapter, measure, refresh_directions
+from eva_rl.cli.console import training_progress
+from eva_rl.configs.algorithms import (
+    BC_FIRST,
+    ODTAlgoOptions,
+    ODTTD3AlgoOptions,
+    OnlineAlgoOptions,
+    ReplayAlgoOptions,
+    SB3AlgoOptions,
+    bc_options,
+)
+from eva_rl.configs.groups import BCOptionsGroup
+from eva_rl.data.replay import TrajectoryReplay
+from eva_rl.data.samplers import ShardedSampler, prefetching
+from eva_rl.distributed import ProcessGroup
+from eva_rl.envs import close_vec_env, make_vec_env
+from eva_rl.files import write_file
+from eva_rl.finetune.session import Session
+from eva_rl.seeding import ONLINE, episode_seeds
+from eva_rl.tracking import Resume, Tracker
+from eva_rl.tracking.tracker import CLONING as CLONED
+from eva_rl.training.bc import Log, train_bc
+from eva_rl.training.checkpoint import load_latest_checkpoint
+from eva_rl.training.collector import OnlineOptions, TaskEnvs
+from eva_rl.training.learner import Learner, draws
+from eva_rl.training.odt import ODTOptions, OnlineDecisionTransformer
+from eva_rl.training.odt_td3 import TD3DecisionTransformer, TD3Options
+from eva_rl.training.online import train_online
+
+
+def resume_step(session: Session) -> Resume | None:
+    """The last step of the record that a continued run builds on; None where it begins afresh."""
+    online = load_latest_checkpoint(session.checkpoint_dir / "online")
+    if online is not None:
+        return Resume(online.step)
+    cloned = load_latest_checkpoint(session.checkpoint_dir)
+    first_of_two = isinstance(session.config.algo, OnlineAlgoOptions)
+    return None if cloned is None else Resume(cloned.step, cloning=first_of_two)
+
+
+def train(session: Session, adapter: AttachedAdapter, tracker: Tracker) -> dict[str, float]:
+    """Train the policy's trainable parameters; returns the steps taken, for the summary."""
+    algo = session.config.algo
+    if isinstance(algo, BCOptionsGroup):
+        return clone(session, adapter, algo, tracker.log)
+    assert isinstance(algo, OnlineAlgoOptions)
+    steps: dict[str, float] = {}
+    if algo.bc.updates:
+        prefixed = _prefixed(tracker.log, CLONED)
+        steps = {f"{CLONED}{key}": value for key, value in clone(session, adapter, algo.bc, prefixed).items()}
+        session.phases.end("clone")
+        session.cloned = session.evaluate("Cloned")
+        steps |= session.cloned.metrics("eval_cloned")
+        session.phases.end("evaluate_cloned")
+    if isinstance(algo, SB3AlgoOptions):
+        return steps | learn_sb3(session, algo, tracker)
+    assert isinstance(algo, ReplayAlgoOptions)
+    return steps | learn(session, adapter, algo, tracker)
+
+
+def _prefixed(log: Log, prefix: str) -> Log:
+    return lambda metrics, step: log({prefix + key: value for key, value in metrics.items()}, step)
+
+
+def clone(session: Session, adapter: AttachedAdapter, algo: BCOptionsGroup, log: Log) -> dict[str, float]:
+    """Behaviour cloning of the demonstrations."""
+    config, policy = session.config, session.policy
+    assert session.sampler is not None
+    draw = ShardedSampler(session.sampler, ProcessGroup.current())
+    with training_progress(algo.updates) as bar, prefetching(draw, policy.device) as ahead:
+        counters = train_bc(
+            policy,
+            ahead,
+            bc_options(algo, config.eval.every, config.checkpoint.every),
+            log=bar.also(log),
+            evaluate=session.look,
+            checkpoint_dir=session.checkpoint_dir,
+            extension=adapter.extension,
+        )
+    return {"updates": counters.update, "seconds_per_update": counters.seconds / max(1, counters.update)}
+
+
+def learn(session: Session, adapter: AttachedAdapter, algo: ReplayAlgoOptions, tracker: Tracker) -> dict[str, float]:
+    """Act and learn by turns."""
+    policy, spec = session.policy, session.spec
+    if policy.network.log_std_head is not None:
+        policy.network.log_std_head.requires_grad_(True)
+    replay = make_replay(session, algo)
+    algorithm = make_algorithm(session, adapter, algo)
+    vec_env = online_envs(session, algo)
+    try:
+        with training_progress(algo.env_steps, "env steps") as bar:
+            counters = train_online(
+                algorithm,
+                replay,
+                TaskEnvs(vec_env, spec.env_id, spec.reports_success),
+                online_options(session, algo),
+                log=bar.also(tracker.log),
+                evaluate=session.look,
+                refresh=make_refresh(session, adapter, algo, algorithm, replay),
+                checkpoint_dir=session.checkpoint_dir / "online",
+            )
+    finally:
+        close_vec_env(vec_env)
+    best = {"best_step": counters.best_step} if algo.keep_best else {}
+    return {"updates": counters.update, "env_steps": counters.env_steps, "episodes": counters.episodes, **best}
+
+
+def learn_sb3(session: Session, algo: SB3AlgoOptions, tracker: Tracker) -> dict[str, float]:
+    """Let Stable-Baselines3 train the policy's network."""
+    from eva_rl.training.sb3 import SB3Options, make_model, train_sb3
+
+    vec_env = online_envs(session, algo)
+    seed = session.config.seed
+    options = _pick(SB3Options, algo, seed=seed, first_episode=episode_seeds(ONLINE, seed))
+    spec = session.spec
+    task = TaskEnvs(vec_env, spec.env_id, spec.reports_success)
+    try:
+        model = make_model(algo.name.removeprefix(BC_FIRST), session.policy, task, options)
+        with training_progress(algo.env_steps, "env steps") as bar:
+            steps = train_sb3(
+                model,
+                options,
+                log=bar.also(tracker.log),
+                evaluate=session.look,
+                checkpoint_dir=session.checkpoint_dir / "online",
+            )
+        write_file(session.run_dir / "sb3.zip", lambda aside: _save_model(model, aside))
+    finally:
+        close_vec_env(vec_env)
+    return dict(steps)
+
+
+def _save_model(model: Any, path: Path) -> None:
+    with path.open("wb") as file:  # by name, it would add a suffix
+        model.save(file)
+
+
+def make_replay(session: Session, algo: ReplayAlgoOptions) -> TrajectoryReplay:
+    """A replay that holds the demonstrations, the best last, as many as fit."""
+    policy = session.policy
+    folder = session.run_dir / "replay" if algo.replay_on_disk else None
+    discount = algo.discount if isinstance(algo, ODTTD3AlgoOptions) else 1.0
+    replay = TrajectoryReplay(algo.replay_size, policy.observation_dim, policy.action_dim, folder, discount=discount)
+    if session.data is not None:
+        asked = policy.conditioning.of(session.spec.env_id)
+        order = session.data.returns.argsort(kind="stable")
+        replay.extend((session.data.episode(int(index)) for index in order), asked)
+    return replay
+
+
+def make_algorithm(session: Session, adapter: AttachedAdapter, algo: ReplayAlgoOptions) -> Learner:
+    """The algorithm of the options, on the session's policy."""
+    policy, seed, extension = session.policy, session.config.seed, adapter.extension
+    if isinstance(algo, ODTTD3AlgoOptions):
+        return TD3DecisionTransformer(policy, _pick(TD3Options, algo), seed=seed, extension=extension)
+    assert isinstance(algo, ODTAlgoOptions)
+    return OnlineDecisionTransformer(policy, _pick(ODTOptions, algo), seed=seed, extension=extension)
+
+
+def make_refresh(
+    session: Session, adapter: AttachedAdapter, algo: ReplayAlgoOptions, learner: Learner, replay: TrajectoryReplay
+) -> Callable[[int], Mapping[str, float]] | None:
+    """What looks whether the activations moved and aims unused directions anew; None where it was not asked for."""
+    if not algo.refresh_every:
+        return None
+    model, first = adapter.model, adapter.eva
+    assert model is not None
+    assert first is not None
+    policy, options, names = session.policy, session.config.adapter, list(first.layers)
+    rank = max(layer.rank for layer in first.layers.values())
+
+    def refresh(update: int) -> Mapping[str, float]:
+        rng, _ = draws(session.config.seed, update)
+        recent = (
+            replay.sample(options.eva.batch_size, rng, learner.context_length, learner.scaling).to(policy.device)
+            for _ in count()
+        )
+        found = measure(policy, names, recent, None, max_batches=options.eva.max_batches, rank=rank, tau=options.tau)
+        done = refresh_directions(model, found, algo.refresh_below)
+        learner.forget(done.changed)
+        return done.metrics()
+
+    return refresh
+
+
+def online_envs(session: Session, algo: OnlineAlgoOptions) -> VecEnv:
+    """Environments to act in while learning."""
+    config = session.config
+    return make_vec_env(
+        session.spec.env_id, algo.num_envs, horizon=config.env.horizon, workers=algo.workers * algo.num_envs
+    )
+
+
+def online_options(session: Session, algo: ReplayAlgoOptions) -> OnlineOptions:
+    """Options of the loop."""
+    seed = session.config.seed
+    options: OnlineOptions = _pick(OnlineOptions, algo, seed=seed, first_episode=episode_seeds(ONLINE, seed))
+    return options
+
+
+def _pick(kind: type[Any], algo: OnlineAlgoOptions, **others: Any) -> Any:
+    """The options of a loop that the config group has, under the names they share."""
+    given: Mapping[str, Any] = asdict(algo) | others
+    return kind(**{f.name: given[f.name] for f in fields(kind) if f.name in given})

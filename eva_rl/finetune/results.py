@@ -1,0 +1,185 @@
+"""What a fine-tuning run leaves behind: its report, its policy folder, its summary, and the table at the end."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.table import Table
+
+from eva_rl.adapters import AttachedAdapter, adapter_bytes, count_parameters, save_adapted_policy
+from eva_rl.adapters.model_card import card_facts, model_card
+from eva_rl.cli.console import console
+from eva_rl.cli.run_dir import write_summary
+from eva_rl.data import Trajectories
+from eva_rl.distributed import ProcessGroup
+from eva_rl.eva import EvaResult
+from eva_rl.files import write_json
+from eva_rl.finetune.adapter import listened_to
+from eva_rl.finetune.session import Session
+from eva_rl.rollouts.evaluation import EvaluationResult
+from eva_rl.rollouts.video import Clip, record_clip, side_by_side, write_video
+from eva_rl.tracking import Tracker
+from eva_rl.tracking.figures import action_figure, rank_figure, spectrum_figure
+
+if TYPE_CHECKING:
+    from eva_rl.finetune.session import Session
+
+
+DASHBOARD = "#custom_scalars&_smoothingWeight=0"
+"""The page of TensorBoard to begin with; its smoothing would bend curves of a few points."""
+
+
+FRAMES = 100
+"""Frames of a film, about."""
+
+
+def report_eva(session: Session, result: EvaResult, tracker: Tracker) -> None:
+    """Write ``eva_report.json``, and show spectra and ranks."""
+    origin: dict[str, Any] = {"listened_to": listened_to(session.config, session.data is not None)}
+    if session.data is not None:
+        origin |= {"source": session.data.source, "hash": session.data.content_hash}
+    write_json(session.run_dir / "eva_report.json", {"data": origin, **result.to_report()})
+    tracker.log(_eva_metrics(result), 0)
+    spectra = {name: layer.explained_variance_ratio.tolist() for name, layer in result.layers.items()}
+    tracker.figure("eva/spectrum", spectrum_figure(spectra), 0)
+    tracker.figure("eva/ranks", rank_figure({name: layer.rank for name, layer in result.layers.items()}), 0)
+
+
+def _eva_metrics(result: EvaResult) -> dict[str, float]:
+    layers = result.layers.values()
+    agreements = [layer.split_half_agreement for layer in layers if not math.isnan(layer.split_half_agreement)]
+    return {
+        "eva/explained_variance": sum(layer.explained_variance for layer in layers) / len(layers),
+        "eva/rows": result.rows,
+        "time/eva_seconds": result.seconds,
+        **({"eva/agreement_min": min(agreements)} if agreements else {}),
+    }
+
+
+def finish(
+    session: Session,
+    adapter: AttachedAdapter,
+    results: tuple[EvaluationResult, EvaluationResult],
+    steps: Mapping[str, float],
+) -> None:
+    """Write the policy folder and the summary, and show where everything lies.
+
+    Args:
+        session: The run.
+        adapter: What was trained.
+        results: Before and after.
+        steps: ``updates``, and ``env_steps`` of an online run; and what they cost.
+    """
+    before, after = results
+    policy, run_dir = session.policy, session.run_dir
+    summary = _summary(session, results) | dict(steps) | {"seconds": session.phases.seconds}
+    policy.env_id = after.env_id
+    policy.metadata |= {"finetuned_on": after.env_id, "method": summary["method"], "protocol": after.protocol}
+    policy.metadata["finetuning"] = card_facts(summary)
+    card = model_card(summary, "full" if adapter.model is None else "adapter")
+    save_adapted_policy(run_dir / "policy", policy, adapter, card)
+    summary["adapter_bytes"] = adapter_bytes(run_dir / "policy") or 4 * summary["trainable_parameters"]
+    looks = {"before": before, **({"cloned": session.cloned} if session.cloned else {}), "after": after}
+    write_json(run_dir / "evaluation.json", {name: result.record() for name, result in looks.items()})
+    write_summary(run_dir, summary)
+    show(run_dir, summary, looks)
+
+
+def _summary(session: Session, results: tuple[EvaluationResult, EvaluationResult]) -> dict[str, Any]:
+    config, (before, after) = session.config, results
+    return {
+        "env": after.env_id,
+        "method": config.adapter.method,
+        "algo": config.algo.name,
+        "seed": config.seed,
+        "policy": session.policy_name,
+        "target_return": session.policy.conditioning.of(after.env_id),
+        "protocol": after.protocol,
+        **before.metrics("eval_before"),
+        **after.metrics("eval"),
+        **count_parameters(session.policy.network),
+        "data": None if session.data is None else _about(session.data),
+    }
+
+
+def _about(data: Trajectories) -> dict[str, Any]:
+    return {
+        "source": data.source,
+        "hash": data.content_hash,
+        "episodes": data.num_episodes,
+        "steps": data.num_steps,
+        "mean_return": float(data.returns.mean()),
+    }
+
+
+def show(run_dir: Path, summary: dict[str, Any], looks: Mapping[str, EvaluationResult]) -> None:
+    """The table at the end, with a column for each evaluation."""
+    after = looks["after"]
+    table = Table(title=f"{summary['env']}, {summary['method']}: {len(after.episodes)} held-out episodes")
+    for column in ("", *looks):
+        table.add_column(column)
+    if after.reports_success:
+        intervals = [(result.success_rate, *result.success_interval()) for result in looks.values()]
+        table.add_row(
+            "success rate [95% interval]", *(f"{x:.2f}  [{low:.2f}, {high:.2f}]" for x, low, high in intervals)
+        )
+    table.add_row("mean return", *(f"{result.mean_reward:.1f}" for result in looks.values()))
+    console.print(table)
+    trainable, total = summary["trainable_parameters"], summary["total_parameters"]
+    seconds = ", ".join(f"{name} {value:.0f}" for name, value in summary["seconds"].items())
+    console.print(f"Trained {trainable:,} of {total:,} parameters. Seconds: {seconds}.")
+    console.print(f"Protocol: {summary['protocol']}.", soft_wrap=True)
+    console.print(
+        f"Policy:      {run_dir / 'policy'}\n"
+        f"TensorBoard: tensorboard --logdir {run_dir / 'tb'}, then http://localhost:6006/{DASHBOARD}",
+        soft_wrap=True,
+    )
+
+
+@dataclass(frozen=True)
+class Look:
+    """How the policy acts.
+
+    Attributes:
+        actions: (N, act), of the last evaluation (in a run of several processes: the first one's part).
+        clip: One episode, where ``video=true`` asks for it.
+    """
+
+    actions: NDArray[np.float32]
+    clip: Clip | None
+
+
+def look_at(session: Session) -> Look:
+    """Look at the policy after an evaluation; films an episode where asked to.
+
+    Raises:
+        UserError: There is no renderer on this machine.
+    """
+    config, actions = session.config, session.actor.actions
+    if not config.video or not ProcessGroup.current().is_main:
+        return Look(actions, None)
+    every = max(2, session.spec.horizon // FRAMES)
+    clip = record_clip(session.policy, config.env.id, seed=config.eval.seed, horizon=config.env.horizon, every=every)
+    return Look(actions, clip)
+
+
+def compare_looks(session: Session, tracker: Tracker, before: Look, after: Look) -> None:
+    """Show two looks: histograms of each number of an action, and the films side by side."""
+    last = session.config.algo.final_step
+    for index in range(before.actions.shape[1]):
+        for look, step in ((before, 0), (after, last)):
+            tracker.histogram(f"eval/action_{index}", look.actions[:, index], step)
+    tracker.figure("eval/actions", action_figure(before.actions, after.actions), last)
+    if before.clip is None or after.clip is None:
+        return
+    frames = side_by_side(before.clip.captioned("before"), after.clip.captioned("after"))
+    path = session.run_dir / "videos" / f"{session.spec.env_id.replace('/', '-')}.gif"
+    for written in write_video(path, frames):
+        console.print(f"Video:       {written}", soft_wrap=True)
+    tracker.video("eval/before_and_after", path, last)

@@ -1,0 +1,182 @@
+"""What a fine-tuning run works on: the task, the policy, the demonstrations, the held-out episodes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from stable_baselines3.common.vec_env import VecEnv
+
+from eva_rl.adapters import GRADIENTS, find_method
+from eva_rl.agents import DecisionTransformerPolicy
+from eva_rl.agents.stochastic import make_stochastic
+from eva_rl.cli.console import counting_progress
+from eva_rl.cli.loading import AUTO, EXPERT, NONE, load_task_data, open_policy, resolve_policy
+from eva_rl.cli.profiling import Phases
+from eva_rl.cli.run_dir import open_run, prepare_machine
+from eva_rl.cli.saving import data_references
+from eva_rl.configs.algorithms import ODTAlgoOptions, OnlineAlgoOptions, check_method
+from eva_rl.configs.finetune import FinetuneConfig
+from eva_rl.data import Trajectories, WindowSampler
+from eva_rl.data.selection import sampling_weights, target_return
+from eva_rl.distributed import ProcessGroup
+from eva_rl.envs import EnvSpec, env_spec
+from eva_rl.errors import UserError
+from eva_rl.finetune.adapter import check_adapter, listened_to
+from eva_rl.rollouts.evaluation import EvaluationResult, evaluate_policy, evaluate_together, shared_envs
+from eva_rl.rollouts.recorder import ActionRecorder
+from eva_rl.seeding import VALIDATION
+
+
+@dataclass
+class Session:
+    """Everything that the phases of a run share.
+
+    Attributes:
+        config: As it was given.
+        spec: The task.
+        policy: What is fine-tuned.
+        policy_name: Where it came from.
+        run_dir: Where everything goes.
+        data: Demonstrations, or None.
+        sampler: Windows of the demonstrations, or None.
+        vec_env: Environments of the held-out episodes.
+        phases: Seconds spent.
+        cloned: The held-out evaluation between cloning and learning online; None where there is no such point.
+    """
+
+    config: FinetuneConfig
+    spec: EnvSpec
+    policy: DecisionTransformerPolicy
+    policy_name: str
+    run_dir: Path
+    data: Trajectories | None
+    sampler: WindowSampler | None
+    vec_env: VecEnv
+    phases: Phases
+    cloned: EvaluationResult | None = None
+
+    def __post_init__(self) -> None:
+        self.actor = ActionRecorder(self.policy)
+
+    @property
+    def checkpoint_dir(self) -> Path:
+        """Where checkpoints go."""
+        return self.run_dir / "checkpoint"
+
+    @property
+    def play(self) -> Callable[..., EvaluationResult]:
+        """Evaluates the policy on this run's task; takes the other arguments of :func:`evaluate_policy`."""
+        config = self.config
+        play = partial(
+            evaluate_policy,
+            self.actor,
+            config.env.id,
+            horizon=config.env.horizon,
+            seed=config.eval.seed,
+            references=None if self.data is None else data_references(self.data),
+            vec_env=self.vec_env,
+        )
+        return partial(evaluate_together, ProcessGroup.current(), play)
+
+    def evaluate(self, name: str) -> EvaluationResult:
+        """The held-out evaluation, behind a progress bar."""
+        episodes = self.config.eval.episodes
+        with counting_progress(f"{name:8s}", ProcessGroup.current().local_count(episodes)) as advance:
+            return self.play(episodes=episodes, on_episode=advance)
+
+    def look(self, _: int = 0) -> dict[str, float]:
+        """A quick look at validation episodes, which no report sees."""
+        found = self.play(episodes=self.config.eval.quick_episodes, purpose=VALIDATION)
+        return found.metrics("validation")
+
+    def close(self) -> None:
+        """Close the environments."""
+        self.vec_env.close()
+
+
+def open_session(config: FinetuneConfig) -> Session:
+    """Check everything that can be checked before anything is computed, then load or collect.
+
+    Raises:
+        UserError: The policy, the task, the data, the adapter or the algorithm do not fit each other.
+    """
+    phases = Phases()
+    device = prepare_machine(config)
+    process_group = ProcessGroup.current()
+    if process_group.world_size > 1 and isinstance(config.algo, OnlineAlgoOptions):
+        raise UserError(
+            f"algo={config.algo.name} learns in one process; this run has {process_group.world_size}. Start it "
+            "without torchrun, or use algo=bc."
+        )
+    spec = env_spec(config.env.id, config.env.horizon)
+    named = resolve_policy(config.policy, spec.env_id)
+    policy = open_policy(named, device, merge=True)
+    policy.check_dimensions(spec.observation_dim, spec.action_dim, spec.env_id)
+    check_adapter(policy, config.adapter)
+    if isinstance(config.algo, ODTAlgoOptions):
+        make_stochastic(policy, config.algo.initial_std)
+    source = data_source(config)
+    check_method(config.algo, find_method(config.adapter.method))
+    _check_activations(config, source != NONE)
+    run_dir = open_run("finetune", config)
+    data = None
+    if source != NONE:
+        options = replace(config.data, source=source)
+        with process_group.main_process_first():
+            data = load_task_data(spec.env_id, options, run_dir / "data", config.env.horizon)
+        policy.check_dimensions(data.observation_dim, data.action_dim, data.source)
+    _ask(policy, config, data, spec.env_id)
+    sampler = None if data is None else make_sampler(policy, data, config)
+    vec_env = shared_envs(process_group, spec.env_id, config.eval.episodes, config.env.horizon)
+    phases.end("data")
+    return Session(config, spec, policy, named.path, run_dir, data, sampler, vec_env, phases)
+
+
+def _check_activations(config: FinetuneConfig, has_data: bool) -> None:
+    method = find_method(config.adapter.method)
+    if method.needs:
+        listened_to(config, has_data)
+    if method.needs == GRADIENTS and not has_data:
+        raise UserError(
+            f"adapter={method.name} starts from the gradient of cloning, and there is nothing to clone. Name "
+            "demonstrations with data=, or use adapter=eva."
+        )
+
+
+def data_source(config: FinetuneConfig) -> str:
+    """The source of demonstrations, with ``auto`` resolved.
+
+    Raises:
+        UserError: The algorithm clones, and there is nothing to clone.
+    """
+    clones = not isinstance(config.algo, OnlineAlgoOptions) or config.algo.bc.updates > 0
+    if config.data.source == AUTO:
+        return EXPERT if clones else NONE
+    if config.data.source == NONE and clones:
+        raise UserError(
+            f"algo={config.algo.name} clones demonstrations, data=none gives it none. Name some with data=, or use an "
+            "algorithm that does without: algo=odt_td3."
+        )
+    return config.data.source
+
+
+def _ask(policy: DecisionTransformerPolicy, config: FinetuneConfig, data: Trajectories | None, env_id: str) -> None:
+    """Decide on the return to ask for: the user's, the demonstrations', or the policy's own."""
+    asked = config.policy.target_return
+    if asked is None and data is not None:
+        asked = target_return(data)
+    policy.with_target(policy.conditioning.of(env_id) if asked is None else asked, env_id)
+
+
+def make_sampler(policy: DecisionTransformerPolicy, data: Trajectories, config: FinetuneConfig) -> WindowSampler:
+    """Windows as the policy sees them, in an order that the seed decides."""
+    return WindowSampler(
+        data,
+        policy.network.config.context_length,
+        policy.scaling,
+        seed=config.seed,
+        weights=sampling_weights(data, config.data.after_success, config.data.weight_by),
+    )

@@ -1,0 +1,1 @@
+"""Many runs: local processes, Ray, Slurm, and sweeps over them."""

@@ -1,0 +1,173 @@
+"""Runs started side by side: in processes here, on a Ray cluster, or by Slurm; unfinished ones are started again."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+from eva_rl.options import between, one_of, option
+
+LOCAL, RAY, SLURM = LAUNCHERS = ("local", "ray", "slurm")
+CLUSTERS = ("slurm", "local", "debug")
+POLL_SECONDS, PATIENCE_SECONDS = 0.2, 15.0
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
+
+@dataclass
+class LaunchOptions:
+    """How many runs are started."""
+
+    launcher: str = option(LOCAL, "local processes, a ray cluster, or slurm")
+    jobs: int = option(0, "local: runs at once; 0 for as many as there are cores for")
+    threads: int = option(1, "CPU threads of each run")
+    retries: int = option(1, "further attempts at a run that failed")
+    cpus_per_run: float = option(0, "ray, slurm: CPUs that each run asks for; 0 takes threads=")
+    gpus_per_run: float = option(0, "ray, slurm: GPUs that each run asks for; Ray takes fractions")
+    address: str = option("", "ray: auto or ray://HOST:PORT for a cluster that is up; empty starts one here")
+    partition: str = option("", "slurm: partition")
+    hours: float = option(24, "slurm: time limit of a run, which continues in another job if it needs more")
+    cluster: str = option(SLURM, "submitit's cluster: slurm, or local and debug for a try without one")
+
+    def __post_init__(self) -> None:
+        one_of(LAUNCHERS, launcher=self.launcher)
+        one_of(CLUSTERS, cluster=self.cluster)
+        between(0, 4096, jobs=self.jobs, cpus_per_run=self.cpus_per_run, gpus_per_run=self.gpus_per_run)
+        between(1, 4096, threads=self.threads)
+        between(0, 100, retries=self.retries)
+        between(0.01, 10_000, hours=self.hours)
+
+    @property
+    def cpus(self) -> float:
+        """CPUs of a run."""
+        return self.cpus_per_run or self.threads
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run, as a command that continues where it was interrupted.
+
+    Attributes:
+        name: For people.
+        command: What comes after ``python -m``.
+        log: Where it speaks; appended to.
+        done: A file that exists once it has ended well.
+        threads: CPU threads.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    log: Path
+    done: Path
+    threads: int = 1
+
+    def start(self) -> Running | None:
+        """Start the run in a process of its own; None while one of an earlier launch still works on it.
+
+        The process holds a lock for as long as it lives, also where whoever started it was killed.
+        """
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        with self.log.with_suffix(".lock").open("ab") as lock, self.log.open("ab") as log:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return None
+            if self.done.exists():
+                return Ended()
+            return Process(self._popen(log, lock.fileno()))
+
+    def _popen(self, log: IO[bytes], lock: int) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            [sys.executable, "-m", *self.command],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env={**os.environ, **dict.fromkeys(THREAD_VARIABLES, str(self.threads))},
+            start_new_session=True,
+            pass_fds=(lock,),
+        )
+
+    def __call__(self) -> int:
+        """Run to the end, on whatever machine this is; returns the exit status."""
+        process = self.start()
+        while process is None:
+            time.sleep(POLL_SECONDS)
+            process = self.start()
+        try:
+            while (status := process.poll()) is None:
+                time.sleep(POLL_SECONDS)
+            return status
+        finally:
+            process.stop()
+
+    def checkpoint(self) -> Any:
+        """What submitit submits when the time is up: the same again, which continues."""
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self)
+
+
+class Running(Protocol):
+    """A run under way."""
+
+    def poll(self) -> int | None:
+        """Exit status, None while it runs."""
+
+    def stop(self) -> None:
+        """End it, so that it can be continued; nothing where it has ended."""
+
+
+class Launcher(Protocol):
+    """Starts runs."""
+
+    capacity: int
+    """Runs that may be started before one has ended."""
+
+    def start(self, job: Job) -> Running | None:
+        """Start a run; None where it cannot start yet."""
+
+    def close(self) -> None:
+        """Give back what was taken."""
+
+
+class Process:
+    """A run in a process here, with whatever it starts."""
+
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        self._process = process
+
+    def poll(self) -> int | None:
+        """Exit status, None while it runs."""
+        return self._process.poll()
+
+    def stop(self) -> None:
+        """Interrupt it, and kill it if that is not enough."""
+        if self._process.poll() is not None:
+            return
+        self._signal(signal.SIGINT)
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(PATIENCE_SECONDS)
+        self._signal(signal.SIGKILL)
+        self._process.wait()
+
+    def _signal(self, number: signal.Signals) -> None:
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, number)
+
+
+class Ended:
+    """A run that has ended well already."""
+
+    def poll(self) -> int:
+        """Exit status."""
+        return 0
+
+    def stop(self) -> None:
+        """Nothing runs."""

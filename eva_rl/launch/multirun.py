@@ -1,0 +1,100 @@
+"""``--multirun``: one run for each combination of values, by Hydra's grammar, through our launchers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, ValueType
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from eva_rl.cli.console import console
+from eva_rl.cli.parsing import parse
+from eva_rl.cli.run_dir import SUMMARY_FILE
+from eva_rl.errors import UserError
+from eva_rl.launch.jobs import Job, LaunchOptions
+from eva_rl.launch.launching import launch, list_failed
+
+OPTIONS = "multirun."
+
+
+def multirun(name: str, typed: Sequence[str]) -> None:
+    """Run a command once for each combination.
+
+    Args:
+        name: The command.
+        typed: Overrides, some with several values: ``env=push-v3,reach-v3``, ``seed=range(0,3)``; ``run_dir=`` names
+            the folder of all, ``multirun.KEY=`` the launcher's options: ``multirun.launcher=ray``, ``multirun.jobs=2``.
+
+    Raises:
+        UserError: A combination that the command does not take, before any has started; or some failed.
+    """
+    options = launch_options([word.removeprefix(OPTIONS) for word in typed if word.startswith(OPTIONS)])
+    words = [word for word in typed if not word.startswith((OPTIONS, "run_dir="))]
+    given = [word.removeprefix("run_dir=") for word in typed if word.startswith("run_dir=")]
+    root = Path(given[-1] if given else f"runs/multirun-{time.strftime('%Y%m%d-%H%M%S')}").expanduser().resolve()
+    jobs = [_job(name, fixed, swept, root, options) for fixed, swept in combinations(words)]
+    left = [job for job in jobs if not job.done.exists()]
+    console.print(f"{len(jobs)} runs, {len(jobs) - len(left)} of them finished before. {root}", soft_wrap=True)
+    failed = launch(left, len(jobs) - len(left), options, root / "logs" / "launcher")
+    list_failed(failed)
+    if failed:
+        raise UserError(f"{len(failed)} of {len(jobs)} runs failed. Continue with run_dir={root}.")
+    console.print(f"Compare them: python -m eva_rl.report {root}", soft_wrap=True)
+
+
+def launch_options(typed: Sequence[str]) -> LaunchOptions:
+    """Options of the launcher.
+
+    Raises:
+        UserError: An unknown key or value.
+    """
+    try:
+        options = OmegaConf.merge(OmegaConf.structured(LaunchOptions), OmegaConf.from_dotlist(list(typed)))
+        found = OmegaConf.to_object(options)
+    except OmegaConfBaseException as error:
+        raise UserError(f"multirun: {str(error).splitlines()[0]}. Keys: {', '.join(vars(LaunchOptions()))}.") from error
+    assert isinstance(found, LaunchOptions)
+    return found
+
+
+def combinations(words: Sequence[str]) -> list[tuple[list[str], list[str]]]:
+    """Overrides with one value each, and one value of each that has several, for each combination.
+
+    Raises:
+        UserError: A kind of sweep that does not list its values.
+    """
+    parsed = [(word, _parsed(word)) for word in words]
+    sweeps = [override for _, override in parsed if override is not None and override.is_sweep_override()]
+    fixed = [word for word, override in parsed if override is None or not override.is_sweep_override()]
+    if any(override.value_type is ValueType.GLOB_CHOICE_SWEEP for override in sweeps):
+        raise UserError("--multirun: glob() has nothing to look in here. List the values: env=push-v3,reach-v3.")
+    try:
+        (batch,) = BasicSweeper.split_arguments(sweeps, None)
+    except HydraException as error:
+        raise UserError(f"--multirun: {error}. List the values: seed=0,1,2 or seed=range(0,3).") from error
+    return [(fixed, list(swept)) for swept in batch]
+
+
+def _parsed(word: str) -> Override | None:
+    """An override, or None where Hydra's grammar does not take it: a value of ours, such as a path."""
+    try:
+        return OverridesParser.create().parse_override(word)
+    except HydraException:  # the grammar's listener raises the base class
+        return None
+
+
+def _job(name: str, fixed: Sequence[str], swept: Sequence[str], root: Path, options: LaunchOptions) -> Job:
+    """The job of one combination, checked."""
+    label = ",".join(swept).replace("/", "-") or "run"
+    run_dir = str(root / label).replace("\\", "\\\\").replace("'", "\\'")
+    threads = [] if any(word.startswith("threads=") for word in fixed) else [f"threads={options.threads}"]
+    overrides = [*fixed, *swept, *threads, f"run_dir='{run_dir}'"]
+    parse(name, overrides)
+    log = root / "logs" / f"{label}.log"
+    return Job(label, (f"eva_rl.{name}", *overrides), log, root / label / SUMMARY_FILE, options.threads)

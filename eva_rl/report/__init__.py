@@ -1,0 +1,1 @@
+"""``python -m eva_rl.report``: compare runs, with sound statistics."""

@@ -1,0 +1,231 @@
+"""``python -m eva_rl.report``: what the runs of several methods, tasks and seeds say, and what they do not."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from rich.markup import escape
+
+from eva_rl.cli.command import run_command
+from eva_rl.cli.console import console
+from eva_rl.cli.parsing import register
+from eva_rl.errors import UserError
+from eva_rl.files import write_file
+from eva_rl.options import between, option, positive
+from eva_rl.report.cautions import warnings_of
+from eva_rl.report.comparison import Analysis, Resampling, analyse
+from eva_rl.report.curves import AXES, Curve, curves_of
+from eva_rl.report.figures import (
+    aggregate_figure,
+    curve_figure,
+    improvement_figure,
+    picture,
+    profile_figure,
+    style,
+    task_figure,
+)
+from eva_rl.report.methods import make_families
+from eva_rl.report.page import Picture, Section, markdown, page, terminal_table
+from eva_rl.report.runs import Problem, Run, find_runs, read_runs
+from eva_rl.report.tables import (
+    CSV_COLUMNS,
+    Table,
+    aggregate_table,
+    comparison_table,
+    cost_table,
+    records,
+    run_table,
+    task_table,
+    write_csv,
+)
+from eva_rl.seeding import MAX_SEED
+
+HELP = """
+Compare methods from their finished runs: interquartile means with intervals, paired tests, profiles, learning curves,
+cost; a warning where the data cannot tell methods apart. Writes report.html, report.md, report.csv and figures/.
+
+Examples:
+  python -m eva_rl.report runs/eva-0 runs/eva-1 runs/lora-0 runs/lora-1 out=report
+  python -m eva_rl.report 'runs/push-*' out=report
+  python -m eva_rl.report out/cw10
+"""
+PAGE, TEXT, CSV = "report.html", "report.md", "report.csv"
+RUN_COLUMNS = ("method", "task", "seed", "score", "value", "before", "folder")
+CURVE_COLUMNS = ("score", "axis", "method", "place", "value", "low", "high")
+
+
+@dataclass
+class ReportConfig:
+    """Config of ``python -m eva_rl.report``."""
+
+    runs: list[str] = field(
+        default_factory=list,
+        metadata={"help": "run directories, folders that hold some, or patterns; no key is needed"},
+    )
+    out: str = option("report", "folder for the report; an earlier report there is replaced")
+    title: str = option("Comparison of fine-tuning methods", "heading")
+    replicates: int = option(2_000, "bootstrap resamples")
+    confidence: float = option(0.95, "of the intervals")
+    seed: int = option(0, "of the resampling")
+
+    def __post_init__(self) -> None:
+        positive(replicates=self.replicates)
+        between(0.5, 0.999, confidence=self.confidence)
+        between(0, MAX_SEED, seed=self.seed)
+
+
+def arguments(typed: Sequence[str]) -> list[str]:
+    """Overrides, from what was typed: whatever is no ``KEY=VALUE`` and no flag names runs."""
+    overrides = [word for word in typed if re.match(r"(-|[+~]?\w[\w.]*=)", word)]
+    places = [word for word in typed if word not in overrides]
+    quoted = ",".join("'" + place.replace("\\", "\\\\").replace("'", "\\'") + "'" for place in places)
+    return [*overrides, f"runs=[{quoted}]"] if places else overrides
+
+
+register("report", ReportConfig, {}, arguments)
+
+
+def report(config: ReportConfig) -> None:
+    """Read, compute, write, show."""
+    if not config.runs:
+        raise UserError(
+            "No runs. Name run directories, or a folder that holds some: python -m eva_rl.report runs out=report"
+        )
+    out = check_out(config.out)
+    runs, problems = read_runs(find_runs(config.runs))
+    if not runs:
+        reasons = "; ".join(f"{p.folder}: {p.kind}, {p.reason}" for p in problems[:3])
+        raise UserError(f"None of {len(problems)} runs is finished and sound ({reasons}). Continue them first.")
+    resampling = Resampling(config.replicates, config.confidence, config.seed)
+    families = [analyse(family, resampling) for family in make_families(runs)]
+    curves = [curves_of(analysis.family, resampling) for analysis in families]
+    with style():
+        sections = [s for pair in zip(families, curves, strict=True) for s in sections_of(*pair, problems)]
+        sections.append(runs_section(families, problems))
+        write(out, config.title, lead(runs, config), sections)
+    write_csv(out / CSV, CSV_COLUMNS, [row for analysis in families for row in records(analysis)])
+    write_csv(out / "runs.csv", RUN_COLUMNS, [row for analysis in families for row in run_records(analysis)])
+    write_csv(out / "curves.csv", CURVE_COLUMNS, list(curve_records(families, curves)))
+    show(out, families, problems)
+
+
+def check_out(name: str) -> Path:
+    """The folder of the report.
+
+    Raises:
+        UserError: It holds something else.
+    """
+    out = Path(name).expanduser()
+    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (out / CSV).exists()):
+        raise UserError(f"out={name} holds something other than a report. Name another folder.")
+    return out
+
+
+def lead(runs: Sequence[Run], config: ReportConfig) -> str:
+    """One line on what was compared, and how."""
+    tasks, seeds = {run.task for run in runs}, {run.seed for run in runs}
+    policies = ", ".join(sorted({str(run.summary.get("policy")) for run in runs}))
+    return (
+        f"{len(runs)} finished runs, {len(tasks)} tasks, {len(seeds)} seeds, starting from {policies}. Intervals: "
+        f"{config.confidence:.0%}, {config.replicates} resamples, seed {config.seed}. Each row is a method at one rank "
+        "and one set of settings."
+    )
+
+
+def sections_of(analysis: Analysis, curves: dict[str, list[Curve]], problems: Sequence[Problem]) -> list[Section]:
+    """The sections on one family of tasks."""
+    name = re.sub(r"\W+", "-", analysis.family.title)
+    compared, several = bool(analysis.aggregates), len(analysis.comparisons) > 0
+    summary = (
+        [Picture(f"{name}-aggregates", "Aggregates with intervals", aggregate_figure(analysis))] if compared else []
+    )
+    pairs = (
+        [Picture(f"{name}-improvement", "Probability of improvement", improvement_figure(analysis))] if several else []
+    )
+    profile = [Picture(f"{name}-profile", "Performance profile", profile_figure(analysis))] if compared else []
+    learning = "Learning curves on validation episodes"
+    learned = [Picture(f"{name}-curves", learning, curve_figure(analysis, curves))] if curves else []
+    by_task = Picture(f"{name}-tasks", "Task by task; the line is the score before", task_figure(analysis))
+    found = [
+        Section(
+            analysis.family.title.capitalize(),
+            warnings=warnings_of(analysis, problems),
+            tables=[aggregate_table(analysis)] if compared else [],
+            pictures=summary,
+        ),
+        Section("Comparisons", tables=[comparison_table(analysis)] if several else [], pictures=[*pairs, *profile]),
+        Section("Tasks", tables=[task_table(analysis)], pictures=[by_task]),
+        Section("Learning curves", pictures=learned),
+        Section("Cost", tables=[cost_table(analysis.family)]),
+    ]
+    return [section for section in found if section.tables or section.pictures or section.warnings]
+
+
+def runs_section(families: Sequence[Analysis], problems: Sequence[Problem]) -> Section:
+    """What counts and what does not."""
+    rows = [[str(problem.folder), problem.kind, problem.reason] for problem in problems]
+    table = Table("Runs that do not count, or in part", ["folder", "", "why"], rows, words=True)
+    return Section(
+        "Runs",
+        text=[] if problems else ["All runs that were found are finished and sound."],
+        tables=[table] if problems else [],
+        folded=[run_table(analysis.family) for analysis in families],
+    )
+
+
+def write(out: Path, title: str, line: str, sections: Sequence[Section]) -> None:
+    """Write the page, the Markdown and the figures."""
+    for section in sections:
+        for shown in section.pictures:
+            for kind in ("png", "svg"):
+                content = picture(shown.figure, kind)
+                write_file(out / "figures" / f"{shown.name}.{kind}", partial(Path.write_bytes, data=content))
+    for name, text in ((TEXT, markdown(title, line, sections)), (PAGE, page(title, line, sections))):
+        write_file(out / name, partial(Path.write_text, data=text, encoding="utf-8"))
+
+
+def run_records(analysis: Analysis) -> Iterator[dict[str, object]]:
+    """Rows of ``runs.csv``."""
+    key = analysis.family.key
+    for method in analysis.family.methods:
+        for run in (run for own in method.runs.values() for run in own):
+            values = {"value": run.summary[f"eval/{key}"], "before": run.summary.get(f"eval_before/{key}")}
+            named = {"method": method.label, "task": run.task, "seed": run.seed, "folder": str(run.folder)}
+            yield named | {"score": analysis.family.title} | values
+
+
+def curve_records(
+    families: Sequence[Analysis], curves: Sequence[dict[str, list[Curve]]]
+) -> Iterator[dict[str, object]]:
+    """Rows of ``curves.csv``."""
+    for analysis, own in zip(families, curves, strict=True):
+        for axis, several in own.items():
+            for curve in several:
+                e = curve.estimate
+                for place, value, low, high in zip(curve.places, e.value, e.low, e.high, strict=True):
+                    named = {"score": analysis.family.title, "axis": AXES[axis], "method": curve.label}
+                    yield named | {"place": place, "value": value, "low": low, "high": high}
+
+
+def show(out: Path, families: Sequence[Analysis], problems: Sequence[Problem]) -> None:
+    """The tables at the end, and where everything lies."""
+    for analysis in families:
+        table = aggregate_table(analysis) if analysis.aggregates else task_table(analysis)
+        console.print(terminal_table(table))
+        for warning in warnings_of(analysis, problems):
+            colour = "bold red" if warning.grave else "yellow"
+            console.print(
+                f"[{colour}]{'Warning' if warning.grave else 'Note'}:[/] {escape(warning.text)}", soft_wrap=True
+            )
+    for problem in problems:
+        console.print(f"{problem.kind.capitalize()}: {escape(f'{problem.folder}: {problem.reason}')}", soft_wrap=True)
+    console.print(f"Report: {out / PAGE}  ({TEXT}, {CSV}, figures/ beside it)", soft_wrap=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command."""
+    return run_command("report", ReportConfig, report, HELP, argv)

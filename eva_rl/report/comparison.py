@@ -1,0 +1,193 @@
+"""What a report says of one family of tasks: aggregates, comparisons, profiles, curves, costs."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import combinations, pairwise
+from typing import Any
+
+import numpy as np
+
+from eva_rl.report import stats
+from eva_rl.report.methods import EPISODE_KEYS, Family, Method
+from eva_rl.report.stats.aggregates import Floats
+
+STATISTICS = {"IQM": stats.interquartile_mean, "mean": stats.mean, "median": stats.median}
+LEVEL = 0.05
+"""Corrected p values below this tell two methods apart."""
+THRESHOLDS = 101
+
+
+@dataclass(frozen=True)
+class Resampling:
+    """How intervals are made.
+
+    Attributes:
+        replicates: Bootstrap resamples.
+        confidence: Of the intervals.
+        seed: Of the resampling.
+    """
+
+    replicates: int = 2_000
+    confidence: float = 0.95
+    seed: int = 0
+
+    def __call__(self, statistic: Any, *groups: stats.Strata) -> stats.Estimate:
+        """A statistic with its interval."""
+        return stats.bootstrap(
+            statistic, *groups, seed=self.seed, replicates=self.replicates, confidence=self.confidence
+        )
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two methods on the tasks that all have.
+
+    Attributes:
+        first: Label.
+        second: Label.
+        improvement: Probability that a run of the first beats one of the second.
+        difference: First minus second, mean over tasks of pairs of runs with one seed.
+        pairs: Such pairs.
+        p_runs: Paired permutation test over those pairs: do the methods differ?
+        p_corrected: The same, corrected by Holm's method for the number of comparisons.
+        goals: Held-out goals that both met.
+        p_goals: Paired test over goals: do these trained policies differ?
+    """
+
+    first: str
+    second: str
+    improvement: stats.Estimate
+    difference: stats.Estimate | None
+    pairs: int
+    p_runs: float
+    p_corrected: float
+    goals: int
+    p_goals: float | None
+
+    @property
+    def told_apart(self) -> bool:
+        """Whether the data tell the methods apart."""
+        return self.p_corrected < LEVEL
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """Everything about a family of tasks.
+
+    Attributes:
+        family: The tasks and methods.
+        aggregates: By label, then by statistic.
+        comparisons: Of each pair of methods.
+        thresholds: Of the profiles, (K,).
+        profiles: By label: share of runs above each threshold, (K,).
+        tasks: By task, then label: the mean over runs.
+        before: By task: the mean score before fine-tuning, NaN where it is not known.
+    """
+
+    family: Family
+    aggregates: Mapping[str, Mapping[str, stats.Estimate]]
+    comparisons: Sequence[Comparison]
+    thresholds: Floats
+    profiles: Mapping[str, stats.Estimate]
+    tasks: Mapping[str, Mapping[str, stats.Estimate]]
+    before: Mapping[str, float]
+
+
+def analyse(family: Family, resampling: Resampling) -> Analysis:
+    """Compute it all."""
+    strata = {method.label: family.strata(method) for method in family.methods} if family.tasks else {}
+    thresholds = _thresholds(family, strata)
+    profile = partial(stats.performance_profile, thresholds=thresholds)
+    return Analysis(
+        family,
+        {label: {name: resampling(s, own) for name, s in STATISTICS.items()} for label, own in strata.items()},
+        compare_all(family, resampling) if strata else [],
+        thresholds,
+        {label: resampling(profile, own) for label, own in strata.items()},
+        {task: _task_means(family, task, resampling) for task in [*family.tasks, *family.partial]},
+        {task: _before(family, task) for task in [*family.tasks, *family.partial]},
+    )
+
+
+def _thresholds(family: Family, strata: Mapping[str, stats.Strata]) -> Floats:
+    if family.bounded or not strata:
+        return np.linspace(0, 1, THRESHOLDS)
+    scores = np.concatenate([runs for own in strata.values() for runs in own])
+    return np.linspace(scores.min(), scores.max(), THRESHOLDS)
+
+
+def _task_means(family: Family, task: str, resampling: Resampling) -> dict[str, stats.Estimate]:
+    present = [method for method in family.methods if task in method.runs]
+    return {method.label: resampling(stats.mean, [method.scores(task, family.key)]) for method in present}
+
+
+def _before(family: Family, task: str) -> float:
+    runs = [run for method in family.methods for run in method.runs.get(task, ())]
+    known = [run.summary[key] for run in runs if (key := f"eval_before/{family.key}") in run.summary]
+    return float(np.mean(known)) if known else float("nan")
+
+
+def compare_all(family: Family, resampling: Resampling) -> list[Comparison]:
+    """Compare each pair of methods, the better IQM first; p values are corrected for the number of pairs."""
+    ordered = sorted(family.methods, key=lambda method: -float(stats.interquartile_mean(family.strata(method))))
+    found = [_compare(family, first, second, resampling) for first, second in combinations(ordered, 2)]
+    corrected = stats.holm([parts["p_runs"] for parts in found])
+    return [Comparison(**parts, p_corrected=p) for parts, p in zip(found, corrected, strict=True)]
+
+
+def _compare(family: Family, first: Method, second: Method, resampling: Resampling) -> dict[str, Any]:
+    differences = [d for task in family.tasks if len(d := run_differences(family.key, task, first, second))]
+    goals = goal_differences(family, first, second)
+    return {
+        "first": first.label,
+        "second": second.label,
+        "improvement": resampling(stats.probability_of_improvement, family.strata(first), family.strata(second)),
+        "difference": resampling(stats.mean, differences) if differences else None,
+        "pairs": sum(map(len, differences)),
+        "p_runs": stats.sign_flip_test(np.concatenate(differences)) if differences else 1.0,
+        "goals": len(goals),
+        "p_goals": _test_goals(goals),
+    }
+
+
+def run_differences(key: str, task: str, first: Method, second: Method) -> Floats:
+    """First minus second, for each seed that both have on a task."""
+    scores = [
+        {run.seed: float(score) for run, score in zip(method.runs[task], method.scores(task, key), strict=True)}
+        for method in (first, second)
+    ]
+    return np.array([scores[0][seed] - scores[1][seed] for seed in sorted(scores[0].keys() & scores[1].keys())])
+
+
+def goal_differences(family: Family, first: Method, second: Method) -> list[Floats]:
+    """First minus second on each goal of each task, for each seed that both have, [(seeds,)]."""
+    found: dict[tuple[str, int], list[float]] = defaultdict(list)
+    key = EPISODE_KEYS[family.key]
+    for task in family.tasks:
+        others = {run.seed: run.goals for run in second.runs[task]}
+        for run in first.runs[task]:
+            theirs = others.get(run.seed, {})
+            for goal in run.goals.keys() & theirs.keys():
+                found[task, goal].append(float(run.goals[goal][key]) - float(theirs[goal][key]))
+    return [np.array(found[goal]) for goal in sorted(found)]
+
+
+def _test_goals(goals: Sequence[Floats]) -> float | None:
+    """One number a goal, so that seeds which share a goal count once; McNemar's exact test for a single seed."""
+    if not goals:
+        return None
+    if all(len(seeds) == 1 for seeds in goals) and {float(d[0]) for d in goals} <= {-1.0, 0.0, 1.0}:
+        only = np.array([d[0] for d in goals])
+        return stats.mcnemar_test(only > 0, only < 0)
+    return stats.sign_flip_test([seeds.mean() for seeds in goals])
+
+
+def overlapping(analysis: Analysis, statistic: str = "IQM") -> list[tuple[str, str]]:
+    """Methods that follow each other by a statistic and whose intervals overlap, or are not known."""
+    ordered = sorted(analysis.aggregates.items(), key=lambda item: -float(item[1][statistic].value))
+    estimates = [(label, own[statistic]) for label, own in ordered]
+    return [(a, b) for (a, better), (b, worse) in pairwise(estimates) if not better.low > worse.high]

@@ -1,0 +1,172 @@
+"""Figures of a report."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from eva_rl.report import stats
+from eva_rl.report.comparison import STATISTICS, Analysis
+from eva_rl.report.curves import AXES, Curve
+
+COLOURS = ("#3b82c4", "#d9662b", "#2a9d78", "#c75fa0", "#b08a1e", "#7a68c9", "#5b8f2f", "#c44e52", "#4aa3b5", "#8c6d5a")
+MARKERS = "osD^vPX*<>"
+INK = "#0a0b0c"
+"""Drawn where the page's own text colour is to stand."""
+STYLE: Any = {
+    **dict.fromkeys(
+        ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "grid.color"), INK
+    ),
+    "grid.alpha": 0.18,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "font.size": 10,
+    "legend.frameon": False,
+    "axes.titlesize": "medium",
+}
+MOST_PAIRS = 20
+
+
+def style() -> AbstractContextManager[Any]:
+    """What all figures are made under."""
+    return mpl.rc_context(STYLE)
+
+
+def aggregate_figure(analysis: Analysis) -> Figure:
+    """Each aggregate of each method, with its interval."""
+    labels = list(analysis.aggregates)[::-1]
+    figure = Figure(figsize=(9, 1.2 + 0.42 * len(labels)), layout="constrained")
+    for axes, name in zip(figure.subplots(1, len(STATISTICS), sharey=True), STATISTICS, strict=True):
+        for place, label in enumerate(labels):
+            _interval(axes, analysis.aggregates[label][name], place, _colour(analysis, label))
+        axes.set(title=name, ylim=(-0.6, len(labels) - 0.4), xlabel=analysis.family.title)
+        axes.set_yticks(range(len(labels)), labels)
+        axes.grid(axis="y", visible=False)
+    return figure
+
+
+def improvement_figure(analysis: Analysis) -> Figure:
+    """Probability of improvement of each pair."""
+    comparisons = analysis.comparisons[:MOST_PAIRS][::-1]
+    figure = Figure(figsize=(9, 1.2 + 0.36 * len(comparisons)), layout="constrained")
+    axes = figure.subplots()
+    for place, comparison in enumerate(comparisons):
+        _interval(axes, comparison.improvement, place, _colour(analysis, comparison.first))
+    axes.axvline(0.5, color=INK, lw=1, ls="--", alpha=0.6)
+    axes.set_yticks(range(len(comparisons)), [f"{c.first} > {c.second}" for c in comparisons])
+    axes.set(
+        xlim=(-0.02, 1.02), ylim=(-0.6, len(comparisons) - 0.4), xlabel="probability that a run of the first is better"
+    )
+    axes.grid(axis="y", visible=False)
+    return figure
+
+
+def profile_figure(analysis: Analysis) -> Figure:
+    """Share of runs that score above each threshold."""
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    axes = figure.subplots()
+    for label, estimate in analysis.profiles.items():
+        _band(axes, analysis.thresholds, estimate, _colour(analysis, label), label)
+    axes.set(xlabel=f"{analysis.family.title} above", ylabel="share of runs", ylim=(-0.02, 1.02))
+    _legend(axes, len(analysis.profiles))
+    return figure
+
+
+def task_figure(analysis: Analysis) -> Figure:
+    """The mean of each method on each task, with its interval."""
+    tasks, labels = list(analysis.tasks)[::-1], list(analysis.aggregates) or [m.label for m in analysis.family.methods]
+    figure = Figure(figsize=(9, 1.4 + (0.25 + 0.16 * len(labels)) * len(tasks)), layout="constrained")
+    axes = figure.subplots()
+    offsets = np.linspace(0.3, -0.3, len(labels)) if len(labels) > 1 else np.zeros(1)
+    for place, task in enumerate(tasks):
+        for label, offset in zip(labels, offsets, strict=True):
+            if label in analysis.tasks[task]:
+                _interval(axes, analysis.tasks[task][label], place + offset, _colour(analysis, label), markersize=5)
+        axes.plot([analysis.before[task]] * 2, [place - 0.35, place + 0.35], color=INK, lw=1, alpha=0.6)
+    for label in labels:
+        axes.plot([], [], **_look(_colour(analysis, label)), label=label)
+    axes.plot([], [], color=INK, lw=1, alpha=0.6, label="before fine-tuning")
+    axes.set_yticks(range(len(tasks)), tasks)
+    axes.set(ylim=(-0.6, len(tasks) - 0.4), xlabel=analysis.family.title)
+    axes.grid(axis="y", visible=False)
+    _legend(axes, len(labels) + 1)
+    return figure
+
+
+def curve_figure(analysis: Analysis, curves: Mapping[str, Sequence[Curve]]) -> Figure:
+    """Learning curves, one picture an axis."""
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    for index, (axes, axis) in enumerate(zip(_row(figure, len(curves)), curves, strict=True)):
+        for curve in curves[axis]:
+            _band(axes, curve.places, curve.estimate, _colour(analysis, curve.label), curve.label, marked=True)
+        axes.set(xlabel=AXES[axis], ylabel=f"IQM of {analysis.family.title}" if index == 0 else "")
+        if analysis.family.bounded:
+            axes.set_ylim(-0.02, 1.02)
+    _legend(figure.axes[0], len(analysis.family.methods))
+    return figure
+
+
+def _row(figure: Figure, number: int) -> list[Axes]:
+    return list(np.atleast_1d(np.asarray(figure.subplots(1, number, sharey=True))))
+
+
+def _colour(analysis: Analysis, label: str) -> int:
+    """The number of a method's look, the same in all figures."""
+    return [method.label for method in analysis.family.methods].index(label)
+
+
+def _look(index: int) -> dict[str, Any]:
+    return {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)], "ls": ""}
+
+
+def _interval(axes: Axes, estimate: stats.Estimate, place: float, index: int, markersize: float = 7) -> None:
+    look = _look(index)
+    axes.plot([float(estimate.low), float(estimate.high)], [place, place], color=look["color"], lw=3, alpha=0.45)
+    axes.plot(float(estimate.value), place, markersize=markersize, **look)
+
+
+def _band(axes: Axes, places: Any, estimate: stats.Estimate, index: int, label: str, *, marked: bool = False) -> None:
+    look = _look(index)
+    marker = {"marker": look["marker"], "markersize": 4} if marked else {}
+    axes.plot(places, estimate.value, color=look["color"], lw=1.8, label=label, **marker)
+    axes.fill_between(places, estimate.low, estimate.high, color=look["color"], alpha=0.15, lw=0)
+
+
+def _legend(axes: Axes, entries: int) -> None:
+    axes.figure.legend(
+        *axes.get_legend_handles_labels(), loc="outside lower center", ncols=min(entries, 5), fontsize="small"
+    )
+
+
+def picture(figure: Figure, kind: str) -> bytes:
+    """A figure as a PNG or SVG file, on white."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=kind, dpi=150, facecolor="white", metadata={"Date": None} if kind == "svg" else None)
+    return buffer.getvalue()
+
+
+def inline_svg(figure: Figure, name: str, title: str) -> str:
+    """A figure as part of a page: in the page's own text colour, as wide as there is room, with names of its own."""
+    buffer = io.BytesIO()
+    with mpl.rc_context({"svg.hashsalt": name}):
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    text = buffer.getvalue().decode()
+    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.S)
+    text = re.sub(
+        r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1), count=1
+    )
+    text = re.sub(
+        r"<defs>\s*<style.*?</style>\s*</defs>", "", text, flags=re.S
+    )  # its rule would hold for the whole page
+    names = re.sub(r'(id="|href="#|url\(#)', rf"\1{name}-", text.replace(INK, "currentColor"))
+    return names.replace("<svg ", f'<svg role="img" aria-label="{title}" ', 1)

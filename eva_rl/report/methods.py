@@ -1,0 +1,133 @@
+"""Runs by method at fixed settings, and the tasks and scores by which methods can be compared."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from eva_rl.report.runs import Run, Settings
+from eva_rl.report.stats.aggregates import Floats
+
+SCORES = {"success_rate": "success rate", "normalized_score": "normalised score", "mean_reward": "return"}
+"""What a task is judged by: the first of these that all its runs have."""
+EPISODE_KEYS = {"success_rate": "success", "normalized_score": "episode_return", "mean_reward": "episode_return"}
+RANK = "adapter.rank"
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of every table: a method at one rank and one set of settings, never the best of several.
+
+    Attributes:
+        label: The method's name, with what tells it from other rows of the same name.
+        name: As in ``adapter=``.
+        settings: What decides its results.
+        runs: By task, in order of their seeds.
+    """
+
+    label: str
+    name: str
+    settings: Mapping[str, str]
+    runs: Mapping[str, Sequence[Run]]
+
+    @property
+    def rank(self) -> str:
+        """Its rank, or a dash."""
+        return self.settings.get(RANK, "-")
+
+    def scores(self, task: str, key: str) -> Floats:
+        """Final scores of its runs of a task, (runs,)."""
+        return np.array([run.summary[f"eval/{key}"] for run in self.runs[task]], dtype=np.float64)
+
+
+@dataclass(frozen=True)
+class Family:
+    """Tasks that are judged by the same score.
+
+    Attributes:
+        title: The score, in words.
+        key: The score's name in ``summary.json``, after ``eval/``.
+        tasks: Those that every method has: what is aggregated.
+        partial: Those that some method lacks.
+        methods: Rows.
+    """
+
+    title: str
+    key: str
+    tasks: Sequence[str]
+    partial: Sequence[str]
+    methods: Sequence[Method]
+
+    def strata(self, method: Method) -> list[Floats]:
+        """Final scores of each common task."""
+        return [method.scores(task, self.key) for task in self.tasks]
+
+    @property
+    def bounded(self) -> bool:
+        """Whether scores lie between 0 and 1."""
+        return self.key == "success_rate"
+
+
+def make_families(runs: Sequence[Run]) -> list[Family]:
+    """Group runs by how their tasks are judged, and then by method; returns of different tasks are never averaged."""
+    grouped: dict[tuple[str, str], list[Run]] = defaultdict(list)
+    for task in sorted({run.task for run in runs}):
+        own = [run for run in runs if run.task == task]
+        key = next(key for key in SCORES if all(_has(run, key) for run in own))
+        title = SCORES[key] if key != "mean_reward" else f"{SCORES[key]} on {task}"
+        grouped[title, key] += own
+    return [_family(title, key, own) for (title, key), own in grouped.items()]
+
+
+def _has(run: Run, key: str) -> bool:
+    value = run.summary.get(f"eval/{key}")
+    return isinstance(value, int | float) and bool(np.isfinite(value))
+
+
+def _family(title: str, key: str, runs: Sequence[Run]) -> Family:
+    methods = make_methods(runs)
+    tasks = sorted({run.task for run in runs})
+    common = [task for task in tasks if all(task in method.runs for method in methods)]
+    return Family(title, key, common, [task for task in tasks if task not in common], methods)
+
+
+def make_methods(runs: Sequence[Run]) -> list[Method]:
+    """One method for each name and set of settings."""
+    grouped: dict[tuple[str, Settings], list[Run]] = defaultdict(list)
+    for run in runs:
+        grouped[run.method, run.settings].append(run)
+    settings = {key: dict(key[1]) for key in grouped}
+    methods = []
+    for key, own in sorted(grouped.items()):
+        label = _label(key[0], settings[key], [other for k, other in settings.items() if k[0] == key[0]])
+        by_task = {
+            task: sorted((run for run in own if run.task == task), key=lambda run: run.seed)
+            for task in sorted({run.task for run in own})
+        }
+        methods.append(Method(label, key[0], settings[key], by_task))
+    return methods
+
+
+def _label(name: str, own: Mapping[str, str], same_name: Sequence[Mapping[str, str]]) -> str:
+    """The name, and those settings in which rows of this name differ."""
+    differing = [key for key in differing_settings(same_name) if key in own]
+    shown = [f"{key.rpartition('.')[2]}={_plain(own[key])}" for key in differing]
+    return f"{name} ({', '.join(shown)})" if shown else name
+
+
+def _plain(value: str) -> str:
+    decoded: Any = json.loads(value)
+    return str(decoded) if not isinstance(decoded, list) else "+".join(map(str, decoded))
+
+
+def differing_settings(several: Sequence[Mapping[str, str]], everywhere: bool = False) -> list[str]:
+    """Keys with more than one value, sorted; with ``everywhere`` only those that all have."""
+    keys = sorted({key for settings in several for key in settings})
+    if everywhere:
+        keys = [key for key in keys if all(key in settings for settings in several)]
+    return [key for key in keys if len({settings.get(key) for settings in several}) > 1]

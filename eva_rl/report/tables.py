@@ -1,0 +1,215 @@
+"""Tables of a report: the same rows for Markdown, HTML, the terminal and CSV."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from eva_rl.files import write_file
+from eva_rl.report import stats
+from eva_rl.report.comparison import Analysis, Comparison
+from eva_rl.report.methods import Family, Method
+from eva_rl.report.runs import Run
+
+CSV_COLUMNS = ("score", "table", "method", "versus", "task", "statistic", "value", "low", "high", "runs")
+COSTS = {
+    "trainable_parameters": "trained parameters",
+    "total_parameters": "all parameters",
+    "adapter_bytes": "bytes a task adds",
+    "peak_memory_bytes": "peak memory (MiB)",
+    "seconds_per_update": "seconds a gradient step",
+    "seconds.adapter": "seconds to attach",
+    "seconds.train": "seconds to train",
+    "env_steps": "env steps",
+}
+"""Keys of ``summary.json`` and what they are called; a row shows the median over runs."""
+MEBIBYTE = 2**20
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of text.
+
+    Attributes:
+        title: Above it.
+        columns: Headings; all columns but the first are numbers.
+        rows: Cells.
+        note: Below it.
+        words: Whether its cells are words, not numbers.
+    """
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    note: str = ""
+    words: bool = False
+
+
+def number(value: float, digits: int = 3) -> str:
+    """A score for reading."""
+    if not np.isfinite(value):
+        return "-"
+    return f"{value:.{digits}f}" if abs(value) < 10 else f"{value:.1f}"
+
+
+def with_interval(estimate: stats.Estimate) -> str:
+    """A value and its interval."""
+    value, low, high = (float(v) for v in (estimate.value, estimate.low, estimate.high))
+    return f"{number(value)} [{number(low)}, {number(high)}]" if np.isfinite(low) else number(value)
+
+
+def aggregate_table(analysis: Analysis) -> Table:
+    """Aggregates of each method over the common tasks, best IQM first."""
+    family = analysis.family
+    rows = []
+    for method in sorted(family.methods, key=lambda m: -_iqm(analysis, m)):
+        estimates = analysis.aggregates[method.label].values()
+        runs = sum(len(method.runs[task]) for task in family.tasks)
+        rows.append([method.label, method.rank, str(runs), *map(with_interval, estimates)])
+    tasks = f"{len(family.tasks)} task{'s' if len(family.tasks) > 1 else ''}"
+    return Table(
+        f"{family.title.capitalize()} over {tasks}",
+        ["method", "rank", "runs", *next(iter(analysis.aggregates.values()))],
+        rows,
+        "IQM is the mean of the middle half of all runs. Intervals: bootstrap over the runs of each task.",
+    )
+
+
+def _iqm(analysis: Analysis, method: Method) -> float:
+    return float(analysis.aggregates[method.label]["IQM"].value)
+
+
+def comparison_table(analysis: Analysis) -> Table:
+    """Each pair of methods."""
+    columns = ["pair", "difference", "P(first better)", "pairs of runs", "p over runs", "corrected"]
+    rows = [_comparison_row(comparison) for comparison in analysis.comparisons]
+    return Table(
+        "Which method is better?",
+        [*columns, "goals", "p over goals", "told apart"],
+        rows,
+        "p over runs: paired permutation test over seeds and tasks, about the methods; corrected by Holm's method for "
+        "the number of pairs, it decides. p over goals: about these trained policies alone, on the same goals.",
+    )
+
+
+def _comparison_row(c: Comparison) -> list[str]:
+    return [
+        f"{c.first} - {c.second}",
+        "-" if c.difference is None else with_interval(c.difference),
+        with_interval(c.improvement),
+        str(c.pairs),
+        f"{c.p_runs:.3g}",
+        f"{c.p_corrected:.3g}",
+        str(c.goals),
+        "-" if c.p_goals is None else f"{c.p_goals:.3g}",
+        "yes" if c.told_apart else "no",
+    ]
+
+
+def task_table(analysis: Analysis) -> Table:
+    """The mean over runs of each task and method."""
+    labels = [method.label for method in analysis.family.methods]
+    rows = [
+        [
+            task,
+            number(analysis.before[task]),
+            *(with_interval(means[one]) if one in means else "-" for one in labels),
+        ]
+        for task, means in analysis.tasks.items()
+    ]
+    return Table("", ["task", "before", *labels], rows, "Mean over runs, with its interval.")
+
+
+def cost_table(family: Family) -> Table:
+    """What each method costs."""
+    costs = {method.label: costs_of(method) for method in family.methods}
+    keys = [key for key in COSTS if any(key in own for own in costs.values())]
+    rows = [[label, *(_amount(key, own[key]) if key in own else "-" for key in keys)] for label, own in costs.items()]
+    return Table("", ["method", *(COSTS[key] for key in keys)], rows, "Median over runs, on the machines they ran on.")
+
+
+def costs_of(method: Method) -> dict[str, float]:
+    """Medians of what the runs' summaries say of cost."""
+    runs = [run for own in method.runs.values() for run in own]
+    found: dict[str, float] = {}
+    for key in COSTS:
+        values = [value for run in runs if (value := _cost(run, key)) is not None]
+        if values:
+            found[key] = float(np.median(values))
+    return found
+
+
+def _cost(run: Run, key: str) -> float | None:
+    group, _, name = key.rpartition(".")
+    place: Any = run.summary.get(group, {}) if group else run.summary
+    value = place.get(name) if isinstance(place, Mapping) else None
+    return float(value) if isinstance(value, int | float) else None
+
+
+def _amount(key: str, value: float) -> str:
+    if key == "peak_memory_bytes":
+        return f"{value / MEBIBYTE:.0f}"
+    return f"{value:,.0f}" if value >= 100 or value == int(value) else f"{value:.3g}"
+
+
+def run_table(family: Family) -> Table:
+    """Every run that counts."""
+    runs = [(method, run) for method in family.methods for own in method.runs.values() for run in own]
+    rows = [
+        [method.label, run.task, str(run.seed), number(run.summary[f"eval/{family.key}"]), str(run.folder)]
+        for method, run in runs
+    ]
+    return Table("Runs", ["method", "task", "seed", family.title, "folder"], rows, words=True)
+
+
+def records(analysis: Analysis) -> Iterator[dict[str, Any]]:
+    """Rows of ``report.csv``, under :data:`CSV_COLUMNS`; unrounded."""
+    title = analysis.family.title
+    runs = {m.label: {task: len(own) for task, own in m.runs.items()} for m in analysis.family.methods}
+    for label, estimates in analysis.aggregates.items():
+        total = sum(runs[label][task] for task in analysis.family.tasks)
+        for name, estimate in estimates.items():
+            yield _record(title, "aggregate", label, estimate, statistic=name, runs=total)
+    for task, means in analysis.tasks.items():
+        yield {"score": title, "table": "before", "task": task, "statistic": "mean", "value": analysis.before[task]}
+        for label, estimate in means.items():
+            yield _record(title, "task", label, estimate, task=task, statistic="mean", runs=runs[label][task])
+    for c in analysis.comparisons:
+        yield from _comparison_records(title, c)
+    for method in analysis.family.methods:
+        for key, value in costs_of(method).items():
+            yield {"score": title, "table": "cost", "method": method.label, "statistic": key, "value": value}
+
+
+def _comparison_records(title: str, c: Comparison) -> Iterator[dict[str, Any]]:
+    pair = {"versus": c.second, "runs": c.pairs}
+    yield _record(title, "comparison", c.first, c.improvement, statistic="probability of improvement", **pair)
+    if c.difference is not None:
+        yield _record(title, "comparison", c.first, c.difference, statistic="difference", **pair)
+    p_values = {"p over runs": c.p_runs, "p over runs, corrected": c.p_corrected, "p over goals": c.p_goals}
+    for name, p in p_values.items():
+        if p is not None:
+            row = {"score": title, "table": "comparison", "method": c.first, "statistic": name, "value": p}
+            yield row | pair | ({"runs": c.goals} if name == "p over goals" else {})
+
+
+def _record(title: str, table: str, method: str, estimate: stats.Estimate, **more: Any) -> dict[str, Any]:
+    ends = {"value": float(estimate.value), "low": float(estimate.low), "high": float(estimate.high)}
+    return {"score": title, "table": table, "method": method, **ends, **more}
+
+
+def write_csv(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows under a heading; what a row lacks stays empty."""
+
+    def write(aside: Path) -> None:
+        with aside.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            writer.writerows(rows)
+
+    write_file(path, write)

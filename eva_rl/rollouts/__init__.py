@@ -1,0 +1,1 @@
+"""Rollouts: evaluation, expert demonstrations, recording and video."""

@@ -1,0 +1,223 @@
+"""Evaluation on held-out, seeded episodes: one function for training and for the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+from stable_baselines3.common.vec_env import VecEnv
+
+from eva_rl.agents.policy import Policy
+from eva_rl.distributed import ProcessGroup
+from eva_rl.envs import EnvSpec, env_spec, make_task_vec_env, make_vec_env, reference_scores, score_between
+from eva_rl.errors import UserError
+from eva_rl.rollouts.episodes import EpisodeRecord, play_episodes
+from eva_rl.seeding import EVALUATION, episode_seeds
+
+DEFAULT_NUM_ENVS = 10
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """Episodes of one policy on one task.
+
+    Attributes:
+        env_id: The task.
+        episodes: One record an episode.
+        protocol: How the episodes were made, in one line.
+        reports_success: Whether success means anything on this task.
+        references: Returns that score 0 and 100; None takes D4RL's, where it has some for the task.
+    """
+
+    env_id: str
+    episodes: tuple[EpisodeRecord, ...]
+    protocol: str
+    reports_success: bool
+    references: tuple[float, float] | None = None
+
+    @property
+    def success_rate(self) -> float:
+        """Share of episodes solved at any step; NaN where the task knows no success."""
+        return float(np.mean([e.success for e in self.episodes])) if self.reports_success else float("nan")
+
+    @property
+    def mean_reward(self) -> float:
+        """Mean return of an episode (Stable-Baselines3's word for it)."""
+        return float(np.mean([e.episode_return for e in self.episodes]))
+
+    def success_interval(self) -> tuple[float, float]:
+        """95% Wilson score interval of the success rate (Wilson 1927)."""
+        n, p, z = len(self.episodes), self.success_rate, 1.959964
+        center = (p + z**2 / (2 * n)) / (1 + z**2 / n)
+        half = z / (1 + z**2 / n) * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+        return float(max(0.0, center - half)), float(min(1.0, center + half))
+
+    def metrics(self, prefix: str = "eval") -> dict[str, float]:
+        """Scalars under Stable-Baselines3's names."""
+        returns = np.array([e.episode_return for e in self.episodes])
+        metrics = {
+            f"{prefix}/mean_reward": self.mean_reward,
+            f"{prefix}/std_reward": float(returns.std()),
+            f"{prefix}/mean_ep_length": float(np.mean([e.length for e in self.episodes])),
+        }
+        references = self.references or reference_scores(self.env_id)
+        if references is not None:
+            metrics[f"{prefix}/normalized_score"] = float(np.mean(score_between(references, returns)))
+        if self.reports_success:
+            metrics[f"{prefix}/success_rate"] = self.success_rate
+            metrics[f"{prefix}/success_at_end"] = float(np.mean([e.success_at_end for e in self.episodes]))
+        return metrics
+
+    def record(self) -> dict[str, Any]:
+        """Everything, as JSON values."""
+        record: dict[str, Any] = {"env": self.env_id, "protocol": self.protocol, "metrics": self.metrics()}
+        if self.reports_success:
+            record["success_interval_95"] = self.success_interval()
+        return record | {"episodes": [asdict(episode) for episode in self.episodes]}
+
+
+def evaluate_policy(  # noqa: PLR0913 - one call for users and for training; all but two have defaults
+    policy: Policy,
+    env: str,
+    *,
+    episodes: int = 50,
+    seed: int = 0,
+    horizon: int | None = None,
+    purpose: int = EVALUATION,
+    references: tuple[float, float] | None = None,
+    vec_env: VecEnv | None = None,
+    on_episode: Callable[[EpisodeRecord], None] | None = None,
+    share: slice | None = None,
+) -> EvaluationResult:
+    """Play whole episodes with the policy's deterministic actions.
+
+    Episode k is seeded by ``purpose``, ``seed`` and k: the goals are distinct, the same for every policy, and none of
+    them is a demonstration's.
+
+    Args:
+        policy: What to evaluate.
+        env: Any name that :func:`eva_rl.envs.canonical_id` takes.
+        episodes: Episodes to count.
+        seed: Chooses the episodes.
+        horizon: Env steps an episode; None takes the task's own.
+        purpose: Which family of seeds; ``eva_rl.seeding.VALIDATION`` for choices that a report must not see.
+        references: Returns that score 0 and 100, where the data bring their own.
+        vec_env: Environments to use again, as :func:`evaluation_envs` makes them; made and closed here when None.
+        on_episode: Called after each episode.
+        share: The episodes that are played, of those asked for, where several processes divide them; None plays all.
+
+    Raises:
+        UserError: No such task, the policy does not fit it, or ``episodes`` is not positive.
+    """
+    if episodes < 1:
+        raise UserError(f"eval.episodes={episodes}: expected at least 1.")
+    spec = env_spec(env, horizon)
+    _check_fit(policy, spec)
+    own = vec_env is None
+    first, end, _ = (share or slice(None)).indices(episodes)
+    made = evaluation_envs(env, max(1, end - first), horizon) if vec_env is None else vec_env
+    try:
+        made.seed(episode_seeds(purpose, seed) + first)
+        rounds = -(-(end - first) // made.num_envs)
+        records = play_episodes(policy, made, [spec.env_id] * made.num_envs, rounds, on_episode)
+    finally:
+        if own:
+            made.close()
+    protocol = f"{spec.protocol}; {episodes} episodes of seed {seed}, deterministic action"
+    return EvaluationResult(spec.env_id, tuple(records[: end - first]), protocol, spec.reports_success, references)
+
+
+def evaluation_envs(env: str, episodes: int, horizon: int | None = None, at_once: int = DEFAULT_NUM_ENVS) -> VecEnv:
+    """Environments for :func:`evaluate_policy`, at most ``at_once``; the caller closes them."""
+    return make_vec_env(env, min(episodes, at_once), horizon=horizon)
+
+
+def evaluate_tasks(
+    policy: Policy, env_ids: Sequence[str], vec_env: VecEnv, episodes: int, seed: int
+) -> dict[str, float]:
+    """Quick look at several tasks at once, one environment each.
+
+    Args:
+        policy: What to evaluate.
+        env_ids: Canonical names.
+        vec_env: One environment per name, as ``eva_rl.envs.make_task_vec_env`` makes them.
+        episodes: Episodes a task.
+        seed: Seed of the first episode of the first task.
+
+    Returns:
+        Success rate by task; mean return where a task knows no success.
+    """
+    vec_env.seed(seed)
+    records = play_episodes(policy, vec_env, env_ids, episodes)
+    scores = {}
+    for env_id in env_ids:
+        own, success = [r for r in records if r.env_id == env_id], env_spec(env_id).reports_success
+        scores[env_id] = float(np.mean([r.success if success else r.episode_return for r in own]))
+    return scores
+
+
+def _check_fit(policy: Policy, spec: EnvSpec) -> None:
+    if (policy.observation_dim, policy.action_dim) != (spec.observation_dim, spec.action_dim):
+        raise UserError(
+            f"{spec.env_id} has {spec.observation_dim} numbers in an observation and {spec.action_dim} in an action; "
+            f"the policy takes {policy.observation_dim} and {policy.action_dim}. Name another policy= or env=."
+        )
+
+
+def evaluate_together(
+    process_group: ProcessGroup, play: Callable[..., EvaluationResult], *, episodes: int, **options: Any
+) -> EvaluationResult:
+    """Play each process's share of the episodes; everyone gets all records, in the order of one process.
+
+    Args:
+        process_group: This process among the others, which all call this.
+        play: :func:`eva_rl.evaluate` with its first arguments filled in.
+        episodes: Episodes in all.
+        **options: Other options of ``play``.
+    """
+    mine = play(episodes=episodes, share=process_group.shard(episodes), **options)
+    records = [record for part in process_group.all_gather_object(mine.episodes) for record in part]
+    return replace(mine, episodes=tuple(records))
+
+
+def shared_envs(process_group: ProcessGroup, env: str, episodes: int, horizon: int | None = None) -> VecEnv:
+    """This process's part of the environments of :func:`evaluation_envs`, one at least."""
+    return evaluation_envs(
+        env, -(-episodes // process_group.world_size), horizon, -(-DEFAULT_NUM_ENVS // process_group.world_size)
+    )
+
+
+@dataclass(frozen=True)
+class TaskLook:
+    """A quick look at several tasks, each on one process.
+
+    Attributes:
+        process_group: This process among the others.
+        tasks: Canonical names of all tasks.
+        vec_env: One environment for each of this process's tasks; None where it has none.
+    """
+
+    process_group: ProcessGroup
+    tasks: Sequence[str]
+    vec_env: VecEnv | None
+
+    @classmethod
+    def of(cls, process_group: ProcessGroup, tasks: Sequence[str]) -> TaskLook:
+        """Make this process's environments."""
+        mine = tasks[process_group.shard(len(tasks))]
+        return cls(process_group, tasks, make_task_vec_env(mine, stride=len(tasks)) if mine else None)
+
+    def scores(self, policy: Policy, episodes: int, seed: int) -> dict[str, float]:
+        """Success rate by task (mean return where it knows no success), the same on every process.
+
+        Args:
+            policy: What to evaluate.
+            episodes: Episodes a task.
+            seed: Seed of the first episode of the first task.
+        """
+        share, found = self.process_group.shard(len(self.tasks)), {}
+        if self.vec_env is not None:
+            found = evaluate_tasks(policy, self.tasks[share], self.vec_env, episodes, seed + share.start)
+        return {task: rate for part in self.process_group.all_gather_object(found) for task, rate in part.items()}

@@ -1,0 +1,183 @@
+"""Videos of a policy: one episode, rendered without a display."""
+
+from __future__ import annotations
+
+import ctypes.util
+import importlib.util
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import imageio
+import imageio.v3 as iio
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+from eva_rl.agents.policy import Policy
+from eva_rl.envs import canonical_id, make_env
+from eva_rl.errors import UserError
+from eva_rl.files import write_file
+from eva_rl.seeding import EVALUATION, episode_seeds
+
+FRAMES_PER_SECOND = 20
+CAPTION_HEIGHT = 24
+GAP = 4
+
+Frame = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One episode.
+
+    Attributes:
+        frames: (height, width, 3) each.
+        every: Env steps between two frames.
+        episode_return: Sum of the rewards.
+        first_success: Env step (from 0) of the first success; None where there was none, or where the task knows none.
+    """
+
+    frames: tuple[Frame, ...]
+    every: int
+    episode_return: float
+    first_success: int | None
+
+    def captioned(self, name: str) -> tuple[Frame, ...]:
+        """The frames below a line with a name, the return, and from then on the success."""
+        plain = f"{name}   return {self.episode_return:.0f}"
+        solved = len(self.frames) if self.first_success is None else -(-(self.first_success + 1) // self.every)
+        return tuple(
+            _below_caption(frame, f"{plain}   solved" if index >= solved else plain, index >= solved)
+            for index, frame in enumerate(self.frames)
+        )
+
+
+def choose_renderer() -> None:
+    """Let MuJoCo render without a display, where the user has not said how: EGL on a GPU, else OSMesa."""
+    if "MUJOCO_GL" not in os.environ and "DISPLAY" not in os.environ:
+        backend = "egl" if Path("/dev/nvidia0").exists() else "osmesa"
+        os.environ["MUJOCO_GL"] = backend
+    if os.environ.get("MUJOCO_GL") in {"egl", "osmesa"}:
+        os.environ.setdefault("PYOPENGL_PLATFORM", os.environ["MUJOCO_GL"])
+
+
+def record_clip(policy: Policy, env: str, *, seed: int = 0, horizon: int | None = None, every: int = 2) -> Clip:
+    """Play the first evaluation episode of a seed and keep frames.
+
+    Args:
+        policy: Acts.
+        env: The task.
+        seed: Evaluation seed, as in :func:`eva_rl.evaluate_policy`.
+        horizon: Env steps at most; None takes the task's own.
+        every: Env steps between two frames.
+
+    Raises:
+        UserError: There is no renderer on this machine.
+    """
+    choose_renderer()
+    environment = make_env(env, horizon=horizon, render_mode="rgb_array")
+    try:
+        return _play(policy, environment, canonical_id(env), episode_seeds(EVALUATION, seed), every)
+    except Exception as error:  # of the renderer, whose errors differ by backend
+        if _can_render():
+            raise
+        raise UserError(
+            f"Video frames cannot be rendered here ({type(error).__name__}: {error}). Install Debian's libosmesa6 "
+            "(apt-get install libosmesa6) or use a machine with a GPU, or leave video=true out."
+        ) from error
+    finally:
+        environment.close()
+
+
+def record_episode(
+    policy: Policy, env: str, path: Path, *, seed: int = 0, horizon: int | None = None, every: int = 2
+) -> int:
+    """Write the clip of :func:`record_clip` as an animated GIF.
+
+    Args:
+        policy: Acts.
+        env: The task.
+        path: The ``.gif`` to write.
+        seed: Evaluation seed.
+        horizon: Env steps at most; None takes the task's own.
+        every: Env steps between two frames.
+
+    Returns:
+        Number of frames.
+
+    Raises:
+        UserError: There is no renderer on this machine.
+    """
+    clip = record_clip(policy, env, seed=seed, horizon=horizon, every=every)
+    write_video(path, clip.captioned(canonical_id(env)))
+    return len(clip.frames)
+
+
+def side_by_side(left: Sequence[Frame], right: Sequence[Frame]) -> tuple[Frame, ...]:
+    """Frames beside each other; the shorter sequence stays at its last frame."""
+    length = max(len(left), len(right))
+    gap = np.full((left[0].shape[0], GAP, 3), 255, np.uint8)
+    return tuple(
+        np.concatenate([left[min(i, len(left) - 1)], gap, right[min(i, len(right) - 1)]], axis=1) for i in range(length)
+    )
+
+
+def write_video(path: Path, frames: Sequence[Frame]) -> list[Path]:
+    """Write an animated GIF and, where imageio-ffmpeg is installed, an MP4 beside it.
+
+    Args:
+        path: The ``.gif`` to write.
+        frames: (height, width, 3) each; height and width are even for MP4.
+
+    Returns:
+        What was written.
+    """
+    duration = 1000 / FRAMES_PER_SECOND
+    write_file(path, lambda aside: imageio.mimsave(aside, list(frames), format="GIF", duration=duration, loop=0))
+    if importlib.util.find_spec("imageio_ffmpeg") is None:
+        return [path]
+    film = path.with_suffix(".mp4")
+    encoded = iio.imwrite(
+        "<bytes>", np.stack(frames), plugin="FFMPEG", extension=".mp4", fps=FRAMES_PER_SECOND, macro_block_size=2
+    )
+    write_file(film, lambda aside: aside.write_bytes(encoded))
+    return [path, film]
+
+
+def _can_render() -> bool:
+    library = "OSMesa" if os.environ.get("MUJOCO_GL") == "osmesa" else "EGL"
+    return ctypes.util.find_library(library) is not None
+
+
+def _play(policy: Policy, env: Any, env_id: str, seed: int, every: int) -> Clip:
+    policy.reset([env_id])
+    observation, _ = env.reset(seed=seed)
+    reward, total, start, done, step = 0.0, 0.0, True, False, 0
+    first_success = None
+    frames = [_frame(env)]
+    while not done:
+        action = policy.act(observation[None], np.array([reward], np.float32), np.array([start]))[0]
+        observation, reward, terminated, truncated, info = env.step(action)
+        if first_success is None and info.get("is_success", info.get("success", False)):
+            first_success = step
+        total, start, done, step = total + float(reward), False, terminated or truncated, step + 1
+        if step % every == 0 or done:
+            frames.append(_frame(env))
+    return Clip(tuple(frames), every, total, first_success)
+
+
+def _frame(env: Any) -> Frame:
+    """A frame at half its size."""
+    image = Image.fromarray(np.asarray(env.render(), np.uint8))
+    return np.asarray(image.reduce(2), np.uint8)
+
+
+def _below_caption(frame: Frame, text: str, solved: bool) -> Frame:
+    height, width, _ = frame.shape
+    image = Image.new("RGB", (width, height + CAPTION_HEIGHT), "#14532d" if solved else "#1f2937")
+    image.paste(Image.fromarray(frame), (0, CAPTION_HEIGHT))
+    ImageDraw.Draw(image).text((6, 4), text, fill="white", font=ImageFont.load_default(13))
+    return np.asarray(image)

@@ -1,0 +1,185 @@
+"""How long and how often an online run goes on, where, and what it counts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from stable_baselines3.common.vec_env import VecEnv
+
+from eva_rl.agents.policy import DecisionTransformerPolicy
+from eva_rl.data.replay import TrajectoryReplay
+from eva_rl.data.trajectories import Episode
+from eva_rl.rollouts.recorder import EpisodeRecorder
+from eva_rl.training.failures import NotFiniteError
+from eva_rl.training.learner import OnlineAlgorithm
+
+RECENT = 100
+"""Episodes over which the metrics of rollouts are averaged."""
+
+
+@dataclass(frozen=True)
+class OnlineOptions:
+    """How long, and how often.
+
+    Attributes:
+        env_steps: Env steps in all.
+        steps_per_iteration: Env steps, over all environments, between two bouts of gradient steps.
+        updates_per_iteration: Gradient steps of a bout.
+        random_steps: Env steps before the first gradient step, which comes after the first finished episode.
+        eval_every: Env steps between two evaluations, at which unfinished episodes are broken off; 0 for none.
+        checkpoint_every: Env steps between two checkpoints, made at the same boundaries; 0 for none.
+        refresh_every: Env steps between two calls of ``refresh``; 0 for none.
+        keep_best: End with the parameters that did best in an evaluation (success first, then return), not the last.
+        seed: Of exploration.
+        first_episode: Seed of the first episode.
+    """
+
+    env_steps: int
+    steps_per_iteration: int = 1000
+    updates_per_iteration: int = 100
+    random_steps: int = 0
+    eval_every: int = 0
+    checkpoint_every: int = 0
+    refresh_every: int = 0
+    keep_best: bool = False
+    seed: int = 0
+    first_episode: int = 0
+
+
+@dataclass(frozen=True)
+class TaskEnvs:
+    """Where a policy acts.
+
+    Attributes:
+        vec_env: n environments whose episodes are numbered (:func:`eva_rl.envs.make_vec_env`).
+        env_id: Their task.
+        reports_success: Whether they know of success.
+    """
+
+    vec_env: VecEnv
+    env_id: str
+    reports_success: bool
+
+
+@dataclass
+class OnlineCounters:
+    """What a checkpoint holds besides tensors.
+
+    Attributes:
+        env_steps: Env steps taken.
+        update: Gradient steps done.
+        episodes: Episodes finished.
+        next_seed: Seed of the next episode.
+        seconds: Of collecting and learning.
+        returns: Of the last episodes.
+        successes: Of the last episodes.
+        lengths: Of the last episodes.
+        best_step: Env step of the best evaluation so far; -1 where there was none.
+        best_score: Success rate and return there.
+    """
+
+    env_steps: int = 0
+    update: int = 0
+    episodes: int = 0
+    next_seed: int = 0
+    seconds: float = 0.0
+    returns: list[float] = field(default_factory=list)
+    successes: list[bool] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+    best_step: int = -1
+    best_score: list[float] = field(default_factory=list)
+
+    def finished(self, episode: Episode) -> None:
+        """Count an episode."""
+        self.episodes += 1
+        self.returns = [*self.returns, float(episode.rewards.sum())][-RECENT:]
+        self.lengths = [*self.lengths, len(episode.rewards)][-RECENT:]
+        if episode.successes is not None:
+            self.successes = [*self.successes, bool(episode.successes.any())][-RECENT:]
+
+    def metrics(self) -> dict[str, float]:
+        """Scalars under Stable-Baselines3's names."""
+        found = {
+            "time/env_steps": float(self.env_steps),
+            "time/gradient_steps": float(self.update),
+            "time/fps": self.env_steps / max(self.seconds, 1e-9),
+        }
+        if self.returns:
+            found |= {
+                "rollout/ep_rew_mean": float(np.mean(self.returns)),
+                "rollout/ep_len_mean": float(np.mean(self.lengths)),
+            }
+        if self.successes:
+            found["rollout/success_rate"] = float(np.mean(self.successes))
+        return found
+
+
+class Collector:
+    """The policy's rollouts: they go on from one iteration to the next until they are broken off."""
+
+    def __init__(self, policy: DecisionTransformerPolicy, task: TaskEnvs) -> None:
+        self._policy, self._task, self._vec_env = policy, task, task.vec_env
+        self.acting = False
+
+    def begin(self, counters: OnlineCounters) -> None:
+        """Start new episodes in all environments."""
+        n = self._vec_env.num_envs
+        self._vec_env.seed(counters.next_seed)
+        self._ended = np.zeros(n, dtype=int)
+        self._policy.reset([self._task.env_id] * n)
+        self._observations = _rows(self._vec_env.reset())
+        self._rewards, self._starts = np.zeros(n, np.float32), np.ones(n, dtype=bool)
+        self._recorder = EpisodeRecorder(self._observations, self._task.reports_success)
+        self.acting = True
+
+    def collect(
+        self,
+        algorithm: OnlineAlgorithm,
+        replay: TrajectoryReplay,
+        options: OnlineOptions,
+        counters: OnlineCounters,
+    ) -> None:
+        """Act for ``steps_per_iteration`` env steps, over all environments.
+
+        Raises:
+            NotFiniteError: An environment gave a number that is not finite.
+        """
+        n = self._vec_env.num_envs
+        generator = torch.Generator().manual_seed(
+            int(np.random.default_rng((options.seed, counters.env_steps)).integers(2**62))
+        )
+        choose = algorithm.explore(generator)
+        asked = self._policy.conditioning.of(self._task.env_id)
+        for _ in range(max(1, options.steps_per_iteration // n)):
+            actions = self._policy.act_by(choose, self._observations, self._rewards, self._starts)
+            stepped, self._rewards, self._starts, infos = self._vec_env.step(actions)
+            self._observations = _rows(stepped)
+            counters.env_steps += n
+            self._check(counters.env_steps)
+            finished = self._recorder.step(actions, self._observations, self._rewards, self._starts, infos)
+            for index, episode in finished:
+                replay.add(episode, asked)
+                counters.finished(episode)
+                self._ended[index] += 1
+
+    def break_off(self, replay: TrajectoryReplay, counters: OnlineCounters) -> None:
+        """End all episodes here; what was seen of them is kept for temporal differences."""
+        asked = self._policy.conditioning.of(self._task.env_id)
+        for episode in self._recorder.unfinished():
+            replay.add(episode, asked, complete=False)
+        counters.next_seed += self._vec_env.num_envs * (1 + int(self._ended.max()))
+        self.acting = False
+
+    def _check(self, env_step: int) -> None:
+        if not np.isfinite(self._rewards).all():
+            raise NotFiniteError("a reward of the environment", env_step)
+        if not np.isfinite(self._observations).all():
+            raise NotFiniteError("an observation of the environment", env_step)
+
+
+def _rows(observations: object) -> NDArray[np.float32]:
+    assert isinstance(observations, np.ndarray)
+    return observations.astype(np.float32, copy=False)

@@ -1,0 +1,139 @@
+"""Policy folders: what comes back is what went in, and what does not fit is refused before anything runs."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from eva_rl.agents import load_base_policy, save_policy
+from eva_rl.agents.policy import DecisionTransformerPolicy
+from eva_rl.errors import UserError
+from eva_rl.rollouts.evaluation import evaluate_policy
+from tests.conftest import make_policy
+
+ACT_IN_A_NEW_PROCESS = """
+import sys
+import numpy as np
+import torch
+from eva_rl.agents import load_base_policy
+torch.set_num_threads(1)
+inputs = np.load(sys.argv[2])
+policy = load_base_policy(sys.argv[1])
+policy.reset(["metaworld/reach-v3"] * inputs["observations"].shape[1])
+actions = [policy.act(*step) for step in zip(inputs["observations"], inputs["rewards"], inputs["starts"])]
+np.save(sys.argv[3], np.stack(actions))
+"""
+
+
+def inputs(num_steps: int = 40, n: int = 3) -> dict[str, np.ndarray[Any, Any]]:
+    rng = np.random.default_rng(0)
+    return {
+        "observations": rng.normal(size=(num_steps, n, 39)).astype(np.float32),
+        "rewards": rng.normal(size=(num_steps, n)).astype(np.float32),
+        "starts": np.array([[t % (11 + i) == 0 for i in range(n)] for t in range(num_steps)]),
+    }
+
+
+def act(policy: DecisionTransformerPolicy) -> np.ndarray[Any, Any]:
+    given = inputs()
+    policy.reset(["metaworld/reach-v3"] * 3)
+    steps = zip(given["observations"], given["rewards"], given["starts"], strict=True)
+    return np.stack([policy.act(*step) for step in steps])
+
+
+def test_a_copied_folder_acts_the_same_in_a_fresh_process(policy_folder: Path, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "else" / "where"
+    shutil.copytree(policy_folder, elsewhere)
+    expected = act(load_base_policy(policy_folder))
+    shutil.rmtree(policy_folder)
+    np.savez(tmp_path / "inputs.npz", **inputs())
+    arguments = [str(elsewhere), str(tmp_path / "inputs.npz"), str(tmp_path / "actions.npy")]
+    subprocess.run([sys.executable, "-c", ACT_IN_A_NEW_PROCESS, *arguments], check=True, cwd=tmp_path)
+    assert np.array_equal(np.load(tmp_path / "actions.npy"), expected)
+
+
+def test_saving_again_changes_nothing(policy_folder: Path, tmp_path: Path) -> None:
+    save_policy(tmp_path / "again", load_base_policy(policy_folder))
+    for name in ("policy.json", "model.safetensors"):
+        assert (tmp_path / "again" / name).read_bytes() == (policy_folder / name).read_bytes()
+
+
+def test_a_record_from_before_a_new_option_still_loads(policy_folder: Path) -> None:
+    expected = act(load_base_policy(policy_folder))
+    edit_json(lambda record: record["architecture"].pop("action_tanh"))(policy_folder)
+    assert np.array_equal(act(load_base_policy(policy_folder)), expected)
+
+
+def edit_weights(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        weights = load_file(folder / "model.safetensors")
+        change(weights)
+        save_file(weights, folder / "model.safetensors")
+
+    return apply
+
+
+def edit_json(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        record = json.loads((folder / "policy.json").read_text())
+        change(record)
+        (folder / "policy.json").write_text(json.dumps(record))
+
+    return apply
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (edit_weights(lambda w: w.pop("final_norm.bias")), "final_norm.bias is missing"),
+        (edit_weights(lambda w: w.update(extra=torch.zeros(1))), "extra is not part of the architecture"),
+        (
+            edit_weights(lambda w: w.update({"action_head.bias": torch.zeros(7)})),
+            r"action_head.bias has shape \(7,\), expected \(4,\)",
+        ),
+        (edit_json(lambda r: r["architecture"].update(hidden_size=64)), r"expected \(64"),
+        (edit_json(lambda r: r["architecture"].update(width=64)), "damaged or of another version"),
+        (edit_json(lambda r: r["scaling"].update(observation_mean=[0.0])), "have lengths"),
+        (edit_json(lambda r: r.update(version=99)), "is not an eva-rl policy of version 1"),
+        (lambda folder: (folder / "policy.json").write_text("{"), "not readable JSON"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(pickle.dumps({})), "missing or damaged"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "missing or damaged"),
+    ],
+)
+def test_damaged_folders_are_refused(policy_folder: Path, damage: Callable[[Path], object], message: str) -> None:
+    damage(policy_folder)
+    with pytest.raises(UserError, match=message):
+        load_base_policy(policy_folder)
+
+
+@pytest.mark.parametrize("name", ["model.pkl", "model.pt", "pytorch_model.bin"])
+def test_pickles_are_not_opened(tmp_path: Path, name: str) -> None:
+    class Bomb:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return (Path.touch, (tmp_path / "exploded",))
+
+    (tmp_path / name).write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(UserError, match="is a pickle, which is not read unasked"):
+        load_base_policy(tmp_path / name)
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_an_environment_of_other_dimensions_is_refused() -> None:
+    with pytest.raises(UserError, match=r"Ant-v5 has 105 numbers .* the policy takes 27 and 8"):
+        evaluate_policy(make_policy(27, 8), "Ant-v5", episodes=1)
+
+
+def test_an_unknown_name_lists_what_there_is() -> None:
+    with pytest.raises(UserError, match=r"Unknown policy 'nothing-like-it'.*policy\.json"):
+        load_base_policy("nothing-like-it")

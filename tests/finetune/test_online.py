@@ -1,0 +1,156 @@
+"""Online algorithms through the real command: what they leave behind, how they go on, what they refuse."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from eva_rl.adapters import load_policy
+from eva_rl.finetune.command import main
+from eva_rl.tracking.tracker import read_metrics
+
+SMALL = [
+    "env=reach-v3",
+    "env.horizon=30",
+    "data.episodes=2",
+    "data.workers=1",
+    "data.only_successes=false",
+    "eval.episodes=2",
+    "eval.quick_episodes=2",
+    "eval.every=0",
+    "adapter.rank=2",
+    "adapter.eva.max_batches=2",
+    "adapter.eva.rollout_envs=2",
+    "adapter.eva.rollout_steps=20",
+    "algo.num_envs=2",
+    "algo.env_steps=240",
+    "algo.eval_every=120",
+    "algo.checkpoint_every=120",
+    "threads=1",
+]
+REPLAYED = ["algo.steps_per_iteration=60", "algo.updates_per_iteration=2", "algo.batch_size=8"]
+SHORT = {
+    "odt": REPLAYED,
+    "odt_td3": [*REPLAYED, "algo.critic_warmup=2", "algo.policy_delay=1"],
+    "ppo": ["algo.rollout_steps=30", "algo.epochs=1", "algo.batch_size=30"],
+    "sac": ["algo.random_steps=40", "algo.train_every=20", "algo.updates_per_bout=1", "algo.batch_size=8"],
+    "td3": ["algo.random_steps=40", "algo.train_every=20", "algo.updates_per_bout=1", "algo.batch_size=8"],
+}
+
+
+def command(policy: Path, run_dir: Path, algo: str, *others: str) -> list[str]:
+    steps = [o for o in SMALL if not (algo.startswith(("ppo", "sac", "td3")) and "checkpoint_every" in o)]
+    return [
+        f"policy={policy}",
+        f"run_dir={run_dir}",
+        f"algo={algo}",
+        *steps,
+        *SHORT[algo.removeprefix("bc_then_")],
+        *others,
+    ]
+
+
+def summary(run_dir: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((run_dir / "summary.json").read_text())
+    return found
+
+
+@pytest.mark.parametrize("algo", ["odt_td3", "ppo"])
+def test_a_policy_learns_without_demonstrations(algo: str, policy_folder: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    assert main(command(policy_folder, run_dir, algo)) == 0
+    found = summary(run_dir)
+    assert found["algo"] == algo
+    assert found["data"] is None
+    assert found["env_steps"] == 240
+    assert found["updates"] > 0
+    rows = read_metrics(run_dir)
+    looks = [row["step"] for row in rows if "validation/mean_reward" in row]
+    assert looks == ([120] if algo == "ppo" else [0, 120, 240])  # the first and the last may be the best
+    assert {row["step"] for row in rows if "eval/mean_reward" in row} == {0, 240}
+    assert any("rollout/ep_rew_mean" in row for row in rows)
+    report = json.loads((run_dir / "eva_report.json").read_text())
+    assert report["data"] == {"listened_to": "rollouts"}
+    assert load_policy(run_dir).env_id == "metaworld/reach-v3"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algo", sorted(SHORT))
+def test_cloning_comes_first(algo: str, policy_folder: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    first = f"bc_then_{algo}"
+    assert main(command(policy_folder, run_dir, first, "algo.bc.updates=3", "adapter=eva_dora")) == 0
+    found = summary(run_dir)
+    assert found["bc/updates"] == 3
+    assert found["env_steps"] == 240
+    looks = json.loads((run_dir / "evaluation.json").read_text())
+    assert list(looks) == ["before", "cloned", "after"]
+    rewards = [episode["episode_return"] for episode in looks["cloned"]["episodes"]]
+    assert found["eval_cloned/mean_reward"] == pytest.approx(sum(rewards) / len(rewards))
+    assert found["data"]["episodes"] == 2
+    rows = read_metrics(run_dir)
+    assert [row["step"] for row in rows if "bc/train/loss" in row] == [1, 3]
+
+
+@pytest.mark.slow
+def test_directions_are_looked_at_again(policy_folder: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    assert main(command(policy_folder, run_dir, "odt", "algo.refresh_every=60", "algo.refresh_below=1")) == 0
+    rows = [row for row in read_metrics(run_dir) if "eva/overlap_mean" in row]
+    assert [row["step"] for row in rows] == [60, 120, 180, 240]
+    assert all(0 < row["eva/overlap_min"] <= row["eva/overlap_mean"] <= 1 for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["algo=bc", "data=none"], "clones demonstrations"),
+        (["algo=odt", "adapter.eva.source=trajectories"], "needs demonstrations"),
+        (["algo=odt", "adapter=lora_ga"], "nothing to clone"),
+        (["algo=odt", "algo.refresh_every=100", "adapter=lora"], "looks after EVA's directions"),
+        (["algo=ppo", "adapter=adalora"], "Stable-Baselines3's"),
+        (["algo=odt", "algo.initial_std=50"], "initial_std=50"),
+        (["algo=odt", "algo.replay_size=1"], "replay_size"),
+        (["algo=dqn"], "dqn"),
+    ],
+)
+def test_what_does_not_fit_is_refused(
+    arguments: list[str], message: str, policy_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = [o for o in SMALL if arguments[0] != "algo=bc" or not o.startswith("algo.")]
+    small = [o for o in small if "checkpoint_every" not in o or arguments[0] != "algo=dqn"]
+    assert main([f"policy={policy_folder}", f"run_dir={tmp_path / 'run'}", *small, *arguments]) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algo", ["bc_then_odt", "odt_td3", "sac"])
+def test_a_killed_run_goes_on(algo: str, policy_folder: Path, tmp_path: Path) -> None:
+    """Killed with SIGKILL after its first checkpoint, it ends with the weights of one that was left alone."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    others = ["algo.bc.updates=3", "algo.env_steps=480"] if algo.startswith("bc") else ["algo.env_steps=480"]
+    assert main(command(policy_folder, whole, algo, *others)) == 0
+    arguments = command(policy_folder, killed, algo, *others)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "eva_rl.finetune", *arguments],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment,
+    )  # fmt: skip
+    while process.poll() is None and not list((killed / "checkpoint" / "online").glob("step_*")):
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    if not (killed / "summary.json").exists():  # it was that quick
+        assert main(arguments) == 0
+    for name in ("model.safetensors", "adapter/adapter_model.safetensors"):
+        assert (whole / "policy" / name).read_bytes() == (killed / "policy" / name).read_bytes()
+    points = [(row["step"], key) for row in read_metrics(killed) for key in row if "/" in key]
+    assert len(points) == len(set(points))

@@ -1,0 +1,190 @@
+"""The benchmark: what it refuses before it starts, what it runs, and that a killed one continues to the same report."""
+
+from __future__ import annotations
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from eva_rl import benchmark
+from eva_rl.agents.policy_folder import save_policy
+from eva_rl.benchmark import BenchmarkConfig, split_list
+from eva_rl.cli.parsing import parse
+from eva_rl.errors import UserError
+from eva_rl.finetune import command as finetune
+from eva_rl.launch.multirun import combinations, launch_options
+from tests.conftest import make_policy
+
+TINY = ["data.episodes=1", "data.workers=1", "data.only_successes=false", "algo.updates=4", "algo.batch_size=4"]
+TINY += ["eval.episodes=4", "eval.every=2", "eval.quick_episodes=2", "env.horizon=30", "tracker=[]"]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("policies") / "base"
+    save_policy(folder, make_policy())
+    return folder
+
+
+def grid(base: Path, out: Path, *more: str) -> list[str]:
+    passed = [f"finetune.{override}" for override in [f"policy={base}", *TINY]]
+    return ["tasks=reach-v3+push-v3", "methods=[lora,eva,head]", "seeds=2", f"out={out}", *passed, *more]
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open() as file:
+        return [row for row in csv.DictReader(file) if row["table"] != "cost"]
+
+
+def test_what_is_typed() -> None:
+    config: BenchmarkConfig = parse("benchmark", ["tasks=cw10", "methods=[lora,eva]", "seeds=3"])
+    tasks, *others = config.grid()
+    assert (len(tasks), others) == (10, [["lora", "eva"], [0, 1, 2]])
+    config = parse("benchmark", ["tasks=[push-v3,reach-v3+push-v3]", "methods=full+head", "seeds=[4,2]"])
+    assert config.grid() == (["metaworld/push-v3", "metaworld/reach-v3"], ["full", "head"], [4, 2])
+    config = parse(
+        "benchmark",
+        [
+            "set=[algo=odt,adapter.targets=[q_proj,v_proj]]",
+            "finetune.data=expert:push-v3?episodes=3",
+            "finetune.algo.updates=2",
+        ],
+    )
+    assert config.set == [
+        "algo=odt", "adapter.targets=[q_proj,v_proj]", "data=expert:push-v3?episodes=3", "algo.updates=2",
+    ]  # fmt: skip
+    assert split_list("a=1") == ["a=1"]
+    assert split_list("['a=b,c',d={e:1,f:2}]") == ["a=b,c", "d={e:1,f:2}"]
+
+
+@pytest.mark.parametrize(
+    ("typed", "message"),
+    [
+        ("methods=[lora,evva]", "Did you mean 'eva'"),
+        ("tasks=push-v33", "push-v3"),
+        ("seeds=none", "a number of seeds"),
+        ("seeds=[]", "a number of seeds"),
+        ("finetune.algo.update=3", "update"),
+        ("finetune.seed=3", "a benchmark decides on that by seeds="),
+        ("finetune.adapter=eva", "methods="),
+        ("set=[updates]", "expected KEY=VALUE"),
+        ("finetune.adapter.targets=[nowhere]", "nowhere"),
+        ("finetune.policy=nowhere", "nowhere"),
+        ("tasks=mujoco/hopper", "observation"),
+        ("launcher=rya", "Did you mean 'ray'"),
+        ("launchr=ray", "launchr"),
+    ],
+)
+def test_mistakes_are_found_before_anything_starts(
+    typed: str, message: str, base: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert benchmark.main(grid(base, tmp_path / "out", typed)) == 2
+    assert message in " ".join(capfd.readouterr().err.split())
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_failures_are_listed_with_their_logs(base: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """A folder in the way makes one run fail; the others count, and mending it completes the benchmark."""
+    out = tmp_path / "out"
+    only = ["tasks=reach-v3", "methods=[lora,head]", "seeds=1", "retries=0", "jobs=2"]
+    in_the_way = out / "reach-v3" / "lora" / "seed_0" / "notes.txt"
+    in_the_way.parent.mkdir(parents=True)
+    in_the_way.write_text("mine")
+    assert benchmark.main(grid(base, out, *only)) == 2
+    shown = " ".join(capfd.readouterr().err.split())
+    assert "Failed: reach-v3/lora/seed_0" in shown
+    assert "is not empty and holds no run" in shown.replace("\n", " ")
+    assert str(out / "logs" / "reach-v3-lora-seed_0.log") in shown
+    assert {row["method"] for row in rows(out / "report" / "report.csv") if row["method"]} == {"head"}
+    in_the_way.unlink()
+    assert benchmark.main(grid(base, out, *only)) == 0
+    assert {row["method"] for row in rows(out / "report" / "report.csv") if row["method"]} == {"head", "lora"}
+    capfd.readouterr()
+    assert benchmark.main(grid(base, out, *only, "finetune.algo.updates=5")) == 2
+    assert "other settings of algo" in " ".join(capfd.readouterr().err.split())
+
+
+def test_sweeps_are_hydras() -> None:
+    found = combinations(["env=push-v3,reach-v3", "seed=range(0,2)", "data=expert:push-v3?episodes=3", "algo.loss=l1"])
+    assert {fixed for fixed, _ in [(tuple(f), s) for f, s in found]} == {
+        ("data=expert:push-v3?episodes=3", "algo.loss=l1")
+    }
+    assert [swept for _, swept in found] == [
+        ["env=push-v3", "seed=0"], ["env=push-v3", "seed=1"], ["env=reach-v3", "seed=0"], ["env=reach-v3", "seed=1"],
+    ]  # fmt: skip
+    assert combinations(["seed=3"]) == [(["seed=3"], [])]
+    with pytest.raises(UserError, match="List the values"):
+        combinations(["seed=interval(0,2)"])
+    with pytest.raises(UserError, match="List the values"):
+        combinations(["env=glob(*)"])
+    with pytest.raises(UserError, match="Keys: launcher, jobs"):
+        launch_options(["job=3"])
+
+
+def test_a_sweep_is_checked_before_it_starts(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert finetune.main(["-m", "env=push-v3,reach-v3", "algo.update=3", f"run_dir={tmp_path / 'out'}"]) == 2
+    assert "update" in capfd.readouterr().err
+    from eva_rl import evaluate
+
+    assert evaluate.main(["--multirun", "env=push-v3,reach-v3"]) == 2
+    assert "--multirun sweeps finetune and pretrain" in capfd.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_multirun(base: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    typed = [
+        "--multirun",
+        "env=reach-v3",
+        "adapter=head,lora",
+        "seed=0",
+        f"policy={base}",
+        *TINY,
+        f"run_dir={tmp_path}/it's",
+    ]
+    assert finetune.main([*typed, "multirun.jobs=2"]) == 0
+    assert {p.parent.name for p in tmp_path.glob("it's/*/summary.json")} == {"adapter=head", "adapter=lora"}
+    capfd.readouterr()
+    assert finetune.main([*typed, "multirun.jobs=2"]) == 0
+    assert "2 of them finished before" in capfd.readouterr().err
+
+
+def start(argv: list[str], **options: Any) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "eva_rl.benchmark", *argv]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **options)
+
+
+def finished(out: Path) -> int:
+    return len(list(out.glob("*/*/*/summary.json")))
+
+
+@pytest.mark.slow
+def test_killed_and_started_again_it_reports_the_same(base: Path, tmp_path: Path) -> None:
+    """2 tasks, 3 methods, 2 seeds: killed without a chance to clean up, interrupted, and then left alone."""
+    alone, killed = tmp_path / "alone", tmp_path / "killed"
+    jobs = f"jobs={max(2, len(os.sched_getaffinity(0)))}"
+    for number in (signal.SIGKILL, signal.SIGTERM):
+        before = finished(killed)
+        process = start(grid(base, killed, jobs))
+        while finished(killed) < before + 3:
+            assert process.poll() is None
+            time.sleep(0.1)
+        process.send_signal(number)
+        status = process.wait()
+        assert status == (-9 if number == signal.SIGKILL else 130)
+        assert finished(killed) < 12
+    assert benchmark.main(grid(base, killed, jobs)) == 0
+    assert benchmark.main(grid(base, alone, jobs)) == 0
+    assert finished(killed) == finished(alone) == 12
+    found = rows(killed / "report" / "report.csv")
+    assert found == rows(alone / "report" / "report.csv")
+    assert {row["method"] for row in found if row["table"] == "aggregate"} == {"lora", "eva", "head"}
+    assert {row["runs"] for row in found if row["table"] == "aggregate"} == {"4"}

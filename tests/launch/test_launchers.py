@@ -1,0 +1,169 @@
+"""Launchers: what starts, what is tried again, what is stopped, what continues."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from eva_rl.errors import UserError
+from eva_rl.launch.jobs import Ended, Job, LaunchOptions
+from eva_rl.launch.launchers import LocalLauncher, RayLauncher, SlurmLauncher, make_launcher
+from eva_rl.launch.launching import State, last_words, launch, run_all
+
+
+def job(folder: Path, name: str, code: str) -> Job:
+    """A process that runs Python code, once."""
+    command = ("timeit", "-n1", "-r1", code)
+    return Job(name, command, folder / f"{name}.log", folder / f"{name}.done")
+
+
+def writes(folder: Path, name: str) -> Job:
+    return job(folder, name, f"open({str(folder / f'{name}.done')!r}, 'a').write('x')")
+
+
+def sleeps(folder: Path, name: str) -> Job:
+    return job(
+        folder, name, f"import os, time; open({str(folder / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    )
+
+
+FAILS = "raise SystemExit('no such thing')"
+
+
+def quiet(_: State) -> None:
+    pass
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it does not come"
+        time.sleep(0.05)
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_all_run_within_the_capacity(tmp_path: Path) -> None:
+    most = []
+    jobs = [writes(tmp_path, f"j{i}") for i in range(4)]
+    state = run_all(jobs, LocalLauncher(LaunchOptions(jobs=2)), 0, lambda s: most.append(len(s.running)))
+    assert {j.name for j in state.finished} == {"j0", "j1", "j2", "j3"}
+    assert all(j.done.read_text() == "x" for j in jobs)
+    assert max(most) <= 2
+
+
+def test_what_fails_is_tried_again_and_listed(tmp_path: Path) -> None:
+    marker = tmp_path / "marker"
+    second = f"import os\nif not os.path.exists({str(marker)!r}):\n    os.mkdir({str(marker)!r})\n    {FAILS}"
+    always = job(tmp_path, "always", FAILS)
+    state = run_all([job(tmp_path, "once", second), always], LocalLauncher(LaunchOptions(jobs=1)), 1, quiet)
+    assert [j.name for j in state.finished] == ["once"]
+    assert state.failed == [always]
+    assert last_words(always.log) == "SystemExit: no such thing"
+    assert always.log.read_text().count("SystemExit: no such thing") == 2
+    assert run_all([always], LocalLauncher(LaunchOptions(jobs=1)), 0, quiet).failed == [always]
+    assert always.log.read_text().count("SystemExit: no such thing") == 3
+
+
+def test_an_interruption_ends_the_runs(tmp_path: Path) -> None:
+    def interrupt(state: State) -> None:
+        if (tmp_path / "pid").exists() and (tmp_path / "pid").read_text():
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_all([sleeps(tmp_path, "long")], LocalLauncher(LaunchOptions(jobs=1)), 0, interrupt)
+    assert not alive(int((tmp_path / "pid").read_text()))
+
+
+def test_two_launches_never_work_on_one_run(tmp_path: Path) -> None:
+    one = sleeps(tmp_path, "long")
+    first = one.start()
+    assert first is not None
+    assert one.start() is None
+    first.stop()
+    again = one.start()
+    assert again is not None
+    again.stop()
+    one.done.write_text("")
+    assert isinstance(one.start(), Ended)
+
+
+def test_threads_are_limited(tmp_path: Path) -> None:
+    code = f"import os; open({str(tmp_path / 'x')!r}, 'w').write(os.environ['OMP_NUM_THREADS'])"
+    one = Job("t", ("timeit", "-n1", "-r1", code), tmp_path / "log", tmp_path / "done", threads=3)
+    assert one() == 0
+    assert (tmp_path / "x").read_text() == "3"
+
+
+@pytest.mark.parametrize(("launcher", "package"), [("ray", "ray"), ("slurm", "submitit")])
+def test_a_missing_extra_is_named(launcher: str, package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UserError, match=rf"pip install 'eva-rl\[{package}\]'"):
+        make_launcher(LaunchOptions(launcher=launcher), tmp_path)
+
+
+def test_options_are_checked() -> None:
+    with pytest.raises(UserError, match="Did you mean 'slurm'"):
+        LaunchOptions(launcher="slrum")
+    with pytest.raises(UserError, match="threads"):
+        LaunchOptions(threads=0)
+
+
+def test_without_slurm_there_is_advice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match="launcher=slurm"):
+        SlurmLauncher(LaunchOptions(launcher="slurm"), tmp_path)
+
+
+def test_submitit_in_this_process(tmp_path: Path) -> None:
+    options = LaunchOptions(launcher="slurm", cluster="debug")
+    jobs = [writes(tmp_path, "a"), job(tmp_path, "b", FAILS)]
+    state = run_all(jobs, SlurmLauncher(options, tmp_path / "slurm"), 0, quiet)
+    assert (state.finished, state.failed) == (jobs[:1], jobs[1:])
+
+
+@pytest.mark.slow
+def test_submitit_in_processes(tmp_path: Path) -> None:
+    options = LaunchOptions(launcher="slurm", cluster="local", retries=0)
+    jobs = [writes(tmp_path, "a"), writes(tmp_path, "b"), job(tmp_path, "c", FAILS)]
+    assert launch(jobs, 0, options, tmp_path / "slurm") == jobs[2:]
+    assert (tmp_path / "b.done").read_text() == "x"
+    launcher = SlurmLauncher(options, tmp_path / "slurm")
+    running = launcher.start(sleeps(tmp_path, "long"))
+    wait_for(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
+    running.stop()
+    wait_for(lambda: running.poll() is not None)
+    assert running.poll() == 1
+
+
+@pytest.mark.slow
+def test_ray_on_this_machine(tmp_path: Path) -> None:
+    """Started and stopped here: runs queue for the CPUs, failures come back, a cancelled run ends."""
+    import ray
+
+    options = LaunchOptions(launcher="ray", retries=0, cpus_per_run=0.5)
+    jobs = [writes(tmp_path, "a"), writes(tmp_path, "b"), job(tmp_path, "c", FAILS)]
+    assert launch(jobs, 0, options, tmp_path) == jobs[2:]
+    assert (tmp_path / "b.done").read_text() == "x"
+    assert not ray.is_initialized()
+    launcher = RayLauncher(options)
+    try:
+        running = launcher.start(sleeps(tmp_path, "long"))
+        wait_for(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
+        running.stop()
+        wait_for(lambda: not alive(int((tmp_path / "pid").read_text())))
+        assert running.poll() == 1
+    finally:
+        launcher.close()
+    assert not ray.is_initialized()

@@ -1,0 +1,273 @@
+"""The report: what is read, grouped, computed, warned of and written."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from rliable import metrics as rliable
+
+from eva_rl.cli.parsing import parse
+from eva_rl.errors import UserError
+from eva_rl.report import command as report
+from eva_rl.report import stats
+from eva_rl.report.cautions import warnings_of
+from eva_rl.report.comparison import Resampling, analyse
+from eva_rl.report.curves import points_of
+from eva_rl.report.methods import make_families
+from eva_rl.report.runs import Run, find_runs, read_runs
+from tests.report.making_runs import make_run, make_study
+
+QUICK = Resampling(200)
+RATES = {"eva": 0.7, "lora": 0.4, "full": 0.7}
+
+
+def rate(method: str, task: int, seed: int) -> float:
+    """eva is better than lora at every seed; full is sometimes better and sometimes worse than eva."""
+    return RATES[method] - 0.2 * task + 0.04 * seed + (0.06 * (-1) ** seed if method == "full" else 0)
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_study(tmp_path_factory.mktemp("study"), list(RATES), rate)
+
+
+@pytest.fixture(scope="module")
+def written(study: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("report") / "out"
+    assert report.main([str(study), f"out={out}", "replicates=200"]) == 0
+    return out
+
+
+def rows(path: Path, **where: str) -> list[dict[str, str]]:
+    with path.open() as file:
+        return [row for row in csv.DictReader(file) if all(row[key] == value for key, value in where.items())]
+
+
+def read(*places: Path) -> list[Run]:
+    return read_runs(find_runs([str(place) for place in places]))[0]
+
+
+def texts(runs: list[Run]) -> str:
+    (family,) = make_families(runs)
+    return " ".join(warning.text for warning in warnings_of(analyse(family, QUICK), []))
+
+
+def test_the_numbers_are_those_of_the_runs(written: Path) -> None:
+    matrix = {m: np.array([[round(rate(m, t, s) * 50) / 50 for t in (0, 1)] for s in range(5)]) for m in RATES}
+    for method, scores in matrix.items():
+        found = {row["statistic"]: row for row in rows(written / "report.csv", table="aggregate", method=method)}
+        assert float(found["IQM"]["value"]) == pytest.approx(rliable.aggregate_iqm(scores))
+        assert float(found["mean"]["value"]) == pytest.approx(rliable.aggregate_mean(scores))
+        assert float(found["IQM"]["low"]) < float(found["IQM"]["value"]) < float(found["IQM"]["high"])
+        assert found["IQM"]["runs"] == "10"
+    (better,) = rows(written / "report.csv", method="eva", versus="lora", statistic="probability of improvement")
+    assert float(better["value"]) == pytest.approx(rliable.probability_of_improvement(matrix["eva"], matrix["lora"]))
+    (p,) = rows(written / "report.csv", method="eva", versus="lora", statistic="p over runs")
+    assert float(p["value"]) == 2 / 2**10  # eva is better in all ten pairs
+    (p,) = rows(written / "report.csv", versus="lora", method="eva", statistic="p over goals")
+    assert float(p["value"]) == stats.sign_flip_test([k for k in goal_means(matrix, "eva", "lora") if k])
+
+
+def goal_means(matrix: dict[str, np.ndarray], first: str, second: str) -> list[float]:  # type: ignore[type-arg]
+    solved = {m: np.arange(50) < np.round(50 * scores.T[..., None]) for m, scores in matrix.items()}  # task, seed, goal
+    found = (solved[first].astype(float) - solved[second]).mean(axis=1).ravel()
+    return [float(d) for d in found]
+
+
+def test_it_says_who_cannot_be_told_apart(written: Path) -> None:
+    told = {
+        (row["method"], row["versus"]): float(row["value"])
+        for row in rows(written / "report.csv", statistic="p over runs, corrected")
+    }
+    assert told["eva", "lora"] < 0.05 < next(p for pair, p in told.items() if set(pair) == {"eva", "full"})
+    text = (written / "report.md").read_text()
+    assert re.search(r"\*\*Warning\*\*: These data do not tell apart: (eva and full|full and eva)\.", text)
+    assert "told apart" in text
+    assert "lora" not in re.findall(r"do not tell apart: (.*)", text)[0]
+
+
+def test_the_same_runs_give_the_same_report(written: Path, study: Path, tmp_path: Path) -> None:
+    assert report.main([f"{study}/*", f"out={tmp_path / 'again'}", "replicates=200"]) == 0
+    for name in ("report.csv", "runs.csv", "curves.csv", "report.md"):
+        assert (tmp_path / "again" / name).read_text() == (written / name).read_text()
+
+
+def test_everything_is_in_one_page(written: Path) -> None:
+    html = (written / "report.html").read_text()
+    assert not re.findall(r'(?:src|href)="(?!#)[^"]*"', html.replace('xlink:href="#', '"'))
+    outside = set(re.findall(r'https?://[^"\s<)]+', html))
+    assert outside <= {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}  # names of XML vocabularies
+    assert html.count("<svg") == 5
+    names = re.findall(r'\bid="([^"]+)"', html)
+    assert "currentColor" in html
+    assert all(reference in names for reference in re.findall(r"url\(#([^)]+)\)", html))
+    for path in (written / "figures").glob("*.svg"):
+        ElementTree.parse(path)
+    assert len(list((written / "figures").glob("*.png"))) == 5
+
+
+def test_curves(written: Path) -> None:
+    found = rows(written / "curves.csv", axis="gradient steps", method="eva")
+    assert [float(row["place"]) for row in found] == [50, 100]
+    assert float(found[0]["value"]) == pytest.approx(float(found[1]["value"]) / 2)
+    assert {row["axis"] for row in rows(written / "curves.csv")} == {"gradient steps", "seconds"}
+
+
+def test_curves_of_online_runs(tmp_path: Path) -> None:
+    """Cloning takes gradient steps alone; acting counts env steps, and gradient steps go on."""
+    folder = make_run(tmp_path / "run", "reach-v3", [True] * 4, "algo=bc_then_odt", "algo.env_steps=2000")
+    points = [
+        (20, 0, {"bc/validation/success_rate": 0.1}),
+        (1000, 2, {"time/env_steps": 1000, "time/gradient_steps": 7}),
+        (1000, 3, {"validation/success_rate": 0.5}),
+        (2000, 4, {"time/env_steps": 2000, "time/gradient_steps": 14}),
+        (2000, 5, {"validation/success_rate": 0.6}),
+    ]
+    lines = [json.dumps({"step": step, "wall_time": 100.0 + second, **more}) for step, second, more in points]
+    (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    found = points_of(read(folder)[0], "success_rate")
+    assert found.values.tolist() == [0.1, 0.5, 0.6]
+    assert found.places["gradient_steps"].tolist() == [20, 27, 34]
+    assert found.places["env_steps"].tolist() == [0, 1000, 2000]
+    assert found.places["seconds"].tolist() == [0, 3, 5]
+
+
+def test_ranks_and_settings_are_rows_of_their_own(tmp_path: Path) -> None:
+    for rank, solved in ((4, 1), (8, 3)):
+        for seed in range(2):
+            outcome = [k < solved for k in range(4)]
+            make_run(
+                tmp_path / f"{rank}-{seed}",
+                "reach-v3",
+                outcome,
+                f"adapter.rank={rank}",
+                f"seed={seed}",
+                f"data.seed={seed}",
+            )
+    make_run(tmp_path / "full", "reach-v3", [True] * 4, "adapter=full", "adapter.rank=2", "algo.learning_rate=0.01")
+    (family,) = make_families(read(tmp_path))
+    assert {method.label: method.rank for method in family.methods} == {
+        "eva (rank=4)": "4",
+        "eva (rank=8)": "8",
+        "full": "-",
+    }
+    found = analyse(family, QUICK)
+    assert float(found.aggregates["eva (rank=4)"]["mean"].value) == 0.25  # not the best of both
+    text = texts(read(tmp_path))
+    assert "algo.learning_rate: 0.001, 0.01" in text
+    assert "Ranks differ" in text
+
+
+def test_warnings_of_weak_data(tmp_path: Path) -> None:
+    for method in ("eva", "lora"):
+        for seed in range(2):
+            make_run(tmp_path / method / str(seed), "reach-v3", [True] * 5, f"adapter={method}", f"seed={seed}")
+    text = texts(read(tmp_path))
+    assert "tell no two methods apart" in text
+    assert "Few seeds: 2" in text
+    assert "Few episodes: 5" in text
+    assert "almost always solved" in text
+    alone = texts(read(tmp_path / "eva" / "0"))
+    assert "one seed" in alone
+    assert "one method only" in alone
+
+
+def test_tasks_that_a_method_lacks_are_not_averaged(tmp_path: Path) -> None:
+    make_run(tmp_path / "a", "reach-v3", [True, False], "adapter=eva")
+    make_run(tmp_path / "b", "push-v3", [True, True], "adapter=eva")
+    make_run(tmp_path / "c", "reach-v3", [False, False], "adapter=lora")
+    (family,) = make_families(read(tmp_path))
+    assert (list(family.tasks), list(family.partial)) == (["metaworld/reach-v3"], ["metaworld/push-v3"])
+    assert float(analyse(family, QUICK).aggregates["eva"]["mean"].value) == 0.5
+    assert "some method lacks them: metaworld/push-v3" in texts(read(tmp_path))
+
+
+def test_tasks_without_success_are_judged_by_score(tmp_path: Path) -> None:
+    make_run(tmp_path / "hopper", "mujoco/hopper", [True, False])
+    make_run(tmp_path / "pendulum", "Pendulum-v1", [True, False])
+    make_run(tmp_path / "reach", "reach-v3", [True, False])
+    families = {family.title: family for family in make_families(read(tmp_path))}
+    assert set(families) == {"success rate", "normalised score", "return on Pendulum-v1"}
+    hopper = families["normalised score"]
+    scores = hopper.methods[0].scores(hopper.tasks[0], hopper.key)
+    assert scores[0] == pytest.approx(100 * (505.0 + 20.272305) / (3234.3 + 20.272305))
+    assert report.main([str(tmp_path), f"out={tmp_path / 'report'}", "replicates=50"]) == 0
+
+
+def test_nothing_is_dropped_in_silence(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    for seed in range(6):
+        make_run(tmp_path / f"r{seed}", "reach-v3", [True, False], f"seed={seed}", finished=seed != 1)
+    (tmp_path / "r2" / "summary.json").write_text('{"env": "met')
+    (tmp_path / "r3" / "evaluation.json").write_text("[]")
+    with (tmp_path / "r4" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 12')
+    (tmp_path / "r5" / "config.yaml").write_text("a: [")
+    shutil.copytree(tmp_path / "r0", tmp_path / "r0-copy")
+    runs, problems = read_runs(find_runs([str(tmp_path)]))
+    assert {run.folder.name for run in runs} == {"r0", "r3", "r4"}
+    kinds = {problem.folder.name: problem.kind for problem in problems}
+    assert kinds == {
+        "r1": "unfinished",
+        "r2": "damaged",
+        "r3": "in part",
+        "r4": "in part",
+        "r5": "damaged",
+        "r0-copy": "left out",
+    }
+    assert report.main([str(tmp_path), f"out={tmp_path / 'report'}", "replicates=50"]) == 0
+    shown = capfd.readouterr().err
+    page = (tmp_path / "report" / "report.html").read_text()
+    for name in kinds:
+        assert f"{tmp_path / name}" in shown
+        assert f"{tmp_path / name}" in page
+
+
+def test_mistakes(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UserError, match="No folder"):
+        find_runs([str(tmp_path / "none*")])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"a run directory holds a config\.yaml"):
+        find_runs([str(tmp_path / "empty")])
+    make_run(tmp_path / "unfinished", "reach-v3", [True], finished=False)
+    assert report.main([str(tmp_path / "unfinished")]) == 2
+    assert "unfinished" in capfd.readouterr().err
+    make_run(tmp_path / "run", "reach-v3", [True])
+    assert report.main([str(tmp_path / "run"), f"out={tmp_path}"]) == 2
+    assert "something other than a report" in capfd.readouterr().err
+    assert report.main([]) == 2
+    assert report.main(["runs", "replicate=3"]) == 2
+    assert "replicate" in capfd.readouterr().err
+
+
+def test_folders_are_named_without_a_key() -> None:
+    assert parse("report", ["runs/a", "runs/b=c", "out=d", "seed=2"]).runs == ["runs/a", "runs/b=c"]
+    assert parse("report", ["it's", "*"]).runs == ["it's", "*"]
+    assert parse("report", ["runs=[a,b]"]).runs == ["a", "b"]
+
+
+def chromium(page: Path, folder: Path) -> str:
+    """What the browser's console says of a page."""
+    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+    command += [f"--user-data-dir={folder}", "--enable-logging=stderr", "--dump-dom", page.as_uri()]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=180, check=True)
+    assert "</main>" in found.stdout
+    return "\n".join(line for line in found.stderr.splitlines() if "CONSOLE" in line)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="Debian's chromium is not installed")
+def test_a_browser_shows_the_page_without_errors_or_requests(written: Path, tmp_path: Path) -> None:
+    """The page's own policy makes the browser report, and refuse, whatever would be loaded."""
+    assert chromium(written / "report.html", tmp_path / "profile") == ""
+    changed = tmp_path / "changed.html"
+    text = (written / "report.html").read_text()
+    changed.write_text(text.replace("<main>", '<main><img src="http://127.0.0.1:9/x.png">', 1))
+    assert "Content Security Policy" in chromium(changed, tmp_path / "profile2")

@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+from eva_rl import envs
+from eva_rl.envs.metaworld import MetaWorldTask
+from eva_rl.errors import UserError
+from eva_rl.rollouts.episodes import EpisodeRecord, play_episodes
+from eva_rl.rollouts.evaluation import EvaluationResult, evaluate_policy, evaluation_envs
+from eva_rl.seeding import DEMONSTRATIONS, EVALUATION, MAX_SEED, ROLLOUTS, VALIDATION, episode_seeds
+from tests.conftest import make_policy
+
+
+class ExpertPolicy:
+    """A scripted expert behind the Policy protocol."""
+
+    observation_dim, action_dim = 39, 4
+
+    def __init__(self, task: str) -> None:
+        self.expert = envs.scripted_expert(task)
+
+    def reset(self, env_ids: object) -> None:
+        pass
+
+    def act(self, observations, rewards, episode_starts):
+        return np.stack([self.expert(o) for o in observations])
+
+
+def result(successes: list[bool]) -> EvaluationResult:
+    records = tuple(EpisodeRecord("x", i, 1.0, 2, s, s, 0) for i, s in enumerate(successes))
+    return EvaluationResult("x", records, "", True)
+
+
+def test_wilson_interval_by_hand() -> None:
+    """Newcombe 1998, table I: 15 of 148 and 0 of 20."""
+    low, high = result([True] * 15 + [False] * 133).success_interval()
+    assert (round(low, 4), round(high, 4)) == (0.0624, 0.1605)
+    low, high = result([False] * 20).success_interval()
+    assert low == 0
+    assert round(high, 4) == 0.1611
+
+
+def test_experts_succeed_and_records_agree_with_a_plain_loop() -> None:
+    task = "metaworld/reach-v3"
+    found = evaluate_policy(ExpertPolicy(task), "reach-v3", episodes=3, seed=7)
+    assert found.success_rate == 1
+    env, expert = MetaWorldTask(task), envs.scripted_expert(task)
+    for record in found.episodes:
+        observation, _ = env.reset(seed=record.episode_seed)
+        rewards, successes, truncated = [], [], False
+        while not truncated:
+            observation, reward, _, truncated, info = env.step(expert(observation))
+            rewards.append(reward)
+            successes.append(info["success_now"])
+        assert record.length == 200
+        assert record.episode_return == pytest.approx(sum(rewards), rel=1e-5)
+        assert record.first_success == successes.index(True)
+        assert record.success_at_end == successes[-1]
+
+
+def test_short_episodes_are_not_over_represented() -> None:
+    """Hopper falls after different numbers of steps; every environment plays the same number of episodes."""
+    policy = make_policy(11, 3)
+    vec_env = envs.make_vec_env("Hopper-v5", 3)
+    vec_env.seed(5)
+    records = play_episodes(policy, vec_env, ["Hopper-v5"] * 3, 4)
+    assert [r.episode_seed for r in records] == list(range(5, 17))
+    assert len({r.length for r in records}) > 1
+    alone = envs.make_vec_env("Hopper-v5", 1)
+    alone.seed(5)
+    by_one = play_episodes(policy, alone, ["Hopper-v5"], 3)
+    assert [r.length for r in by_one] == [r.length for r in records[:3]]
+
+
+def test_environments_can_be_used_again() -> None:
+    policy, vec_env = make_policy(), evaluation_envs("push-v3", 4, 10)
+    first = evaluate_policy(policy, "push-v3", episodes=4, horizon=10, vec_env=vec_env)
+    again = evaluate_policy(policy, "push-v3", episodes=4, horizon=10, vec_env=vec_env)
+    other = evaluate_policy(policy, "push-v3", episodes=4, horizon=10, vec_env=vec_env, seed=1)
+    assert first == again
+    assert first != other
+    vec_env.close()
+
+
+def test_d4rl_scores_are_in_the_metrics() -> None:
+    records = tuple(EpisodeRecord("Hopper-v5", i, value, 9, False, False, -1) for i, value in enumerate((0.0, 1000.0)))
+    metrics = EvaluationResult("Hopper-v5", records, "", False).metrics()
+    low, high = -20.272305, 3234.3
+    assert metrics["eval/normalized_score"] == pytest.approx(100 * (500 - low) / (high - low))
+    own = EvaluationResult("Hopper-v5", records, "", False, references=(0.0, 2000.0)).metrics()
+    assert own["eval/normalized_score"] == pytest.approx(25)
+    assert "eval/success_rate" not in metrics
+    assert "eval/normalized_score" not in result([True]).metrics()
+
+
+def test_a_policy_that_does_not_fit() -> None:
+    with pytest.raises(UserError, match=r"Ant-v5 has 105 .* the policy takes 27"):
+        evaluate_policy(make_policy(27, 8), "mujoco/ant", episodes=1)
+    with pytest.raises(UserError, match=r"eval\.episodes=0"):
+        evaluate_policy(make_policy(), "push-v3", episodes=0)
+
+
+def test_no_two_purposes_share_an_episode() -> None:
+    purposes = sorted((DEMONSTRATIONS, VALIDATION, EVALUATION, ROLLOUTS))
+    for purpose, following in itertools.pairwise(purposes):
+        assert episode_seeds(purpose, MAX_SEED) < following
+        assert episode_seeds(purpose, 1) - episode_seeds(purpose, 0) >= 10_000
+    assert episode_seeds(purposes[-1], MAX_SEED) + 10_000 < 2**31
