@@ -73,7 +73,7 @@ class ReplayAlgoOptions(OnlineAlgoOptions):
     replay_on_disk: bool = option(False, "keep the replay in run_dir/replay, mapped into memory")
     keep_best: bool = option(True, "end with the parameters that did best in the quick looks, not with the last ones")
     refresh_every: int = option(0, "EVA: env steps between two looks at whether the activations moved; 0 for none")
-    refresh_below: float = option(0.8, "EVA: overlap of old and new directions under which they are aimed again")
+    refresh_below: float = option(0.8, "EVA: overlap with current directions below which unused ones are reinitialised")
 
     def __post_init__(self) -> None:
         super().__post_init__()

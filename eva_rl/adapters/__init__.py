@@ -1,7 +1,7 @@
-"""Adapters on policies: PEFT's, aimed by the EVA engine."""
+"""PEFT adapters on policies, initialised by the EVA engine."""
 
 from eva_rl.adapters.attach import AttachedAdapter, attach_adapter, base_weights, count_parameters
-from eva_rl.adapters.eva_init import SOURCES, Rollouts, measure, second_moments
+from eva_rl.adapters.eva_init import SOURCES, Rollouts, compute_eva, second_moments
 from eva_rl.adapters.extensions import ADAPTER_NAME, initial_rank
 from eva_rl.adapters.folders import adapter_bytes, find_adapter, load_policy, save_adapted_policy
 from eva_rl.adapters.layers import PROJECTIONS, rank_limits, target_layers
@@ -25,12 +25,12 @@ __all__ = [
     "adapter_bytes",
     "attach_adapter",
     "base_weights",
+    "compute_eva",
     "count_parameters",
     "find_adapter",
     "find_method",
     "initial_rank",
     "load_policy",
-    "measure",
     "rank_limits",
     "refresh_directions",
     "save_adapted_policy",

@@ -104,7 +104,7 @@ def attach_adapter(  # noqa: PLR0913 - PEFT's names for what a user may set
         peft_config = _lora_config(chosen, limits, rank, alpha, dropout, eva)
     model, extension = _attached(network, chosen, peft_config, moments, backward)
     if eva is not None:
-        _aim(model, eva.state_dict())
+        _init_lora_A(model, eva.state_dict())
     model.to(policy.device)
     return AttachedAdapter(chosen, model, eva, extension)
 
@@ -241,8 +241,8 @@ def _exactly(name: str) -> str:
     return "^" + name.replace(".", r"\.")
 
 
-def _aim(model: PeftModel, components: Mapping[str, Tensor]) -> None:
-    """Point each layer's A matrix (rank, in) along its components; B is zero already."""
+def _init_lora_A(model: PeftModel, components: Mapping[str, Tensor]) -> None:  # noqa: N802 - PEFT's name of the matrix
+    """Set each layer's A (rank, in) to its components; B is zero already."""
     for name, module in model.get_base_model().named_modules():
         if hasattr(module, "lora_A") and ADAPTER_NAME in module.lora_A:
             entry = module.lora_A[ADAPTER_NAME]

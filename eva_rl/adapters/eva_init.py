@@ -16,7 +16,7 @@ from torch import Tensor
 from eva_rl.agents.policy import DecisionTransformerPolicy, frozen
 from eva_rl.batch import WindowBatch
 from eva_rl.errors import UserError
-from eva_rl.eva import Accumulators, EvaOptions, EvaResult, Memory, compute, listen
+from eva_rl.eva import ActivationStatistics, EvaOptions, EvaResult, StorageOptions, compute, listen
 
 SOURCES = ("trajectories", "rollouts", "mixed")
 
@@ -36,7 +36,7 @@ class Rollouts:
     steps: int
 
 
-def measure(
+def compute_eva(
     policy: DecisionTransformerPolicy,
     targets: Sequence[str],
     batches: Iterable[WindowBatch] | None,
@@ -69,9 +69,9 @@ def measure(
     asked = EvaOptions(**options)
     began = time.perf_counter()
     components = round(asked.rank * asked.rho)
-    with frozen(policy.network), listen(policy.network, list(targets), components=components) as accumulators:
-        _hear(policy, accumulators, islice(batches or (), max_batches), rollouts)
-        return replace(accumulators.evaluate(asked), seconds=time.perf_counter() - began)
+    with frozen(policy.network), listen(policy.network, list(targets), components=components) as statistics:
+        _accumulate(policy, statistics, islice(batches or (), max_batches), rollouts)
+        return replace(statistics.evaluate(asked), seconds=time.perf_counter() - began)
 
 
 def second_moments(
@@ -94,53 +94,53 @@ def second_moments(
     Raises:
         UserError: No data reached a layer, or they were not finite.
     """
-    memory = Memory(method="moments")
-    with frozen(policy.network), Accumulators(policy.network, list(targets), memory) as accumulators:
-        _hear(policy, accumulators, islice(batches or (), max_batches), rollouts)
-        accumulators.check_finite()
-    if silent := [name for name in targets if name not in accumulators.group_of]:
+    storage = StorageOptions(method="moments")
+    with frozen(policy.network), ActivationStatistics(policy.network, list(targets), storage) as statistics:
+        _accumulate(policy, statistics, islice(batches or (), max_batches), rollouts)
+        statistics.check_finite()
+    if silent := [name for name in targets if name not in statistics.group_of]:
         raise UserError(f"No data reached {silent[0]}. Give batches, rollouts or both.")
-    sums = {name: accumulators.group_of[name].sums() for name in targets}
+    sums = {name: statistics.group_of[name].sums() for name in targets}
     return {name: one.core.sum(0) / one.count.sum() for name, one in sums.items()}
 
 
-def _hear(
+def _accumulate(
     policy: DecisionTransformerPolicy,
-    accumulators: Accumulators,
+    statistics: ActivationStatistics,
     batches: Iterable[WindowBatch],
     rollouts: Rollouts | None,
 ) -> None:
     """Run the batches, and the rollouts where there are some."""
     for batch in batches:
-        with accumulators.masked(batch.attention_mask):
+        with statistics.masked(batch.attention_mask):
             policy.network(batch)
-        accumulators.finish_forward()
+        statistics.finish_forward()
     if rollouts is not None:
-        with _listening(policy, accumulators):
-            _act(policy, rollouts, accumulators)
+        with _record_full_windows(policy, statistics):
+            _act(policy, rollouts, statistics)
 
 
 @contextmanager
-def _listening(policy: DecisionTransformerPolicy, accumulators: Accumulators) -> Iterator[None]:
+def _record_full_windows(policy: DecisionTransformerPolicy, statistics: ActivationStatistics) -> Iterator[None]:
     """Full windows, whose padding does not count."""
 
     def mask(windows: WindowBatch) -> None:
-        accumulators.mask = windows.attention_mask
+        statistics.mask = windows.attention_mask
 
     window, policy.window, policy.on_window = policy.window, "full", mask
     try:
         yield
     finally:
         policy.window, policy.on_window = window, None
-        accumulators.mask = None
+        statistics.mask = None
 
 
-def _act(policy: DecisionTransformerPolicy, rollouts: Rollouts, accumulators: Accumulators) -> None:
+def _act(policy: DecisionTransformerPolicy, rollouts: Rollouts, statistics: ActivationStatistics) -> None:
     n = rollouts.vec_env.num_envs
     policy.reset(rollouts.env_ids)
     observations: Any = rollouts.vec_env.reset()
     rewards, starts = np.zeros(n, np.float32), np.ones(n, dtype=bool)
     for _ in range(rollouts.steps):
         actions = policy.act(observations, rewards, starts)
-        accumulators.finish_forward()
+        statistics.finish_forward()
         observations, rewards, starts, _ = rollouts.vec_env.step(actions)

@@ -1,4 +1,4 @@
-"""Look again where a trained policy's activations vary, and aim directions that the adapter does not use there."""
+"""EVA refresh: reinitialise the adapter directions that training does not use from the current activations."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ UNUSED = 1e-4
 
 @dataclass(frozen=True)
 class Refresh:
-    """What a look at the activations found, and what was done.
+    """Overlaps with the current activations, and what was reinitialised.
 
     Attributes:
         overlaps: By layer, see :func:`subspace_overlap`.
-        aimed: By layer, directions that were aimed anew; layers without any are left out.
-        changed: Parameters whose coordinates changed, so that what an optimiser knows of them is void.
+        reinitialised: By layer, number of reinitialised directions; layers without any are left out.
+        changed: Parameters whose coordinates changed, whose optimiser state has to be reset.
     """
 
     overlaps: Mapping[str, float]
-    aimed: Mapping[str, int]
+    reinitialised: Mapping[str, int]
     changed: tuple[nn.Parameter, ...]
 
     def metrics(self) -> dict[str, float]:
@@ -37,7 +37,7 @@ class Refresh:
         return {
             "eva/overlap_mean": sum(values) / len(values),
             "eva/overlap_min": min(values),
-            "eva/directions_aimed": float(sum(self.aimed.values())),
+            "eva/directions_aimed": float(sum(self.reinitialised.values())),
         }
 
 
@@ -54,24 +54,24 @@ def subspace_overlap(directions: Tensor, others: Tensor) -> float:
 
 
 def refresh_directions(model: PeftModel, found: EvaResult, threshold: float) -> Refresh:
-    """Compare the adapter's input directions with those in which the activations vary now.
+    """Compare the adapter's input directions with the current principal directions.
 
     Where they overlap less than ``threshold``, B A is written in terms of its own singular vectors and the directions
-    it does not use are pointed along the leading new ones, with zeros in B: the function computed stays the same.
+    it does not use are reinitialised from the leading new ones, with zeros in B: the function stays the same.
 
     Args:
         model: With a LoRA adapter (DoRA and rsLoRA included); changed in place.
-        found: EVA's result for the model as it is now.
-        threshold: Overlap under which a layer is aimed anew.
+        found: EVA's result for the current model.
+        threshold: Overlap below which a layer is reinitialised.
     """
-    overlaps, aimed, changed = {}, {}, []
+    overlaps, reinitialised, changed = {}, {}, []
     for name, a, b in _factors(model):
         components = found.layers[name].components.to(a.device)
         overlaps[name] = subspace_overlap(a.data, components)
-        if overlaps[name] < threshold and (count := _aim_unused(a, b, components)):
-            aimed[name] = count
+        if overlaps[name] < threshold and (count := _reinitialise_unused(a, b, components)):
+            reinitialised[name] = count
             changed += [a, b]
-    return Refresh(overlaps, aimed, tuple(changed))
+    return Refresh(overlaps, reinitialised, tuple(changed))
 
 
 def _factors(model: PeftModel) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]:
@@ -82,8 +82,8 @@ def _factors(model: PeftModel) -> Iterator[tuple[str, nn.Parameter, nn.Parameter
             yield name, factors[ADAPTER_NAME].weight, module.lora_B[ADAPTER_NAME].weight
 
 
-def _aim_unused(a: nn.Parameter, b: nn.Parameter, components: Tensor) -> int:
-    """Returns how many directions were aimed anew."""
+def _reinitialise_unused(a: nn.Parameter, b: nn.Parameter, components: Tensor) -> int:
+    """Returns the number of reinitialised directions."""
     left, values, right = _svd(b.data.double(), a.data.double())
     used = int((values > UNUSED * values[0]).sum()) if values[0] > 0 else 0
     fresh = _outside(right[:used], components.double())[: len(a) - used]

@@ -4,17 +4,17 @@ Knows torch models, nothing of policies, environments or PEFT. See docs/eva.md.
 """
 
 from eva_rl.eva.compute import compute, listen
-from eva_rl.eva.listener import Accumulators
-from eva_rl.eva.options import EvaOptions, Memory
+from eva_rl.eva.options import EvaOptions, StorageOptions
 from eva_rl.eva.result import EvaResult, LayerResult
+from eva_rl.eva.statistics import ActivationStatistics
 from eva_rl.eva.targets import find_layers
 
 __all__ = [
-    "Accumulators",
+    "ActivationStatistics",
     "EvaOptions",
     "EvaResult",
     "LayerResult",
-    "Memory",
+    "StorageOptions",
     "compute",
     "find_layers",
     "listen",

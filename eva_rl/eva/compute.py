@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from eva_rl.distributed import TorchGroup
 from eva_rl.errors import UserError
 from eva_rl.eva.hooks import default_mask
-from eva_rl.eva.listener import Accumulators
 from eva_rl.eva.moments import Method
-from eva_rl.eva.options import Criterion, EvaOptions, Memory, Variant
+from eva_rl.eva.options import Criterion, EvaOptions, StorageOptions, Variant
 from eva_rl.eva.redistribution import Score
 from eva_rl.eva.result import EvaResult, Stopped
+from eva_rl.eva.statistics import ActivationStatistics
 
 Forward = Callable[[nn.Module, Any], Any]
 MaskOf = Callable[[Any], Tensor | None]
@@ -29,7 +29,7 @@ CHECK_GROWTH = 1.5
 _END = object()
 
 
-def compute(  # noqa: PLR0913 - the one call that most users make; the names are those of EvaOptions and Memory
+def compute(  # noqa: PLR0913 - the one call that most users make; the names are those of EvaOptions and StorageOptions
     model: nn.Module,
     batches: Iterable[Any],
     *,
@@ -47,7 +47,7 @@ def compute(  # noqa: PLR0913 - the one call that most users make; the names are
     alpha: float = 1.0,
     keep_scale: bool = True,
     criterion: Criterion = "capture",
-    memory_budget: int = Memory.budget,
+    memory_budget: int = StorageOptions.budget,
     seed: int = 0,
     group: TorchGroup | None = None,
 ) -> EvaResult:
@@ -76,19 +76,19 @@ def compute(  # noqa: PLR0913 - the one call that most users make; the names are
         criterion: What has to agree.
         memory_budget: Bytes for exact moments.
         seed: Of sketches and variants.
-        group: Process group, see `Accumulators`.
+        group: Process group, see `ActivationStatistics`.
 
     Raises:
-        UserError: A value is out of range, or see `Accumulators.result`.
+        UserError: A value is out of range, or see `ActivationStatistics.result`.
     """
     options = EvaOptions(rank, rho, tau, center, score, variant, alpha, keep_scale, criterion, seed)
     if max_batches < 1:
         raise UserError(f"max_batches={max_batches}: expected at least 1.")
-    memory, began = Memory(method, round(rank * rho), memory_budget, seed), time.perf_counter()
-    with evaluating(model), Accumulators(model, targets, memory, group) as accumulators:
-        feed = _Feed(accumulators, iter(batches), forward or default_forward, mask or default_mask)
+    storage, began = StorageOptions(method, round(rank * rho), memory_budget, seed), time.perf_counter()
+    with evaluating(model), ActivationStatistics(model, targets, storage, group) as statistics:
+        feed = _Feed(statistics, iter(batches), forward or default_forward, mask or default_mask)
         stopped = _run(feed, max_batches, options)
-        return accumulators.evaluate(options).ended(stopped, time.perf_counter() - began)
+        return statistics.evaluate(options).ended(stopped, time.perf_counter() - began)
 
 
 def listen(
@@ -97,18 +97,18 @@ def listen(
     *,
     components: int = 64,
     method: Method | Literal["auto"] = "auto",
-    memory_budget: int = Memory.budget,
+    memory_budget: int = StorageOptions.budget,
     seed: int = 0,
     group: TorchGroup | None = None,
-) -> Accumulators:
+) -> ActivationStatistics:
     """Listen to a model's inputs while something else runs it, for instance a policy in an environment.
 
     ```python
-    with eva.listen(model, ["c_attn", "c_fc"], components=32) as accumulators:
+    with eva.listen(model, ["c_attn", "c_fc"], components=32) as statistics:
         for step in rollout:
-            with accumulators.masked(step.attention_mask):
+            with statistics.masked(step.attention_mask):
                 policy.act(step)
-    result = accumulators.result(rank=16, rho=2.0)
+    result = statistics.result(rank=16, rho=2.0)
     ```
 
     Args:
@@ -120,14 +120,14 @@ def listen(
         seed: Of the sketches.
         group: Process group whose sums are added when a result is asked for, which all of its processes then must do.
     """
-    return Accumulators(model, targets, Memory(method, components, memory_budget, seed), group)
+    return ActivationStatistics(model, targets, StorageOptions(method, components, memory_budget, seed), group)
 
 
 @dataclass
 class _Feed:
     """One process's side of the rounds: takes a batch, feeds it, and keeps an error until the others know of it."""
 
-    accumulators: Accumulators
+    statistics: ActivationStatistics
     source: Iterator[Any]
     forward: Forward
     mask: MaskOf
@@ -139,12 +139,12 @@ class _Feed:
             batch = next(self.source, _END)
             if batch is _END:
                 return False
-            with self.accumulators.masked(self.mask(batch)):
-                self.forward(self.accumulators.model, batch)
-            self.accumulators.finish_forward()
-            self.accumulators.check_finite()
+            with self.statistics.masked(self.mask(batch)):
+                self.forward(self.statistics.model, batch)
+            self.statistics.finish_forward()
+            self.statistics.check_finite()
         except Exception as error:  # of the model or the data, any kind: the other processes have to hear of it
-            if self.accumulators.process_group.world_size == 1:
+            if self.statistics.process_group.world_size == 1:
                 raise
             self.error = error
         return True
@@ -158,14 +158,14 @@ def _run(feed: _Feed, max_batches: int, options: EvaOptions) -> Stopped:
     due = MIN_BATCHES  # tau = 1 asks for all batches, since two halves never agree to the last digit
     for turn in range(1, max_batches + 1):
         taken = feed.take()
-        anyone, failed = feed.accumulators.process_group.any(taken, feed.error is not None)
+        anyone, failed = feed.statistics.process_group.any(taken, feed.error is not None)
         if failed:
             raise feed.error or UserError("Another process could not go on; its own message says why.")
         if not anyone:
             return "data exhausted"
         if turn >= due:
             due = max(turn + 1, round(turn * CHECK_GROWTH))
-            if options.tau < 1 and turn < max_batches and feed.accumulators.agreement(options) >= options.tau:
+            if options.tau < 1 and turn < max_batches and feed.statistics.agreement(options) >= options.tau:
                 return "converged"
     return "max_batches"
 

@@ -38,7 +38,7 @@ def minor_pairs(stack: Stack, options: EvaOptions) -> Half:
     """Eigenpairs of least variance.
 
     Raises:
-        UserError: Only sketches are there, which hold the leading directions alestimate.
+        UserError: The input is kept as a sketch, which holds only the leading directions.
     """
     if stack.sums.method != "moments":
         raise UserError(

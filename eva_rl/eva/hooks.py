@@ -153,11 +153,11 @@ class Listener:
             x = args[0] if args else next(iter(kwargs.values()))
             # sums made inside inference mode could not be updated outside of it
             with torch.inference_mode(False), torch.no_grad():
-                self._hear(layer, x.detach())
+                self._record(layer, x.detach())
 
         return listen
 
-    def _hear(self, layer: Layer, x: Tensor) -> None:
+    def _record(self, layer: Layer, x: Tensor) -> None:
         if not self._inside and layer.name in self._called:
             self.finish_forward()
         self._called.add(layer.name)

@@ -1,14 +1,14 @@
-"""What to compute from the sums, checked once."""
+"""Options of the EVA computation and of how second moments are stored."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from eva_rl.errors import UnknownNameError, UserError
+from eva_rl.errors import UserError
 from eva_rl.eva.moments import Method
 from eva_rl.eva.redistribution import Score
+from eva_rl.options import one_of
 
 Variant = Literal["whiten", "rotate", "permute", "minor"]
 Criterion = Literal["capture", "directions"]
@@ -24,7 +24,7 @@ class EvaOptions:
         tau: How far the two halves of the data have to agree, between 0 and 1.
         center: Components of the covariance (True) or of the raw second moment (False).
         score: "ratio" or "paper", see `redistribution.scores`.
-        variant: One of the paper's ablations, see `variants.apply`.
+        variant: One of the paper's ablations, see `estimator.apply_variant`.
         alpha: LoRA's alpha of a layer that gets `rank` components.
         keep_scale: Scale alpha with a layer's rank, so that alpha / rank is the same everywhere.
         criterion: "capture" or "directions", see `agreement`.
@@ -50,10 +50,10 @@ class EvaOptions:
         _require(self.rho >= 1, f"rho={self.rho}: expected at least 1; 1 keeps the ranks uniform.")
         _require(0 < self.tau <= 1, f"tau={self.tau}: expected more than 0 and at most 1.")
         _require(self.alpha > 0, f"alpha={self.alpha}: expected more than 0.")
-        one_of("score", self.score, get_args(Score))
-        one_of("criterion", self.criterion, get_args(Criterion))
+        one_of(get_args(Score), score=self.score)
+        one_of(get_args(Criterion), criterion=self.criterion)
         if self.variant is not None:
-            one_of("variant", self.variant, get_args(Variant))
+            one_of(get_args(Variant), variant=self.variant)
 
     def components(self, width: int) -> int:
         """How many components are computed for a layer of this width, K."""
@@ -65,7 +65,7 @@ class EvaOptions:
 
 
 @dataclass(frozen=True)
-class Memory:
+class StorageOptions:
     """How the sums are kept.
 
     Args:
@@ -81,7 +81,7 @@ class Memory:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        one_of("method", self.method, ("auto", *get_args(Method)))
+        one_of(("auto", *get_args(Method)), method=self.method)
         _require(self.components >= 1, f"components={self.components}: expected at least 1.")
 
     @property
@@ -101,12 +101,6 @@ class Memory:
 def moment_bytes(width: int) -> int:
     """Bytes of exact moments: two halves in float64."""
     return 2 * 8 * width * width
-
-
-def one_of(what: str, given: str, known: Sequence[str]) -> None:
-    """Refuse a name that is not among the known ones."""
-    if given not in known:
-        raise UnknownNameError(what, given, known)
 
 
 def _require(condition: bool, message: str) -> None:

@@ -1,4 +1,4 @@
-"""Second moments of wide inputs as factors of few columns: a sketch that aims itself, and a streaming SVD."""
+"""Second moments of wide inputs as factors of few columns: a self-refining sketch and a streaming SVD."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from torch import Tensor
 from eva_rl.eva.gram import downdate, nystrom
 from eva_rl.eva.moments import Accumulator, Shifted, Sums, full_product
 
-# The sketch re-aims whenever its rows have doubled, until it has seen this many per column.
+# The test matrix is refined whenever the rows have doubled, until there are this many rows per column.
 ROWS_PER_COLUMN = 16
 
 
 class Sketch(Shifted):
     """Y = S Omega for an orthonormal Omega (D, C) that spans the leading directions of the first rows.
 
-    Aiming Omega is one block power iteration on the rows at hand. When it is aimed anew, what was summed before is
-    carried over through its own factor. Nystrom's formula then gives a factor of S: exact inside the span that
+    Refining the test matrix Omega is one block power iteration on the current rows; what was summed before is carried
+    over through its own factor. Nystrom's formula then gives a factor of S: exact inside the span that
     matters, small outside of it.
 
     Args:
         width: D.
         device: Of the rows.
-        start: (D, C), random directions to aim from.
+        start: (D, C), random directions to start from.
     """
 
     method = "sketch"
@@ -33,17 +33,17 @@ class Sketch(Shifted):
         self.omega = torch.linalg.qr(self.start)[0]
         self.core = torch.zeros(2, *start.shape, device=device, dtype=self.dtype)
         self._seen = 0
-        self._aimed_at = 0
+        self._refined_at = 0
 
     def _add_product(self, half: int, x: Tensor) -> None:
         fresh = self._seen == 0
-        if fresh or (self._aimed_at < ROWS_PER_COLUMN * self.start.shape[1] and self._seen >= 2 * self._aimed_at):
-            self._aim(x, rounds=2 if fresh else 1)
+        if fresh or (self._refined_at < ROWS_PER_COLUMN * self.start.shape[1] and self._seen >= 2 * self._refined_at):
+            self._refine_test_matrix(x, rounds=2 if fresh else 1)
         self._seen += x.shape[0]
         self.core[half] += full_product(x.T, full_product(x, self.omega))
         self.square[half] += torch.linalg.vector_norm(x).square()
 
-    def _aim(self, x: Tensor, rounds: int) -> None:
+    def _refine_test_matrix(self, x: Tensor, rounds: int) -> None:
         x = x.nan_to_num(0.0, 0.0, 0.0)  # values that are not finite are found in the sums
         factors = nystrom(self.core, self.omega.to(self.core)).nan_to_num(0.0, 0.0, 0.0)
         omega = self.omega
@@ -55,7 +55,7 @@ class Sketch(Shifted):
             omega = torch.linalg.qr(image)[0].float()
         self.core = factors @ (factors.mT @ omega.to(factors))
         self.omega = omega
-        self._aimed_at = self._seen + x.shape[0]
+        self._refined_at = self._seen + x.shape[0]
 
     def sums(self) -> Sums:  # noqa: D102 - the base says it
         c, n = self._center_of_shift(), self.count[:, None]

@@ -1,4 +1,4 @@
-"""From a command's adapter options to an adapter on the policy, aimed by data where the method wants some."""
+"""From a command's adapter options to an adapter on the policy, initialised from data if the method needs it."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from eva_rl.adapters import (
     AttachedAdapter,
     Rollouts,
     attach_adapter,
+    compute_eva,
     find_method,
     initial_rank,
-    measure,
     rank_limits,
     second_moments,
     target_layers,
@@ -80,20 +80,20 @@ def attach(policy: DecisionTransformerPolicy, sampler: WindowSampler | None, con
         dropout=options.dropout,
         targets=options.targets,
         rank_caps=options.rank_caps,
-        eva=_measure(policy, sampler, config) if needs == DIRECTIONS else None,
+        eva=_compute_eva(policy, sampler, config) if needs == DIRECTIONS else None,
         moments=_moments(policy, sampler, config) if needs == MOMENTS else None,
         backward=_backward(policy, sampler, config) if needs == GRADIENTS else None,
         total_updates=config.algo.gradient_steps,
     )
 
 
-def _measure(policy: DecisionTransformerPolicy, sampler: WindowSampler | None, config: FinetuneConfig) -> EvaResult:
+def _compute_eva(policy: DecisionTransformerPolicy, sampler: WindowSampler | None, config: FinetuneConfig) -> EvaResult:
     options, pruned = config.adapter, find_method(config.adapter.method).adalora
     with _sources(policy, sampler, config, ProcessGroup.current()) as (
         batches,
         rollouts,
-    ):  # measure() adds up all processes'
-        result = measure(
+    ):  # compute_eva() adds up all processes'
+        result = compute_eva(
             policy,
             target_layers(policy.network, options.targets),
             batches,

@@ -37,7 +37,7 @@ register("finetune", FinetuneConfig, {"algo": ALGORITHMS})
 
 
 def finetune(config: FinetuneConfig) -> None:
-    """Evaluate, aim and attach the adapter, train, evaluate again, save."""
+    """Evaluate, initialise and attach the adapter, train, evaluate again, save."""
     session = open_session(config)
     phases = session.phases
     before = session.evaluate("Before")

@@ -10,7 +10,7 @@ from typing import Any
 
 from stable_baselines3.common.vec_env import VecEnv
 
-from eva_rl.adapters import AttachedAdapter, measure, refresh_directions
+from eva_rl.adapters import AttachedAdapter, compute_eva, refresh_directions
 from eva_rl.cli.console import training_progress
 from eva_rl.configs.algorithms import (
     BC_FIRST,
@@ -173,7 +173,7 @@ def make_algorithm(session: Session, adapter: AttachedAdapter, algo: ReplayAlgoO
 def make_refresh(
     session: Session, adapter: AttachedAdapter, algo: ReplayAlgoOptions, learner: Learner, replay: TrajectoryReplay
 ) -> Callable[[int], Mapping[str, float]] | None:
-    """What looks whether the activations moved and aims unused directions anew; None where it was not asked for."""
+    """The callback that compares directions with current activations and reinitialises unused ones; None if off."""
     if not algo.refresh_every:
         return None
     model, first = adapter.model, adapter.eva
@@ -188,7 +188,9 @@ def make_refresh(
             replay.sample(options.eva.batch_size, rng, learner.context_length, learner.scaling).to(policy.device)
             for _ in count()
         )
-        found = measure(policy, names, recent, None, max_batches=options.eva.max_batches, rank=rank, tau=options.tau)
+        found = compute_eva(
+            policy, names, recent, None, max_batches=options.eva.max_batches, rank=rank, tau=options.tau
+        )
         done = refresh_directions(model, found, algo.refresh_below)
         learner.forget(done.changed)
         return done.metrics()

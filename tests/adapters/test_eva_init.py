@@ -10,7 +10,7 @@ import torch
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from eva_rl import envs
-from eva_rl.adapters import Rollouts, measure, target_layers
+from eva_rl.adapters import Rollouts, compute_eva, target_layers
 from eva_rl.batch import WindowBatch
 from eva_rl.data import Trajectories, WindowSampler
 from eva_rl.envs.vector import NumberedEpisodes
@@ -58,7 +58,7 @@ def replayed(rows_of_padding: bool = False) -> torch.Tensor:
 
 def test_what_is_heard_is_what_the_policy_saw() -> None:
     policy = make_policy()
-    result = measure(policy, [LAYER], None, rollouts(), max_batches=4, rank=5, alpha=5.0)
+    result = compute_eva(policy, [LAYER], None, rollouts(), max_batches=4, rank=5, alpha=5.0)
     layer, rows = result.layers[LAYER], replayed()
     assert layer.rows == len(rows)
     assert len(rows) < STEPS * NUM_ENVS * 6, "windows after a reset are shorter"
@@ -80,8 +80,8 @@ def test_mixed_adds_both(reach_demonstrations: Trajectories) -> None:
     sampler = WindowSampler(reach_demonstrations, 6, policy.scaling)
     batches = lambda: (sampler.sample(8, step) for step in count())  # noqa: E731
     targets = target_layers(policy.network)
-    acted = measure(policy, targets, None, rollouts(), max_batches=3, rank=3)
-    both = measure(policy, targets, batches(), rollouts(), max_batches=3, rank=3)
+    acted = compute_eva(policy, targets, None, rollouts(), max_batches=3, rank=3)
+    both = compute_eva(policy, targets, batches(), rollouts(), max_batches=3, rank=3)
     offline = sum(int(sampler.sample(8, step).timesteps.new_ones(8, 6).sum()) for step in range(3))
     real = sum(48 if (m := sampler.sample(8, s).attention_mask) is None else int(m.sum()) for s in range(3))
     assert real <= offline

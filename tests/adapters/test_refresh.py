@@ -1,4 +1,4 @@
-"""Looking again at the activations: overlaps, and directions aimed anew without changing what is computed."""
+"""EVA refresh: overlaps, and unused directions reinitialised without changing the function."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from eva_rl import eva
-from eva_rl.adapters import attach_adapter, measure, refresh_directions, subspace_overlap, target_layers
+from eva_rl.adapters import attach_adapter, compute_eva, refresh_directions, subspace_overlap, target_layers
 from eva_rl.agents import DecisionTransformerPolicy
 from eva_rl.batch import WindowBatch
 from eva_rl.data import Trajectories, WindowSampler
@@ -35,12 +35,12 @@ def batches(policy: DecisionTransformerPolicy, data: Trajectories) -> Iterator[W
 
 
 def look(policy: DecisionTransformerPolicy, data: Trajectories) -> eva.EvaResult:
-    return measure(policy, NAMES, batches(policy, data), None, max_batches=6, rank=RANK)
+    return compute_eva(policy, NAMES, batches(policy, data), None, max_batches=6, rank=RANK)
 
 
 @pytest.mark.parametrize("method", ["eva", "eva_dora", "eva_rslora"])
 @pytest.mark.parametrize("used", [0, 2, RANK])
-def test_unused_directions_are_aimed_and_nothing_else_changes(
+def test_unused_directions_are_reinitialised_and_nothing_else_changes(
     method: str, used: int, reach_demonstrations: Trajectories
 ) -> None:
     policy = make_policy()
@@ -49,7 +49,7 @@ def test_unused_directions_are_aimed_and_nothing_else_changes(
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in policy.network.named_parameters():
-            if "lora_A" in name:  # away from the activations, so that the layer has to be aimed anew
+            if "lora_A" in name:  # away from the activations, so that the layer has to be reinitialised
                 parameter.copy_(torch.linalg.qr(torch.randn(parameter.shape, generator=generator).T)[0].T)
             elif "lora_B" in name:
                 parameter[:, :used] = torch.randn(parameter.shape[0], used, generator=generator) * 0.3
@@ -63,10 +63,10 @@ def test_unused_directions_are_aimed_and_nothing_else_changes(
     again = refresh_directions(adapter.model, found, threshold=0.0)
     assert set(done.overlaps) == set(NAMES)
     if used == RANK:
-        assert not done.aimed
+        assert not done.reinitialised
         assert not done.changed
         return
-    assert set(done.aimed.values()) == {RANK - used}
+    assert set(done.reinitialised.values()) == {RANK - used}
     assert all(again.overlaps[name] > overlap for name, overlap in done.overlaps.items())
     if used == 0:
         assert min(again.overlaps.values()) == pytest.approx(1, abs=1e-4)

@@ -48,11 +48,11 @@ def groups(result: eva.EvaResult) -> list[set[str]]:
 
 def test_shared_input_has_one_accumulator() -> None:
     model = Attention()
-    with torch.no_grad(), eva.listen(model) as accumulators:
+    with torch.no_grad(), eva.listen(model) as statistics:
         model(torch.randn(5, 8))
         model(torch.randn(5, 8))
-    assert len(accumulators.groups) == 2
-    result = accumulators.result(rank=2)
+    assert len(statistics.groups) == 2
+    result = statistics.result(rank=2)
     assert groups(result) == [{"k", "q", "v"}, {"o"}]
     assert torch.equal(result.layers["q"].components, result.layers["v"].components)
 
@@ -89,15 +89,15 @@ def test_listening_hears_what_compute_hears() -> None:
     model = Attention().eval()
     data = [torch.randn(6, 4, 8) for _ in range(4)]
     masks = [torch.rand(6, 4) > 0.3 for _ in data]
-    with eva.listen(model) as accumulators:
+    with eva.listen(model) as statistics:
         for x, mask in zip(data[:2], masks, strict=False):
-            with accumulators.masked(mask), torch.inference_mode():
+            with statistics.masked(mask), torch.inference_mode():
                 model(x)
         for x, mask in zip(data[2:], masks[2:], strict=True):
-            accumulators.mask = mask
+            statistics.mask = mask
             model(x)  # with gradients on
-            accumulators.mask = None
-    heard = accumulators.result(rank=3)
+            statistics.mask = None
+    heard = statistics.result(rank=3)
     by_id = {id(x): mask for x, mask in zip(data, masks, strict=True)}
     computed = eva.compute(model, data, rank=3, tau=1.0, mask=lambda x: by_id[id(x)])
     assert heard.stopped == "listening ended"
@@ -110,10 +110,10 @@ def test_listening_hears_what_compute_hears() -> None:
 def test_parts_of_a_model_can_be_called_without_it() -> None:
     model = nn.ModuleDict({"one": nn.Linear(4, 4), "two": nn.Linear(4, 4)})
     data = [torch.randn(7, 4) for _ in range(3)]
-    with torch.no_grad(), eva.listen(model) as accumulators:
+    with torch.no_grad(), eva.listen(model) as statistics:
         for x in data:
             model["two"](model["one"](x))
-    result = accumulators.result(rank=2)
+    result = statistics.result(rank=2)
     assert result.batches == 3
     assert_matches(result.layers["one"], exact(torch.cat(data), False))
 
@@ -122,21 +122,21 @@ def test_sources_add_up() -> None:
     torch.manual_seed(0)
     model = Attention()
     offline, online = [torch.randn(6, 8) for _ in range(2)], [torch.randn(1, 8) * 3 for _ in range(20)]
-    with torch.no_grad(), eva.listen(model, ["q"]) as accumulators:
+    with torch.no_grad(), eva.listen(model, ["q"]) as statistics:
         for x in offline + online:
             model(x)
-    assert_matches(accumulators.result(rank=4).layers["q"], exact(torch.cat(offline + online), False))
+    assert_matches(statistics.result(rank=4).layers["q"], exact(torch.cat(offline + online), False))
 
 
-def test_few_rows_at_a_time_aim_the_sketch_as_well() -> None:
+def test_few_rows_at_a_time_refine_the_sketch_as_well() -> None:
     g = torch.Generator().manual_seed(0)
     layer = nn.Linear(300, 2)
     mix = torch.randn(300, 300, generator=g) * torch.logspace(0, -2, 300)
     data = [torch.randn(2, 300, generator=g) @ mix.T for _ in range(500)]
-    with torch.no_grad(), eva.listen(layer, components=8, method="sketch") as accumulators:
+    with torch.no_grad(), eva.listen(layer, components=8, method="sketch") as statistics:
         for x in data:
             layer(x)
-    found = accumulators.result(rank=8).layers[""].components.double()
+    found = statistics.result(rank=8).layers[""].components.double()
     truth = exact(torch.cat(data), False)
     captured = (torch.cat(data).double() @ found.T).square().sum() / truth.sigma[:8].square().sum()
     assert captured > 0.99
@@ -159,7 +159,7 @@ def test_layers_that_stop_sharing_are_refused() -> None:
 
 def test_more_components_than_the_sketch_holds_are_refused() -> None:
     layer = nn.Linear(40, 2)
-    with torch.no_grad(), eva.listen(layer, components=4, method="sketch") as accumulators:
+    with torch.no_grad(), eva.listen(layer, components=4, method="sketch") as statistics:
         layer(torch.randn(50, 40))
     with pytest.raises(UserError, match="components=8 or more"):
-        accumulators.result(rank=8)
+        statistics.result(rank=8)

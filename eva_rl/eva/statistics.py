@@ -1,4 +1,4 @@
-"""The listener with everything that can be asked of what it heard."""
+"""Accumulate activation statistics and turn them into an EvaResult."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from eva_rl.eva.estimator import Estimator
 from eva_rl.eva.gram import Stack, stacks
 from eva_rl.eva.hooks import Listener
 from eva_rl.eva.moments import Accumulator, Moments
-from eva_rl.eva.options import EvaOptions, Memory, moment_bytes
+from eva_rl.eva.options import EvaOptions, StorageOptions, moment_bytes
 from eva_rl.eva.result import EvaResult
 from eva_rl.eva.sketches import Sketch, StreamingSvd, gaussian
 from eva_rl.eva.targets import find_layers
 
 
-class Accumulators(Listener):
+class ActivationStatistics(Listener):
     """Sums over the inputs of a model's layers, fed by whatever runs the model inside the `with` block.
 
     Several sources add up: feed the same accumulators with offline batches and with rollouts.
@@ -29,7 +29,7 @@ class Accumulators(Listener):
     Args:
         model: Any torch model with Linear or Hugging Face Conv1D layers.
         targets: Which of them, see `find_layers`.
-        memory: How the sums are kept.
+        storage: How the sums are kept.
         group: Process group whose sums are added; by default all processes if torch.distributed is initialised.
     """
 
@@ -37,11 +37,11 @@ class Accumulators(Listener):
         self,
         model: nn.Module,
         targets: str | Sequence[str] | None = None,
-        memory: Memory | None = None,
+        storage: StorageOptions | None = None,
         group: TorchGroup | None = None,
     ) -> None:
         super().__init__(model, find_layers(model, targets), self._make)
-        self.memory = memory or Memory()
+        self.storage = storage or StorageOptions()
         self.process_group = ProcessGroup.current(group)
         self._named = targets is not None
         self._used = 0
@@ -49,7 +49,7 @@ class Accumulators(Listener):
         self._estimator: Estimator | None = None
         self._since = time.perf_counter()
 
-    def __enter__(self) -> Accumulators:
+    def __enter__(self) -> ActivationStatistics:
         super().__enter__()
         return self
 
@@ -100,12 +100,12 @@ class Accumulators(Listener):
         return EvaResult(ordered, options, self.batches, "listening ended", agreed, seconds, tuple(skipped))
 
     def _make(self, width: int, device: torch.device) -> Accumulator:
-        method = self.memory.choose(width, self._used)
+        method = self.storage.choose(width, self._used)
         if method == "moments":
             self._used += moment_bytes(width)
             return Moments(width, device)
         self._sketched = True
-        start = gaussian(width, self.memory.columns, self.memory.seed)
+        start = gaussian(width, self.storage.columns, self.storage.seed)
         return Sketch(width, device, start) if method == "sketch" else StreamingSvd(width, device, start)
 
     def _estimate(self, options: EvaOptions) -> Estimator:
@@ -116,10 +116,10 @@ class Accumulators(Listener):
 
     def _stacks(self, options: EvaOptions) -> list[Stack]:
         asked = round(options.rank * options.rho)
-        if self._sketched and asked > self.memory.components:
+        if self._sketched and asked > self.storage.components:
             raise UserError(
                 f"rank * rho = {asked} components were asked for, but the sketches were sized for "
-                f"{self.memory.components}. Listen with components={asked} or more."
+                f"{self.storage.components}. Listen with components={asked} or more."
             )
         stacked = stacks(self.groups, self.group_of, self.process_group)
         if not stacked:
