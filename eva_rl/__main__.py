@@ -21,7 +21,7 @@ COMMANDS = {
     "report": "compare finished runs",
 }
 """What each command does, the main one first."""
-PACKAGES = ("finetune", "report")
+PACKAGES = ("benchmark", "finetune", "report")
 """Commands that are packages of their own; the others are one module."""
 
 

@@ -134,7 +134,7 @@ class Launcher(Protocol):
         """Start a run; None where it cannot start yet."""
 
     def close(self) -> None:
-        """Give back what was taken."""
+        """Release what was acquired."""
 
 
 class Process:

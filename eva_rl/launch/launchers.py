@@ -114,7 +114,7 @@ class SlurmLauncher:
         return SlurmJob(self._executor.submit(job))
 
     def close(self) -> None:
-        """Nothing was taken."""
+        """No resources to release."""
 
 
 class SlurmJob:
@@ -151,7 +151,7 @@ class LocalLauncher:
         return job.start()
 
     def close(self) -> None:
-        """Nothing was taken."""
+        """No resources to release."""
 
 
 def make_launcher(options: LaunchOptions, folder: Path) -> Launcher:

@@ -73,7 +73,7 @@ def combinations(words: Sequence[str]) -> list[tuple[list[str], list[str]]]:
     sweeps = [override for _, override in parsed if override is not None and override.is_sweep_override()]
     fixed = [word for word, override in parsed if override is None or not override.is_sweep_override()]
     if any(override.value_type is ValueType.GLOB_CHOICE_SWEEP for override in sweeps):
-        raise UserError("--multirun: glob() has nothing to look in here. List the values: env=push-v3,reach-v3.")
+        raise UserError("--multirun: glob() is not supported here. List the values: env=push-v3,reach-v3.")
     try:
         (batch,) = BasicSweeper.split_arguments(sweeps, None)
     except HydraException as error:

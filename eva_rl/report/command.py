@@ -16,7 +16,6 @@ from eva_rl.cli.parsing import register
 from eva_rl.errors import UserError
 from eva_rl.files import write_file
 from eva_rl.options import between, option, positive
-from eva_rl.report.cautions import warnings_of
 from eva_rl.report.comparison import Analysis, Resampling, analyse
 from eva_rl.report.curves import AXES, Curve, curves_of
 from eva_rl.report.figures import (
@@ -28,7 +27,7 @@ from eva_rl.report.figures import (
     style,
     task_figure,
 )
-from eva_rl.report.methods import make_families
+from eva_rl.report.methods import group_tasks
 from eva_rl.report.page import Picture, Section, markdown, page, terminal_table
 from eva_rl.report.runs import Problem, Run, find_runs, read_runs
 from eva_rl.report.tables import (
@@ -42,6 +41,7 @@ from eva_rl.report.tables import (
     task_table,
     write_csv,
 )
+from eva_rl.report.warnings import warnings_of
 from eva_rl.seeding import MAX_SEED
 
 HELP = """
@@ -101,16 +101,16 @@ def report(config: ReportConfig) -> None:
         reasons = "; ".join(f"{p.folder}: {p.kind}, {p.reason}" for p in problems[:3])
         raise UserError(f"None of {len(problems)} runs is finished and sound ({reasons}). Continue them first.")
     resampling = Resampling(config.replicates, config.confidence, config.seed)
-    families = [analyse(family, resampling) for family in make_families(runs)]
-    curves = [curves_of(analysis.family, resampling) for analysis in families]
+    groups = [analyse(group, resampling) for group in group_tasks(runs)]
+    curves = [curves_of(analysis.group, resampling) for analysis in groups]
     with style():
-        sections = [s for pair in zip(families, curves, strict=True) for s in sections_of(*pair, problems)]
-        sections.append(runs_section(families, problems))
+        sections = [s for pair in zip(groups, curves, strict=True) for s in sections_of(*pair, problems)]
+        sections.append(runs_section(groups, problems))
         write(out, config.title, lead(runs, config), sections)
-    write_csv(out / CSV, CSV_COLUMNS, [row for analysis in families for row in records(analysis)])
-    write_csv(out / "runs.csv", RUN_COLUMNS, [row for analysis in families for row in run_records(analysis)])
-    write_csv(out / "curves.csv", CURVE_COLUMNS, list(curve_records(families, curves)))
-    show(out, families, problems)
+    write_csv(out / CSV, CSV_COLUMNS, [row for analysis in groups for row in records(analysis)])
+    write_csv(out / "runs.csv", RUN_COLUMNS, [row for analysis in groups for row in run_records(analysis)])
+    write_csv(out / "curves.csv", CURVE_COLUMNS, list(curve_records(groups, curves)))
+    show(out, groups, problems)
 
 
 def check_out(name: str) -> Path:
@@ -137,8 +137,8 @@ def lead(runs: Sequence[Run], config: ReportConfig) -> str:
 
 
 def sections_of(analysis: Analysis, curves: dict[str, list[Curve]], problems: Sequence[Problem]) -> list[Section]:
-    """The sections on one family of tasks."""
-    name = re.sub(r"\W+", "-", analysis.family.title)
+    """The sections on one group of tasks."""
+    name = re.sub(r"\W+", "-", analysis.group.title)
     compared, several = bool(analysis.aggregates), len(analysis.comparisons) > 0
     summary = (
         [Picture(f"{name}-aggregates", "Aggregates with intervals", aggregate_figure(analysis))] if compared else []
@@ -152,7 +152,7 @@ def sections_of(analysis: Analysis, curves: dict[str, list[Curve]], problems: Se
     by_task = Picture(f"{name}-tasks", "Task by task; the line is the score before", task_figure(analysis))
     found = [
         Section(
-            analysis.family.title.capitalize(),
+            analysis.group.title.capitalize(),
             warnings=warnings_of(analysis, problems),
             tables=[aggregate_table(analysis)] if compared else [],
             pictures=summary,
@@ -160,12 +160,12 @@ def sections_of(analysis: Analysis, curves: dict[str, list[Curve]], problems: Se
         Section("Comparisons", tables=[comparison_table(analysis)] if several else [], pictures=[*pairs, *profile]),
         Section("Tasks", tables=[task_table(analysis)], pictures=[by_task]),
         Section("Learning curves", pictures=learned),
-        Section("Cost", tables=[cost_table(analysis.family)]),
+        Section("Cost", tables=[cost_table(analysis.group)]),
     ]
     return [section for section in found if section.tables or section.pictures or section.warnings]
 
 
-def runs_section(families: Sequence[Analysis], problems: Sequence[Problem]) -> Section:
+def runs_section(groups: Sequence[Analysis], problems: Sequence[Problem]) -> Section:
     """What counts and what does not."""
     rows = [[str(problem.folder), problem.kind, problem.reason] for problem in problems]
     table = Table("Runs that do not count, or in part", ["folder", "", "why"], rows, words=True)
@@ -173,7 +173,7 @@ def runs_section(families: Sequence[Analysis], problems: Sequence[Problem]) -> S
         "Runs",
         text=[] if problems else ["All runs that were found are finished and sound."],
         tables=[table] if problems else [],
-        folded=[run_table(analysis.family) for analysis in families],
+        folded=[run_table(analysis.group) for analysis in groups],
     )
 
 
@@ -190,36 +190,34 @@ def write(out: Path, title: str, line: str, sections: Sequence[Section]) -> None
 
 def run_records(analysis: Analysis) -> Iterator[dict[str, object]]:
     """Rows of ``runs.csv``."""
-    key = analysis.family.key
-    for method in analysis.family.methods:
+    key = analysis.group.key
+    for method in analysis.group.methods:
         for run in (run for own in method.runs.values() for run in own):
             values = {"value": run.summary[f"eval/{key}"], "before": run.summary.get(f"eval_before/{key}")}
             named = {"method": method.label, "task": run.task, "seed": run.seed, "folder": str(run.folder)}
-            yield named | {"score": analysis.family.title} | values
+            yield named | {"score": analysis.group.title} | values
 
 
-def curve_records(
-    families: Sequence[Analysis], curves: Sequence[dict[str, list[Curve]]]
-) -> Iterator[dict[str, object]]:
+def curve_records(groups: Sequence[Analysis], curves: Sequence[dict[str, list[Curve]]]) -> Iterator[dict[str, object]]:
     """Rows of ``curves.csv``."""
-    for analysis, own in zip(families, curves, strict=True):
+    for analysis, own in zip(groups, curves, strict=True):
         for axis, several in own.items():
             for curve in several:
                 e = curve.estimate
                 for place, value, low, high in zip(curve.places, e.value, e.low, e.high, strict=True):
-                    named = {"score": analysis.family.title, "axis": AXES[axis], "method": curve.label}
+                    named = {"score": analysis.group.title, "axis": AXES[axis], "method": curve.label}
                     yield named | {"place": place, "value": value, "low": low, "high": high}
 
 
-def show(out: Path, families: Sequence[Analysis], problems: Sequence[Problem]) -> None:
+def show(out: Path, groups: Sequence[Analysis], problems: Sequence[Problem]) -> None:
     """The tables at the end, and where everything lies."""
-    for analysis in families:
+    for analysis in groups:
         table = aggregate_table(analysis) if analysis.aggregates else task_table(analysis)
         console.print(terminal_table(table))
         for warning in warnings_of(analysis, problems):
-            colour = "bold red" if warning.grave else "yellow"
+            colour = "bold red" if warning.severe else "yellow"
             console.print(
-                f"[{colour}]{'Warning' if warning.grave else 'Note'}:[/] {escape(warning.text)}", soft_wrap=True
+                f"[{colour}]{'Warning' if warning.severe else 'Note'}:[/] {escape(warning.text)}", soft_wrap=True
             )
     for problem in problems:
         console.print(f"{problem.kind.capitalize()}: {escape(f'{problem.folder}: {problem.reason}')}", soft_wrap=True)

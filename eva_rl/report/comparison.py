@@ -1,4 +1,4 @@
-"""What a report says of one family of tasks: aggregates, comparisons, profiles, curves, costs."""
+"""What a report says of one group of tasks: aggregates, comparisons, profiles, curves, costs."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 
 from eva_rl.report import stats
-from eva_rl.report.methods import EPISODE_KEYS, Family, Method
+from eva_rl.report.methods import EPISODE_KEYS, Method, TaskGroup
 from eva_rl.report.stats.aggregates import Floats
 
 STATISTICS = {"IQM": stats.interquartile_mean, "mean": stats.mean, "median": stats.median}
 LEVEL = 0.05
-"""Corrected p values below this tell two methods apart."""
+"""Two methods differ significantly if the corrected p value is below this."""
 THRESHOLDS = 101
 
 
@@ -69,17 +69,17 @@ class Comparison:
     p_goals: float | None
 
     @property
-    def told_apart(self) -> bool:
-        """Whether the data tell the methods apart."""
+    def significant(self) -> bool:
+        """Whether the methods differ significantly."""
         return self.p_corrected < LEVEL
 
 
 @dataclass(frozen=True)
 class Analysis:
-    """Everything about a family of tasks.
+    """Everything about a group of tasks.
 
     Attributes:
-        family: The tasks and methods.
+        group: The tasks and methods.
         aggregates: By label, then by statistic.
         comparisons: Of each pair of methods.
         thresholds: Of the profiles, (K,).
@@ -88,7 +88,7 @@ class Analysis:
         before: By task: the mean score before fine-tuning, NaN where it is not known.
     """
 
-    family: Family
+    group: TaskGroup
     aggregates: Mapping[str, Mapping[str, stats.Estimate]]
     comparisons: Sequence[Comparison]
     thresholds: Floats
@@ -97,55 +97,55 @@ class Analysis:
     before: Mapping[str, float]
 
 
-def analyse(family: Family, resampling: Resampling) -> Analysis:
+def analyse(group: TaskGroup, resampling: Resampling) -> Analysis:
     """Compute it all."""
-    strata = {method.label: family.strata(method) for method in family.methods} if family.tasks else {}
-    thresholds = _thresholds(family, strata)
+    strata = {method.label: group.strata(method) for method in group.methods} if group.tasks else {}
+    thresholds = _thresholds(group, strata)
     profile = partial(stats.performance_profile, thresholds=thresholds)
     return Analysis(
-        family,
+        group,
         {label: {name: resampling(s, own) for name, s in STATISTICS.items()} for label, own in strata.items()},
-        compare_all(family, resampling) if strata else [],
+        compare_all(group, resampling) if strata else [],
         thresholds,
         {label: resampling(profile, own) for label, own in strata.items()},
-        {task: _task_means(family, task, resampling) for task in [*family.tasks, *family.partial]},
-        {task: _before(family, task) for task in [*family.tasks, *family.partial]},
+        {task: _task_means(group, task, resampling) for task in [*group.tasks, *group.partial]},
+        {task: _before(group, task) for task in [*group.tasks, *group.partial]},
     )
 
 
-def _thresholds(family: Family, strata: Mapping[str, stats.Strata]) -> Floats:
-    if family.bounded or not strata:
+def _thresholds(group: TaskGroup, strata: Mapping[str, stats.Strata]) -> Floats:
+    if group.bounded or not strata:
         return np.linspace(0, 1, THRESHOLDS)
     scores = np.concatenate([runs for own in strata.values() for runs in own])
     return np.linspace(scores.min(), scores.max(), THRESHOLDS)
 
 
-def _task_means(family: Family, task: str, resampling: Resampling) -> dict[str, stats.Estimate]:
-    present = [method for method in family.methods if task in method.runs]
-    return {method.label: resampling(stats.mean, [method.scores(task, family.key)]) for method in present}
+def _task_means(group: TaskGroup, task: str, resampling: Resampling) -> dict[str, stats.Estimate]:
+    present = [method for method in group.methods if task in method.runs]
+    return {method.label: resampling(stats.mean, [method.scores(task, group.key)]) for method in present}
 
 
-def _before(family: Family, task: str) -> float:
-    runs = [run for method in family.methods for run in method.runs.get(task, ())]
-    known = [run.summary[key] for run in runs if (key := f"eval_before/{family.key}") in run.summary]
+def _before(group: TaskGroup, task: str) -> float:
+    runs = [run for method in group.methods for run in method.runs.get(task, ())]
+    known = [run.summary[key] for run in runs if (key := f"eval_before/{group.key}") in run.summary]
     return float(np.mean(known)) if known else float("nan")
 
 
-def compare_all(family: Family, resampling: Resampling) -> list[Comparison]:
+def compare_all(group: TaskGroup, resampling: Resampling) -> list[Comparison]:
     """Compare each pair of methods, the better IQM first; p values are corrected for the number of pairs."""
-    ordered = sorted(family.methods, key=lambda method: -float(stats.interquartile_mean(family.strata(method))))
-    found = [_compare(family, first, second, resampling) for first, second in combinations(ordered, 2)]
+    ordered = sorted(group.methods, key=lambda method: -float(stats.interquartile_mean(group.strata(method))))
+    found = [_compare(group, first, second, resampling) for first, second in combinations(ordered, 2)]
     corrected = stats.holm([parts["p_runs"] for parts in found])
     return [Comparison(**parts, p_corrected=p) for parts, p in zip(found, corrected, strict=True)]
 
 
-def _compare(family: Family, first: Method, second: Method, resampling: Resampling) -> dict[str, Any]:
-    differences = [d for task in family.tasks if len(d := run_differences(family.key, task, first, second))]
-    goals = goal_differences(family, first, second)
+def _compare(group: TaskGroup, first: Method, second: Method, resampling: Resampling) -> dict[str, Any]:
+    differences = [d for task in group.tasks if len(d := run_differences(group.key, task, first, second))]
+    goals = goal_differences(group, first, second)
     return {
         "first": first.label,
         "second": second.label,
-        "improvement": resampling(stats.probability_of_improvement, family.strata(first), family.strata(second)),
+        "improvement": resampling(stats.probability_of_improvement, group.strata(first), group.strata(second)),
         "difference": resampling(stats.mean, differences) if differences else None,
         "pairs": sum(map(len, differences)),
         "p_runs": stats.sign_flip_test(np.concatenate(differences)) if differences else 1.0,
@@ -163,11 +163,11 @@ def run_differences(key: str, task: str, first: Method, second: Method) -> Float
     return np.array([scores[0][seed] - scores[1][seed] for seed in sorted(scores[0].keys() & scores[1].keys())])
 
 
-def goal_differences(family: Family, first: Method, second: Method) -> list[Floats]:
+def goal_differences(group: TaskGroup, first: Method, second: Method) -> list[Floats]:
     """First minus second on each goal of each task, for each seed that both have, [(seeds,)]."""
     found: dict[tuple[str, int], list[float]] = defaultdict(list)
-    key = EPISODE_KEYS[family.key]
-    for task in family.tasks:
+    key = EPISODE_KEYS[group.key]
+    for task in group.tasks:
         others = {run.seed: run.goals for run in second.runs[task]}
         for run in first.runs[task]:
             theirs = others.get(run.seed, {})

@@ -9,7 +9,7 @@ import numpy as np
 
 from eva_rl.report import stats
 from eva_rl.report.comparison import Resampling
-from eva_rl.report.methods import Family, Method
+from eva_rl.report.methods import Method, TaskGroup
 from eva_rl.report.runs import Run
 from eva_rl.report.stats.aggregates import Floats
 from eva_rl.tracking.tracker import CLONING, Row
@@ -24,7 +24,7 @@ REPLICATES = 400
 
 @dataclass(frozen=True)
 class Points:
-    """A run's looks at validation episodes.
+    """Validation scores of a run.
 
     Attributes:
         values: (N,).
@@ -82,16 +82,16 @@ def _value(placed: tuple[Row, float, float, float], key: str) -> tuple[float, ..
     return None if value is None else (float(value), *places)
 
 
-def curves_of(family: Family, resampling: Resampling) -> dict[str, list[Curve]]:
+def curves_of(group: TaskGroup, resampling: Resampling) -> dict[str, list[Curve]]:
     """By axis, the curves of all methods that have at least two points there."""
     short = Resampling(min(REPLICATES, resampling.replicates), resampling.confidence, resampling.seed)
     points = {
-        method.label: [[points_of(run, family.key) for run in method.runs[task]] for task in family.tasks]
-        for method in family.methods
+        method.label: [[points_of(run, group.key) for run in method.runs[task]] for task in group.tasks]
+        for method in group.methods
     }
     found: dict[str, list[Curve]] = {axis: [] for axis in AXES}
     for axis, curves in found.items():
-        for method in family.methods:
+        for method in group.methods:
             curve = _curve(method, points[method.label], axis, short)
             if curve is not None:
                 curves.append(curve)

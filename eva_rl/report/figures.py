@@ -49,7 +49,7 @@ def aggregate_figure(analysis: Analysis) -> Figure:
     for axes, name in zip(figure.subplots(1, len(STATISTICS), sharey=True), STATISTICS, strict=True):
         for place, label in enumerate(labels):
             _interval(axes, analysis.aggregates[label][name], place, _colour(analysis, label))
-        axes.set(title=name, ylim=(-0.6, len(labels) - 0.4), xlabel=analysis.family.title)
+        axes.set(title=name, ylim=(-0.6, len(labels) - 0.4), xlabel=analysis.group.title)
         axes.set_yticks(range(len(labels)), labels)
         axes.grid(axis="y", visible=False)
     return figure
@@ -77,14 +77,14 @@ def profile_figure(analysis: Analysis) -> Figure:
     axes = figure.subplots()
     for label, estimate in analysis.profiles.items():
         _band(axes, analysis.thresholds, estimate, _colour(analysis, label), label)
-    axes.set(xlabel=f"{analysis.family.title} above", ylabel="share of runs", ylim=(-0.02, 1.02))
+    axes.set(xlabel=f"{analysis.group.title} above", ylabel="share of runs", ylim=(-0.02, 1.02))
     _legend(axes, len(analysis.profiles))
     return figure
 
 
 def task_figure(analysis: Analysis) -> Figure:
     """The mean of each method on each task, with its interval."""
-    tasks, labels = list(analysis.tasks)[::-1], list(analysis.aggregates) or [m.label for m in analysis.family.methods]
+    tasks, labels = list(analysis.tasks)[::-1], list(analysis.aggregates) or [m.label for m in analysis.group.methods]
     figure = Figure(figsize=(9, 1.4 + (0.25 + 0.16 * len(labels)) * len(tasks)), layout="constrained")
     axes = figure.subplots()
     offsets = np.linspace(0.3, -0.3, len(labels)) if len(labels) > 1 else np.zeros(1)
@@ -94,10 +94,10 @@ def task_figure(analysis: Analysis) -> Figure:
                 _interval(axes, analysis.tasks[task][label], place + offset, _colour(analysis, label), markersize=5)
         axes.plot([analysis.before[task]] * 2, [place - 0.35, place + 0.35], color=INK, lw=1, alpha=0.6)
     for label in labels:
-        axes.plot([], [], **_look(_colour(analysis, label)), label=label)
+        axes.plot([], [], **_marker_style(_colour(analysis, label)), label=label)
     axes.plot([], [], color=INK, lw=1, alpha=0.6, label="before fine-tuning")
     axes.set_yticks(range(len(tasks)), tasks)
-    axes.set(ylim=(-0.6, len(tasks) - 0.4), xlabel=analysis.family.title)
+    axes.set(ylim=(-0.6, len(tasks) - 0.4), xlabel=analysis.group.title)
     axes.grid(axis="y", visible=False)
     _legend(axes, len(labels) + 1)
     return figure
@@ -109,10 +109,10 @@ def curve_figure(analysis: Analysis, curves: Mapping[str, Sequence[Curve]]) -> F
     for index, (axes, axis) in enumerate(zip(_row(figure, len(curves)), curves, strict=True)):
         for curve in curves[axis]:
             _band(axes, curve.places, curve.estimate, _colour(analysis, curve.label), curve.label, marked=True)
-        axes.set(xlabel=AXES[axis], ylabel=f"IQM of {analysis.family.title}" if index == 0 else "")
-        if analysis.family.bounded:
+        axes.set(xlabel=AXES[axis], ylabel=f"IQM of {analysis.group.title}" if index == 0 else "")
+        if analysis.group.bounded:
             axes.set_ylim(-0.02, 1.02)
-    _legend(figure.axes[0], len(analysis.family.methods))
+    _legend(figure.axes[0], len(analysis.group.methods))
     return figure
 
 
@@ -121,25 +121,25 @@ def _row(figure: Figure, number: int) -> list[Axes]:
 
 
 def _colour(analysis: Analysis, label: str) -> int:
-    """The number of a method's look, the same in all figures."""
-    return [method.label for method in analysis.family.methods].index(label)
+    """Index of a method, which decides its colour and marker in all figures."""
+    return [method.label for method in analysis.group.methods].index(label)
 
 
-def _look(index: int) -> dict[str, Any]:
+def _marker_style(index: int) -> dict[str, Any]:
     return {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)], "ls": ""}
 
 
 def _interval(axes: Axes, estimate: stats.Estimate, place: float, index: int, markersize: float = 7) -> None:
-    look = _look(index)
-    axes.plot([float(estimate.low), float(estimate.high)], [place, place], color=look["color"], lw=3, alpha=0.45)
-    axes.plot(float(estimate.value), place, markersize=markersize, **look)
+    style = _marker_style(index)
+    axes.plot([float(estimate.low), float(estimate.high)], [place, place], color=style["color"], lw=3, alpha=0.45)
+    axes.plot(float(estimate.value), place, markersize=markersize, **style)
 
 
 def _band(axes: Axes, places: Any, estimate: stats.Estimate, index: int, label: str, *, marked: bool = False) -> None:
-    look = _look(index)
-    marker = {"marker": look["marker"], "markersize": 4} if marked else {}
-    axes.plot(places, estimate.value, color=look["color"], lw=1.8, label=label, **marker)
-    axes.fill_between(places, estimate.low, estimate.high, color=look["color"], alpha=0.15, lw=0)
+    style = _marker_style(index)
+    marker = {"marker": style["marker"], "markersize": 4} if marked else {}
+    axes.plot(places, estimate.value, color=style["color"], lw=1.8, label=label, **marker)
+    axes.fill_between(places, estimate.low, estimate.high, color=style["color"], alpha=0.15, lw=0)
 
 
 def _legend(axes: Axes, entries: int) -> None:

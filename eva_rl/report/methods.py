@@ -46,7 +46,7 @@ class Method:
 
 
 @dataclass(frozen=True)
-class Family:
+class TaskGroup:
     """Tasks that are judged by the same score.
 
     Attributes:
@@ -73,7 +73,7 @@ class Family:
         return self.key == "success_rate"
 
 
-def make_families(runs: Sequence[Run]) -> list[Family]:
+def group_tasks(runs: Sequence[Run]) -> list[TaskGroup]:
     """Group runs by how their tasks are judged, and then by method; returns of different tasks are never averaged."""
     grouped: dict[tuple[str, str], list[Run]] = defaultdict(list)
     for task in sorted({run.task for run in runs}):
@@ -81,7 +81,7 @@ def make_families(runs: Sequence[Run]) -> list[Family]:
         key = next(key for key in SCORES if all(_has(run, key) for run in own))
         title = SCORES[key] if key != "mean_reward" else f"{SCORES[key]} on {task}"
         grouped[title, key] += own
-    return [_family(title, key, own) for (title, key), own in grouped.items()]
+    return [_task_group(title, key, own) for (title, key), own in grouped.items()]
 
 
 def _has(run: Run, key: str) -> bool:
@@ -89,11 +89,11 @@ def _has(run: Run, key: str) -> bool:
     return isinstance(value, int | float) and bool(np.isfinite(value))
 
 
-def _family(title: str, key: str, runs: Sequence[Run]) -> Family:
+def _task_group(title: str, key: str, runs: Sequence[Run]) -> TaskGroup:
     methods = make_methods(runs)
     tasks = sorted({run.task for run in runs})
     common = [task for task in tasks if all(task in method.runs for method in methods)]
-    return Family(title, key, common, [task for task in tasks if task not in common], methods)
+    return TaskGroup(title, key, common, [task for task in tasks if task not in common], methods)
 
 
 def make_methods(runs: Sequence[Run]) -> list[Method]:

@@ -9,17 +9,17 @@ from html import escape
 from matplotlib.figure import Figure
 from rich.table import Table as RichTable
 
-from eva_rl.report.cautions import Caution
 from eva_rl.report.figures import inline_svg
 from eva_rl.report.tables import Table
+from eva_rl.report.warnings import ReportWarning
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 """The page forbids its reader's browser to load anything."""
 CSS = """
 :root { color-scheme: light dark; --ink: #1b1f24; --soft: #5b6570; --paper: #ffffff; --line: #d9dee3; --card: #f6f8fa;
-  --grave: #b42318; --grave-card: #fef1ef; --mild: #9a6700; --mild-card: #fff8e5; }
+  --severe: #b42318; --severe-card: #fef1ef; --mild: #9a6700; --mild-card: #fff8e5; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e6eaee; --soft: #9aa5b1; --paper: #14181d; --line: #333b44;
-  --card: #1c2229; --grave: #ff9186; --grave-card: #331b1a; --mild: #e8b94a; --mild-card: #2d2614; } }
+  --card: #1c2229; --severe: #ff9186; --severe-card: #331b1a; --mild: #e8b94a; --mild-card: #2d2614; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--paper); color: var(--ink);
   font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif; }
@@ -30,7 +30,7 @@ h3 { font-size: 1rem; margin: 1.5rem 0 .4rem; }
 p, .note { max-width: 46rem; } .lead, .note { color: var(--soft); } .note { font-size: .875rem; margin: .4rem 0 0; }
 .warning { margin: .6rem 0; padding: .6rem .9rem; border-left: 4px solid var(--mild); background: var(--mild-card);
   border-radius: 0 6px 6px 0; }
-.warning.grave { border-color: var(--grave); background: var(--grave-card); font-weight: 600; }
+.warning.severe { border-color: var(--severe); background: var(--severe-card); font-weight: 600; }
 .scroll { overflow-x: auto; }
 table.words td, table.words th { text-align: left; white-space: normal; overflow-wrap: anywhere; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; min-width: 50%; }
@@ -70,7 +70,7 @@ class Section:
 
     title: str
     text: Sequence[str] = ()
-    warnings: Sequence[Caution] = ()
+    warnings: Sequence[ReportWarning] = ()
     tables: Sequence[Table] = ()
     pictures: Sequence[Picture] = ()
     folded: Sequence[Table] = field(default=())
@@ -81,7 +81,7 @@ def markdown(title: str, lead: str, sections: Sequence[Section]) -> str:
     parts = [f"# {title}", lead]
     for section in sections:
         parts += [f"## {section.title}", *section.text]
-        parts += [f"> **{'Warning' if w.grave else 'Note'}**: {w.text}" for w in section.warnings]
+        parts += [f"> **{'Warning' if w.severe else 'Note'}**: {w.text}" for w in section.warnings]
         for table in [*section.tables, *section.folded]:
             parts += [*([f"### {table.title}"] if table.title else []), _markdown_table(table), table.note]
         parts += [f"![{picture.caption}](figures/{picture.name}.svg)" for picture in section.pictures]
@@ -109,7 +109,7 @@ def _html_section(section: Section) -> Iterator[str]:
     yield f"<section>\n<h2>{escape(section.title)}</h2>"
     yield from (f"<p>{escape(text)}</p>" for text in section.text)
     for warning in section.warnings:
-        yield f'<div class="warning{" grave" if warning.grave else ""}">{escape(warning.text)}</div>'
+        yield f'<div class="warning{" severe" if warning.severe else ""}">{escape(warning.text)}</div>'
     yield from map(_html_table, section.tables)
     for picture in section.pictures:
         svg = inline_svg(picture.figure, picture.name, escape(picture.caption))

@@ -1,4 +1,4 @@
-"""The runs of a report: found, read, and none of them dropped in silence."""
+"""Find and read the runs of a report; every run that does not count is listed with its reason."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Run:
         task: Canonical name.
         method: The adapter method.
         seed: Of the training.
-        settings: What else decides its result, by dotted key; without what its method does not look at.
+        settings: What else decides its result, by dotted key; without keys that its method ignores.
         summary: ``summary.json``.
         goals: Held-out episodes by their seed; empty where they cannot be read.
         rows: Of ``metrics.jsonl``.
@@ -210,7 +210,7 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def _ignored(key: str, summary: Mapping[str, Any]) -> bool:
-    """Whether a setting changes no result, or the run's method does not look at it."""
+    """Whether a setting changes no result, or the run's method ignores it."""
     method = METHODS.get(str(summary["method"]))
     if key in NO_SETTINGS or key.partition(".")[0] in NO_SETTINGS:
         return True

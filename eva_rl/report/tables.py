@@ -13,7 +13,7 @@ import numpy as np
 from eva_rl.files import write_file
 from eva_rl.report import stats
 from eva_rl.report.comparison import Analysis, Comparison
-from eva_rl.report.methods import Family, Method
+from eva_rl.report.methods import Method, TaskGroup
 from eva_rl.report.runs import Run
 
 CSV_COLUMNS = ("score", "table", "method", "versus", "task", "statistic", "value", "low", "high", "runs")
@@ -65,15 +65,15 @@ def with_interval(estimate: stats.Estimate) -> str:
 
 def aggregate_table(analysis: Analysis) -> Table:
     """Aggregates of each method over the common tasks, best IQM first."""
-    family = analysis.family
+    group = analysis.group
     rows = []
-    for method in sorted(family.methods, key=lambda m: -_iqm(analysis, m)):
+    for method in sorted(group.methods, key=lambda m: -_iqm(analysis, m)):
         estimates = analysis.aggregates[method.label].values()
-        runs = sum(len(method.runs[task]) for task in family.tasks)
+        runs = sum(len(method.runs[task]) for task in group.tasks)
         rows.append([method.label, method.rank, str(runs), *map(with_interval, estimates)])
-    tasks = f"{len(family.tasks)} task{'s' if len(family.tasks) > 1 else ''}"
+    tasks = f"{len(group.tasks)} task{'s' if len(group.tasks) > 1 else ''}"
     return Table(
-        f"{family.title.capitalize()} over {tasks}",
+        f"{group.title.capitalize()} over {tasks}",
         ["method", "rank", "runs", *next(iter(analysis.aggregates.values()))],
         rows,
         "IQM is the mean of the middle half of all runs. Intervals: bootstrap over the runs of each task.",
@@ -90,7 +90,7 @@ def comparison_table(analysis: Analysis) -> Table:
     rows = [_comparison_row(comparison) for comparison in analysis.comparisons]
     return Table(
         "Which method is better?",
-        [*columns, "goals", "p over goals", "told apart"],
+        [*columns, "goals", "p over goals", "significant"],
         rows,
         "p over runs: paired permutation test over seeds and tasks, about the methods; corrected by Holm's method for "
         "the number of pairs, it decides. p over goals: about these trained policies alone, on the same goals.",
@@ -107,13 +107,13 @@ def _comparison_row(c: Comparison) -> list[str]:
         f"{c.p_corrected:.3g}",
         str(c.goals),
         "-" if c.p_goals is None else f"{c.p_goals:.3g}",
-        "yes" if c.told_apart else "no",
+        "yes" if c.significant else "no",
     ]
 
 
 def task_table(analysis: Analysis) -> Table:
     """The mean over runs of each task and method."""
-    labels = [method.label for method in analysis.family.methods]
+    labels = [method.label for method in analysis.group.methods]
     rows = [
         [
             task,
@@ -125,9 +125,9 @@ def task_table(analysis: Analysis) -> Table:
     return Table("", ["task", "before", *labels], rows, "Mean over runs, with its interval.")
 
 
-def cost_table(family: Family) -> Table:
+def cost_table(group: TaskGroup) -> Table:
     """What each method costs."""
-    costs = {method.label: costs_of(method) for method in family.methods}
+    costs = {method.label: costs_of(method) for method in group.methods}
     keys = [key for key in COSTS if any(key in own for own in costs.values())]
     rows = [[label, *(_amount(key, own[key]) if key in own else "-" for key in keys)] for label, own in costs.items()]
     return Table("", ["method", *(COSTS[key] for key in keys)], rows, "Median over runs, on the machines they ran on.")
@@ -157,22 +157,22 @@ def _amount(key: str, value: float) -> str:
     return f"{value:,.0f}" if value >= 100 or value == int(value) else f"{value:.3g}"
 
 
-def run_table(family: Family) -> Table:
+def run_table(group: TaskGroup) -> Table:
     """Every run that counts."""
-    runs = [(method, run) for method in family.methods for own in method.runs.values() for run in own]
+    runs = [(method, run) for method in group.methods for own in method.runs.values() for run in own]
     rows = [
-        [method.label, run.task, str(run.seed), number(run.summary[f"eval/{family.key}"]), str(run.folder)]
+        [method.label, run.task, str(run.seed), number(run.summary[f"eval/{group.key}"]), str(run.folder)]
         for method, run in runs
     ]
-    return Table("Runs", ["method", "task", "seed", family.title, "folder"], rows, words=True)
+    return Table("Runs", ["method", "task", "seed", group.title, "folder"], rows, words=True)
 
 
 def records(analysis: Analysis) -> Iterator[dict[str, Any]]:
     """Rows of ``report.csv``, under :data:`CSV_COLUMNS`; unrounded."""
-    title = analysis.family.title
-    runs = {m.label: {task: len(own) for task, own in m.runs.items()} for m in analysis.family.methods}
+    title = analysis.group.title
+    runs = {m.label: {task: len(own) for task, own in m.runs.items()} for m in analysis.group.methods}
     for label, estimates in analysis.aggregates.items():
-        total = sum(runs[label][task] for task in analysis.family.tasks)
+        total = sum(runs[label][task] for task in analysis.group.tasks)
         for name, estimate in estimates.items():
             yield _record(title, "aggregate", label, estimate, statistic=name, runs=total)
     for task, means in analysis.tasks.items():
@@ -181,7 +181,7 @@ def records(analysis: Analysis) -> Iterator[dict[str, Any]]:
             yield _record(title, "task", label, estimate, task=task, statistic="mean", runs=runs[label][task])
     for c in analysis.comparisons:
         yield from _comparison_records(title, c)
-    for method in analysis.family.methods:
+    for method in analysis.group.methods:
         for key, value in costs_of(method).items():
             yield {"score": title, "table": "cost", "method": method.label, "statistic": key, "value": value}
 

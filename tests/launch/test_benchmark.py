@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from eva_rl import benchmark
 from eva_rl.agents.policy_folder import save_policy
-from eva_rl.benchmark import BenchmarkConfig, split_list
+from eva_rl.benchmark import command as benchmark
+from eva_rl.benchmark.command import BenchmarkConfig, split_list
 from eva_rl.cli.parsing import parse
 from eva_rl.errors import UserError
 from eva_rl.finetune import command as finetune

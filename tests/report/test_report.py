@@ -18,11 +18,11 @@ from eva_rl.cli.parsing import parse
 from eva_rl.errors import UserError
 from eva_rl.report import command as report
 from eva_rl.report import stats
-from eva_rl.report.cautions import warnings_of
 from eva_rl.report.comparison import Resampling, analyse
 from eva_rl.report.curves import points_of
-from eva_rl.report.methods import make_families
+from eva_rl.report.methods import group_tasks
 from eva_rl.report.runs import Run, find_runs, read_runs
+from eva_rl.report.warnings import warnings_of
 from tests.report.making_runs import make_run, make_study
 
 QUICK = Resampling(200)
@@ -56,8 +56,8 @@ def read(*places: Path) -> list[Run]:
 
 
 def texts(runs: list[Run]) -> str:
-    (family,) = make_families(runs)
-    return " ".join(warning.text for warning in warnings_of(analyse(family, QUICK), []))
+    (group,) = group_tasks(runs)
+    return " ".join(warning.text for warning in warnings_of(analyse(group, QUICK), []))
 
 
 def test_the_numbers_are_those_of_the_runs(written: Path) -> None:
@@ -82,16 +82,16 @@ def goal_means(matrix: dict[str, np.ndarray], first: str, second: str) -> list[f
     return [float(d) for d in found]
 
 
-def test_it_says_who_cannot_be_told_apart(written: Path) -> None:
+def test_it_says_who_cannot_be_significant(written: Path) -> None:
     told = {
         (row["method"], row["versus"]): float(row["value"])
         for row in rows(written / "report.csv", statistic="p over runs, corrected")
     }
     assert told["eva", "lora"] < 0.05 < next(p for pair, p in told.items() if set(pair) == {"eva", "full"})
     text = (written / "report.md").read_text()
-    assert re.search(r"\*\*Warning\*\*: These data do not tell apart: (eva and full|full and eva)\.", text)
-    assert "told apart" in text
-    assert "lora" not in re.findall(r"do not tell apart: (.*)", text)[0]
+    assert re.search(r"\*\*Warning\*\*: No significant difference between: (eva and full|full and eva)\.", text)
+    assert "significant" in text
+    assert "lora" not in re.findall(r"difference between: (.*)", text)[0]
 
 
 def test_the_same_runs_give_the_same_report(written: Path, study: Path, tmp_path: Path) -> None:
@@ -153,13 +153,13 @@ def test_ranks_and_settings_are_rows_of_their_own(tmp_path: Path) -> None:
                 f"data.seed={seed}",
             )
     make_run(tmp_path / "full", "reach-v3", [True] * 4, "adapter=full", "adapter.rank=2", "algo.learning_rate=0.01")
-    (family,) = make_families(read(tmp_path))
-    assert {method.label: method.rank for method in family.methods} == {
+    (group,) = group_tasks(read(tmp_path))
+    assert {method.label: method.rank for method in group.methods} == {
         "eva (rank=4)": "4",
         "eva (rank=8)": "8",
         "full": "-",
     }
-    found = analyse(family, QUICK)
+    found = analyse(group, QUICK)
     assert float(found.aggregates["eva (rank=4)"]["mean"].value) == 0.25  # not the best of both
     text = texts(read(tmp_path))
     assert "algo.learning_rate: 0.001, 0.01" in text
@@ -171,10 +171,10 @@ def test_warnings_of_weak_data(tmp_path: Path) -> None:
         for seed in range(2):
             make_run(tmp_path / method / str(seed), "reach-v3", [True] * 5, f"adapter={method}", f"seed={seed}")
     text = texts(read(tmp_path))
-    assert "tell no two methods apart" in text
+    assert "No two methods differ significantly" in text
     assert "Few seeds: 2" in text
     assert "Few episodes: 5" in text
-    assert "almost always solved" in text
+    assert "Almost always solved" in text
     alone = texts(read(tmp_path / "eva" / "0"))
     assert "one seed" in alone
     assert "one method only" in alone
@@ -184,9 +184,9 @@ def test_tasks_that_a_method_lacks_are_not_averaged(tmp_path: Path) -> None:
     make_run(tmp_path / "a", "reach-v3", [True, False], "adapter=eva")
     make_run(tmp_path / "b", "push-v3", [True, True], "adapter=eva")
     make_run(tmp_path / "c", "reach-v3", [False, False], "adapter=lora")
-    (family,) = make_families(read(tmp_path))
-    assert (list(family.tasks), list(family.partial)) == (["metaworld/reach-v3"], ["metaworld/push-v3"])
-    assert float(analyse(family, QUICK).aggregates["eva"]["mean"].value) == 0.5
+    (group,) = group_tasks(read(tmp_path))
+    assert (list(group.tasks), list(group.partial)) == (["metaworld/reach-v3"], ["metaworld/push-v3"])
+    assert float(analyse(group, QUICK).aggregates["eva"]["mean"].value) == 0.5
     assert "some method lacks them: metaworld/push-v3" in texts(read(tmp_path))
 
 
@@ -194,9 +194,9 @@ def test_tasks_without_success_are_judged_by_score(tmp_path: Path) -> None:
     make_run(tmp_path / "hopper", "mujoco/hopper", [True, False])
     make_run(tmp_path / "pendulum", "Pendulum-v1", [True, False])
     make_run(tmp_path / "reach", "reach-v3", [True, False])
-    families = {family.title: family for family in make_families(read(tmp_path))}
-    assert set(families) == {"success rate", "normalised score", "return on Pendulum-v1"}
-    hopper = families["normalised score"]
+    groups = {group.title: group for group in group_tasks(read(tmp_path))}
+    assert set(groups) == {"success rate", "normalised score", "return on Pendulum-v1"}
+    hopper = groups["normalised score"]
     scores = hopper.methods[0].scores(hopper.tasks[0], hopper.key)
     assert scores[0] == pytest.approx(100 * (505.0 + 20.272305) / (3234.3 + 20.272305))
     assert report.main([str(tmp_path), f"out={tmp_path / 'report'}", "replicates=50"]) == 0

@@ -35,8 +35,8 @@ Fine-tune every method on every task with every seed, and compare them: independ
 OUT/<task>/<method>/seed_<n>/, and a report in OUT/report/. The same command
 continues where it was interrupted: finished runs are skipped.
 
-Every key of python -m eva_rl.finetune can be given, with finetune. before it. Demonstrations are collected anew for
-each seed, the same ones for all methods.
+Every key of python -m eva_rl.finetune can be given, with finetune. before it. Demonstrations are collected for
+each seed and shared by all methods.
 
 Examples:
   python -m eva_rl.benchmark tasks=cw10 methods=[lora,eva,dora,eva_dora,full] seeds=5 out=runs/cw10
@@ -188,7 +188,7 @@ def benchmark(config: BenchmarkConfig) -> None:
         report.report(report.ReportConfig(runs=finished, out=str(out / "report"), title="Benchmark"))
     list_failed(failed)
     if failed:
-        raise UserError(f"{len(failed)} of {len(cells)} runs failed. Mend the reason, and type the same command again.")
+        raise UserError(f"{len(failed)} of {len(cells)} runs failed. Fix the cause and rerun the command to resume.")
 
 
 def check_overrides(overrides: Sequence[str]) -> None:
@@ -234,9 +234,7 @@ def check_unchanged(cell: Cell) -> None:
     try:
         changed = changed_settings(cell.run_dir, asdict(cell.finetune))
     except (OSError, ValueError, YAMLError) as error:
-        raise UserError(
-            f"{path} cannot be read: {error}. Remove the folder, and type the same command again."
-        ) from error
+        raise UserError(f"{path} cannot be read: {error}. Remove the folder and rerun the same command.") from error
     if changed:
         raise UserError(
             f"{cell.run_dir} was made with other settings of {', '.join(changed)}. Use the same settings to continue, "
@@ -247,7 +245,3 @@ def check_unchanged(cell: Cell) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
     return run_command("benchmark", BenchmarkConfig, benchmark, HELP, argv)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

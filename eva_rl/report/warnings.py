@@ -1,0 +1,146 @@
+"""What a reader has to know before drawing conclusions from the tables."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from eva_rl.report.comparison import Analysis, overlapping
+from eva_rl.report.methods import RANK, TaskGroup, differing_settings
+from eva_rl.report.runs import Problem
+
+FEW_RUNS, FEW_EPISODES = 5, 50
+CEILING, FLOOR = 0.95, 0.05
+
+
+@dataclass(frozen=True)
+class ReportWarning:
+    """One warning.
+
+    Attributes:
+        text: What is wrong, and what to do about it.
+        severe: Whether it rules out picking a winner from the tables.
+    """
+
+    text: str
+    severe: bool = False
+
+
+def warnings_of(analysis: Analysis, problems: Sequence[Problem]) -> list[ReportWarning]:
+    """All warnings about a group of tasks, the severe ones first."""
+    group = analysis.group
+    found = [
+        *_verdict(analysis),
+        *_few(group),
+        *_uninformative(analysis),
+        *_unequal(group),
+        *_settings(group),
+    ]
+    lost = [problem for problem in problems if problem.kind in {"unfinished", "damaged"}]
+    if lost:
+        found.append(
+            ReportWarning(f"{len(lost)} runs are unfinished or damaged and do not count; they are listed below.")
+        )
+    return sorted(found, key=lambda warning: not warning.severe)
+
+
+def _verdict(analysis: Analysis) -> Iterator[ReportWarning]:
+    group, comparisons = analysis.group, analysis.comparisons
+    if len(group.methods) < 2:
+        yield ReportWarning("There is only one method: nothing is compared.")
+    elif not group.tasks:
+        yield ReportWarning("The methods have no task in common: they cannot be compared.", severe=True)
+    else:
+        significant = [c for c in comparisons if c.significant]
+        if not significant:
+            yield ReportWarning(
+                "No two methods differ significantly. Do not pick a winner from the tables.", severe=True
+            )
+        elif len(significant) < len(comparisons):
+            others = [f"{c.first} and {c.second}" for c in comparisons if not c.significant]
+            yield ReportWarning(f"No significant difference between: {_listed(others)}.", severe=True)
+        yield from _overlap(analysis)
+
+
+def _overlap(analysis: Analysis) -> Iterator[ReportWarning]:
+    pairs = overlapping(analysis)
+    if pairs:
+        names = _listed([f"{a} and {b}" for a, b in pairs])
+        yield ReportWarning(f"Next to each other by IQM, with overlapping (or unknown) intervals: {names}.")
+
+
+def _few(group: TaskGroup) -> Iterator[ReportWarning]:
+    counts = {len(runs) for method in group.methods for runs in method.runs.values()}
+    if min(counts) == 1:
+        yield ReportWarning(
+            "Some method has one seed on some task: there is no interval, nor a test of methods.", severe=True
+        )
+    elif min(counts) < FEW_RUNS:
+        tasks = len(group.tasks)
+        least = 2 / 2 ** (min(counts) * max(1, tasks))
+        yield ReportWarning(
+            f"Few seeds: {min(counts)} for some method and task. With {tasks} tasks no p value over runs can be below "
+            f"{least:.2g}, before it is corrected for the number of comparisons. Add seeds."
+        )
+    episodes = [len(run.goals) for method in group.methods for runs in method.runs.values() for run in runs]
+    fewest = min((number for number in episodes if number), default=0)
+    if group.bounded and 0 < fewest < FEW_EPISODES:
+        spread = 100 * 0.5 / np.sqrt(fewest)
+        yield ReportWarning(
+            f"Few episodes: {fewest} in some evaluation, which alone gives a success rate near one half a standard "
+            f"error of {spread:.0f} points. Evaluate with eval.episodes={FEW_EPISODES} or more."
+        )
+
+
+def _uninformative(analysis: Analysis) -> Iterator[ReportWarning]:
+    if not analysis.group.bounded:
+        return
+    for name, low, high in (("solved", CEILING, 1.0), ("failed", 0.0, FLOOR)):
+        tasks = [
+            task
+            for task, means in analysis.tasks.items()
+            if len(means) > 1 and all(low <= float(estimate.value) <= high for estimate in means.values())
+        ]
+        if tasks:
+            yield ReportWarning(f"Almost always {name} by every method, hence uninformative: {_listed(tasks)}.")
+
+
+def _unequal(group: TaskGroup) -> Iterator[ReportWarning]:
+    if group.partial and len(group.methods) > 1:
+        yield ReportWarning(f"Not in the aggregates, because some method lacks them: {_listed(group.partial)}.")
+    for task in group.tasks:
+        seeds = {tuple(run.seed for run in method.runs[task]) for method in group.methods}
+        if len(seeds) > 1:
+            yield ReportWarning(f"Seeds differ between methods on {task}; paired tests take those that both have.")
+            break
+    pairs = [(run.task, run.seed, run) for m in group.methods for runs in m.runs.values() for run in runs]
+    for what, values in (
+        ("held-out goals", {(t, s, frozenset(run.goals)) for t, s, run in pairs if run.goals}),
+        ("demonstrations", {(t, s, (run.summary.get("data") or {}).get("hash")) for t, s, run in pairs}),
+    ):
+        if len(values) > len({value[:2] for value in values}):
+            yield ReportWarning(f"Runs of one task and seed have different {what}: pairs are not quite alike.")
+
+
+def _settings(group: TaskGroup) -> Iterator[ReportWarning]:
+    everything = [method.settings for method in group.methods]
+    differing = differing_settings(everything, everywhere=True)
+    if differing:
+        shown = "; ".join(f"{key}: {_values(key, everything)}" for key in differing)
+        yield ReportWarning(f"Methods differ in more than the adapter ({shown}). Each row is at its own settings.")
+    ranks = [method.settings for method in group.methods if RANK in method.settings]
+    if RANK not in differing and len({settings[RANK] for settings in ranks}) > 1:
+        yield ReportWarning("Ranks differ between rows: compare methods at one rank.")
+
+
+def _values(key: str, everything: Sequence[object]) -> str:
+    values = sorted({str(json.loads(settings[key])) for settings in everything if isinstance(settings, dict)})
+    return ", ".join(values)
+
+
+def _listed(names: Sequence[str], most: int = 8) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
