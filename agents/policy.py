@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
@@ -95,8 +95,6 @@ class DecisionTransformerPolicy:
         self.window: Window = "cached"
         self.acting = Acting()
         self.on_window: Callable[[WindowBatch], None] | None = None
-        self.adapters: Any = None
-        """The :class:`eva_rl.adapters.Adapters` of a policy that ``eva_rl.load_policy`` loaded."""
         self._context: RolloutContext | None = None
 
     @property
@@ -114,7 +112,7 @@ class DecisionTransformerPolicy:
         """Where the network lives."""
         return self.scaling.observation_mean.device
 
-    def to(self, device: torch.device | str) -> DecisionTransformerPolicy:
+    def to(self, device: torch.device | str) -> Self:
         """Move network and scaling to a device, in place."""
         self.network.to(device)
         self.scaling = self.scaling.to(device)

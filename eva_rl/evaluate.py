@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from eva_rl.adapters import ADAPTER_NAME
+from eva_rl.adapters import ADAPTER_NAME, AdaptedPolicy
 from eva_rl.agents import DecisionTransformerPolicy
 from eva_rl.agents.context import Acting
 from eva_rl.cli.command import run_command
@@ -105,12 +105,12 @@ def evaluate(config: EvaluateConfig) -> None:
         for task in tasks:
             policy.with_target(config.policy.target_return, task)
     for task in tasks if config.targets else ():
-        put_to_work(policy, task, config.adapter != "off")
+        activate_adapter(policy, task, config.adapter != "off")
         choose_target(policy, task, config)
     results, without = play(policy, tasks, config)
     show(results, without)
     for task in tasks if config.video and first else ():
-        put_to_work(policy, task, config.adapter != "off")
+        activate_adapter(policy, task, config.adapter != "off")
         path = Path("videos") / f"{task.replace('/', '-')}.gif"
         record_episode(policy, task, path, seed=config.eval.seed, horizon=config.env.horizon)
         console.print(f"Video: {path}")
@@ -119,7 +119,7 @@ def evaluate(config: EvaluateConfig) -> None:
 
 
 def play(
-    policy: DecisionTransformerPolicy, tasks: Sequence[str], config: EvaluateConfig
+    policy: AdaptedPolicy, tasks: Sequence[str], config: EvaluateConfig
 ) -> tuple[list[EvaluationResult], list[EvaluationResult]]:
     """Evaluate each task as asked, and for ``adapter=both`` once more without adapters, on the same goals."""
     ways = [True, False] if config.adapter == "both" else [config.adapter == "on"]
@@ -129,7 +129,7 @@ def play(
     ) as advance:
         for task in tasks:
             for adapted in ways:
-                put_to_work(policy, task, adapted)
+                activate_adapter(policy, task, adapted)
                 found = evaluate_together(
                     ProcessGroup.current(),
                     partial(evaluate_policy, policy, task),
@@ -143,14 +143,14 @@ def play(
     return (results[True], results[False]) if ways[0] else (results[False], [])
 
 
-def put_to_work(policy: DecisionTransformerPolicy, task: str, adapted: bool) -> None:
+def activate_adapter(policy: AdaptedPolicy, task: str, adapted: bool) -> None:
     """The adapter for this task, the policy's own where there is none for it, or no adapter at all."""
     found = policy.adapters
     own = next((name for name in (task, ADAPTER_NAME) if name in found.names), None)
     found.use(own if adapted else None)
 
 
-def check_adapters(policy: DecisionTransformerPolicy) -> None:
+def check_adapters(policy: AdaptedPolicy) -> None:
     """Raise unless the policy has an adapter to turn off."""
     if not policy.adapters.names:
         base = policy.metadata.get("finetuning", {}).get("policy", "mt40")
@@ -163,7 +163,7 @@ def check_adapters(policy: DecisionTransformerPolicy) -> None:
 def choose_target(policy: DecisionTransformerPolicy, task: str, config: EvaluateConfig) -> None:
     """Ask for the target return that does best on the validation episodes, which no report sees."""
 
-    def merit(target: float) -> tuple[float, float]:
+    def validation_score(target: float) -> tuple[float, float]:
         policy.with_target(target, task)
         found = evaluate_policy(
             policy,
@@ -175,10 +175,10 @@ def choose_target(policy: DecisionTransformerPolicy, task: str, config: Evaluate
         )
         return (found.success_rate if found.reports_success else 0.0, found.mean_reward)
 
-    merits = {target: merit(target) for target in config.targets}
-    best = max(merits, key=lambda target: merits[target])
+    scores = {target: validation_score(target) for target in config.targets}
+    best = max(scores, key=lambda target: scores[target])
     policy.with_target(best, task)
-    tried = ", ".join(f"{target:g}: {success:.2f}/{mean:.0f}" for target, (success, mean) in merits.items())
+    tried = ", ".join(f"{target:g}: {success:.2f}/{mean:.0f}" for target, (success, mean) in scores.items())
     console.print(f"{task}: target return {best:g} (validation success/return by target: {tried})")
 
 

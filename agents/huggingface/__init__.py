@@ -51,7 +51,7 @@ def read_huggingface(folder: Path, options: ImportOptions) -> DecisionTransforme
     """
     where = str(folder / CONFIG_FILE)
     full = complete_config(read_json(folder / CONFIG_FILE), where)
-    facts = options.over(_companion(folder) or card_of(folder))
+    facts = options.merged_with(_companion(folder) or card_of(folder))
     config = architecture(full, int(facts["context_length"]), where)
     if (folder / SAFETENSORS_FILE).is_file() or not (folder / PICKLE_FILE).is_file():
         path = folder / SAFETENSORS_FILE
@@ -85,7 +85,7 @@ def read_original(path: Path, options: ImportOptions) -> DecisionTransformerPoli
         )
     weights = {re.sub(r"^transformer\.", "encoder.", name): value for name, value in weights.items()}
     full = complete_config(_config_of_shapes(weights, options, path), str(path))
-    facts = options.over({})
+    facts = options.merged_with({})
     return _build(weights, architecture(full, int(facts["context_length"]), str(path)), full, facts, path)
 
 

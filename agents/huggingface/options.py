@@ -49,7 +49,7 @@ class ImportOptions:
     activation: str = "relu"
     allow_pickle: bool = False
 
-    def over(self, known: Mapping[str, Any]) -> dict[str, Any]:
+    def merged_with(self, known: Mapping[str, Any]) -> dict[str, Any]:
         """What was given, over what is known otherwise, over the defaults."""
         given = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
         defaults = {"context_length": DEFAULT_CONTEXT_LENGTH, "return_scale": DEFAULT_RETURN_SCALE, "env_id": ""}
@@ -59,7 +59,7 @@ class ImportOptions:
 def scaling_and_target(
     facts: Mapping[str, Any], config: DecisionTransformerConfig, where: str
 ) -> tuple[InputScaling, Conditioning]:
-    """Scaling and conditioning from the facts that :meth:`ImportOptions.over` put together.
+    """Scaling and conditioning from the facts that :meth:`ImportOptions.merged_with` put together.
 
     Raises:
         UserError: The normalisation or the target return is not known, or has other dimensions.

@@ -7,7 +7,7 @@ from eva_rl.adapters.folders import adapter_bytes, find_adapter, load_policy, sa
 from eva_rl.adapters.layers import PROJECTIONS, rank_limits, target_layers
 from eva_rl.adapters.methods import DIRECTIONS, GRADIENTS, METHODS, MOMENTS, Method, find_method
 from eva_rl.adapters.refresh import Refresh, refresh_directions, subspace_overlap
-from eva_rl.adapters.switching import Adapters
+from eva_rl.adapters.switching import AdaptedPolicy, Adapters
 
 __all__ = [
     "ADAPTER_NAME",
@@ -17,6 +17,7 @@ __all__ = [
     "MOMENTS",
     "PROJECTIONS",
     "SOURCES",
+    "AdaptedPolicy",
     "Adapters",
     "AttachedAdapter",
     "Method",

@@ -9,7 +9,7 @@ import torch
 
 from eva_rl.adapters.attach import AttachedAdapter, base_weights
 from eva_rl.adapters.extensions import ADAPTER_NAME, WEIGHTS_FILE, RewrittenBase
-from eva_rl.adapters.switching import CONFIG_FILE, ORIGIN_FILE, Adapters
+from eva_rl.adapters.switching import CONFIG_FILE, ORIGIN_FILE, AdaptedPolicy
 from eva_rl.agents.huggingface.options import ImportOptions
 from eva_rl.agents.policy import DecisionTransformerPolicy
 from eva_rl.agents.policy_folder import POLICY_FILE, find_policy, read_policy, weights_digest, write_policy_files
@@ -73,7 +73,7 @@ def load_policy(
     merge: bool = False,
     is_trainable: bool = False,
     adapters: Mapping[str, str | Path] | None = None,
-) -> DecisionTransformerPolicy:
+) -> AdaptedPolicy:
     """Load a policy with its adapter, where it has one.
 
     ``policy.adapters`` switches them, turns them off, merges and unmerges.
@@ -92,8 +92,8 @@ def load_policy(
         UserError: No such policy, or its files are damaged or do not fit each other.
     """
     folder = find_policy(str(name_or_path))
-    policy = read_policy(folder, options)
-    policy.adapters = found = Adapters(policy)
+    policy = AdaptedPolicy(read_policy(folder, options))
+    found = policy.adapters
     if _has_adapter(folder):
         found.add(ADAPTER_NAME, folder / ADAPTER_FOLDER, is_trainable=is_trainable)
     for name, path in (adapters or {}).items():

@@ -1,4 +1,4 @@
-"""The adapters of a loaded policy: several on one base, one of them at work, on or off, merged or not."""
+"""The adapters of a loaded policy: several on one base, one of them active, on or off, merged or not."""
 
 from __future__ import annotations
 
@@ -22,6 +22,21 @@ from eva_rl.files import read_json
 CONFIG_FILE = "adapter_config.json"
 ORIGIN_FILE = "eva_rl.json"
 """Beside PEFT's files: the method, the base that the adapter fits, the task and what to ask for there."""
+
+
+class AdaptedPolicy(DecisionTransformerPolicy):
+    """A policy whose adapters can be added, switched, turned off and merged.
+
+    Args:
+        base: A policy without an adapter; its network is taken over, not copied.
+
+    Attributes:
+        adapters: Its adapters.
+    """
+
+    def __init__(self, base: DecisionTransformerPolicy) -> None:
+        super().__init__(base.network, base.scaling, base.conditioning, env_id=base.env_id, metadata=base.metadata)
+        self.adapters = Adapters(self)
 
 
 class Adapters:

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import torch
 
-from eva_rl.adapters import load_policy
-from eva_rl.agents import DecisionTransformerPolicy
+from eva_rl.adapters import AdaptedPolicy, load_policy
 from eva_rl.agents.huggingface.options import ImportOptions
 from eva_rl.configs.groups import DataOptions, PolicyOptions
 from eva_rl.data import Trajectories, load_dataset, read_episodes, select_episodes, write_episodes
@@ -38,7 +37,7 @@ def open_policy(
     *,
     merge: bool = False,
     adapters: Mapping[str, str] | None = None,
-) -> DecisionTransformerPolicy:
+) -> AdaptedPolicy:
     """Load the policy that the options name; ``merge`` folds its adapter into its weights, ``adapters`` brings more.
 
     Raises:
