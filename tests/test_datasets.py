@@ -15,6 +15,7 @@ from eva_rl.data.selection import sampling_weights
 from eva_rl.datasets import main
 from eva_rl.errors import UserError
 from tests.data.making import differences, random_trajectories, table, write_h5
+from tests.data.test_files import spoil
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +56,7 @@ def test_a_store_is_checked_number_by_number(tmp_path: Path, capsys: pytest.Capt
     write_store(tmp_path / "store", [random_trajectories()], "x")
     array = np.load(tmp_path / "store" / "actions.npy")
     array[7, 1] = np.nan
-    np.save(tmp_path / "store" / "actions.npy", array)
+    spoil(tmp_path / "store", "actions", array)
     assert main(["action=check", "data=store"]) == 2
     assert "actions.npy, row 7: not a finite number" in capsys.readouterr().err
 

@@ -5,19 +5,22 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 from urllib.parse import parse_qsl
 
 import numpy as np
 
 from eva_rl.data.formats import d4rl_names
-from eva_rl.data.formats.checks import ActionBounds
+from eva_rl.data.formats.checks import ActionBounds, Source
 from eva_rl.data.formats.d4rl import read_d4rl
-from eva_rl.data.formats.episode_folder import episode_files, iterate_folder
-from eva_rl.data.formats.minari import iterate_minari, minari_folder
-from eva_rl.data.formats.minari_file import is_episode_file, iterate_episodes
+from eva_rl.data.formats.episode_folder import episode_files, iterate_content, iterate_folder
+from eva_rl.data.formats.episodes import ReadOptions
+from eva_rl.data.formats.groups import iterate_d3rlpy, iterate_robomimic, layout_of
+from eva_rl.data.formats.minari import iterate_minari, minari_data_folder, minari_folder
+from eva_rl.data.formats.minari_file import iterate_episodes
 from eva_rl.data.formats.store import FORMAT, gather, is_store, read_store
 from eva_rl.data.trajectories import Trajectories
 from eva_rl.errors import UnknownNameError, UserError
@@ -26,12 +29,15 @@ log = logging.getLogger(__name__)
 
 KINDS = ("d4rl", "minari", "trajectories")
 OUTSIDE = ("check", "clip", "keep")
+OPTIONS = ("actions", "horizon", "keys")
+CHECK_ROWS = 1 << 18
+"""Rows of a mapped array that are looked at at a time."""
 MEMORY_FRACTION = 0.25
 """Data are mapped instead of read when their files are larger than this part of the machine's memory."""
 
 
 @dataclass(frozen=True)
-class Source:
+class ParsedSource:
     """A parsed source.
 
     Attributes:
@@ -39,16 +45,18 @@ class Source:
         name: Path, name or id.
         horizon: Env steps of an episode, for D4RL files without timeouts; None takes what the name says.
         actions: What to do with actions out of bounds: ``check``, ``clip`` or ``keep``.
+        keys: Parts of Dict observations in their order; none takes the data's own.
     """
 
     kind: str
     name: str
     horizon: int | None = None
     actions: str = "check"
+    keys: tuple[str, ...] = ()
 
 
-def parse_source(text: str) -> Source:
-    """Parse ``KIND:NAME?horizon=STEPS&actions=check|clip|keep``; a path without a kind is ``trajectories:``.
+def parse_source(text: str) -> ParsedSource:
+    """Parse ``KIND:NAME?horizon=STEPS&actions=check|clip|keep&keys=a,b``; without a kind it is ``trajectories:``.
 
     Raises:
         UserError: No such kind or option.
@@ -63,21 +71,23 @@ def parse_source(text: str) -> Source:
         )
     if not name:
         raise UserError(f"{text!r} names no data. Expected for instance d4rl:hopper-medium-v2 or {kind}:NAME.")
-    source = Source(kind, name)
+    source = ParsedSource(kind, name)
     for key, value in parse_qsl(query, keep_blank_values=True):
         source = _with_option(source, key, value)
     return source
 
 
-def _with_option(source: Source, key: str, value: str) -> Source:
+def _with_option(source: ParsedSource, key: str, value: str) -> ParsedSource:
     if key == "actions" and value in OUTSIDE:
         return replace(source, actions=value)
     if key == "horizon" and value.isdecimal() and 0 < int(value) < 10**9:
         return replace(source, horizon=int(value))
-    if key in {"actions", "horizon"}:
-        expected = " or ".join(OUTSIDE) if key == "actions" else "a number of env steps"
-        raise UserError(f"{key}={value!r} in the data source: expected {expected}.")
-    raise UnknownNameError("option of a data source", key, ("actions", "horizon"))
+    if key == "keys" and all(value.split(",")):
+        return replace(source, keys=tuple(value.split(",")))
+    if key not in OPTIONS:
+        raise UnknownNameError("option of a data source", key, OPTIONS)
+    expected = {"actions": " or ".join(OUTSIDE), "horizon": "a number of env steps"}.get(key, "names joined by commas")
+    raise UserError(f"{key}={value!r} in the data source: expected {expected}.")
 
 
 def cache_folder() -> Path:
@@ -86,22 +96,27 @@ def cache_folder() -> Path:
 
 
 def load_dataset(
-    source: str,
+    source: str | Path | Trajectories | Mapping[str, Any] | Sequence[Mapping[str, Any]],
     *,
     allow_pickle: bool = False,
     memory_map: bool | None = None,
     action_bounds: tuple[Iterable[float], Iterable[float]] | None = None,
+    skip_damaged: bool = False,
 ) -> Trajectories:
     """Load offline data.
 
     Args:
         source: ``d4rl:NAME`` or ``d4rl:PATH``, ``minari:ID``, ``trajectories:PATH`` (a file of this package, a store,
-            a folder with one ``.npz``, ``.hdf5`` or ``.pkl`` per episode, or a pickled list), or just a path.
-            ``?actions=clip`` and ``?horizon=1000`` may follow.
+            a folder with one ``.npz``, ``.hdf5`` or ``.pkl`` per episode, a pickled list, or a file of d3rlpy or
+            robomimic), or just a path; ``?actions=clip``, ``?horizon=1000`` and ``?keys=a,b`` may follow. Or the data
+            themselves: a dict of arrays under their usual names (``observations``, ``actions``, ``rewards``,
+            ``terminations``, ...), or a list of such dicts, one an episode.
         allow_pickle: Whether pickles may be opened; even then only numpy arrays and builtin containers are admitted.
         memory_map: Whether to keep a flat copy in :func:`cache_folder` and map it instead of reading everything into
             memory; None decides by size.
-        action_bounds: Lowest and highest action, each (act,), where the data do not say them themselves.
+        action_bounds: Lowest and highest action of the task, each (act,); None takes those that the data say.
+        skip_damaged: Whether episodes that are damaged, such as those without the observation after their last env
+            step, are left out, with a warning, instead of refused.
 
     Returns:
         Whole episodes, checked: numbers are finite, actions within known bounds, and no episode is empty.
@@ -109,22 +124,55 @@ def load_dataset(
     Raises:
         UserError: Nothing there, or not what it should be; with file, key and row.
     """
+    if not isinstance(source, str | Path):
+        return _given(source, ReadOptions(_bounds(action_bounds), skip_damaged=skip_damaged))
+    source = str(source)
     parsed = parse_source(source)
+    bounds = _bounds(action_bounds, parsed.actions)
+    options = ReadOptions(bounds, parsed.actions, allow_pickle, skip_damaged, parsed.keys)
     path = locate(parsed)
     if parsed.kind == "trajectories" and is_store(path):
-        return replace(read_store(path), source=source)
-    mapped = memory_map if memory_map is not None else _too_large(path)
-    folder = _store_folder(source, path) if mapped else None
+        return _bounded_store(read_store(path), source, bounds)
+    folder = None
+    if memory_map if memory_map is not None else _too_large(path):
+        folder = _store_folder(source, path, options)
     if folder is not None and is_store(folder):
         return replace(read_store(folder), source=source)
-    bounds = None
-    if action_bounds is not None:
-        low, high = (np.asarray(list(side), np.float32) for side in action_bounds)
-        bounds = ActionBounds(low, high, parsed.actions)
-    return gather(_parts(parsed, path, bounds, allow_pickle), source, folder)
+    return gather(_parts(parsed, path, options), source, folder)
 
 
-def locate(source: Source) -> Path:
+def _bounds(sides: tuple[Iterable[float], Iterable[float]] | None, outside: str = "check") -> ActionBounds | None:
+    if sides is None:
+        return None
+    low, high = (np.asarray(list(side), np.float32) for side in sides)
+    return ActionBounds(low, high, outside)
+
+
+def _given(source: Any, options: ReadOptions) -> Trajectories:
+    """Data that are in memory already."""
+    if isinstance(source, Trajectories):
+        return _bounded_store(source, source.source, options.bounds)
+    if not isinstance(source, Mapping | list | tuple):
+        raise UserError(
+            f"load_dataset was given a {type(source).__name__}. Expected a source such as 'd4rl:hopper-medium-v2' or "
+            "a path, a dict of arrays (observations, actions, rewards, terminations, truncations), or a list of such "
+            "dicts, one an episode. Flat arrays: Trajectories.from_arrays(observations, actions, rewards, ...)."
+        )
+    return gather(iterate_content(source, options), "arrays")
+
+
+def _bounded_store(data: Trajectories, source: str, bounds: ActionBounds | None) -> Trajectories:
+    """The same with actions within their bounds, looked at part by part; a clipped copy of them is in memory."""
+    parts = []
+    for begin in range(0, data.num_steps, CHECK_ROWS) if bounds is not None else ():
+        where = Source(source or "trajectories", "actions", begin)
+        parts.append(where.bounded(data.actions[begin : begin + CHECK_ROWS], bounds))
+    if bounds is not None and bounds.outside == "clip":
+        data = replace(data, actions=np.concatenate(parts))
+    return replace(data, source=source)
+
+
+def locate(source: ParsedSource) -> Path:
     """File or folder of a source; data sets known by name are downloaded where they are missing.
 
     Raises:
@@ -133,9 +181,11 @@ def locate(source: Source) -> Path:
     if source.kind == "minari":
         return minari_folder(source.name)
     path = Path(source.name).expanduser()
-    if source.kind == "d4rl" and not path.exists() and path.suffix not in {".hdf5", ".h5"}:
+    with Source(path).reading():
+        exists = path.exists()
+    if source.kind == "d4rl" and not exists and path.suffix not in {".hdf5", ".h5"}:
         return d4rl_names.resolve(source.name, cache_folder() / "d4rl")
-    if not path.exists():
+    if not exists:
         raise UserError(
             f"No data at {path}. Name an existing file or folder; `python -m eva_rl.datasets` lists what is known, and "
             "`python -m eva_rl.collect` makes new data."
@@ -143,23 +193,30 @@ def locate(source: Source) -> Path:
     return path
 
 
-def _parts(source: Source, path: Path, bounds: ActionBounds | None, allow_pickle: bool) -> Iterator[Trajectories]:
+def _parts(source: ParsedSource, path: Path, options: ReadOptions) -> Iterator[Trajectories]:
     if source.kind == "minari":
-        return iterate_minari(source.name, source.actions)
+        return iterate_minari(path, source.name, options)
     if source.kind == "d4rl":
-        return _d4rl_parts(source, path, bounds)
-    if path.suffix in {".h5", ".hdf5"} and is_episode_file(path):
-        return iterate_episodes(path, bounds)
-    return iterate_folder(path, bounds, allow_pickle)
+        return _d4rl_parts(source, path, options)
+    folder = minari_data_folder(path)
+    if folder is not None:
+        return iterate_minari(folder, source.name, options)
+    layout = layout_of(path)
+    if layout == "minari":
+        beside = minari_data_folder(path.parent) if path.name == "main_data.hdf5" else None
+        return iterate_episodes(path, options) if beside is None else iterate_minari(beside, source.name, options)
+    other = {"d3rlpy": iterate_d3rlpy, "robomimic": iterate_robomimic}.get(layout, iterate_folder)
+    return other(path, options)
 
 
-def _d4rl_parts(source: Source, path: Path, bounds: ActionBounds | None) -> Iterator[Trajectories]:
+def _d4rl_parts(source: ParsedSource, path: Path, options: ReadOptions) -> Iterator[Trajectories]:
     name = path.stem if Path(source.name).suffix else source.name
     for fault in d4rl_names.known_faults(name):
         log.warning("%s: %s.", name, fault)
     rules = d4rl_names.conventions(name)
     if source.horizon is not None:
         rules = replace(rules, horizon=source.horizon)
+    bounds = options.bounds
     if bounds is None and rules.unit_actions:
         bounds = ActionBounds(-1.0, 1.0, source.actions)
     return read_d4rl(path, rules, bounds, {"dataset": name})
@@ -173,14 +230,15 @@ def _too_large(path: Path) -> bool:
 def _files(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
-    if (path / "metadata.json").is_file():
-        return [file for file in path.iterdir() if file.is_file()]
-    return episode_files(path)
+    folder = minari_data_folder(path)
+    return episode_files(path) if folder is None else [file for file in folder.rglob("*") if file.is_file()]
 
 
-def _store_folder(source: str, path: Path) -> Path:
+def _store_folder(source: str, path: Path, options: ReadOptions) -> Path:
     """A folder whose name changes when the files or the way they are read do."""
-    digest = hashlib.sha256(f"{FORMAT}|{source}|{path.resolve()}".encode())
+    digest = hashlib.sha256(f"{FORMAT}|{source}|{path.resolve()}|{options.skip_damaged}".encode())
+    for side in (options.bounds.low, options.bounds.high) if options.bounds is not None else ():
+        digest.update(np.asarray(side).tobytes())
     for file in _files(path):
         found = file.stat()
         digest.update(f"|{file.name}|{found.st_size}|{found.st_mtime_ns}".encode())

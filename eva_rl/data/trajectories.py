@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -11,7 +12,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from eva_rl.data.formats.checks import Source
 from eva_rl.errors import UserError
+
+log = logging.getLogger(__name__)
 
 Floats = NDArray[np.float32]
 Flags = NDArray[np.bool_]
@@ -238,6 +242,89 @@ class Trajectories:
             target_actions=None if all(p.target_actions is None for p in parts) else np.concatenate(targets),
             metadata=dict(metadata or {}),
         )
+
+    @classmethod
+    def from_arrays(  # noqa: PLR0913 - the columns of a table, each by its own name
+        cls,
+        observations: NDArray[Any],
+        actions: NDArray[Any],
+        rewards: NDArray[Any],
+        terminations: NDArray[Any] | None = None,
+        truncations: NDArray[Any] | None = None,
+        *,
+        next_observations: NDArray[Any] | None = None,
+        successes: NDArray[Any] | None = None,
+        env_id: str = "",
+        source: str = "arrays",
+        metadata: Mapping[str, str] | None = None,
+    ) -> Trajectories:
+        """Cut flat arrays of N env steps into episodes at their terminations and truncations.
+
+        Steps after the last end are an episode of their own, truncated at its last step; a warning says so. Where
+        there are no ``next_observations``, the observation after the last step of an episode is its last one.
+
+        Args:
+            observations: (N, ...), in which each action was taken; further axes are flattened.
+            actions: (N, ...), as executed.
+            rewards: (N,) or (N, 1).
+            terminations: (N,), True where the environment ended an episode; None for nowhere.
+            truncations: (N,), True where a time limit cut an episode; None for nowhere.
+            next_observations: (N, ...), after each step.
+            successes: (N,), True from the first step on which the task was solved.
+            env_id: The task the data come from.
+            source: What messages call the data.
+            metadata: See :class:`Trajectories`.
+
+        Raises:
+            UserError: Lengths or shapes disagree, values are not finite numbers, flags neither 0 nor 1.
+        """
+        where = Source(source)
+        columns: dict[str, Any] = {
+            "observations": (where / "observations").floats(observations),
+            "actions": (where / "actions").floats(actions),
+            "rewards": (where / "rewards").vector(rewards),
+        }
+        steps = len(columns["rewards"])
+        flags = {"terminations": terminations, "truncations": truncations, "successes": successes}
+        for name, raw in flags.items():
+            if raw is not None:
+                columns[name] = (where / name).flags(raw)
+            elif name != "successes":
+                columns[name] = np.zeros(steps, bool)
+        following = _following(where, columns["observations"], next_observations)
+        for name, array in (columns | {"next_observations": following}).items():
+            (where / name).check_rows(len(array), steps, f"there are {steps} rewards")
+        ends = _ends(where, columns)
+        return cls(
+            **columns,
+            final_observations=following[ends],
+            offsets=np.concatenate([[0], ends + 1]).astype(np.int64),
+            env_id=env_id,
+            source=source,
+            metadata=dict(metadata or {}),
+        )
+
+
+def _following(where: Source, observations: Floats, raw: NDArray[Any] | None) -> Floats:
+    if raw is None:
+        return observations
+    following = (where / "next_observations").floats(raw)
+    if following.shape != observations.shape:
+        raise UserError(
+            f"{where / 'next_observations'} has shape {following.shape}, expected {observations.shape} as the "
+            "observations."
+        )
+    return following
+
+
+def _ends(where: Source, columns: dict[str, Any]) -> NDArray[np.int64]:
+    """Last row of each episode; a last row without an end becomes a truncation."""
+    if not len(columns["rewards"]):
+        raise UserError(f"{where / 'rewards'} is empty; expected at least one env step.")
+    if not columns["terminations"][-1] and not columns["truncations"][-1]:
+        log.warning("%s: the last episode has no end flag that is true. Its last row counts as a truncation.", where)
+        columns["truncations"][-1] = True
+    return np.flatnonzero(columns["terminations"] | columns["truncations"])
 
 
 def _or(value: NDArray[Any] | None, default: NDArray[Any]) -> NDArray[Any]:

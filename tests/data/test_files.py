@@ -197,7 +197,11 @@ def test_npz_with_objects_is_not_unpickled(tmp_path: Path) -> None:
 
 
 def spoil(folder: Path, name: str, array: np.ndarray) -> None:
+    """Another array in a store of format 1, which has no digests."""
     np.save(folder / f"{name}.npy", array)
+    index = json.loads((folder / "trajectories.json").read_text())
+    del index["sha256"]
+    (folder / "trajectories.json").write_text(json.dumps(index | {"format": 1}))
 
 
 @pytest.mark.parametrize(
@@ -232,6 +236,41 @@ def test_damaged_index(tmp_path: Path, text: str) -> None:
     (tmp_path / "store" / "trajectories.json").write_text(text)
     with pytest.raises(UserError, match=r"trajectories\.json"):
         load_dataset(str(tmp_path / "store"))
+
+
+@pytest.mark.parametrize("name", ["observations", "actions", "rewards", "final_observations", "successes", "offsets"])
+def test_every_array_of_a_store_has_its_digest(tmp_path: Path, name: str) -> None:
+    write_store(tmp_path / "store", [random_trajectories()], "x")
+    content = bytearray((tmp_path / "store" / f"{name}.npy").read_bytes())
+    content[-1] ^= 1
+    (tmp_path / "store" / f"{name}.npy").write_bytes(content)
+    with pytest.raises(UserError, match=rf"{name}\.npy is damaged or was changed"):
+        load_dataset(str(tmp_path / "store"))
+
+
+@pytest.mark.parametrize("change", [{"env_id": "Hopper-v5"}, {"columns": []}, {"metadata": {"a": 1}}, {"format": 1}])
+def test_the_index_of_a_store_has_its_digest(tmp_path: Path, change: dict[str, object]) -> None:
+    write_store(tmp_path / "store", [random_trajectories()], "x")
+    file = tmp_path / "store" / "trajectories.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(UserError, match=r"trajectories\.json"):
+        load_dataset(str(tmp_path / "store"))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("episode_0/rewards", np.zeros(4, np.float32)), ("episode_2/infos/success", np.zeros(6, bool)), ("env_id", "A")],
+)
+def test_files_of_episodes_have_a_digest(tmp_path: Path, key: str, value: object) -> None:
+    write_episodes(tmp_path / "a.h5", random_trajectories())
+    with h5py.File(tmp_path / "a.h5", "a") as file:
+        if key in file:
+            del file[key]
+            file[key] = value
+        else:
+            file.attrs[key] = value
+    with pytest.raises(UserError, match=r"a\.h5 is damaged or was changed"):
+        load_dataset(str(tmp_path / "a.h5"))
 
 
 def test_unfinished_stores_are_not_there(tmp_path: Path) -> None:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import stat
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from eva_rl.data.trajectories import Episode, Flags, Floats
 from eva_rl.errors import UserError
 
 READ_ERRORS = (
@@ -24,7 +24,9 @@ READ_ERRORS = (
     LookupError,
     ValueError,
     TypeError,
-    OverflowError,
+    AttributeError,
+    AssertionError,
+    ArithmeticError,
     MemoryError,
     NotImplementedError,
     SyntaxError,
@@ -32,9 +34,11 @@ READ_ERRORS = (
     zipfile.BadZipFile,
     zlib.error,
 )
-"""What h5py, zipfile and numpy raise on damaged files."""
+"""What h5py, zipfile, numpy, json and minari raise on damaged files."""
 BOUND_TOLERANCE = 1e-3
 """How far an action may lie outside its bounds, in units of their distance: rounding, not another scale."""
+LISTED = 12
+"""Names that a message lists at most."""
 
 
 @dataclass(frozen=True)
@@ -52,196 +56,208 @@ class ActionBounds:
     outside: str = "check"
 
 
-@contextmanager
-def reading(path: Path | str, key: str = "") -> Iterator[None]:
-    """Turn what a library raises on a damaged file into one message. Only calls of that library belong inside.
+@dataclass(frozen=True)
+class Source:
+    """Where an array comes from; every check of it raises :class:`UserError` naming this.
 
-    Raises:
-        UserError: Naming file and key.
+    Attributes:
+        path: The file, or what a user calls the data.
+        key: Of the array or the group, "" for the whole.
+        row: Row of the file that the array's row 0 is.
     """
-    try:
-        yield
-    except READ_ERRORS as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(
-            f"{place(path, key)}: not readable: {reason}. The file is damaged, cut short, of another format or not "
-            "yours to read; download or write it again, or name another."
-        ) from error
 
+    path: Path | str
+    key: str = ""
+    row: int = 0
 
-def place(path: Path | str, key: str = "", row: int | None = None) -> str:
-    """Name a file, a key and a row."""
-    return f"{path}" + (f": {key}" if key else "") + ("" if row is None else f", row {row}")
+    def __truediv__(self, key: str) -> Source:
+        return replace(self, key=f"{self.key}/{key}" if self.key else key)
 
+    def __str__(self) -> str:
+        return f"{self.path}: {self.key}" if self.key else str(self.path)
 
-def floats(path: Path | str, key: str, raw: NDArray[Any], first_row: int = 0) -> Floats:
-    """Numbers as (T, dim) float32, all finite.
+    def at(self, row: int) -> str:
+        """Name a row of the array."""
+        return f"{self}, row {self.row + row}"
 
-    Args:
-        path: Of the file, for messages.
-        key: Of the array, for messages.
-        raw: (T,) or (T, ...), of any numeric type; further axes are flattened.
-        first_row: Row of the file that ``raw[0]`` is, for messages.
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Turn what a library raises on a damaged file into one message. Only calls of that library belong inside.
 
-    Raises:
-        UserError: Not numbers, no row axis, or not finite as float32.
-    """
-    raw = np.asarray(raw)
-    check_dtype(path, key, raw.dtype)
-    if raw.ndim == 0:
-        raise UserError(f"{place(path, key)} is a single number, expected one row per env step.")
-    with np.errstate(over="ignore", invalid="ignore"):
-        array = np.ascontiguousarray(raw.reshape(len(raw), int(np.prod(raw.shape[1:]))), np.float32)
-    if array.shape[1] == 0:
-        raise UserError(f"{place(path, key)} has shape {raw.shape}, expected at least one number a row.")
-    if not np.isfinite(array).all():
-        row = int(np.flatnonzero(~np.isfinite(array).all(1))[0])
-        values = raw.reshape(len(raw), -1)[row]
-        raise UserError(
-            f"{place(path, key, first_row + row)}: {values[~np.isfinite(array[row])][0]} is not a finite float32. "
-            "Repair or leave out that episode."
-        )
-    return array
-
-
-def vector(path: Path | str, key: str, raw: NDArray[Any], first_row: int = 0) -> Floats:
-    """One finite number per row, from (T,) or (T, 1).
-
-    Raises:
-        UserError: As :func:`floats`, or more than one number a row.
-    """
-    array = floats(path, key, raw, first_row)
-    if array.shape[1] != 1:
-        raise UserError(f"{place(path, key)} has shape {np.shape(raw)}, expected (T,) or (T, 1).")
-    return array[:, 0]
-
-
-def flags(path: Path | str, key: str, raw: NDArray[Any], first_row: int = 0) -> Flags:
-    """One truth value per row, from (T,) or (T, 1) of bool, or of numbers that are 0 or 1.
-
-    Raises:
-        UserError: As :func:`vector`, or a number that is neither 0 nor 1.
-    """
-    array = vector(path, key, raw, first_row)
-    wrong = np.flatnonzero((array != 0) & (array != 1))
-    if len(wrong):
-        raise UserError(f"{place(path, key, first_row + int(wrong[0]))}: {array[wrong[0]]:g}, expected 0 or 1.")
-    return array.astype(bool)
-
-
-def check_dtype(path: Path | str, key: str, dtype: np.dtype[Any]) -> None:
-    """Raise unless the type is one of numbers.
-
-    Raises:
-        UserError: Naming the type.
-    """
-    if dtype.kind not in "fiub":
-        raise UserError(f"{place(path, key)} holds {dtype}, expected floating-point numbers, integers or bool.")
-
-
-def check_rows(path: Path | str, key: str, rows: int, expected: int, because: str) -> None:
-    """Raise unless an array is as long as the others say.
-
-    Raises:
-        UserError: Naming both lengths.
-    """
-    if rows != expected:
-        raise UserError(f"{place(path, key)} has {rows} rows, expected {expected}: {because}.")
-
-
-def bounded(path: Path | str, key: str, actions: Floats, bounds: ActionBounds | None, first_row: int = 0) -> Floats:
-    """Actions within their bounds.
-
-    Raises:
-        UserError: One lies outside and ``bounds.outside`` is ``check``, or there are other bounds than actions.
-    """
-    if bounds is None or bounds.outside == "keep":
-        return actions
-    low, high = np.asarray(bounds.low, np.float32), np.asarray(bounds.high, np.float32)
-    if low.ndim and low.shape != actions.shape[1:]:
-        raise UserError(f"{place(path, key)} has {actions.shape[1]} numbers a row, expected {len(low)}.")
-    if bounds.outside == "clip":
-        return np.clip(actions, low, high)
-    with np.errstate(invalid="ignore"):
-        room = np.nan_to_num(BOUND_TOLERANCE * (high - low), posinf=0)
-    outside = np.argwhere((actions < low - room) | (actions > high + room))
-    if len(outside):
-        row, column = outside[0]
-        low, high = (np.broadcast_to(bound, actions.shape[1:])[column] for bound in (low, high))
-        raise UserError(
-            f"{place(path, key, first_row + int(row))}: {actions[row, column]:g} in dimension {column} lies outside "
-            f"the bounds {low:g} to {high:g}. Add ?actions=clip to the source to move such actions to the bound, "
-            "or ?actions=keep to keep them."
-        )
-    return actions
-
-
-def checked_episode(
-    path: Path | str, prefix: str, raw: Mapping[str, NDArray[Any]], bounds: ActionBounds | None
-) -> Episode:
-    """An episode from the arrays of a file.
-
-    Args:
-        path: Of the file, for messages.
-        prefix: Of the keys, for messages, for instance ``episode_3/``.
-        raw: ``observations`` (T + 1 rows), ``actions``, ``rewards``, ``terminations``, ``truncations`` (T rows),
-            and where known ``successes`` (T or T + 1 rows) and ``target_actions`` (T rows).
-        bounds: Of the actions.
-
-    Raises:
-        UserError: Lengths disagree, no env step, values that are not numbers or not finite, actions out of bounds,
-            or a termination before the last env step.
-    """
-    rewards = vector(path, prefix + "rewards", raw["rewards"])
-    steps = len(rewards)
-    if steps == 0:
-        raise UserError(f"{place(path, prefix + 'rewards')} is empty: an episode needs at least one env step.")
-    arrays: dict[str, Any] = {
-        "observations": floats(path, prefix + "observations", raw["observations"]),
-        "actions": bounded(path, prefix + "actions", floats(path, prefix + "actions", raw["actions"]), bounds),
-        "terminations": flags(path, prefix + "terminations", raw["terminations"]),
-        "truncations": flags(path, prefix + "truncations", raw["truncations"]),
-    }
-    if "successes" in raw:
-        successes = flags(path, prefix + "infos/success", raw["successes"])
-        arrays["successes"] = successes[1:] if len(successes) == steps + 1 else successes
-    if "target_actions" in raw:
-        arrays["target_actions"] = floats(path, prefix + "infos/target_actions", raw["target_actions"])
-    for name, array in arrays.items():
-        expected = steps + (name == "observations")
-        check_rows(path, prefix + name, len(array), expected, f"the episode has {steps} rewards")
-    check_ends(path, prefix, arrays["terminations"] | arrays["truncations"])
-    return Episode(rewards=rewards, **arrays)
-
-
-def check_ends(path: Path | str, prefix: str, ends: Flags) -> None:
-    """Raise where an episode goes on after its end.
-
-    Raises:
-        UserError: Naming the row.
-    """
-    early = np.flatnonzero(ends[:-1])
-    if len(early):
-        raise UserError(
-            f"{place(path, prefix + 'terminations', int(early[0]))}: the episode is terminated or truncated there and "
-            f"goes on to row {len(ends) - 1}. Expected one episode, with its end in the last row."
-        )
-
-
-def check_dims(path: Path | str, prefix: str, episode: Episode, first: Episode) -> None:
-    """Raise unless an episode has the dimensions of the first one.
-
-    Raises:
-        UserError: Naming both.
-    """
-    for name in ("observations", "actions"):
-        own, expected = getattr(episode, name).shape[1], getattr(first, name).shape[1]
-        if own != expected:
+        Raises:
+            UserError: Naming this source.
+        """
+        try:
+            yield
+        except READ_ERRORS as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise UserError(
-                f"{place(path, prefix + name)} has {own} numbers a row, expected {expected} as in the first episode."
+                f"{self}: not readable: {reason}. The file is damaged, cut short, of another format or not "
+                "yours to read; download or write it again, or name another."
+            ) from error
+
+    def floats(self, raw: NDArray[Any]) -> NDArray[np.float32]:
+        """Numbers as (T, dim) float32, all finite.
+
+        Args:
+            raw: (T,) or (T, ...), of any numeric type; further axes are flattened.
+
+        Raises:
+            UserError: Not numbers, no row axis, or not finite as float32.
+        """
+        with self.reading():
+            raw = np.asarray(raw)
+        self.check_dtype(raw.dtype)
+        if raw.ndim == 0:
+            raise UserError(f"{self} is a single number, expected one row per env step.")
+        width = int(np.prod(raw.shape[1:]))
+        if width == 0:
+            raise UserError(f"{self} has shape {raw.shape}, expected at least one number a row.")
+        with np.errstate(over="ignore", invalid="ignore"):
+            array = np.ascontiguousarray(raw.reshape(len(raw), width), np.float32)
+        wrong = np.argwhere(~np.isfinite(array))
+        if len(wrong):
+            row, column = wrong[0]
+            raise UserError(
+                f"{self.at(row)}: {raw.reshape(len(raw), -1)[row, column]} is not a finite float32. "
+                "Repair or leave out that episode."
             )
-    if episode.target_actions is not None and episode.target_actions.shape != episode.actions.shape:
-        raise UserError(
-            f"{place(path, prefix + 'infos/target_actions')} has shape {episode.target_actions.shape}, expected "
-            f"{episode.actions.shape} as the actions."
+        return array
+
+    def vector(self, raw: NDArray[Any]) -> NDArray[np.float32]:
+        """One finite number per row, from (T,) or (T, 1).
+
+        Raises:
+            UserError: As :meth:`floats`, or more than one number a row.
+        """
+        array = self.floats(raw)
+        if array.shape[1] != 1:
+            raise UserError(f"{self} has shape {np.shape(raw)}, expected (T,) or (T, 1).")
+        return array[:, 0]
+
+    def flags(self, raw: NDArray[Any]) -> NDArray[np.bool_]:
+        """One truth value per row, from (T,) or (T, 1) of bool, or of numbers that are 0 or 1.
+
+        Raises:
+            UserError: As :meth:`vector`, or a number that is neither 0 nor 1.
+        """
+        array = self.vector(raw)
+        wrong = np.flatnonzero((array != 0) & (array != 1))
+        if len(wrong):
+            raise UserError(f"{self.at(int(wrong[0]))}: {array[wrong[0]]:g}, expected 0 or 1.")
+        return array.astype(bool)
+
+    def check_dtype(self, dtype: np.dtype[Any]) -> None:
+        """Raise unless the type is one of numbers.
+
+        Raises:
+            UserError: Naming the type.
+        """
+        if dtype.kind not in "fiub":
+            raise UserError(f"{self} holds {dtype}, expected floating-point numbers, integers or bool.")
+
+    def check_rows(self, rows: int, expected: int, because: str) -> None:
+        """Raise unless an array is as long as the others say.
+
+        Raises:
+            UserError: Naming both lengths.
+        """
+        if rows != expected:
+            raise UserError(f"{self} has {rows} rows, expected {expected}: {because}.")
+
+    def bounded(self, actions: NDArray[np.float32], bounds: ActionBounds | None) -> NDArray[np.float32]:
+        """Actions within their bounds.
+
+        Raises:
+            UserError: One lies outside and ``bounds.outside`` is ``check``, or there are other bounds than actions.
+        """
+        if bounds is None:
+            return actions
+        low, high = np.asarray(bounds.low, np.float32), np.asarray(bounds.high, np.float32)
+        if low.ndim and low.shape != actions.shape[1:]:
+            raise UserError(f"{self} has {actions.shape[1]} numbers a row, expected {len(low)}.")
+        if bounds.outside == "keep":
+            return actions
+        if bounds.outside == "clip":
+            return np.clip(actions, low, high)
+        self._check_bounds(actions, low, high)
+        return actions
+
+    def _check_bounds(self, actions: NDArray[np.float32], low: NDArray[Any], high: NDArray[Any]) -> None:
+        with np.errstate(invalid="ignore", over="ignore"):
+            room = np.nan_to_num(BOUND_TOLERANCE * (high - low), posinf=0)
+        outside = np.argwhere((actions < low - room) | (actions > high + room))
+        if len(outside):
+            row, column = outside[0]
+            low, high = (np.broadcast_to(bound, actions.shape[1:])[column] for bound in (low, high))
+            raise UserError(
+                f"{self.at(int(row))}: {actions[row, column]:g} in dimension {column} lies outside "
+                f"the bounds {low:g} to {high:g}. Add ?actions=clip to the source to move such actions to the bound, "
+                "or ?actions=keep to keep them."
+            )
+
+    def missing(self, key: str, expected: str, held: Collection[str]) -> UserError:
+        """What to raise where a key is missing: it names what there is instead, and the reader that fits that."""
+        listed = ", ".join(sorted(held)[:LISTED]) + (", ..." if len(held) > LISTED else "")
+        listed = listed.encode(errors="replace").decode()
+        text = f"{self / key} is missing; expected {expected}. {self} holds {listed or 'nothing'}."
+        return UserError(f"{text} {reader_for(held, self.path)}".rstrip())
+
+
+def reader_for(held: Collection[str], path: Path | str) -> str:
+    """Which source reads a file that holds arrays or groups of these names; "" where none is known."""
+    names = set(held)
+    if any(name.startswith("episode_") and name[8:].isdecimal() for name in names):
+        return f"That is Minari's layout: name it trajectories:{path}."
+    if "observations_0" in names:
+        return f"That is d3rlpy's layout: name it trajectories:{path}."
+    if "data" in names or any(name.startswith("demo_") for name in names):
+        return f"If that is robomimic's layout (data/demo_0), name it trajectories:{path}."
+    if {"observations", "actions", "rewards", "terminals"} <= names or "virtual" in names:
+        return f"That is D4RL's layout: name it d4rl:{path}."
+    if "dones" in names or "done" in names:
+        return (
+            "dones does not say whether an episode was terminated or truncated. If its ends are time limits, name it "
+            f"trajectories:{path}, which reads dones as truncations; else store terminals and timeouts."
         )
+    return ""
+
+
+SIGNATURES = {
+    b"\x89HDF\r\n\x1a\n": "an HDF5 file",
+    b"PK\x03\x04": "a zip archive, as .npz files are",
+    b"\x93NUMPY": "a single array of numpy (.npy)",
+    b"\x1f\x8b": "a gzip archive",
+    b"\x80": "a pickle; name it trajectories:PATH and add data.allow_pickle=true if you trust it",
+    b"ARROW1": "an Arrow file",
+    b"PAR1": "a Parquet file",
+    b"<": "an HTML or XML page, such as a server's error message",
+    b"{": "JSON",
+    b"version https://git-lfs": "a pointer of Git LFS instead of the file",
+}
+
+
+def kind_of_file(path: Path) -> str:
+    """What a file is by its first bytes, in words; "" where unknown."""
+    with Source(path).reading(), path.open("rb") as file:
+        head = file.read(64).lstrip(b" \r\n\t\xef\xbb\xbf")
+    return next((kind for magic, kind in SIGNATURES.items() if head.startswith(magic)), "")
+
+
+def check_regular_file(path: Path) -> None:
+    """Raise unless a path is a file with an end: opening a pipe waits for ever, a device never ends.
+
+    Raises:
+        UserError: Not there, a folder, a pipe, a socket or a device.
+    """
+    with Source(path).reading():
+        if not path.exists():
+            kind = "missing"
+        else:
+            kind = {stat.S_IFREG: "", stat.S_IFDIR: "a folder"}.get(stat.S_IFMT(path.stat().st_mode), "special")
+    if kind == "missing":
+        raise UserError(f"No data file {path}. Name an existing file; `python -m eva_rl.datasets` lists what is there.")
+    if kind == "special":
+        raise UserError(f"{path} is a pipe, a socket or a device, expected a regular file. Copy its content to a file.")
+    if kind:
+        raise UserError(f"{path} is {kind}, expected a file. Name a file in it.")

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from eva_rl.data.formats import hdf5
-from eva_rl.data.formats.checks import ActionBounds, bounded, check_rows, flags, floats, place, vector
+from eva_rl.data.formats.checks import ActionBounds, Source
 from eva_rl.data.formats.d4rl_names import Conventions
+from eva_rl.data.formats.hdf5 import HdfFile
 from eva_rl.data.trajectories import Flags, Floats, Trajectories
 from eva_rl.errors import UserError
 
 log = logging.getLogger(__name__)
 
 REQUIRED = ("observations", "actions", "rewards", "terminals")
+OPTIONAL = ("timeouts", "next_observations", "episode_terminals")
 PART_ROWS = 1 << 18
 """Rows that are read at a time, and the episode that they end in."""
 
@@ -32,25 +32,31 @@ class _Table:
     """The arrays of one file or of one of its chunks.
 
     Attributes:
-        path: Of the file.
-        prefix: Of the keys, for messages.
+        file: Where they lie.
+        group: The chunk, "" for the whole file.
         arrays: By key, unread.
         rows: Env steps.
     """
 
-    path: Path
-    prefix: str
+    file: HdfFile
+    group: str
     arrays: dict[str, h5py.Dataset]
     rows: int
 
+    def source(self, key: str, row: int = 0) -> Source:
+        return replace(self.file.source(self.group) / key, row=row)
+
     def floats(self, key: str, begin: int, end: int) -> Floats:
-        name = self.prefix + key
-        raw = hdf5.read(self.path, name, self.arrays[key], slice(begin, end))
-        return (vector if key == "rewards" else floats)(self.path, name, raw, begin)
+        raw = self.file.read(_joined(self.group, key), slice(begin, end))
+        source = self.source(key, begin)
+        return source.vector(raw) if key == "rewards" else source.floats(raw)
 
     def flags(self, key: str) -> Flags:
-        name = self.prefix + key
-        return flags(self.path, name, hdf5.read(self.path, name, self.arrays[key]))
+        return self.source(key).flags(self.file.read(_joined(self.group, key)))
+
+
+def _joined(group: str, key: str) -> str:
+    return f"{group}/{key}" if group else key
 
 
 def read_d4rl(
@@ -58,10 +64,11 @@ def read_d4rl(
 ) -> Iterator[Trajectories]:
     """Read a file part by part.
 
-    An episode ends where ``terminals`` or ``timeouts`` say so. What follows the last end is an unfinished episode and
-    is left out, as D4RL's own ``sequence_dataset`` does. The observation after the last env step is that of
-    ``next_observations``; where the file has none, the last observation is repeated, since the next row belongs to
-    another episode.
+    An episode ends where ``terminals`` or ``timeouts`` say so; where no timeout is noted, after ``rules.horizon`` env
+    steps. What follows the last end is an unfinished episode and is left out, as D4RL's own ``sequence_dataset`` does.
+    The observation after the last env step is that of ``next_observations``; where the file has none, the last
+    observation is repeated, since the next row belongs to another episode. ``episode_terminals`` of d3rlpy's version 1
+    count as timeouts where they are no terminals.
 
     Args:
         path: The file.
@@ -75,8 +82,8 @@ def read_d4rl(
     Raises:
         UserError: The file is unreadable, or what it holds is not a data set; with file, key and row.
     """
-    with hdf5.open_hdf5(path) as file:
-        tables = list(_tables(path, file))
+    with HdfFile(path) as file:
+        tables = list(_tables(file))
         found = 0
         for table in tables:
             begins, ends, terminations, truncations = _episodes(table, rules)
@@ -94,44 +101,43 @@ def _advice(rules: Conventions) -> str:
     return "Add ?horizon=STEPS to the source where episodes have a fixed length." if rules.horizon is None else ""
 
 
-def _tables(path: Path, file: h5py.File) -> Iterator[_Table]:
+def _tables(file: HdfFile) -> Iterator[_Table]:
     """The file itself, or its chunks under ``virtual/<i>``, each on its own."""
-    names = hdf5.keys(path, file)
+    names = file.names()
     if "observations" in names or "virtual" not in names:
-        yield _table(path, file, "")
+        yield _table(file, "")
         return
-    virtual = hdf5.member(path, file, "virtual")
-    chunks = hdf5.keys(path, virtual) if isinstance(virtual, h5py.Group) else []
+    chunks = file.names("virtual")
     if not chunks or not all(chunk.isdecimal() for chunk in chunks):
-        raise UserError(f"{place(path, 'virtual')} holds {chunks[:3]}, expected groups 0, 1, ...")
+        raise UserError(f"{file.source('virtual')} holds {chunks[:3]}, expected groups 0, 1, ...")
     for chunk in sorted(chunks, key=int):
-        yield _table(path, hdf5.member(path, virtual, chunk), f"virtual/{chunk}/")
+        yield _table(file, f"virtual/{chunk}")
 
 
-def _table(path: Path, group: Any, prefix: str) -> _Table:
-    if not isinstance(group, h5py.Group):
-        raise UserError(f"{place(path, prefix)} is no group. Expected one with {', '.join(REQUIRED)}.")
-    names = hdf5.keys(path, group)
-    present = [*REQUIRED, *(key for key in ("timeouts", "next_observations") if key in names)]
-    wanted = ", ".join(REQUIRED)
-    arrays = {key: hdf5.array(path, group, key, wanted, prefix) for key in present}
+def _table(file: HdfFile, group: str) -> _Table:
+    if not file.is_group(group):
+        raise UserError(f"{file.source(group)} is no group. Expected one with {', '.join(REQUIRED)}.")
+    present = [*REQUIRED, *(key for key in OPTIONAL if key in file.names(group))]
+    arrays = {key: file.array(_joined(group, key), ", ".join(REQUIRED)) for key in present}
     rows = len(arrays["rewards"])
+    table = _Table(file, group, arrays, rows)
     for key, array in arrays.items():
-        check_rows(path, prefix + key, len(array), rows, f"{prefix}rewards has as many")
+        table.source(key).check_rows(len(array), rows, f"{_joined(group, 'rewards')} has as many")
     if rows == 0:
-        raise UserError(f"{place(path, prefix + 'rewards')} is empty; expected at least one env step.")
+        raise UserError(f"{table.source('rewards')} is empty; expected at least one env step.")
     if "next_observations" in arrays:
         own, other = arrays["next_observations"].shape, arrays["observations"].shape
         if own != other:
-            raise UserError(f"{place(path, prefix + 'next_observations')} has shape {own}, expected {other}.")
-    return _Table(path, prefix, arrays, rows)
+            raise UserError(f"{table.source('next_observations')} has shape {own}, expected {other}.")
+    return table
 
 
 def _episodes(table: _Table, rules: Conventions) -> tuple[Rows, Rows, Flags, Flags]:
     """First row and row after the last of each finished episode; terminations and truncations of all rows."""
     terminals = table.flags("terminals")
-    noted = "timeouts" in table.arrays
-    timeouts = table.flags("timeouts") if noted else _counted_timeouts(table, terminals, rules)
+    timeouts = _noted_timeouts(table, terminals)
+    if timeouts is None or (rules.horizon is not None and not timeouts.any()):
+        timeouts = _counted_timeouts(table, terminals, rules)
     ends = timeouts if rules.goal_ends else terminals | timeouts
     stops: Rows = np.flatnonzero(ends).astype(np.int64) + 1
     starts = np.concatenate([np.zeros(1, np.int64), stops])
@@ -145,11 +151,17 @@ def _episodes(table: _Table, rules: Conventions) -> tuple[Rows, Rows, Flags, Fla
     return starts, stops, terminals, timeouts
 
 
+def _noted_timeouts(table: _Table, terminals: Flags) -> Flags | None:
+    if "timeouts" in table.arrays:
+        return table.flags("timeouts")
+    return table.flags("episode_terminals") & ~terminals if "episode_terminals" in table.arrays else None
+
+
 def _counted_timeouts(table: _Table, terminals: Flags, rules: Conventions) -> Flags:
     """Time limits of a file that does not note them: after ``horizon`` env steps without a terminal."""
     if rules.horizon is None:
         raise UserError(
-            f"{place(table.path, table.prefix + 'timeouts')} is missing, and the name of the file does not say how "
+            f"{table.source('timeouts')} is missing, and the name of the file does not say how "
             "long an episode lasts. Add ?horizon=STEPS to the source, for instance d4rl:FILE?horizon=1000."
         )
     rows = np.arange(table.rows)
@@ -174,7 +186,7 @@ def _report_left_out(table: _Table, kept: int) -> None:
     if kept < table.rows:
         log.info(
             "%s: %d of %d rows belong to an unfinished last episode or follow a goal, and are left out.",
-            place(table.path, table.prefix.rstrip("/")),
+            table.file.source(table.group),
             table.rows - kept,
             table.rows,
         )
@@ -204,7 +216,7 @@ def _read_part(
     observations = table.floats("observations", begin, end)
     lasts = ends - 1 - begin
     following = table.floats("next_observations", begin, end) if "next_observations" in table.arrays else observations
-    actions = bounded(table.path, table.prefix + "actions", table.floats("actions", begin, end), bounds, begin)
+    actions = table.source("actions", begin).bounded(table.floats("actions", begin, end), bounds)
     terminations, truncations = (flag[begin:end][keep] for flag in over)
     return Trajectories(
         observations=observations[keep],
@@ -215,7 +227,7 @@ def _read_part(
         final_observations=following[lasts],
         offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
         env_id=conventions.env_id,
-        source=str(table.path),
+        source=str(table.file.path),
         metadata=metadata,
         successes=terminations if conventions.goal_ends else None,  # there a terminal is a goal
     )

@@ -13,6 +13,10 @@ from dataclasses import dataclass
 from http.client import HTTPResponse
 from pathlib import Path
 
+import h5py
+
+from eva_rl.data.formats.checks import kind_of_file
+from eva_rl.data.formats.hdf5 import HdfFile
 from eva_rl.errors import UnknownNameError, UserError
 from eva_rl.files import write_file
 
@@ -131,17 +135,22 @@ def resolve(name: str, cache: Path) -> Path:
     own = Path(os.environ.get("D4RL_DATASET_DIR", "~/.d4rl/datasets")).expanduser()
     for folder in (cache, own):
         for spelling in (file, f"{name}.hdf5"):
-            if (folder / spelling).is_file():
+            if (folder / spelling).is_file() and not (folder == cache and _is_page(folder / spelling)):
                 return folder / spelling
     download(os.environ.get("D4RL_BASE_URL", BASE_URL) + D4RL_FILES[name], cache / file)
     return cache / file
+
+
+def _is_page(path: Path) -> bool:
+    """Whether a cached file is what a server says instead of a data set."""
+    return not h5py.is_hdf5(path) and "HTML" in kind_of_file(path)
 
 
 def download(url: str, path: Path) -> None:
     """Fetch a file, completely or not at all.
 
     Raises:
-        UserError: It cannot be reached, or the disk is full.
+        UserError: It cannot be reached, what comes is no whole HDF5 file, or the disk is full; nothing is kept then.
     """
     try:
         with urllib.request.urlopen(url, timeout=TIMEOUT_SECONDS) as answer:
@@ -159,3 +168,9 @@ def _copy(answer: HTTPResponse, aside: Path) -> None:
         expected, got = answer.headers.get("Content-Length"), file.tell()
     if expected is not None and int(expected) != got:
         raise ValueError(f"the connection ended after {got} of {expected} bytes")
+    try:
+        with HdfFile(aside):  # fails on a file that is cut short, too
+            pass
+    except UserError as error:
+        kind = kind_of_file(aside) or "not a whole HDF5 file"
+        raise ValueError(f"the server's answer is {kind}, expected an HDF5 file") from error

@@ -1,50 +1,41 @@
-"""Folders with one file per episode (L2M, LRAM), and pickled lists of episodes (kzl, L2M).
-
-Accepted names of the arrays, first found wins: see :data:`NAMES`. ``dones`` does not say why an episode ended; it is
-read as a truncation, which is what it is in Meta-World and DM Control, where all episodes end by their time limit.
-"""
+"""Folders with one file per episode (L2M, LRAM), tables of several episodes, pickled lists of episodes (kzl, L2M)."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from eva_rl.data.formats import hdf5
-from eva_rl.data.formats.checks import ActionBounds, check_dims, check_rows, checked_episode, place, reading
+from eva_rl.data.formats.checks import Source, check_regular_file, kind_of_file, reader_for
+from eva_rl.data.formats.episodes import KNOWN, Arrays, EpisodeChecker, ReadOptions, standard_names
+from eva_rl.data.formats.episodes import with_final_observation as with_final
+from eva_rl.data.formats.hdf5 import HdfFile
 from eva_rl.data.formats.pickles import read_pickle
 from eva_rl.data.trajectories import Episode, Trajectories
 from eva_rl.errors import UserError
 
-NAMES = {
-    "observations": ("observations", "states", "obs"),
-    "actions": ("actions",),
-    "rewards": ("rewards",),
-    "next_observations": ("next_observations",),
-    "terminations": ("terminations", "terminals"),
-    "truncations": ("truncations", "timeouts", "dones"),
-    "successes": ("successes", "success"),
-}
-REQUIRED = ("observations", "actions", "rewards")
 SUFFIXES = {".npz", ".hdf5", ".h5", ".pkl", ".pickle"}
 PART_EPISODES = 256
+MAX_COMPRESSION = 1100
+"""An array is at most so many times larger than its part of a zip archive: deflate reaches 1032."""
 
-Arrays = Mapping[str, NDArray[Any]]
+Read = Callable[[], Arrays]
 
 
-def iterate_folder(path: Path, bounds: ActionBounds | None, allow_pickle: bool) -> Iterator[Trajectories]:
+def iterate_folder(path: Path, options: ReadOptions) -> Iterator[Trajectories]:
     """Read a folder, or one file, part by part.
 
     Args:
-        path: A folder with ``.npz``, ``.hdf5`` or ``.pkl`` files of one episode each, or one such file; a pickle may
-            also hold a list of episodes.
-        bounds: Of the actions.
-        allow_pickle: Whether pickles may be opened.
+        path: A folder with ``.npz``, ``.hdf5`` or ``.pkl`` files of one episode each, or one such file, which may also
+            hold several episodes one after the other; a pickle may also hold a list of episodes.
+        options: How to read it.
 
     Yields:
         Some whole episodes each.
@@ -52,21 +43,46 @@ def iterate_folder(path: Path, bounds: ActionBounds | None, allow_pickle: bool) 
     Raises:
         UserError: A file is unreadable or holds no episode; with file, key and row.
     """
-    files = episode_files(path)
     lengths = _stated_lengths(path)
+    episodes = (
+        (source, partial(_with_length, source, read, lengths.get(file.stem)))
+        for file in episode_files(path)
+        for source, read in _episodes_of(file, options)
+    )
+    return checked_parts(str(path), episodes, options)
+
+
+def iterate_content(content: Any, options: ReadOptions) -> Iterator[Trajectories]:
+    """Episodes that are in memory already: a dict of arrays, or a list of such dicts, one an episode.
+
+    Raises:
+        UserError: Something else, or one is missing, has the wrong length or values that cannot be.
+    """
+    return checked_parts("arrays", from_content(Source("arrays"), content), options)
+
+
+def checked_parts(
+    name: str, episodes: Iterable[tuple[Source, Read]], options: ReadOptions, env_id: str = ""
+) -> Iterator[Trajectories]:
+    """Check episodes one by one and hand them on some at a time.
+
+    Args:
+        name: What to call the data.
+        episodes: Name of each, for messages, and what reads its arrays; see :meth:`EpisodeChecker.episode`.
+        options: How to read them.
+        env_id: The task they come from.
+    """
+    checker = EpisodeChecker(name, options)
     pending: list[Episode] = []
-    first: Episode | None = None
-    for file in files:
-        for where, arrays in _episodes_of(file, allow_pickle):
-            episode = _episode(file, where, arrays, bounds)
-            first = first or episode
-            check_dims(file, where, episode, first)
-            if file.stem in lengths:
-                check_rows(file, where + "rewards", len(episode.rewards), lengths[file.stem], "episode_lengths.json")
-            pending.append(episode)
-        if len(pending) >= PART_EPISODES or (pending and file == files[-1]):
-            yield Trajectories.from_episodes(pending, source=str(path))
+    for source, read in episodes:
+        episode = checker.episode(source, read)
+        pending += [] if episode is None else [episode]
+        if len(pending) >= PART_EPISODES:
+            yield Trajectories.from_episodes(pending, env_id=env_id, source=name)
             pending = []
+    checker.close()
+    if pending:
+        yield Trajectories.from_episodes(pending, env_id=env_id, source=name)
 
 
 def episode_files(path: Path) -> list[Path]:
@@ -75,12 +91,13 @@ def episode_files(path: Path) -> list[Path]:
     Raises:
         UserError: There is none.
     """
-    if path.is_file():
-        return [path]
-    with reading(path):
-        files = [file for file in path.iterdir() if file.suffix in SUFFIXES] if path.is_dir() else []
+    with Source(path).reading():
+        folder = path.is_dir()
+        files = [file for file in path.iterdir() if file.suffix in SUFFIXES] if folder else [path]
     if not files:
         raise UserError(f"{path} holds no episodes. Expected a folder with files {', '.join(sorted(SUFFIXES))}.")
+    for file in files:
+        check_regular_file(file)
     return sorted(files, key=_natural)
 
 
@@ -91,79 +108,133 @@ def _natural(path: Path) -> list[tuple[int, str]]:
 def _stated_lengths(path: Path) -> dict[str, int]:
     """What ``episode_lengths.json`` says by name, where it is there and says it by name."""
     file = path / "episode_lengths.json"
-    if not file.is_file():
+    if not file.exists():
         return {}
-    with reading(file):
+    check_regular_file(file)
+    with Source(file).reading():
         stated = json.loads(file.read_text())
     items = stated.items() if isinstance(stated, dict) else ()
     return {Path(name).stem: length for name, length in items if isinstance(length, int)}
 
 
-def _episodes_of(file: Path, allow_pickle: bool) -> Iterator[tuple[str, Arrays]]:
-    """Name of each episode in a file, for messages, and its arrays."""
-    if file.suffix == ".npz":
-        yield "", _read_npz(file)
-    elif file.suffix in {".pkl", ".pickle"}:
-        yield from _unpickled(file, read_pickle(file, allow_pickle))
+def _with_length(source: Source, read: Read, stated: int | None) -> Arrays:
+    raw = read()
+    if stated is not None:
+        (source / "rewards").check_rows(len(np.atleast_1d(raw["rewards"])), stated, "episode_lengths.json")
+    return raw
+
+
+def _episodes_of(file: Path, options: ReadOptions) -> Iterator[tuple[Source, Read]]:
+    """Name of each episode in a file, for messages, and what reads its arrays."""
+    source = Source(file)
+    if file.suffix in {".pkl", ".pickle"}:
+        yield from from_content(source, read_pickle(file, options.allow_pickle))
+    elif file.suffix in SUFFIXES:
+        read = _read_npz if file.suffix == ".npz" else _read_hdf5
+        try:
+            arrays = read(file)
+        except UserError:
+            if not options.skip_damaged:
+                raise
+            yield source, partial(read, file)  # raises again, and is counted as a damaged episode
+            return
+        yield from split(source, arrays)
     else:
-        yield "", _read_hdf5(file)
+        kind = kind_of_file(file)
+        raise UserError(
+            f"{file}{kind and f' is {kind}'}: expected a file {', '.join(sorted(SUFFIXES))}. Rename or convert it."
+        )
+
+
+def from_content(source: Source, content: Any) -> Iterator[tuple[Source, Read]]:
+    """Episodes of a dict of arrays, or of a list of such dicts, one an episode.
+
+    Raises:
+        UserError: It is something else, or empty.
+    """
+    if isinstance(content, Mapping):
+        yield from split(source, _known_arrays(source, content))
+        return
+    if not isinstance(content, Sequence) or not all(isinstance(episode, Mapping) for episode in content):
+        kind = type(content).__name__
+        raise UserError(f"{source} holds a {kind}, expected a dict of arrays, or a list of such dicts, one an episode.")
+    if not content:
+        raise UserError(f"{source} holds no episode.")
+    for index, episode in enumerate(content):
+        inner = source / f"episode_{index}"
+        yield inner, partial(_one_of_list, inner, episode)
+
+
+def _one_of_list(source: Source, episode: Mapping[Any, Any]) -> Arrays:
+    return with_final(source, standard_names(source, _known_arrays(source, episode)))
+
+
+def _known_arrays(source: Source, content: Mapping[Any, Any]) -> Arrays:
+    """The arrays of a dict that have a usual name; all of them where one is missing, for the message."""
+    known = {name: content[name] for name in content if name in KNOWN}
+    standard_names(source, dict.fromkeys(map(str, content), np.zeros(0)))
+    arrays = {}
+    for name, value in known.items():
+        with (source / name).reading():
+            arrays[name] = value if isinstance(value, np.ndarray) else np.asarray(value, np.float64)
+    return arrays
+
+
+def split(source: Source, arrays: Arrays) -> Iterator[tuple[Source, Read]]:
+    """The episodes of a table: one where the only end is in the last row, else cut behind each end."""
+    raw = standard_names(source, arrays)
+    inside = [name for name in ("terminations", "truncations") if name in raw and _ends_inside(raw[name])]
+    if not inside:
+        yield source, partial(with_final, source, raw)
+        return
+    if Path(source.path).suffix in {".hdf5", ".h5"} and "terminals" in arrays:
+        first = int(np.flatnonzero(np.ravel(raw[inside[0]]))[0])
+        raise UserError(
+            f"{(source / inside[0]).at(first)}: an episode ends there and the file goes on: it holds several episodes. "
+            f"{reader_for(arrays, source.path)}"
+        )
+    columns: dict[str, Any] = raw
+    whole = Trajectories.from_arrays(**columns, source=str(source))
+    for index in range(whole.num_episodes):
+        episode = whole.episode(index)
+        yield source / f"episode_{index}", partial(_fields, episode)
+
+
+def _ends_inside(flags: NDArray[Any]) -> bool:
+    flags = np.asarray(flags)
+    return flags.dtype.kind in "fiub" and bool(np.ravel(flags)[:-1].any())
+
+
+def _fields(episode: Episode) -> Arrays:
+    return {name: value for name, value in vars(episode).items() if value is not None}
 
 
 def _read_npz(file: Path) -> Arrays:
-    with reading(file), np.load(file, allow_pickle=False) as archive:
-        if not isinstance(archive, np.lib.npyio.NpzFile):
-            raise UserError(f"{file} is not an .npz archive.")
-        wanted = [name for names in NAMES.values() for name in names if name in archive.files]
-        return {name: archive[name] for name in wanted}
+    source = Source(file)
+    with source.reading(), zipfile.ZipFile(file) as archive:
+        infos = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+        for info in infos.values():
+            if info.file_size > MAX_COMPRESSION * info.compress_size or info.compress_size > file.stat().st_size:
+                raise UserError(f"{source / info.filename} claims {info.file_size} bytes, more than the file can hold.")
+    standard_names(source, dict.fromkeys(infos, np.zeros(0)))
+    with source.reading(), np.load(file, allow_pickle=False) as arrays:
+        return {name: _checked_member(source / name, arrays, infos[name]) for name in infos if name in KNOWN}
+
+
+def _checked_member(source: Source, arrays: Any, info: zipfile.ZipInfo) -> NDArray[Any]:
+    """An array whose header claims no more than the archive holds of it."""
+    with arrays.zip.open(info) as member:
+        version = np.lib.format.read_magic(member)
+        read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+        shape, _, dtype = read_header[version](member)
+    claimed = int(np.prod([int(n) for n in shape], dtype=object)) * dtype.itemsize
+    if claimed > info.file_size:
+        raise UserError(f"{source} claims {claimed} bytes, the archive holds {info.file_size}. It is damaged.")
+    array: NDArray[Any] = arrays[source.key]
+    return array
 
 
 def _read_hdf5(file: Path) -> Arrays:
-    with hdf5.open_hdf5(file) as root:
-        known = {name for names in NAMES.values() for name in names}
-        found = [name for name in hdf5.keys(file, root) if name in known]
-        return {name: hdf5.read(file, name, hdf5.array(file, root, name)) for name in found}
-
-
-def _unpickled(file: Path, content: Any) -> Iterator[tuple[str, Arrays]]:
-    episodes = [content] if isinstance(content, dict) else content
-    if not isinstance(episodes, list | tuple) or not all(isinstance(episode, dict) for episode in episodes):
-        raise UserError(f"{file} holds a {type(content).__name__}, expected a list of dicts of arrays, one an episode.")
-    if not episodes:
-        raise UserError(f"{file} holds no episode.")
-    for index, episode in enumerate(episodes):
-        known = {name for names in NAMES.values() for name in names} & episode.keys()
-        with reading(file, f"episode {index}"):
-            arrays = {name: np.asarray(episode[name]) for name in known}
-        yield f"episode {index}: ", arrays
-
-
-def _episode(file: Path, where: str, arrays: Arrays, bounds: ActionBounds | None) -> Episode:
-    found = {key: next((n for n in names if n in arrays), None) for key, names in NAMES.items()}
-    for key in REQUIRED:
-        if found[key] is None:
-            raise UserError(f"{place(file, where + key)} is missing; expected {' or '.join(NAMES[key])}.")
-    raw = {key: arrays[name] for key, name in found.items() if name is not None}
-    rewards = np.asarray(raw["rewards"])
-    steps = len(rewards) if rewards.ndim else 0
-    raw["observations"] = _with_final(file, where, raw, steps)
-    raw.pop("next_observations", None)
-    none = np.zeros(steps, bool)
-    raw.setdefault("terminations", none)
-    if "truncations" not in raw:
-        raw["truncations"] = none.copy()
-        if steps and not np.asarray(raw["terminations"]).reshape(-1)[-1:].any():
-            raw["truncations"][-1] = True  # the file ends here and no terminal says why
-    return checked_episode(file, where, raw, bounds)
-
-
-def _with_final(file: Path, where: str, raw: Arrays, steps: int) -> NDArray[Any]:
-    """Observations with the one after the last env step; where it is not noted, the last one is repeated."""
-    observations = np.asarray(raw["observations"])
-    if observations.ndim == 0 or len(observations) != steps or steps == 0:
-        return observations  # T + 1 rows already; anything else is reported with its length
-    following = np.asarray(raw["next_observations"]) if "next_observations" in raw else observations
-    if following.shape != observations.shape:
-        raise UserError(
-            f"{place(file, where + 'next_observations')} has shape {following.shape}, expected {observations.shape}."
-        )
-    return np.concatenate([observations, following[-1:]])
+    with HdfFile(file) as root:
+        standard_names(root.source(), dict.fromkeys(root.names(), np.zeros(0)))
+        return {name: root.read(name) for name in root.names() if name in KNOWN}

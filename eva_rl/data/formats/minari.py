@@ -8,15 +8,19 @@ import os
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
-from gymnasium import spaces
+from gymnasium.spaces import Box
 
-from eva_rl.data.formats.checks import ActionBounds, check_dims, checked_episode, floats, reading
-from eva_rl.data.formats.minari_file import iterate_episodes
+from eva_rl.data.formats.checks import ActionBounds, Source, check_regular_file
+from eva_rl.data.formats.episodes import Arrays, EpisodeChecker, ReadOptions
+from eva_rl.data.formats.minari_file import INFOS, iterate_episodes
+from eva_rl.data.formats.spaces import INDEX, Spaces, Tree, flattened, leaf_names, read_spaces
 from eva_rl.data.trajectories import Episode, Trajectories
 from eva_rl.errors import UnknownNameError, UserError
 from eva_rl.files import read_json
@@ -74,20 +78,31 @@ def _download(dataset_id: str) -> None:
         raise UserError(f"minari downloaded nothing for {dataset_id}. Type `minari list remote` for the ids.")
 
 
+METADATA = "metadata.json"
+
+
 def _metadata(folder: Path) -> dict[str, Any]:
-    file = folder / "metadata.json"
-    content = read_json(file)
+    file = folder / METADATA
+    check_regular_file(file)
+    with Source(file).reading():  # json's recursion has a limit, which is no error of JSON
+        content = read_json(file)
     if not isinstance(content, dict):
         raise UserError(f"{file} holds a {type(content).__name__}, expected a JSON object.")
     return content
 
 
-def iterate_minari(dataset_id: str, outside: str = "check") -> Iterator[Trajectories]:
+def minari_data_folder(path: Path) -> Path | None:
+    """The folder with the metadata of a data set that a path names: itself, or the ``data`` folder in it."""
+    return next((folder for folder in (path, path / "data") if (folder / METADATA).is_file()), None)
+
+
+def iterate_minari(folder: Path, name: str, options: ReadOptions) -> Iterator[Trajectories]:
     """Read a data set part by part.
 
     Args:
-        dataset_id: Such as ``D4RL/door/human-v2``; a folder with ``metadata.json`` may be given instead.
-        outside: What to do with actions outside the bounds of the action space; see :class:`ActionBounds`.
+        folder: The ``data`` folder, with ``metadata.json``.
+        name: What to call the data, such as ``D4RL/door/human-v2``.
+        options: How to read them; without bounds, those of the action space are taken.
 
     Yields:
         Some whole episodes each.
@@ -95,50 +110,69 @@ def iterate_minari(dataset_id: str, outside: str = "check") -> Iterator[Trajecto
     Raises:
         UserError: Not there, damaged, or with spaces that are not made of Boxes.
     """
-    folder = minari_folder(dataset_id)
     metadata = _metadata(folder)
-    bounds = _checked_spaces(folder / "metadata.json", metadata, outside)
-    origin = {"env_id": _env_id(metadata), "source": f"minari:{dataset_id}", "dataset": dataset_id}
+    spaces = read_spaces(Source(folder / METADATA), metadata)
+    options = replace(options, bounds=spaces.action_bounds(options.bounds, options.outside))
+    origin = {"env_id": _env_id(metadata), "source": f"minari:{name}", "dataset": name}
     origin |= {key: str(metadata[key]) for key in REFERENCES if isinstance(metadata.get(key), int | float)}
+    if spaces.observations is not None:
+        origin["observation_keys"] = ",".join(options.keys or leaf_names(spaces.observations))
     if metadata.get("data_format", "hdf5") == "hdf5":
-        yield from iterate_episodes(folder / "main_data.hdf5", bounds, origin)
+        yield from iterate_episodes(folder / "main_data.hdf5", options, spaces, origin)
     else:
-        yield from _iterate_other(folder, bounds, origin)
+        yield from _iterate_other(folder, metadata, options, (spaces, origin))
 
 
-def _iterate_other(folder: Path, bounds: ActionBounds | None, origin: Mapping[str, str]) -> Iterator[Trajectories]:
+def _iterate_other(
+    folder: Path, metadata: Mapping[str, Any], options: ReadOptions, said: tuple[Spaces, dict[str, str]]
+) -> Iterator[Trajectories]:
     """Read arrow and whatever else minari may come to store, through minari."""
-    from minari.dataset.minari_storage import MinariStorage
+    if not {"observation_space", "action_space"} <= metadata.keys():  # minari would make the env that the file names
+        raise Source(folder / METADATA).missing("observation_space", "both spaces of the data set", list(metadata))
+    spaces, origin = said
+    env_id, source = origin.pop("env_id"), origin.pop("source")
+    checker = EpisodeChecker(folder, options)
+    pending: list[Episode] = []
+    for index, raw in enumerate(_stored_episodes(folder)):
+        where = Source(folder, f"episode_{index}")
+        episode = checker.episode(where, partial(_raw_episode, where, raw, spaces, options.keys))
+        pending += [] if episode is None else [episode]
+        if len(pending) >= PART_EPISODES:
+            yield Trajectories.from_episodes(pending, env_id=env_id, source=source, metadata=origin)
+            pending = []
+    checker.close()
+    if pending:
+        yield Trajectories.from_episodes(pending, env_id=env_id, source=source, metadata=origin)
 
+
+def _stored_episodes(folder: Path) -> Iterator[Mapping[str, Any]]:
     try:
-        with reading(folder):
+        from minari.dataset.minari_storage import MinariStorage
+
+        with Source(folder).reading():
             storage = MinariStorage.read(folder)
-            episodes = list(storage.get_episodes(range(storage.total_episodes)))
+            total = int(storage.total_episodes)
+        for index in range(total):
+            with Source(folder, f"episode_{index}").reading():
+                (episode,) = storage.get_episodes([index])
+            yield episode
     except ImportError as error:
         raise UserError(f'{folder}: {error} Install it with `pip install "minari[arrow]"`.') from error
-    said = dict(origin)
-    env_id, source = said.pop("env_id"), said.pop("source")
-    checked = [_checked(folder, f"episode_{index}/", raw, bounds) for index, raw in enumerate(episodes)]
-    for index, episode in enumerate(checked):
-        check_dims(folder, f"episode_{index}/", episode, checked[0])
-    for begin in range(0, len(checked), PART_EPISODES):
-        yield Trajectories.from_episodes(
-            checked[begin : begin + PART_EPISODES], env_id=env_id, source=source, metadata=said
-        )
 
 
-def _checked(folder: Path, prefix: str, raw: Mapping[str, Any], bounds: ActionBounds | None) -> Episode:
+def _raw_episode(source: Source, raw: Mapping[str, Any], spaces: Spaces, keys: tuple[str, ...]) -> Arrays:
     arrays = {key: np.asarray(raw[key]) for key in ("rewards", "terminations", "truncations")}
-    arrays |= {key: _flat(folder, prefix + key, raw[key]) for key in ("observations", "actions")}
-    return checked_episode(folder, prefix, arrays, bounds)
+    infos = raw.get("infos") or {}
+    arrays |= {name: np.asarray(infos[key]) for key, name in INFOS.items() if key in infos}
+    for key, layout, wanted in (("observations", spaces.observations, keys), ("actions", spaces.actions, ())):
+        arrays[key] = flattened(source / key, _tree(raw[key]), layout, wanted)
+    return arrays
 
 
-def _flat(folder: Path, key: str, value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return np.concatenate([_flat(folder, f"{key}/{name}", value[name]) for name in sorted(value)], axis=1)
+def _tree(value: Any) -> Tree:
     if isinstance(value, tuple):
-        return np.concatenate([_flat(folder, f"{key}/{i}", part) for i, part in enumerate(value)], axis=1)
-    return floats(folder, key, np.asarray(value))
+        value = {f"{INDEX}{i}": part for i, part in enumerate(value)}
+    return {name: _tree(part) for name, part in value.items()} if isinstance(value, Mapping) else np.asarray(value)
 
 
 def _env_id(metadata: Mapping[str, Any]) -> str:
@@ -146,39 +180,9 @@ def _env_id(metadata: Mapping[str, Any]) -> str:
         return str(metadata["env_id"])
     try:
         spec = json.loads(metadata.get("env_spec") or "{}")
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RecursionError):
         return ""
     return str(spec.get("id", "")) if isinstance(spec, dict) else ""
-
-
-def _checked_spaces(file: Path, metadata: Mapping[str, Any], outside: str) -> ActionBounds | None:
-    """Bounds of a Box action space; spaces that are not made of Boxes are refused."""
-    bounds = None
-    for key in ("observation_space", "action_space"):
-        if key not in metadata:
-            continue
-        with reading(file, key):
-            space = json.loads(metadata[key])
-            _refuse_other_spaces(file, key, space)
-            if key == "action_space" and space["type"] == "Box":
-                low, high = (np.asarray(space[side], np.float32) for side in ("low", "high"))
-                bounds = ActionBounds(low.reshape(-1), high.reshape(-1), outside)
-    return bounds
-
-
-def _refuse_other_spaces(file: Path, key: str, space: Any) -> None:
-    kind = space["type"]
-    if kind == "Dict":
-        for name, inner in space["subspaces"].items():
-            _refuse_other_spaces(file, f"{key}/{name}", inner)
-    elif kind == "Tuple":
-        for index, inner in enumerate(space["subspaces"]):
-            _refuse_other_spaces(file, f"{key}/_index_{index}", inner)
-    elif kind != "Box" or (len(space["shape"]) > 1 and space["dtype"] == "uint8"):
-        raise UserError(
-            f"{file}: {key} is {kind} {space.get('dtype', '')} {space.get('shape', '')}. A Decision Transformer takes "
-            "Box observations and actions, or Dicts and Tuples of them, and no images. Name another data set."
-        )
 
 
 def save_minari(
@@ -222,7 +226,7 @@ def save_minari(
                 dataset_id,
                 (_buffer(EpisodeBuffer, trajectories, index) for index in range(trajectories.num_episodes)),
                 env=spec,
-                observation_space=spaces.Box(-np.inf, np.inf, (inner,), np.float32),
+                observation_space=Box(-np.inf, np.inf, (inner,), np.float32),
                 action_space=_action_space(trajectories, action_bounds),
                 **(defaults | about),
             )
@@ -263,12 +267,12 @@ def _gym_spec(trajectories: Trajectories) -> Any:
     return env.spec if fits and env.action_space.shape == (trajectories.action_dim,) else None
 
 
-def _action_space(trajectories: Trajectories, bounds: ActionBounds | None) -> spaces.Box:
+def _action_space(trajectories: Trajectories, bounds: ActionBounds | None) -> Box:
     if bounds is None:
         bounds = ActionBounds(np.minimum(-1, trajectories.actions.min(0)), np.maximum(1, trajectories.actions.max(0)))
     shape = (trajectories.action_dim,)
     low, high = (np.broadcast_to(np.asarray(side, np.float32), shape) for side in (bounds.low, bounds.high))
-    return spaces.Box(low, high, shape, np.float32)
+    return Box(low, high, shape, np.float32)
 
 
 def _extra_metadata(trajectories: Trajectories, references: tuple[float, float] | None) -> dict[str, Any]:

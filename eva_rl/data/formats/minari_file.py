@@ -2,12 +2,15 @@
 
 Groups ``episode_0``, ``episode_1``, ... hold ``observations`` (T + 1 rows), ``actions``, ``rewards``,
 ``terminations``, ``truncations`` (T rows), and where known ``infos/success`` and ``infos/target_actions`` (T rows).
-What is written here carries checksums, so that a damaged file is not read as something else.
+What is written here carries checksums and a digest of everything in it, so that a damaged file is not read as
+something else.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +18,20 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from eva_rl.data.formats import hdf5
-from eva_rl.data.formats.checks import ActionBounds, check_dims, check_rows, checked_episode, floats, place
+from eva_rl.data.formats.episodes import EpisodeChecker, ReadOptions
+from eva_rl.data.formats.hdf5 import HdfFile
+from eva_rl.data.formats.spaces import MAX_DEPTH, Spaces, Tree, flattened
 from eva_rl.data.formats.store import gather
 from eva_rl.data.trajectories import Episode, Trajectories
 from eva_rl.errors import UserError
 from eva_rl.files import write_file
 
 REQUIRED = ("observations", "actions", "rewards", "terminations", "truncations")
+INFOS = {"success": "successes", "target_actions": "target_actions"}
 PART_ROWS = 1 << 16
 """Env steps after which the episodes read so far are handed on."""
-RESERVED = ("env_id", "source", "total_episodes", "total_steps")
+RESERVED = ("total_episodes", "total_steps", "sha256")
+DIGEST = "sha256"
 
 
 def write_episodes(path: Path, trajectories: Trajectories, metadata: Mapping[str, Any] | None = None) -> None:
@@ -45,6 +51,7 @@ def write_episodes(path: Path, trajectories: Trajectories, metadata: Mapping[str
 
 
 def _write(aside: Path, trajectories: Trajectories, metadata: Mapping[str, Any]) -> None:
+    digest = Digest()
     with h5py.File(aside, "w", libver="v110") as file:  # from this version on, HDF5 sums its own structures
         file.attrs["env_id"] = trajectories.env_id
         file.attrs["source"] = trajectories.source
@@ -53,43 +60,74 @@ def _write(aside: Path, trajectories: Trajectories, metadata: Mapping[str, Any])
         for key, value in metadata.items():
             file.attrs[key] = value
         for index in range(trajectories.num_episodes):
-            _write_episode(file.create_group(f"episode_{index}"), index, trajectories.episode(index))
+            _write_episode(file.create_group(f"episode_{index}"), index, trajectories.episode(index), digest)
+    with HdfFile(aside) as written:
+        digest.attributes(written.attributes())
+    with h5py.File(aside, "a", libver="v110") as file:
+        file.attrs[DIGEST] = digest.hex()
 
 
-def _write_episode(group: h5py.Group, index: int, episode: Episode) -> None:
+def _write_episode(group: h5py.Group, index: int, episode: Episode, digest: Digest) -> None:
     group.attrs["id"] = index
     group.attrs["total_steps"] = len(episode.rewards)
-    arrays = {name: getattr(episode, name) for name in REQUIRED}
-    arrays |= {"infos/success": episode.successes, "infos/target_actions": episode.target_actions}
+    arrays: dict[str, Any] = {name: getattr(episode, name) for name in REQUIRED}
+    arrays |= {key: getattr(episode, name) for key, name in INFOS.items() if getattr(episode, name) is not None}
     for name, array in arrays.items():
-        if array is not None:
-            group.create_dataset(name, data=array, chunks=array.shape, fletcher32=True)
+        inner = f"infos/{name}" if name in INFOS else name
+        group.create_dataset(inner, data=array, chunks=array.shape, fletcher32=True)
+    digest.arrays(arrays)
 
 
-def read_episodes(path: Path, bounds: ActionBounds | None = None) -> Trajectories:
+class Digest:
+    """SHA-256 of the arrays and attributes of a file, in the order of its episodes."""
+
+    def __init__(self) -> None:
+        self._sum = hashlib.sha256()
+
+    def arrays(self, arrays: Mapping[str, Tree]) -> None:
+        """Add the arrays of one episode."""
+        for name in sorted(arrays):
+            array = arrays[name]
+            if isinstance(array, Mapping):
+                self.arrays(array)
+                continue
+            self._sum.update(f"{name}|{array.dtype.str}|{array.shape}|".encode())
+            self._sum.update(np.ascontiguousarray(array).data)
+
+    def attributes(self, attributes: Mapping[str, str]) -> None:
+        """Add the attributes of the file."""
+        self._sum.update(repr(sorted(item for item in attributes.items() if item[0] != DIGEST)).encode())
+
+    def hex(self) -> str:
+        """The sum so far."""
+        return self._sum.hexdigest()
+
+
+def read_episodes(path: Path, options: ReadOptions | None = None) -> Trajectories:
     """Read a file of episodes into memory.
 
     Args:
         path: A file in Minari's episode layout, with Box observations and actions or Dicts of them.
-        bounds: Of the actions.
+        options: Bounds of the actions, and what to do with damaged episodes.
 
     Raises:
         UserError: No such file, not HDF5, a key is missing, has the wrong length or values that cannot be.
     """
     if not path.exists():
         raise UserError(f"No data file {path}. Make one with `python -m eva_rl.collect env=push-v3 out={path}`.")
-    parts = list(iterate_episodes(path, bounds))
+    parts = list(iterate_episodes(path, options or ReadOptions()))
     return gather(parts, parts[0].source)
 
 
 def iterate_episodes(
-    path: Path, bounds: ActionBounds | None = None, origin: Mapping[str, str] | None = None
+    path: Path, options: ReadOptions, spaces: Spaces | None = None, origin: Mapping[str, str] | None = None
 ) -> Iterator[Trajectories]:
     """Read a file of episodes part by part.
 
     Args:
         path: The file.
-        bounds: Of the actions.
+        options: Bounds of the actions, and what to do with damaged episodes.
+        spaces: What is known of the spaces.
         origin: ``env_id``, ``source`` and metadata of a file that does not say them itself.
 
     Yields:
@@ -98,78 +136,72 @@ def iterate_episodes(
     Raises:
         UserError: As :func:`read_episodes`.
     """
-    with hdf5.open_hdf5(path) as file:
-        names = _episode_names(path, file)
-        said = dict(origin or _origin(path, file))
+    with HdfFile(path) as file:
+        attributes = file.attributes()
+        said = dict(origin or {key: value for key, value in attributes.items() if key not in RESERVED})
         env_id, source = said.pop("env_id", ""), said.pop("source", "") or str(path)
+        checker, digest = EpisodeChecker(path, options), Digest()
         pending: list[Episode] = []
-        first: Episode | None = None
-        for name in names:
-            episode = _read_episode(path, name, hdf5.member(path, file, name), bounds)
-            first = first or episode
-            check_dims(path, f"{name}/", episode, first)
-            pending.append(episode)
-            if name == names[-1] or sum(len(waiting.rewards) for waiting in pending) >= PART_ROWS:
+        for name in _episode_names(file, attributes):
+            read = partial(_raw_episode, file, name, spaces or Spaces(), options.keys, digest)
+            episode = checker.episode(file.source(name), read)
+            pending += [] if episode is None else [episode]
+            if sum(len(waiting.rewards) for waiting in pending) >= PART_ROWS:
                 yield Trajectories.from_episodes(pending, env_id=env_id, source=source, metadata=said)
                 pending = []
+        if DIGEST in attributes:
+            _check_digest(file, digest, attributes)
+        checker.close()
+        if pending:
+            yield Trajectories.from_episodes(pending, env_id=env_id, source=source, metadata=said)
 
 
-def _episode_names(path: Path, file: h5py.File) -> list[str]:
-    names = [name for name in hdf5.keys(path, file) if name.removeprefix("episode_").isdecimal()]
+def _check_digest(file: HdfFile, digest: Digest, attributes: Mapping[str, str]) -> None:
+    digest.attributes(attributes)
+    if digest.hex() != attributes[DIGEST]:
+        raise UserError(
+            f"{file.path} is damaged or was changed: its content does not have the digest that was written with it. "
+            "Copy or collect it again."
+        )
+
+
+def _episode_names(file: HdfFile, attributes: Mapping[str, str]) -> list[str]:
+    names = [name for name in file.names() if name.removeprefix("episode_").isdecimal()]
     names = sorted((name for name in names if name.startswith("episode_")), key=lambda name: int(name[8:]))
     if not names:
-        raise UserError(f"{path} holds no group episode_0, episode_1, ... Expected Minari's episode layout.")
-    total = hdf5.attribute(path, file, "total_episodes")
+        raise file.source().missing("episode_0", "groups episode_0, episode_1, ... as in Minari's files", file.names())
+    total = attributes.get("total_episodes", "")
     if total:
-        check_rows(path, "total_episodes", len(names), int(total) if total.isdecimal() else -1, "the file says so")
+        expected = int(total) if total.isdecimal() else -1
+        file.source("total_episodes").check_rows(len(names), expected, "the file says so")
     return names
 
 
-def _origin(path: Path, file: h5py.File) -> dict[str, str]:
-    said = {key: hdf5.attribute(path, file, key) for key in hdf5.keys(path, file.attrs)}
-    return {key: value for key, value in said.items() if key not in RESERVED[2:]}
+def _raw_episode(
+    file: HdfFile, name: str, spaces: Spaces, keys: tuple[str, ...], digest: Digest
+) -> dict[str, NDArray[Any]]:
+    """Arrays of one group of a file."""
+    source = file.source(name)
+    if not file.is_group(name):
+        raise UserError(f"{source} is no group. Expected one with {', '.join(REQUIRED)}.")
+    trees: dict[str, Tree] = {key: read_tree(file, f"{name}/{key}", REQUIRED) for key in REQUIRED}
+    infos = [key for key in INFOS if key in file.names(f"{name}/infos")]
+    trees |= {key: file.read(f"{name}/infos/{key}") for key in infos}
+    digest.arrays(trees)
+    raw: dict[str, Any] = {INFOS.get(key, key): value for key, value in trees.items()}
+    raw["observations"] = flattened(source / "observations", raw["observations"], spaces.observations, keys)
+    raw["actions"] = flattened(source / "actions", raw["actions"], spaces.actions)
+    return raw
 
 
-def _read_episode(path: Path, name: str, group: Any, bounds: ActionBounds | None) -> Episode:
-    if not isinstance(group, h5py.Group):
-        raise UserError(f"{place(path, name)} is no group. Expected one with {', '.join(REQUIRED)}.")
-    raw = {key: _flattened(path, group, key, f"{name}/") for key in ("observations", "actions")}
-    raw |= {key: _read(path, group, key, f"{name}/") for key in REQUIRED[2:]}
-    infos = hdf5.member(path, group, "infos")
-    if isinstance(infos, h5py.Group):
-        known = {"success": "successes", "target_actions": "target_actions"}
-        found = [key for key in hdf5.keys(path, infos) if key in known]
-        raw |= {known[key]: _read(path, infos, key, f"{name}/infos/") for key in found}
-    return checked_episode(path, f"{name}/", raw, bounds)
+def read_tree(file: HdfFile, key: str, expected: tuple[str, ...], depth: int = MAX_DEPTH) -> Tree:
+    """An array, or the arrays of a group by name.
 
-
-def _read(path: Path, group: h5py.Group, key: str, prefix: str) -> NDArray[Any]:
-    return hdf5.read(path, prefix + key, hdf5.array(path, group, key, ", ".join(REQUIRED), prefix))
-
-
-def _flattened(path: Path, group: h5py.Group, key: str, prefix: str) -> NDArray[Any]:
-    """A Box as it is, a Dict as its parts side by side: by key in alphabetical order, ``_index_<i>`` by number.
-
-    That is the order of Gymnasium's ``flatten``, and so of ``FlattenObservation``.
+    Raises:
+        UserError: Missing, damaged, or groups within groups without end.
     """
-    found = hdf5.member(path, group, key)
-    if not isinstance(found, h5py.Group):
-        return _read(path, group, key, prefix)
-    inner = sorted(hdf5.keys(path, found), key=_by_index)
-    parts = [floats(path, f"{prefix}{key}/{name}", _flattened(path, found, name, f"{prefix}{key}/")) for name in inner]
-    if not parts:
-        raise UserError(f"{place(path, prefix + key)} is an empty group, expected numbers.")
-    for name, part in zip(inner, parts, strict=True):
-        check_rows(path, f"{prefix}{key}/{name}", len(part), len(parts[0]), f"{inner[0]} has as many")
-    return np.concatenate(parts, axis=1)
-
-
-def _by_index(name: str) -> tuple[int, str]:
-    number = name.removeprefix("_index_")
-    return (int(number), "") if number.isdecimal() and number != name else (-1, name)
-
-
-def is_episode_file(path: Path) -> bool:
-    """Whether an HDF5 file is in Minari's layout, with groups ``episode_<i>``."""
-    with hdf5.open_hdf5(path) as file:
-        return any(isinstance(hdf5.member(path, file, key), h5py.Group) for key in hdf5.keys(path, file))
+    if not file.is_group(key):
+        return file.read(key, expected=", ".join(expected))
+    if depth == 0:
+        raise UserError(f"{file.source(key)} lies in more than {MAX_DEPTH} groups. Expected arrays.")
+    return {name: read_tree(file, f"{key}/{name}", (), depth - 1) for name in file.names(key)}

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from eva_rl.data.formats.checks import check_dtype, place, reading
+from eva_rl.data.formats.checks import Source, check_regular_file
 from eva_rl.data.trajectories import COLUMNS, Trajectories, concatenate
 from eva_rl.errors import UserError
 from eva_rl.files import read_json, write_folder, write_json
 
 INDEX = "trajectories.json"
-FORMAT = 1
+FORMAT = 2
+WITHOUT_DIGESTS = 1
+"""Format of stores whose index holds no SHA-256 of the arrays and of itself."""
+OPTIONAL = frozenset({"successes", "target_actions"})
 
 
 def gather(parts: Iterable[Trajectories], source: str, folder: Path | None = None) -> Trajectories:
@@ -50,36 +55,64 @@ def is_store(path: Path) -> bool:
 
 
 def read_store(folder: Path) -> Trajectories:
-    """Map a store; nothing but its index and its offsets is read.
+    """Map a store; the arrays are read once, for their digests.
 
     Raises:
-        UserError: A file is missing, damaged or of another size than the index says.
+        UserError: A file is missing, damaged, changed, or of another size than the index says.
     """
-    index = read_json(folder / INDEX)
-    if not isinstance(index, dict) or index.get("format") != FORMAT or not isinstance(index.get("columns"), list):
-        raise UserError(f"{folder / INDEX} is not the index of a store of format {FORMAT}. Convert the data again.")
-    unknown = set(index["columns"]) - set(COLUMNS)
-    if unknown or not {"observations", "actions", "rewards"} <= set(index["columns"]):
-        raise UserError(f"{folder / INDEX} lists columns {index['columns']}, expected some of {list(COLUMNS)}.")
-    columns = {name: _map(folder / f"{name}.npy", *COLUMNS[name]) for name in index["columns"]}
+    index = _read_index(folder / INDEX)
+    columns = {name: _map(folder, name, index, *COLUMNS[name]) for name in index["columns"]}
     return Trajectories(
         **columns,
-        offsets=np.array(_map(folder / "offsets.npy", np.int64, 1)),
+        offsets=np.array(_map(folder, "offsets", index, np.int64, 1)),
         env_id=str(index.get("env_id", "")),
         source=str(index.get("source", folder)),
         metadata={str(key): str(value) for key, value in dict(index.get("metadata", {})).items()},
     )
 
 
-def _map(path: Path, dtype: type[np.generic], axes: int) -> NDArray[Any]:
-    with reading(path):
+def _read_index(file: Path) -> dict[str, Any]:
+    check_regular_file(file)
+    with Source(file).reading():  # json's recursion has a limit, which is no error of JSON
+        index = read_json(file)
+    known = isinstance(index, dict) and index.get("format") in (WITHOUT_DIGESTS, FORMAT)
+    if not known or not isinstance(index.get("columns"), list) or not isinstance(index.get("metadata", {}), dict):
+        raise UserError(f"{file} is not the index of a store of format {FORMAT}. Convert the data again.")
+    columns = {str(name) for name in index["columns"]}
+    if columns - set(COLUMNS) or set(COLUMNS) - columns - OPTIONAL:
+        raise UserError(f"{file} lists columns {index['columns']}, expected {list(COLUMNS)}.")
+    sums = index.get("sha256")
+    if _has_digests(index) and (not isinstance(sums, dict) or sums.get(INDEX) != _index_digest(index)):
+        raise UserError(f"{file} is damaged or was changed: it does not have its own digest. Convert the data again.")
+    return dict(index)
+
+
+def _has_digests(index: Mapping[str, Any]) -> bool:
+    return index["format"] != WITHOUT_DIGESTS or "sha256" in index
+
+
+def _index_digest(index: Mapping[str, Any]) -> str:
+    sums = {name: value for name, value in index["sha256"].items() if name != INDEX}
+    return hashlib.sha256(json.dumps({**index, "sha256": sums}, sort_keys=True).encode()).hexdigest()
+
+
+def _map(folder: Path, name: str, index: Mapping[str, Any], dtype: type[np.generic], axes: int) -> NDArray[Any]:
+    path = folder / f"{name}.npy"
+    source = Source(path)
+    check_regular_file(path)
+    if _has_digests(index) and index["sha256"].get(name) != _file_digest(path):
+        raise UserError(f"{path} is damaged or was changed: it does not have its digest. Convert the data again.")
+    with source.reading():
         array: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
-    check_dtype(path, "", array.dtype)
+    source.check_dtype(array.dtype)
     if array.dtype != dtype or array.ndim != axes:
-        raise UserError(
-            f"{place(path)} holds {array.dtype} with {array.ndim} axes, expected {dtype.__name__} with {axes}."
-        )
+        raise UserError(f"{path} holds {array.dtype} with {array.ndim} axes, expected {dtype.__name__} with {axes}.")
     return array
+
+
+def _file_digest(path: Path) -> str:
+    with Source(path).reading(), path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class _Column:
@@ -112,7 +145,7 @@ class _Column:
 
 def _write_parts(folder: Path, parts: Iterable[Trajectories], source: str) -> None:
     columns = {name: _Column(folder / f"{name}.npy", dtype) for name, (dtype, _) in COLUMNS.items()}
-    optional, offsets, first = {"successes": False, "target_actions": False}, [np.zeros(1, np.int64)], None
+    optional, offsets, first = dict.fromkeys(OPTIONAL, False), [np.zeros(1, np.int64)], None
     try:
         for part in parts:
             first = first or part
@@ -128,5 +161,8 @@ def _write_parts(folder: Path, parts: Iterable[Trajectories], source: str) -> No
     for name in (name for name, seen in optional.items() if not seen):
         columns.pop(name).path.unlink()
     np.save(folder / "offsets.npy", np.concatenate(offsets))
-    index = {"format": FORMAT, "columns": list(columns), "env_id": first.env_id, "source": source}
-    write_json(folder / INDEX, index | {"metadata": first.metadata})
+    index: dict[str, Any] = {"format": FORMAT, "columns": list(columns), "env_id": first.env_id, "source": source}
+    index |= {"metadata": first.metadata}
+    index["sha256"] = {name: _file_digest(folder / f"{name}.npy") for name in (*columns, "offsets")}
+    index["sha256"][INDEX] = _index_digest(index)
+    write_json(folder / INDEX, index)

@@ -1,0 +1,183 @@
+"""What the episodes of every format go through: the usual names of their arrays, and checks."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from eva_rl.data.formats.checks import ActionBounds, Source
+from eva_rl.data.trajectories import Episode
+from eva_rl.errors import UserError
+
+log = logging.getLogger(__name__)
+
+NAMES = {
+    "observations": ("observations", "states", "obs"),
+    "actions": ("actions", "acts"),
+    "rewards": ("rewards", "rews"),
+    "next_observations": ("next_observations", "next_obs"),
+    "terminations": ("terminations", "terminals", "terminated"),
+    "truncations": ("truncations", "timeouts", "truncated", "dones"),
+    "successes": ("successes", "success"),
+}
+"""Usual names of each array, the first found wins. ``dones`` does not say why an episode ended; it is read as a
+truncation, which is what it is in Meta-World and DM Control, where all episodes end by their time limit."""
+KNOWN = frozenset(name for names in NAMES.values() for name in names)
+REQUIRED = ("observations", "actions", "rewards")
+
+Arrays = Mapping[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """How foreign files are read.
+
+    Attributes:
+        bounds: Of the actions; None takes those that the data come with.
+        outside: What to do with actions outside the bounds that the data come with; see :class:`ActionBounds`.
+        allow_pickle: Whether pickles may be opened.
+        skip_damaged: Whether damaged episodes are left out instead of refused.
+        keys: Parts of Dict observations, in the order in which they are laid side by side; none takes the data's own.
+    """
+
+    bounds: ActionBounds | None = None
+    outside: str = "check"
+    allow_pickle: bool = False
+    skip_damaged: bool = False
+    keys: tuple[str, ...] = ()
+
+
+class EpisodeChecker:
+    """Makes checked episodes of one data set out of raw arrays, and says what it had to leave out or to assume.
+
+    Args:
+        path: The file or folder, for messages.
+        options: Bounds of the actions, and what to do with damaged episodes.
+    """
+
+    def __init__(self, path: Path | str, options: ReadOptions) -> None:
+        self._path, self._options = path, options
+        self._first: Episode | None = None
+        self._damaged: list[str] = []
+        self._seen = self._endless = 0
+
+    def episode(self, source: Source, read: Callable[[], Arrays]) -> Episode | None:
+        """One checked episode; None where it is damaged and left out.
+
+        Args:
+            source: The file and the group that hold it, for messages.
+            read: Gives ``observations`` (T + 1 rows), ``actions``, ``rewards`` (T rows), and where known
+                ``terminations``, ``truncations``, ``target_actions`` (T rows) and ``successes`` (T or T + 1 rows).
+
+        Raises:
+            UserError: Damaged and not to be left out, or actions out of bounds.
+        """
+        self._seen += 1
+        try:
+            episode = self._checked(source, read())
+        except UserError as error:
+            if not self._options.skip_damaged:
+                raise UserError(f"{error} Or leave such episodes out: data.skip_damaged=true.") from error
+            self._damaged.append(str(error))
+            return None
+        self._first = self._first or episode
+        return replace(episode, actions=(source / "actions").bounded(episode.actions, self._options.bounds))
+
+    def close(self) -> None:
+        """Say how many episodes were left out, and how many ends were assumed.
+
+        Raises:
+            UserError: Every episode was damaged.
+        """
+        if self._damaged:
+            text = f"{self._path}: {len(self._damaged)} of {self._seen} episodes are damaged; the first: "
+            if self._first is None:
+                raise UserError(text + self._damaged[0])
+            log.warning("%s%s They are left out.", text, self._damaged[0])
+        if self._endless:
+            log.warning(
+                "%s: %d of %d episodes have no end flag that is true. Their last row counts as a truncation.",
+                self._path,
+                self._endless,
+                self._seen - len(self._damaged),
+            )
+
+    def _checked(self, source: Source, raw: Arrays) -> Episode:
+        rewards = (source / "rewards").vector(raw["rewards"])
+        steps = len(rewards)
+        if steps == 0:
+            raise UserError(f"{source / 'rewards'} is empty: an episode needs at least one env step.")
+        arrays: dict[str, Any] = {key: (source / key).floats(raw[key]) for key in ("observations", "actions")}
+        none = np.zeros(steps, bool)
+        for key in ("terminations", "truncations"):
+            arrays[key] = (source / key).flags(raw[key]) if key in raw else none.copy()
+        if "successes" in raw:
+            successes = (source / "infos/success").flags(raw["successes"])
+            arrays["successes"] = successes[1:] if len(successes) == steps + 1 else successes
+        if "target_actions" in raw:
+            arrays["target_actions"] = (source / "infos/target_actions").floats(raw["target_actions"])
+        for name, array in arrays.items():
+            (source / name).check_rows(len(array), steps + (name == "observations"), f"the episode has {steps} rewards")
+        self._check_ends(source, arrays)
+        episode = Episode(rewards=rewards, **arrays)
+        self._check_dims(source, episode)
+        return episode
+
+    def _check_ends(self, source: Source, arrays: dict[str, Any]) -> None:
+        """Refuse ends before the last row; without any, the last row is a truncation."""
+        ends = arrays["terminations"] | arrays["truncations"]
+        early = np.flatnonzero(ends[:-1])
+        if len(early):
+            raise UserError(
+                f"{(source / 'terminations').at(int(early[0]))}: the episode is terminated or truncated there and "
+                f"goes on to row {len(ends) - 1}. Expected one episode, with its end in the last row."
+            )
+        if not ends[-1]:
+            self._endless += 1
+            arrays["truncations"][-1] = True
+
+    def _check_dims(self, source: Source, episode: Episode) -> None:
+        """Refuse other dimensions than the first episode's."""
+        for name in ("observations", "actions"):
+            own, expected = (getattr(each, name).shape[1] for each in (episode, self._first or episode))
+            if own != expected:
+                raise UserError(
+                    f"{source / name} has {own} numbers a row, expected {expected} as in the first episode."
+                )
+        if episode.target_actions is not None and episode.target_actions.shape != episode.actions.shape:
+            raise UserError(
+                f"{source / 'infos/target_actions'} has shape {episode.target_actions.shape}, expected "
+                f"{episode.actions.shape} as the actions."
+            )
+
+
+def standard_names(source: Source, arrays: Arrays) -> dict[str, NDArray[Any]]:
+    """The same arrays under the names of an :class:`Episode`.
+
+    Raises:
+        UserError: One that is needed is missing; the message says which names there are.
+    """
+    found = {key: next((n for n in names if n in arrays), None) for key, names in NAMES.items()}
+    for key in REQUIRED:
+        if found[key] is None:
+            raise source.missing(key, " or ".join(NAMES[key]), list(arrays))
+    return {key: arrays[name] for key, name in found.items() if name is not None}
+
+
+def with_final_observation(source: Source, raw: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    """One episode with the observation after its last env step; where it is not noted, the last one is repeated."""
+    following = raw.pop("next_observations", None)
+    observations, rewards = np.asarray(raw["observations"]), np.asarray(raw["rewards"])
+    steps = len(rewards) if rewards.ndim else 0
+    if observations.ndim == 0 or len(observations) != steps or steps == 0:
+        return raw  # T + 1 rows already; anything else is reported with its length
+    following = observations if following is None else np.asarray(following)
+    if following.shape != observations.shape:
+        raise UserError(f"{source / 'next_observations'} has shape {following.shape}, expected {observations.shape}.")
+    return raw | {"observations": np.concatenate([observations, following[-1:]])}
