@@ -16,7 +16,7 @@ from torch import Tensor
 from eva_rl.agents.policy import DecisionTransformerPolicy, frozen
 from eva_rl.batch import WindowBatch
 from eva_rl.errors import UserError
-from eva_rl.eva import ActivationStatistics, EvaOptions, EvaResult, StorageOptions, compute, listen
+from eva_rl.eva import ActivationStatistics, EvaOptions, EvaResult, StorageOptions, compute
 
 SOURCES = ("trajectories", "rollouts", "mixed")
 
@@ -43,6 +43,7 @@ def compute_eva(
     rollouts: Rollouts | None,
     *,
     max_batches: int,
+    keep_moments: bool = False,
     **options: Any,
 ) -> EvaResult:
     """Find the principal directions of a policy's activations.
@@ -58,6 +59,7 @@ def compute_eva(
         batches: Scaled windows, or None.
         rollouts: Where to act, or None.
         max_batches: Batches taken at most.
+        keep_moments: Give the result its ``moments``, for :func:`eva_rl.eva.gain` of any A.
         **options: Fields of :class:`eva_rl.eva.EvaOptions`.
 
     Raises:
@@ -65,13 +67,16 @@ def compute_eva(
     """
     if rollouts is None:
         assert batches is not None, "batches, rollouts or both"
-        return compute(policy.network, batches, targets=list(targets), max_batches=max_batches, **options)
+        options |= {"keep_moments": keep_moments, "max_batches": max_batches}
+        return compute(policy.network, batches, targets=list(targets), **options)
     asked = EvaOptions(**options)
     began = time.perf_counter()
     components = round(asked.rank * asked.rho)
-    with frozen(policy.network), listen(policy.network, list(targets), components=components) as statistics:
+    storage = StorageOptions("moments" if keep_moments else "auto", components)
+    with frozen(policy.network), ActivationStatistics(policy.network, list(targets), storage) as statistics:
         _accumulate(policy, statistics, islice(batches or (), max_batches), rollouts)
-        return replace(statistics.evaluate(asked), seconds=time.perf_counter() - began)
+        result = replace(statistics.evaluate(asked), seconds=time.perf_counter() - began)
+        return replace(result, moments=statistics.second_moments()) if keep_moments else result
 
 
 def second_moments(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -50,6 +50,7 @@ def compute(  # noqa: PLR0913 - the one call that most users make; the names are
     memory_budget: int = StorageOptions.budget,
     seed: int = 0,
     group: TorchGroup | None = None,
+    keep_moments: bool = False,
 ) -> EvaResult:
     """Find the leading directions of the inputs of a model's layers, and how many each layer should adapt.
 
@@ -77,6 +78,8 @@ def compute(  # noqa: PLR0913 - the one call that most users make; the names are
         memory_budget: Bytes for exact moments.
         seed: Of sketches and variants.
         group: Process group, see `ActivationStatistics`.
+        keep_moments: Give the result its `moments`, for `gain` and `effective_rank` of any A; exact moments then have
+            precedence over speed.
 
     Raises:
         UserError: A value is out of range, or see `ActivationStatistics.result`.
@@ -84,11 +87,13 @@ def compute(  # noqa: PLR0913 - the one call that most users make; the names are
     options = EvaOptions(rank, rho, tau, center, score, variant, alpha, keep_scale, criterion, seed)
     if max_batches < 1:
         raise UserError(f"max_batches={max_batches}: expected at least 1.")
-    storage, began = StorageOptions(method, round(rank * rho), memory_budget, seed), time.perf_counter()
+    storage = StorageOptions(method, round(rank * rho), memory_budget, seed, exact=keep_moments)
+    began = time.perf_counter()
     with evaluating(model), ActivationStatistics(model, targets, storage, group) as statistics:
         feed = _Feed(statistics, iter(batches), forward or default_forward, mask or default_mask)
         stopped = _run(feed, max_batches, options)
-        return statistics.evaluate(options).ended(stopped, time.perf_counter() - began)
+        result = statistics.evaluate(options).ended(stopped, time.perf_counter() - began)
+        return replace(result, moments=statistics.second_moments()) if keep_moments else result
 
 
 def listen(
@@ -115,7 +120,7 @@ def listen(
         model: Any torch model; its mode is left alone.
         targets: Layers, see `find_layers`.
         components: The largest rank * rho that will be asked for; sizes the sketches of wide inputs.
-        method: How second moments are kept.
+        method: How second moments are kept; "moments" is exact, as `second_moments` is best asked for.
         memory_budget: Bytes for exact moments.
         seed: Of the sketches.
         group: Process group whose sums are added when a result is asked for, which all of its processes then must do.

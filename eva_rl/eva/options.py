@@ -73,12 +73,14 @@ class StorageOptions:
         components: The largest rank * rho that will be asked for; sizes the sketches.
         budget: Bytes for exact moments, all layers together; what does not fit is sketched.
         seed: Of the sketches' test matrices.
+        exact: Let "auto" sketch only what the budget leaves no room for, also where exact moments cost more.
     """
 
     method: Method | Literal["auto"] = "auto"
     components: int = 64
     budget: int = 4 * 2**30
     seed: int = 0
+    exact: bool = False
 
     def __post_init__(self) -> None:
         one_of(("auto", *get_args(Method)), method=self.method)
@@ -95,7 +97,7 @@ class StorageOptions:
             return self.method
         fits = used + moment_bytes(width) <= self.budget
         # below four times the columns, exact moments with a symmetric product cost no more than the sketch
-        return "moments" if fits and width <= 4 * self.columns else "sketch"
+        return "moments" if fits and (self.exact or width <= 4 * self.columns) else "sketch"
 
 
 def moment_bytes(width: int) -> int:

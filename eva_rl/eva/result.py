@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from eva_rl.errors import UserError
+from eva_rl.eva.gain import SecondMoment
 from eva_rl.eva.moments import Method
 from eva_rl.eva.options import EvaOptions
 
@@ -80,6 +82,7 @@ class EvaResult:
         converged: Whether every layer's halves agree to tau by the criterion.
         seconds: Wall time.
         skipped: Layers that were not asked for by name and were never called.
+        moments: Second moment of each layer's input, with `compute(keep_moments=True)`; not saved.
     """
 
     layers: dict[str, LayerResult]
@@ -89,6 +92,7 @@ class EvaResult:
     converged: bool
     seconds: float
     skipped: tuple[str, ...] = ()
+    moments: Mapping[str, SecondMoment] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def budget(self) -> int:

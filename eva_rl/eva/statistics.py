@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from eva_rl.distributed import ProcessGroup, TorchGroup
-from eva_rl.errors import UserError
+from eva_rl.errors import UnknownNameError, UserError
 from eva_rl.eva.estimator import Estimator
+from eva_rl.eva.gain import SecondMoment, second_moments
 from eva_rl.eva.gram import Stack, stacks
 from eva_rl.eva.hooks import Listener
 from eva_rl.eva.moments import Accumulator, Moments
@@ -99,6 +100,29 @@ class ActivationStatistics(Listener):
         seconds = time.perf_counter() - self._since
         return EvaResult(ordered, options, self.batches, "listening ended", agreed, seconds, tuple(skipped))
 
+    def second_moments(self) -> dict[str, SecondMoment]:
+        """E[x x^T] of the input x of every layer that was called, from everything heard so far.
+
+        All processes of the group have to call it.
+
+        Raises:
+            UserError: Nothing was heard, or an input was not finite.
+        """
+        self.finish_forward()
+        self.check_finite()
+        return second_moments(self._reduced())
+
+    def second_moment(self, layer: str) -> SecondMoment:
+        """`second_moments` of one layer, by its full name.
+
+        Raises:
+            UserError: The layer was not called, or see `second_moments`.
+        """
+        moments = self.second_moments()
+        if layer not in moments:
+            raise UnknownNameError("layer", layer, moments, "It is no target, or was never called.")
+        return moments[layer]
+
     def _make(self, width: int, device: torch.device) -> Accumulator:
         method = self.storage.choose(width, self._used)
         if method == "moments":
@@ -121,6 +145,9 @@ class ActivationStatistics(Listener):
                 f"rank * rho = {asked} components were asked for, but the sketches were sized for "
                 f"{self.storage.components}. Listen with components={asked} or more."
             )
+        return self._reduced()
+
+    def _reduced(self) -> list[Stack]:
         stacked = stacks(self.groups, self.group_of, self.process_group)
         if not stacked:
             raise UserError("No target layer was called: no batch came, or the model did not run while listening.")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from stable_baselines3.common.vec_env import DummyVecEnv
 
-from eva_rl import envs
+from eva_rl import envs, eva
 from eva_rl.adapters import Rollouts, compute_eva, target_layers
 from eva_rl.batch import WindowBatch
 from eva_rl.data import Trajectories, WindowSampler
@@ -58,7 +58,7 @@ def replayed(rows_of_padding: bool = False) -> torch.Tensor:
 
 def test_what_is_heard_is_what_the_policy_saw() -> None:
     policy = make_policy()
-    result = compute_eva(policy, [LAYER], None, rollouts(), max_batches=4, rank=5, alpha=5.0)
+    result = compute_eva(policy, [LAYER], None, rollouts(), max_batches=4, keep_moments=True, rank=5, alpha=5.0)
     layer, rows = result.layers[LAYER], replayed()
     assert layer.rows == len(rows)
     assert len(rows) < STEPS * NUM_ENVS * 6, "windows after a reset are shorter"
@@ -68,6 +68,8 @@ def test_what_is_heard_is_what_the_policy_saw() -> None:
     )
     captured = (layer.components.double() @ vectors[:5].T).square().sum() / 5
     assert captured > 0.999
+    gain = (rows @ layer.components.double().T).square().sum(1).mean()
+    assert eva.gain(layer.components, result.moments[LAYER]) == pytest.approx(float(gain), rel=1e-3)
     wrong = torch.linalg.svd(replayed(rows_of_padding=True))[1]
     assert abs(float((wrong**2 / (wrong**2).sum())[0]) / float(layer.explained_variance_ratio[0]) - 1) > 1e-3
     assert policy.window == "cached"
