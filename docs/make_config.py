@@ -10,9 +10,9 @@ from typing import Any
 
 from eva_rl.__main__ import command_module
 from eva_rl.cli import parsing
-from eva_rl.cli.help import defaults_of, groups_of
+from eva_rl.cli.keys import Key, defaults_of, groups_of
 
-Rows = Sequence[tuple[str, Any, str]]
+Keys = Sequence[Key]
 HERE = Path(__file__).parent
 OUT = HERE / "config.md"
 HEAD = """# Every key
@@ -38,46 +38,48 @@ def _command(name: str) -> Iterator[str]:
     module = command_module(name)
     about = module.HELP.strip().split("\n\n")[0].replace("\n", " ")
     yield f"## {name}\n\n`python -m eva_rl.{name}`: {about}\n"
-    choices = parsing.CHOICES.get(name, {})
+    choices = parsing.COMMANDS[name].choices
     short = {key: short for short, key in parsing.SHORT_KEYS.items()}
-    for title, text, rows in groups_of(defaults_of(parsing.SCHEMAS[name]), {}):
-        if title not in choices:
-            yield from _table(f"{name}: {title}" if title else "", text and f"{text}.", rows, short)
+    for part in groups_of(defaults_of(parsing.COMMANDS[name].schema), {}):
+        if part.name not in choices:
+            yield from _table(
+                f"{name}: {part.name}" if part.name else "", part.text and f"{part.text}.", part.keys, short
+            )
     for group, options in choices.items():
-        seen: dict[frozenset[str], tuple[str, Rows]] = {}
+        seen: dict[frozenset[str], tuple[str, Keys]] = {}
         for option_name, option in options.items():
             yield from _choice(name, group, option_name, option, seen)
 
 
 def _choice(
-    command_name: str, group: str, name: str, option: Any, seen: dict[frozenset[str], tuple[str, Rows]]
+    command_name: str, group: str, name: str, option: Any, seen: dict[frozenset[str], tuple[str, Keys]]
 ) -> Iterator[str]:
     """Tables of a choice; of one that has the keys of an earlier one, only what differs."""
     about = (type(option).__doc__ or "").strip().splitlines()[0]
-    for index, (title, text, rows) in enumerate(groups_of(option, {}, group)):
-        label = f"{group}={name}" + ("" if index == 0 else f", {title}")
-        kept = [row for row in rows if row[0] != f"{group}.name"]
-        before, known = seen.setdefault(frozenset(row[0] for row in kept), (label, kept))
-        differing = kept if before == label else [row for row in kept if row not in known]
+    for index, part in enumerate(groups_of(option, {}, group)):
+        label = f"{group}={name}" + ("" if index == 0 else f", {part.name}")
+        kept = [key for key in part.keys if key.name != f"{group}.name"]
+        before, known = seen.setdefault(frozenset(key.name for key in kept), (label, kept))
+        differing = kept if before == label else [key for key in kept if key not in known]
         again = "" if before == label else f" As `{before}`" + (", but for:" if differing else ".")
         yield from _table(
-            f"{command_name}: {label}", (about if index == 0 else text).rstrip(".") + "." + again, differing
+            f"{command_name}: {label}", (about if index == 0 else part.text).rstrip(".") + "." + again, differing
         )
 
 
-def _table(heading: str, about: str, rows: Rows, short: Mapping[str, str] = MappingProxyType({})) -> Iterator[str]:
-    if not rows and not about:
+def _table(heading: str, about: str, keys: Keys, short: Mapping[str, str] = MappingProxyType({})) -> Iterator[str]:
+    if not keys and not about:
         return
     if heading:
         yield f"### {heading}\n"
     if about:
         yield f"{about[0].upper()}{about[1:]}\n"
-    if not rows:
+    if not keys:
         return
     yield "| key | default | meaning |\n|---|---|---|"
-    for key, default, text in rows:
-        names = f"`{short[key]}`, `{key}`" if key in short else f"`{key}`"
-        yield f"| {names} | `{default}` | {_cell(text)} |"
+    for key in keys:
+        names = f"`{short[key.name]}`, `{key.name}`" if key.name in short else f"`{key.name}`"
+        yield f"| {names} | `{key.shown}` | {_cell(key.text)} |"
     yield ""
 
 

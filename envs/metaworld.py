@@ -16,31 +16,14 @@ import mujoco
 import numpy as np
 from numpy.typing import NDArray
 
+from eva_rl.envs.names import METAWORLD_PREFIX as PREFIX
 from eva_rl.envs.spec import EnvSpec
 
-PREFIX = "metaworld/"
 OBSERVATION_DIM = 39
 ACTION_DIM = 4
 CAMERA = "corner2"
 HORIZON = 200
 """Env steps per episode in the Continual-World literature; Meta-World's own default is 500."""
-
-CW10 = tuple(
-    f"{PREFIX}{name}-v3"
-    for name in (
-        "hammer",
-        "push-wall",
-        "faucet-close",
-        "push-back",
-        "stick-pull",
-        "handle-press-side",
-        "push",
-        "shelf-place",
-        "window-close",
-        "peg-unplug-side",
-    )
-)
-"""The ten tasks of Continual World (Wolczyk et al. 2021), which the EVA paper fine-tunes on."""
 
 
 @cache
@@ -48,14 +31,6 @@ def _task_classes() -> dict[str, type[gym.Env[Any, Any]]]:
     from metaworld.env_dict import ALL_V3_ENVIRONMENTS_GOAL_OBSERVABLE as classes
 
     return {f"{PREFIX}{key.removesuffix('-goal-observable')}": cls for key, cls in classes.items()}
-
-
-def __getattr__(name: str) -> tuple[str, ...]:
-    if name == "METAWORLD_TASKS":
-        return tuple(sorted(_task_classes()))
-    if name == "MT40":
-        return tuple(task for task in sorted(_task_classes()) if task not in CW10)
-    raise AttributeError(name)
 
 
 class MetaWorldTask(gym.Wrapper[NDArray[np.float32], NDArray[np.float32], NDArray[Any], NDArray[np.float32]]):

@@ -12,37 +12,21 @@ import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 
-from eva_rl.envs import metaworld
+from eva_rl.envs.names import (
+    METAWORLD_PREFIX,
+    METAWORLD_TASKS,
+    MUJOCO_PREFIX,
+    MUJOCO_TASKS,
+    MUJOCO_VERSION,
+    TASK_SETS,
+    task_list,
+)
 from eva_rl.envs.spec import EnvSpec
 from eva_rl.errors import UnknownNameError, UserError
 
 log = logging.getLogger(__name__)
 
-MUJOCO_PREFIX = "mujoco/"
-MUJOCO_TASKS = {
-    "ant": "Ant",
-    "halfcheetah": "HalfCheetah",
-    "hopper": "Hopper",
-    "humanoid": "Humanoid",
-    "humanoidstandup": "HumanoidStandup",
-    "inverteddoublependulum": "InvertedDoublePendulum",
-    "invertedpendulum": "InvertedPendulum",
-    "pusher": "Pusher",
-    "reacher": "Reacher",
-    "swimmer": "Swimmer",
-    "walker2d": "Walker2d",
-}
-MUJOCO_VERSION = "v5"
 DEFAULT_HORIZON = 1000
-
-
-TASK_SETS = {"mt40": metaworld.MT40, "cw10": metaworld.CW10, "mt50": metaworld.METAWORLD_TASKS}
-"""Named lists of tasks."""
-
-
-def task_list() -> list[str]:
-    """Every name that ``env=`` takes besides Gymnasium ids: Meta-World tasks, then MuJoCo tasks."""
-    return [*metaworld.METAWORLD_TASKS, *(MUJOCO_PREFIX + name for name in MUJOCO_TASKS)]
 
 
 @cache
@@ -63,16 +47,16 @@ def canonical_id(name: str) -> str:
         return name
     resolved = _mujoco_id(name) if name.startswith(MUJOCO_PREFIX) else _metaworld_id(name)
     if resolved is None:
-        known = [*task_list(), *(task.removeprefix(metaworld.PREFIX) for task in metaworld.METAWORLD_TASKS)]
-        raise UnknownNameError("env", name, [*known, *gym.registry], "Type `--help` for the list of tasks.")
+        known = [*task_list(), *(task.removeprefix(METAWORLD_PREFIX) for task in METAWORLD_TASKS)]
+        raise UnknownNameError("env", name, [*known, *gym.registry], "`eva-rl finetune --help` lists the tasks.")
     return resolved
 
 
 def _metaworld_id(name: str) -> str | None:
-    task = name.removeprefix(metaworld.PREFIX)
+    task = name.removeprefix(METAWORLD_PREFIX)
     base = re.sub(r"-v[123]$", "", task)
-    resolved = f"{metaworld.PREFIX}{base}-v3"
-    if resolved not in metaworld.METAWORLD_TASKS:
+    resolved = f"{METAWORLD_PREFIX}{base}-v3"
+    if resolved not in METAWORLD_TASKS:
         return None
     if task != base and not task.endswith("-v3"):
         log.warning("%s: only Meta-World's v3 tasks exist; using %s.", name, resolved)
@@ -100,7 +84,9 @@ def make_env(name: str, *, horizon: int | None = None, render_mode: str | None =
         UserError: The environment cannot be made, or its spaces are not flat boxes.
     """
     env_id = canonical_id(name)
-    if env_id.startswith(metaworld.PREFIX):
+    if env_id.startswith(METAWORLD_PREFIX):
+        from eva_rl.envs import metaworld
+
         return metaworld.MetaWorldTask(env_id, horizon or metaworld.HORIZON, render_mode)
     try:
         env = gym.make(env_id, max_episode_steps=horizon, render_mode=render_mode)
@@ -130,8 +116,10 @@ def _flat(env: gym.Env[Any, Any], env_id: str) -> gym.Env[Any, Any]:
 def env_spec(name: str, horizon: int | None = None) -> EnvSpec:
     """Describe a task: dimensions, action bounds, horizon, evaluation protocol."""
     env_id = canonical_id(name)
-    if env_id.startswith(metaworld.PREFIX):
-        return metaworld.metaworld_spec(env_id, horizon)
+    if env_id.startswith(METAWORLD_PREFIX):
+        from eva_rl.envs.metaworld import metaworld_spec
+
+        return metaworld_spec(env_id, horizon)
     env = make_env(env_id, horizon=horizon)
     steps = horizon or (env.spec.max_episode_steps if env.spec else None) or DEFAULT_HORIZON
     action_space, observation_space = env.action_space, env.observation_space

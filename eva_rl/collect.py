@@ -99,7 +99,7 @@ def _episodes(config: CollectConfig) -> Trajectories:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
-    return run_command("collect", CollectConfig, collect, HELP, argv)
+    return run_command("collect", collect, HELP, argv)
 
 
 if __name__ == "__main__":

@@ -212,7 +212,7 @@ def _print(what: str | Table) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
-    return run_command("datasets", DatasetsConfig, lambda config: ACTIONS[config.action](config), HELP, argv)
+    return run_command("datasets", lambda config: ACTIONS[config.action](config), HELP, argv)
 
 
 if __name__ == "__main__":

@@ -25,10 +25,15 @@ class UnknownNameError(UserError):
 
     def __init__(self, kind: str, name: str, known: Iterable[str], hint: str = "") -> None:
         known = list(known)
-        close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+        close = close_matches(name, known)
         if close:
             expected = "Did you mean " + " or ".join(repr(match) for match in close) + "?"
         else:
             listed = ", ".join(known[:12]) + (", ..." if len(known) > 12 else "")
             expected = f"Known: {listed}."
         super().__init__(f"Unknown {kind} {name!r}. {expected} {hint}".strip())
+
+
+def close_matches(name: str, known: Iterable[str]) -> list[str]:
+    """The three names at most that a misspelt one may stand for, the closest first."""
+    return difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)

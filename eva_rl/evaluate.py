@@ -259,7 +259,7 @@ def _with_difference(on: float | None, off: float | None, digits: str) -> list[s
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
-    return run_command("evaluate", EvaluateConfig, evaluate, HELP, argv)
+    return run_command("evaluate", evaluate, HELP, argv)
 
 
 if __name__ == "__main__":

@@ -143,7 +143,7 @@ def push_folder(folder: Path, repository: str, private: bool) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
-    return run_command("export", ExportConfig, export, HELP, argv)
+    return run_command("export", export, HELP, argv)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import yaml
 from safetensors import SafetensorError
+from yaml.nodes import Node
 
 from eva_rl.errors import UserError
 
@@ -28,6 +30,29 @@ def read_json(path: Path) -> Any:
         raise UserError(f"No file {path}.") from error
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is not readable JSON: {error}.") from error
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """Reads plain values; a file that repeats parts by alias could grow without bound."""
+
+    def compose_node(self, parent: Node | None, index: int) -> Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("aliases (*name) are not taken")
+        return super().compose_node(parent, index)
+
+
+def read_yaml(path: Path) -> Any:
+    """Read a YAML file of plain values; text such as ``${oc.env:HOME}`` stays text.
+
+    Raises:
+        UserError: No such file, or not YAML.
+    """
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), _PlainLoader)
+    except FileNotFoundError as error:
+        raise UserError(f"No file {path}.") from error
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise UserError(f"{path} is not readable YAML: {' '.join(str(error).split())}.") from error
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

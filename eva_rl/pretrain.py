@@ -214,7 +214,7 @@ def _summary(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
-    return run_command("pretrain", PretrainConfig, pretrain, HELP, argv, multirun=multirun)
+    return run_command("pretrain", pretrain, HELP, argv, multirun=multirun)
 
 
 if __name__ == "__main__":

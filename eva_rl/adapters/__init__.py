@@ -1,13 +1,20 @@
 """PEFT adapters on policies, initialised by the EVA engine."""
 
-from eva_rl.adapters.attach import AttachedAdapter, attach_adapter, base_weights, count_parameters
-from eva_rl.adapters.eva_init import SOURCES, Rollouts, compute_eva, second_moments
-from eva_rl.adapters.extensions import ADAPTER_NAME, initial_rank
-from eva_rl.adapters.folders import adapter_bytes, find_adapter, load_policy, save_adapted_policy
-from eva_rl.adapters.layers import PROJECTIONS, rank_limits, target_layers
-from eva_rl.adapters.methods import DIRECTIONS, GRADIENTS, METHODS, MOMENTS, Method, find_method
-from eva_rl.adapters.refresh import Refresh, refresh_directions, subspace_overlap
-from eva_rl.adapters.switching import AdaptedPolicy, Adapters
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from eva_rl.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from eva_rl.adapters.attach import AttachedAdapter, attach_adapter, base_weights, count_parameters
+    from eva_rl.adapters.eva_init import SOURCES, Rollouts, compute_eva, second_moments
+    from eva_rl.adapters.extensions import ADAPTER_NAME, initial_rank
+    from eva_rl.adapters.folders import adapter_bytes, find_adapter, load_policy, save_adapted_policy
+    from eva_rl.adapters.layers import PROJECTIONS, rank_limits, target_layers
+    from eva_rl.adapters.methods import DIRECTIONS, GRADIENTS, METHODS, MOMENTS, Method, find_method
+    from eva_rl.adapters.refresh import Refresh, refresh_directions, subspace_overlap
+    from eva_rl.adapters.switching import AdaptedPolicy, Adapters
 
 __all__ = [
     "ADAPTER_NAME",
@@ -39,3 +46,37 @@ __all__ = [
     "subspace_overlap",
     "target_layers",
 ]
+
+__getattr__ = lazy_names(
+    __name__,
+    {
+        "ADAPTER_NAME": "eva_rl.adapters.extensions",
+        "AdaptedPolicy": "eva_rl.adapters.switching",
+        "Adapters": "eva_rl.adapters.switching",
+        "AttachedAdapter": "eva_rl.adapters.attach",
+        "DIRECTIONS": "eva_rl.adapters.methods",
+        "GRADIENTS": "eva_rl.adapters.methods",
+        "METHODS": "eva_rl.adapters.methods",
+        "MOMENTS": "eva_rl.adapters.methods",
+        "Method": "eva_rl.adapters.methods",
+        "PROJECTIONS": "eva_rl.adapters.layers",
+        "Refresh": "eva_rl.adapters.refresh",
+        "Rollouts": "eva_rl.adapters.eva_init",
+        "SOURCES": "eva_rl.adapters.eva_init",
+        "adapter_bytes": "eva_rl.adapters.folders",
+        "attach_adapter": "eva_rl.adapters.attach",
+        "base_weights": "eva_rl.adapters.attach",
+        "compute_eva": "eva_rl.adapters.eva_init",
+        "count_parameters": "eva_rl.adapters.attach",
+        "find_adapter": "eva_rl.adapters.folders",
+        "find_method": "eva_rl.adapters.methods",
+        "initial_rank": "eva_rl.adapters.extensions",
+        "load_policy": "eva_rl.adapters.folders",
+        "rank_limits": "eva_rl.adapters.layers",
+        "refresh_directions": "eva_rl.adapters.refresh",
+        "save_adapted_policy": "eva_rl.adapters.folders",
+        "second_moments": "eva_rl.adapters.eva_init",
+        "subspace_overlap": "eva_rl.adapters.refresh",
+        "target_layers": "eva_rl.adapters.layers",
+    },
+)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -19,6 +18,7 @@ from eva_rl.cli.console import console
 from eva_rl.cli.loading import open_policy, resolve_policy
 from eva_rl.cli.parsing import parse, register
 from eva_rl.cli.run_dir import CONFIG_FILE, SUMMARY_FILE, changed_settings
+from eva_rl.cli.values import quoted, split_list, unquoted
 from eva_rl.configs.finetune import FinetuneConfig
 from eva_rl.envs import env_spec
 from eva_rl.envs.registry import task_ids
@@ -100,20 +100,12 @@ def arguments(typed: Sequence[str]) -> list[str]:
     rest = []
     for word in typed:
         if word.startswith("set="):
-            gathered += split_list(word.removeprefix("set="))
+            gathered += [unquoted(entry) for entry in split_list(word.removeprefix("set="))]
         elif word.startswith(PASSED):
             gathered.append(word.removeprefix(PASSED))
         else:
             rest.append(word)
-    quoted = ",".join("'" + word.replace("\\", "\\\\").replace("'", "\\'") + "'" for word in gathered)
-    return [*rest, f"set=[{quoted}]"] if gathered else rest
-
-
-def split_list(text: str) -> list[str]:
-    """Entries of ``[a=1,b=[2,3]]``: commas inside of brackets or quotes do not separate."""
-    inner = text[1:-1] if text.startswith("[") and text.endswith("]") else text
-    found = re.findall(r"(?:'[^']*'|\"[^\"]*\"|\[[^\]]*\]|\{[^}]*\}|[^,])+", inner)
-    return [re.sub(r"""^(['"])(.*)\1$""", r"\2", entry.strip()) for entry in found]
+    return [*rest, f"set=[{','.join(map(quoted, gathered))}]"] if gathered else rest
 
 
 register("benchmark", BenchmarkConfig, {}, arguments)
@@ -244,4 +236,4 @@ def check_unchanged(cell: Cell) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
-    return run_command("benchmark", BenchmarkConfig, benchmark, HELP, argv)
+    return run_command("benchmark", benchmark, HELP, argv)

@@ -10,14 +10,10 @@ from collections.abc import Callable, Sequence
 from rich.logging import RichHandler
 from rich.markup import escape
 
+from eva_rl._version import __version__
 from eva_rl.cli.console import console
 from eva_rl.cli.help import print_help
-from eva_rl.cli.parsing import (
-    CHOICES,
-    SHORT_KEYS,
-    Config,
-    parse,
-)
+from eva_rl.cli.parsing import Config, parse
 from eva_rl.errors import UserError
 
 MULTIRUN = {"--multirun", "-m"}
@@ -26,7 +22,6 @@ MULTIRUN = {"--multirun", "-m"}
 
 def run_command(
     name: str,
-    schema: type[Config],
     main: Callable[[Config], None],
     help_text: str,
     argv: Sequence[str] | None = None,
@@ -37,7 +32,6 @@ def run_command(
 
     Args:
         name: The command.
-        schema: Dataclass of its config, for ``--help``.
         main: What to do with the config.
         help_text: What the command does, with examples.
         argv: Overrides; None takes the command line's.
@@ -56,7 +50,10 @@ def run_command(
     )
     logging.getLogger("httpx").setLevel(logging.WARNING)  # it would tell of each request to the hub
     if any(flag in overrides for flag in ("--help", "-h")):
-        print_help(name, schema, help_text, short_keys=SHORT_KEYS, choices=CHOICES.get(name, {}), overrides=overrides)
+        print_help(name, help_text, overrides)
+        return 0
+    if "--version" in overrides:
+        sys.stdout.write(f"eva-rl {__version__}\n")
         return 0
     try:
         if MULTIRUN & set(overrides):

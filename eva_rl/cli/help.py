@@ -2,121 +2,172 @@
 
 from __future__ import annotations
 
+import json
+import re
+import shutil
+import sys
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import MISSING, Field, fields, is_dataclass
-from typing import Any
+from importlib.util import find_spec
+from pathlib import Path
 
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
+from eva_rl.cli.keys import Key, KeyGroup, defaults_of, groups_of
+from eva_rl.cli.parsing import COMMANDS, SHORT_KEYS
 
-Choices = Mapping[str, Mapping[str, object]]
-"""For each group that is chosen by name, its options."""
 KEY_WIDTH = 34
+"""Columns of a key with its default, before the text."""
+TASK_COLUMN = 14
+MAX_WIDTH = 120
+TASK_KEYS, POLICY_KEYS = {"env.id", "tasks"}, {"policy.path"}
+"""Keys that take tasks, and policies."""
 
 
-def print_help(
-    name: str,
-    schema: type,
-    help_text: str,
-    *,
-    short_keys: Mapping[str, str],
-    choices: Choices,
-    overrides: Sequence[str] = (),
-) -> None:
-    """Show what a command does, its options by group with their defaults, and the tasks.
+def print_help(name: str, help_text: str, words: Sequence[str] = ()) -> None:
+    """Show what a command does, its keys by group with their defaults, and the tasks and policies that it takes.
 
     Args:
         name: The command.
-        schema: Dataclass of its config.
         help_text: What it does, with examples.
-        short_keys: What a user may type for longer keys.
-        choices: Options of the groups that are chosen by name.
-        overrides: What was typed; a choice made there is the one that is shown.
+        words: What was typed; an option of a group chosen there is the one that is shown.
     """
-    out = Console(highlight=False)
-    out.print(f"[bold]python -m eva_rl.{name}[/] [KEY=VALUE ...]\n\n{escape(help_text.strip())}", soft_wrap=True)
-    instance = defaults_of(schema)
-    chosen = {group: _chosen(group, options, overrides) for group, options in choices.items()}
-    groups = list(groups_of(instance, {group: choices[group][name] for group, name in chosen.items()}))
-    texts = {key: text for _, _, rows in groups for key, _, text in rows}
-    defaults = {key: default for _, _, rows in groups for key, default, _ in rows}
-    short = [(s, defaults[k], texts[k].replace(f"; same as {s}=", "")) for s, k in short_keys.items() if k in texts]
-    short += [(g, c, "one of " + ", ".join(choices[g])) for g, c in chosen.items()]
-    _section(out, "The keys to begin with", "", short)
-    for title, text, rows in groups:
-        hidden = {key for s, key in short_keys.items() if key in texts} | {f"{g}.name" for g in chosen}
-        _section(out, title, text, [row for row in rows if row[0] not in hidden])
-        if title in chosen and len(choices[title]) > 1:
-            out.print(f"  These are the options of {title}={chosen[title]}; for those of another choice:")
-            out.print(f"  python -m eva_rl.{name} {title}={list(choices[title])[-1]} --help", soft_wrap=True)
-    _tasks(out)
+    width = min(shutil.get_terminal_size().columns, MAX_WIDTH)
+    sys.stdout.write("\n".join(help_lines(name, help_text, words, width)) + "\n")
 
 
-def _chosen(group: str, options: Mapping[str, object], overrides: Sequence[str]) -> str:
-    typed = [override.partition("=")[2] for override in overrides if override.startswith(f"{group}=")]
+def help_lines(name: str, help_text: str, words: Sequence[str], width: int) -> Iterator[str]:
+    """The lines of a command's help, none longer than ``width`` unless it is one word."""
+    command = COMMANDS[name]
+    chosen = {group: _chosen(group, options, words) for group, options in command.choices.items()}
+    nodes = {group: command.choices[group][option] for group, option in chosen.items()}
+    groups = list(groups_of(defaults_of(command.schema), nodes))
+    keys = {key.name: key for group in groups for key in group.keys}
+    short = {short: key for short, key in SHORT_KEYS.items() if key in keys}
+    yield f"eva-rl {name} [KEY=VALUE ...]      (or: python -m eva_rl.{name})"
+    yield ""
+    yield from _prose(help_text, width)
+    yield from _first_keys(command.choices, chosen, {s: keys[key] for s, key in short.items()}, width)
+    hidden = {*short.values(), *(f"{group}.name" for group in chosen)}
+    for group in groups:
+        yield from _section(group, hidden, width)
+        if group.name in chosen:
+            yield from _other_options(name, group.name, chosen[group.name], command.choices[group.name], width)
+    if TASK_KEYS & set(keys):
+        several = "mt40" in " ".join([*(key.text for key in keys.values()), *(group.text for group in groups)])
+        yield from _tasks("env=" if "env.id" in keys else "tasks=", width, several=several)
+    if POLICY_KEYS & set(keys):
+        yield from _policies(width)
+
+
+def _chosen(group: str, options: Mapping[str, object], words: Sequence[str]) -> str:
+    typed = [word.partition("=")[2] for word in words if word.lstrip("-").startswith(f"{group}=")]
     return typed[-1] if typed and typed[-1] in options else next(iter(options))
 
 
-def defaults_of(schema: type) -> Any:
-    """A config with all defaults, unchecked: a command may ask for a key that has none."""
-    instance: Any = object.__new__(schema)
-    for f in fields(schema):
-        made = f.default_factory() if f.default_factory is not MISSING else f.default
-        setattr(instance, f.name, made)
-    return instance
+def _prose(text: str, width: int) -> Iterator[str]:
+    """Paragraphs are filled; indented lines are commands, and are continued with a backslash."""
+    for paragraph in text.strip("\n").split("\n\n"):
+        plain: list[str] = []
+        for line in paragraph.splitlines():
+            if line.startswith("  "):
+                yield from _filled(plain, width)
+                plain = []
+                yield from _command_line(line, width)
+            else:
+                plain.append(line)
+        yield from _filled(plain, width)
+        yield ""
 
 
-def groups_of(
-    instance: Any, chosen: Mapping[str, Any], prefix: str = "", text: str = ""
-) -> Iterator[tuple[str, str, list[tuple[str, Any, str]]]]:
-    """Groups of options: dotted name, what it is about, and key, default and help of each option in it.
-
-    Args:
-        instance: A config dataclass.
-        chosen: For groups that are chosen by name, what is chosen.
-        prefix: Dotted name of the group.
-        text: What it is about.
-    """
-    own: list[tuple[Field[Any], Any]] = []
-    inner: list[tuple[Field[Any], Any]] = []
-    for f in fields(instance):
-        value = getattr(instance, f.name)
-        (inner if is_dataclass(value) else own).append((f, value))
-    rows = [(f"{prefix}.{f.name}".strip("."), _shown(value), f.metadata.get("help", "")) for f, value in own]
-    yield prefix, text, rows
-    for f, value in inner:
-        key = f"{prefix}.{f.name}".strip(".")
-        yield from groups_of(chosen.get(key, value), chosen, key, f.metadata.get("help", ""))
+def _filled(lines: Sequence[str], width: int) -> list[str]:
+    return textwrap.wrap(" ".join(lines), width, break_on_hyphens=False)
 
 
-def _shown(value: Any) -> str:
-    """A default as it is typed."""
-    if isinstance(value, list | tuple):
-        return "[" + ",".join(map(str, value)) + "]"
-    if isinstance(value, bool):
-        return str(value).lower()
-    return {None: "null", "": "''"}.get(value, str(value)) if not isinstance(value, dict) else "{}"
+def _command_line(line: str, width: int) -> Iterator[str]:
+    pieces = textwrap.wrap(
+        line.strip(), width - 4, initial_indent="  ", subsequent_indent="      ", break_long_words=False,
+        break_on_hyphens=False,
+    )  # fmt: skip
+    yield from [f"{piece} \\" for piece in pieces[:-1]] + pieces[-1:]
 
 
-def _section(out: Console, title: str, text: str, rows: Sequence[tuple[str, Any, str]]) -> None:
-    if not rows:
+def _first_keys(
+    choices: Mapping[str, Mapping[str, object]], chosen: Mapping[str, str], short: Mapping[str, Key], width: int
+) -> Iterator[str]:
+    if short or chosen:
+        yield "The keys to begin with"
+    for name, key in short.items():
+        yield from _row(f"{name}={key.shown}", key.text.replace(f"; same as {name}=", ""), width)
+    for group, option in chosen.items():
+        yield from _row(f"{group}={option}", "one of " + ", ".join(choices[group]), width)
+
+
+def _section(group: KeyGroup, hidden: set[str], width: int) -> Iterator[str]:
+    keys = [key for key in group.keys if key.name not in hidden]
+    if not keys:
         return
-    out.print(f"\n[bold]{title or 'general'}[/]" + (f"  {escape(text)}" if text else ""))
-    for key, default, line in rows:
-        shown = f"  {key}=[cyan]{escape(str(default))}[/]"
-        table = Table.grid(padding=(0, 2))
-        table.add_column(width=KEY_WIDTH)
-        table.add_column()
-        if len(f"  {key}={default}") > KEY_WIDTH:
-            out.print(shown, soft_wrap=True)
-            shown = ""
-        table.add_row(shown, escape(line))
-        out.print(table)
+    yield ""
+    yield from textwrap.wrap(f"{group.name or 'general'}: {group.text}".rstrip(": "), width, subsequent_indent="  ")
+    for key in keys:
+        yield from _row(f"{key.name}={key.shown}", key.text, width)
 
 
-def _tasks(out: Console) -> None:
-    from eva_rl.envs import task_list
+def _row(key: str, text: str, width: int, column: int = KEY_WIDTH) -> Iterator[str]:
+    """A key and its text beside it, below it where the key is long."""
+    beside = f"  {key:{column - 2}}"
+    if len(beside) > column:
+        yield beside.rstrip()
+        beside = ""
+    indent = " " * column
+    yield from textwrap.wrap(beside + text, width, initial_indent="" if beside else indent, subsequent_indent=indent,
+                             drop_whitespace=True, break_on_hyphens=False) if text else [beside.rstrip()]  # fmt: skip
 
-    out.print("\n[bold]Tasks[/] (env=)")
-    out.print(f"  {', '.join(task_list())}\n  and every Gymnasium id, for instance Hopper-v5\n")
+
+def _other_options(name: str, group: str, option: str, options: Mapping[str, object], width: int) -> Iterator[str]:
+    others = [other for other in options if other != option]
+    if others:
+        yield ""
+        yield from textwrap.wrap(
+            f"These are the keys of {group}={option}. Those of the others: eva-rl {name} {group}={others[0]} --help",
+            width, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False,
+        )  # fmt: skip
+
+
+def _tasks(key: str, width: int, *, several: bool) -> Iterator[str]:
+    from eva_rl.envs.names import CW10, METAWORLD_TASKS, MT40, MUJOCO_TASKS, MUJOCO_VERSION
+
+    def plain(tasks: Sequence[str]) -> str:
+        return ", ".join(task.removeprefix("metaworld/") for task in tasks)
+
+    rows = {
+        "Meta-World": plain(METAWORLD_TASKS),
+        "MuJoCo": ", ".join(f"{name}-{MUJOCO_VERSION}" for name in MUJOCO_TASKS.values()),
+        "others": "every Gymnasium id with Box observations and actions",
+    }
+    groups = {
+        "cw10": f"Continual World: {plain(CW10)}",
+        "mt40": f"the other {len(MT40)} tasks of Meta-World",
+        "mt50": f"all {len(METAWORLD_TASKS)} tasks of Meta-World",
+    }
+    yield from ("", f"Tasks ({key})")
+    for name, text in {**rows, **(groups if several else {})}.items():
+        yield from _row(name, text, width, TASK_COLUMN)
+
+
+def _policies(width: int) -> Iterator[str]:
+    yield from ("", "Shipped policies (policy=)")
+    for name, text in shipped().items():
+        yield from _row(name, text, width, TASK_COLUMN)
+
+
+def shipped() -> dict[str, str]:
+    """Names of the shipped policies, and what each was trained on."""
+    spec = find_spec("eva_rl.agents")
+    folders = Path(spec.origin).parent / "pretrained" if spec and spec.origin else Path()
+    return {path.parent.name: _about(path) for path in sorted(folders.glob("*/policy.json"))}
+
+
+def _about(path: Path) -> str:
+    metadata = json.loads(path.read_text()).get("metadata", {})
+    tasks = [re.sub("^metaworld/", "", task) for task in metadata.get("pretrained_on", [])]
+    listed = f"{len(tasks)} tasks of Meta-World" if len(tasks) > 3 else ", ".join(tasks)
+    return f"pretrained on {listed}" if tasks else "a pretrained policy"

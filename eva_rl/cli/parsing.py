@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_origin
 
 from hydra import compose, initialize_config_module
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 
-from eva_rl.errors import UserError
+from eva_rl.cli.keys import Key, defaults_of, groups_of
+from eva_rl.cli.values import literal, value_of
+from eva_rl.errors import UserError, close_matches
+from eva_rl.files import read_yaml
 
 Config = TypeVar("Config")
+Arguments = Callable[[Sequence[str]], list[str]]
+Typed = Sequence[tuple[str, str]]
 
 
 SHORT_KEYS = {
@@ -26,20 +33,51 @@ SHORT_KEYS = {
     "expert": "expert.name",
 }
 """What a user types, and the key it sets."""
+SYNONYMS = {
+    "lr": "learning_rate",
+    "steps": "updates",
+    "max_steps": "updates",
+    "epochs": "updates",
+    "bs": "batch_size",
+    "task": "env",
+    "env_id": "env",
+    "env_name": "env",
+    "dataset": "data",
+    "model": "policy",
+    "method": "adapter",
+    "peft": "adapter",
+    "r": "rank",
+    "lora_r": "rank",
+    "lora_alpha": "alpha",
+    "output_dir": "run_dir",
+    "log_dir": "run_dir",
+    "gpu": "device",
+}
+"""What other programs call a key."""
+CONFIG = "config"
+"""Names the ``config.yaml`` of a run, or its folder, to begin from."""
+NOT_STORED = {"run_dir", "resume"}
+"""Keys of another run's config that a new run decides on itself."""
+WORD = re.compile(r"\+{0,2}(?P<key>[A-Za-z_][^=\s]*)=(?P<value>.*)", re.DOTALL)
 
 
-SCHEMAS: dict[str, type] = {}
-"""The dataclass of each command's config."""
+@dataclass(frozen=True)
+class Command:
+    """What is known of a command.
+
+    Attributes:
+        schema: Dataclass of its config.
+        choices: Its groups that are chosen by name, and their options: dataclasses with what each begins with.
+        arguments: Turns what was typed into ``KEY=VALUE``, where a command takes more than those.
+    """
+
+    schema: type
+    choices: Mapping[str, Mapping[str, object]]
+    arguments: Arguments
 
 
-CHOICES: dict[str, Mapping[str, Mapping[str, object]]] = {}
-"""For each command, its groups that are chosen by name."""
-
-
-Arguments = Callable[[Sequence[str]], list[str]]
-
-
-_ARGUMENTS: dict[str, Arguments] = {}
+COMMANDS: dict[str, Command] = {}
+"""The commands that were imported."""
 
 
 def register(name: str, schema: type, groups: Mapping[str, Mapping[str, object]], arguments: Arguments = list) -> None:
@@ -49,10 +87,9 @@ def register(name: str, schema: type, groups: Mapping[str, Mapping[str, object]]
         name: The command.
         schema: Dataclass of the whole config.
         groups: For each Hydra group, its options by name: dataclasses with the values that each begins with.
-        arguments: Turns what was typed into overrides, where a command takes more than those.
+        arguments: Turns what was typed into ``KEY=VALUE``, where a command takes more than those.
     """
-    _ARGUMENTS[name] = arguments
-    SCHEMAS[name], CHOICES[name] = schema, groups
+    COMMANDS[name] = Command(schema, groups, arguments)
     store = ConfigStore.instance()
     store.store(name=f"{name}_schema", node=schema)
     for group_name, options in groups.items():
@@ -60,52 +97,178 @@ def register(name: str, schema: type, groups: Mapping[str, Mapping[str, object]]
             store.store(group=group_name, name=option_name, node=node)
 
 
-def parse(name: str, overrides: Sequence[str]) -> Any:
+def parse(name: str, words: Sequence[str]) -> Any:
     """Compose a command's config and convert it to its dataclass, once.
 
     Args:
         name: The command; ``configs/<name>.yaml`` is its primary config.
-        overrides: What was typed, for instance ``["env=push-v3", "adapter.rank=4"]``.
+        words: What was typed: ``["env=push-v3", "adapter.rank=4"]``, or ``["--env", "push-v3"]``.
 
     Raises:
         UserError: An unknown key, option or type, or a value out of range.
     """
+    everything = [_key_and_value(name, word) for word in COMMANDS[name].arguments(without_dashes(name, words))]
+    typed = [(key, value) for key, value in everything if key != CONFIG]
+    stored = stored_settings([Path(value) for key, value in everything if key == CONFIG])
+    chosen = chosen_options(name, typed, stored)
+    values = [*_stored_values(name, stored, chosen), *_typed_values(name, typed, chosen)]
     try:
         with initialize_config_module("eva_rl.configs", version_base="1.3"):
-            typed = _ARGUMENTS[name](overrides)
-            config = compose(name, [_long_form(override, name) for override in typed])
+            config = compose(name, [f"{group}={option}" for group, option in chosen.items()])
+        for key, value in values:
+            _set(config, key, value)
         return OmegaConf.to_object(config)
     except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(f"{_first_lines(error)} See `python -m eva_rl.{name} --help`.") from error
+        raise UserError(f"{_first_lines(error)} {see_help(name)}") from error
 
 
-def _long_form(override: str, command: str) -> str:
-    """Turn ``env=push-v3`` into ``env.id=push-v3``, quoting what Hydra's grammar would take apart.
+def see_help(name: str) -> str:
+    """Where the keys of a command are listed."""
+    return f"See `python -m eva_rl.{name} --help`."
 
-    Entries of a table such as ``adapter.rank_caps={action_head:2}`` are added: Hydra wants a plus for that.
+
+def without_dashes(name: str, words: Sequence[str]) -> list[str]:
+    """What was typed, with ``--env push-v3``, ``--env=push-v3`` and ``--video`` as ``KEY=VALUE``."""
+    left, found = list(words), []
+    while left:
+        word = left.pop(0)
+        key, equals, value = word.removeprefix("--").partition("=")
+        key = key.replace("-", "_")
+        if not re.match(r"--[A-Za-z]", word):
+            found.append(word)
+        elif equals:
+            found.append(f"{key}={value}")
+        elif left and not re.match(r"--[A-Za-z]|[A-Za-z_][\w.]*=", left[0]):
+            found.append(f"{key}={left.pop(0)}")
+        else:
+            found.append(f"{key}=true" if _is_switch(name, key) else word)
+    return found
+
+
+def _is_switch(name: str, key: str) -> bool:
+    found = known_keys(name, first_options(name)).get(key)
+    return found is not None and found.kind is bool
+
+
+def _key_and_value(name: str, word: str) -> tuple[str, str]:
+    found = WORD.fullmatch(word)
+    if found is None:
+        guess = f" A task is named by env={word}." if re.fullmatch(r"[\w/-]+-v\d|mujoco/\w+", word) else ""
+        raise UserError(f"{word!r} is not KEY=VALUE.{guess} {see_help(name)}")
+    return found["key"], found["value"]
+
+
+def first_options(name: str) -> dict[str, str]:
+    """The option of each group that is chosen by name where nothing is typed."""
+    return {group: next(iter(options)) for group, options in COMMANDS[name].choices.items()}
+
+
+def chosen_options(name: str, typed: Typed, stored: Mapping[str, Any]) -> dict[str, str]:
+    """The option of each group that is chosen by name: what was typed, else stored, else the first.
+
+    Raises:
+        UserError: There is no such option.
     """
-    key, equals, value = override.partition("=")
-    schema = ConfigStore.instance().load(f"{command}_schema.yaml").node
-    if equals and (_is_table(schema, key) or _is_table(schema, key.rpartition(".")[0])):
-        return f"+{override}"
-    long_key = SHORT_KEYS.get(key)
-    if not equals or long_key is None or (key in schema and not OmegaConf.is_config(schema[key])):
-        return override
-    if not re.match(r"^['\"]", value):
-        value = "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
-    return f"{long_key}={value}"
+    chosen = first_options(name)
+    for group, options in COMMANDS[name].choices.items():
+        chosen[group] = dict(typed).get(group) or stored.get(f"{group}.name", chosen[group])
+        if chosen[group] not in options:
+            close = close_matches(chosen[group], options)
+            expected = f"Did you mean {' or '.join(close)}?" if close else f"Expected one of {', '.join(options)}."
+            raise UserError(f"{group}={chosen[group]}: there is no such option. {expected} {see_help(name)}")
+    return chosen
 
 
-def _is_table(schema: DictConfig, key: str) -> bool:
-    """Whether the schema has a mapping with free keys there."""
-    node = OmegaConf.select(schema, key) if re.fullmatch(r"[\w.]+", key) else None
-    return isinstance(node, DictConfig) and OmegaConf.get_type(node) is dict
+def known_keys(name: str, chosen: Mapping[str, str]) -> dict[str, Key]:
+    """Every key of a command by its name, with these options."""
+    command = COMMANDS[name]
+    nodes = {group: command.choices[group][option] for group, option in chosen.items()}
+    return {key.name: key for group in groups_of(defaults_of(command.schema), nodes) for key in group.keys}
+
+
+def _typed_values(name: str, typed: Typed, chosen: Mapping[str, str]) -> Iterator[tuple[str, Any]]:
+    """What was typed, as values of the keys' types."""
+    known = known_keys(name, chosen)
+    for key, text in typed:
+        long = SHORT_KEYS.get(key, key) if key not in known else key
+        table, _, entry = long.rpartition(".")
+        if long in known:
+            yield long, value_of(key, known[long].kind, text)
+        elif table in known and get_origin(known[table].kind) is dict:
+            yield table, {entry: value_of(key, get_args(known[table].kind)[1], text)}
+        elif key not in chosen:
+            raise UserError(f"{key}={text}: {suggestion(name, key, text, chosen)} {see_help(name)}")
+
+
+def suggestion(name: str, key: str, text: str, chosen: Mapping[str, str]) -> str:
+    """What somebody may have meant by a key that does not exist: the key to type instead."""
+    known = known_keys(name, chosen)
+    takes = [short for short, long in SHORT_KEYS.items() if long in known] + list(known)
+    last = key.rpartition(".")[2]
+    wanted = {last, SYNONYMS.get(last, last)}
+    same = [other for other in takes if other in wanted or other.rpartition(".")[2] in wanted]
+    if same:
+        return "there is no such key. Type " + " or ".join(f"{other}={text}" for other in same[:3]) + "."
+    for group, options in COMMANDS[name].choices.items():
+        having = [option for option in options if key in known_keys(name, {**chosen, group: option})]
+        if having:
+            return f"that is a key of {group}={' or '.join(having[:3])}. Type {group}={having[0]} as well."
+    close = close_matches(key, takes)
+    return "there is no such key." + (f" Did you mean {' or '.join(f'{c}={text}' for c in close)}?" if close else "")
+
+
+def stored_settings(paths: Sequence[Path]) -> dict[str, Any]:
+    """The settings of runs, flat; of several files the later ones win.
+
+    Args:
+        paths: ``config.yaml`` files, or run directories.
+
+    Raises:
+        UserError: No such file, or it holds no settings.
+    """
+    settings: dict[str, Any] = {}
+    for path in paths:
+        file = path.expanduser() / "config.yaml" if path.expanduser().is_dir() else path.expanduser()
+        content = read_yaml(file)
+        if not isinstance(content, dict):
+            raise UserError(f"{file} holds no settings. Name a run directory or its config.yaml with config=.")
+        settings |= {key: value for key, value in flat(content) if key not in NOT_STORED}
+    return settings
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Settings of nested groups by dotted name; an empty group is a value."""
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _stored_values(name: str, stored: Mapping[str, Any], chosen: Mapping[str, str]) -> Iterator[tuple[str, Any]]:
+    """Stored settings as values; those of an option that is not chosen any more are left out."""
+    known = known_keys(name, chosen)
+    dropped = {group for group, option in chosen.items() if stored.get(f"{group}.name", option) != option}
+    for key, value in stored.items():
+        if key.partition(".")[0] in dropped:
+            continue
+        table, _, entry = key.rpartition(".")
+        if key in known:
+            kind = known[key].kind
+            yield key, value_of(key, kind, value) if isinstance(value, str) and kind is float else literal(value)
+        elif table in known:
+            yield table, {entry: literal(value)}
+        else:
+            raise UserError(f"{CONFIG}=: the file sets {key}, {suggestion(name, key, str(value), chosen)}")
+
+
+def _set(config: DictConfig, key: str, value: Any) -> None:
+    try:
+        OmegaConf.update(config, key, value, force_add=True)  # entries of a table are new keys
+    except GrammarParseError:  # "${" without an end: text
+        OmegaConf.update(config, key, literal(value), force_add=True)
 
 
 def _first_lines(error: Exception) -> str:
-    cause: BaseException = error
-    while isinstance(cause.__cause__, HydraException | OmegaConfBaseException):
-        cause = cause.__cause__
-    lines = [line.strip() for text in (str(error), str(cause)) for line in text.splitlines() if line.strip()]
-    kept = [line for line in dict.fromkeys(lines) if not line.startswith(("full_key", "object_type", "reference"))]
-    return ". ".join(line.rstrip(".") for line in kept) + "."
+    lines = [line.strip().rstrip(".") for line in str(error).splitlines() if line.strip()]
+    return ". ".join(line for line in lines if not line.startswith(("full_key", "object_type", "reference"))) + "."

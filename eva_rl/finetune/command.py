@@ -71,4 +71,4 @@ def finetune(config: FinetuneConfig) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
-    return run_command("finetune", FinetuneConfig, finetune, HELP, argv, multirun=multirun)
+    return run_command("finetune", finetune, HELP, argv, multirun=multirun)

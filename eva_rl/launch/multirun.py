@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from eva_rl.cli.console import console
 from eva_rl.cli.parsing import parse
 from eva_rl.cli.run_dir import SUMMARY_FILE
+from eva_rl.cli.values import quoted
 from eva_rl.errors import UserError
 from eva_rl.launch.jobs import Job, LaunchOptions
 from eva_rl.launch.launching import launch, list_failed
@@ -92,9 +93,8 @@ def _parsed(word: str) -> Override | None:
 def _job(name: str, fixed: Sequence[str], swept: Sequence[str], root: Path, options: LaunchOptions) -> Job:
     """The job of one combination, checked."""
     label = ",".join(swept).replace("/", "-") or "run"
-    run_dir = str(root / label).replace("\\", "\\\\").replace("'", "\\'")
     threads = [] if any(word.startswith("threads=") for word in fixed) else [f"threads={options.threads}"]
-    overrides = [*fixed, *swept, *threads, f"run_dir='{run_dir}'"]
+    overrides = [*fixed, *swept, *threads, f"run_dir={quoted(str(root / label))}"]
     parse(name, overrides)
     log = root / "logs" / f"{label}.log"
     return Job(label, (f"eva_rl.{name}", *overrides), log, root / label / SUMMARY_FILE, options.threads)

@@ -13,6 +13,7 @@ from rich.markup import escape
 from eva_rl.cli.command import run_command
 from eva_rl.cli.console import console
 from eva_rl.cli.parsing import register
+from eva_rl.cli.values import quoted
 from eva_rl.errors import UserError
 from eva_rl.files import write_file
 from eva_rl.options import between, option, positive
@@ -82,8 +83,7 @@ def arguments(typed: Sequence[str]) -> list[str]:
     """Overrides, from what was typed: whatever is no ``KEY=VALUE`` and no flag names runs."""
     overrides = [word for word in typed if re.match(r"(-|[+~]?\w[\w.]*=)", word)]
     places = [word for word in typed if word not in overrides]
-    quoted = ",".join("'" + place.replace("\\", "\\\\").replace("'", "\\'") + "'" for place in places)
-    return [*overrides, f"runs=[{quoted}]"] if places else overrides
+    return [*overrides, f"runs=[{','.join(map(quoted, places))}]"] if places else overrides
 
 
 register("report", ReportConfig, {}, arguments)
@@ -226,4 +226,4 @@ def show(out: Path, groups: Sequence[Analysis], problems: Sequence[Problem]) -> 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
-    return run_command("report", ReportConfig, report, HELP, argv)
+    return run_command("report", report, HELP, argv)

@@ -1,6 +1,28 @@
 """One dictionary of metrics, in every place it is looked at."""
 
-from eva_rl.tracking.sinks import TRACKERS
-from eva_rl.tracking.tracker import Resume, Tracker, check_trackers
+from __future__ import annotations
 
-__all__ = ["TRACKERS", "Resume", "Tracker", "check_trackers"]
+from typing import TYPE_CHECKING
+
+from eva_rl.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from eva_rl.tracking.sinks import TRACKERS
+    from eva_rl.tracking.tracker import Resume, Tracker, check_trackers
+
+__all__ = [
+    "TRACKERS",
+    "Resume",
+    "Tracker",
+    "check_trackers",
+]
+
+__getattr__ = lazy_names(
+    __name__,
+    {
+        "Resume": "eva_rl.tracking.tracker",
+        "TRACKERS": "eva_rl.tracking.sinks",
+        "Tracker": "eva_rl.tracking.tracker",
+        "check_trackers": "eva_rl.tracking.tracker",
+    },
+)

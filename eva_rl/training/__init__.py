@@ -1,6 +1,26 @@
 """Training loops."""
 
-from eva_rl.training.bc import BCOptions, train_bc
-from eva_rl.training.losses import clone_loss
+from __future__ import annotations
 
-__all__ = ["BCOptions", "clone_loss", "train_bc"]
+from typing import TYPE_CHECKING
+
+from eva_rl.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from eva_rl.training.bc import BCOptions, train_bc
+    from eva_rl.training.losses import clone_loss
+
+__all__ = [
+    "BCOptions",
+    "clone_loss",
+    "train_bc",
+]
+
+__getattr__ = lazy_names(
+    __name__,
+    {
+        "BCOptions": "eva_rl.training.bc",
+        "clone_loss": "eva_rl.training.losses",
+        "train_bc": "eva_rl.training.bc",
+    },
+)

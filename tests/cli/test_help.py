@@ -1,54 +1,80 @@
 from __future__ import annotations
 
-from pathlib import Path
+import re
 
 import pytest
 
-from eva_rl import evaluate
-from eva_rl.cli.help import groups_of
-from eva_rl.cli.parsing import parse
-from eva_rl.finetune import command as finetune
-
-ROOT = Path(__file__).parent.parent.parent
+from eva_rl.__main__ import COMMANDS, command_module
+from eva_rl.cli import parsing
+from eva_rl.cli.help import shipped
+from eva_rl.cli.keys import defaults_of, groups_of
 
 
-def help_of(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *argv: str, width: int = 80) -> str:
+def help_of(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str, *words: str, width: int = 80
+) -> str:
     monkeypatch.setenv("COLUMNS", str(width))
-    assert finetune.main([*argv, "--help"]) == 0
+    assert command_module(name).main([*words, "--help"]) == 0
     return capsys.readouterr().out
 
 
 @pytest.mark.parametrize("width", [80, 120])
-def test_help_begins_with_examples_and_short_keys(
-    width: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("name", COMMANDS)
+def test_no_line_is_wider_than_the_terminal(
+    name: str, width: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    text = help_of(capsys, monkeypatch, width=width)
-    order = ["Examples:", "\n  env=metaworld/push-v3", "\n  adapter=eva", "\ngeneral", "\nenv  the new task", "\nTasks"]
+    text = help_of(capsys, monkeypatch, name, width=width)
+    assert max(map(len, text.splitlines())) <= width
+    for line, after in zip(text.splitlines(), text.splitlines()[1:], strict=False):
+        if line.endswith("\\"):
+            assert after.startswith("      "), "a continued example can be copied as it stands"
+
+
+def test_help_begins_with_examples_and_short_keys(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = help_of(capsys, monkeypatch, "finetune")
+    order = ["Examples:", "\n  env=metaworld/push-v3", "\n  adapter=eva", "\ngeneral", "\nenv: the new task", "\nTasks"]
     places = [text.index(part) for part in order]
     assert places == sorted(places)
-    options = text[places[1] : places[-1]].splitlines()
-    assert max(map(len, options)) <= width, "nothing is wrapped by the terminal"
 
 
+@pytest.mark.parametrize("name", COMMANDS)
 def test_every_key_is_shown_with_its_default(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = help_of(capsys, monkeypatch, name)
+    hidden = {*parsing.SHORT_KEYS.values(), *(f"{group}.name" for group in parsing.COMMANDS[name].choices)}
+    nodes = {group: next(iter(options.values())) for group, options in parsing.COMMANDS[name].choices.items()}
+    for group in groups_of(defaults_of(parsing.COMMANDS[name].schema), nodes):
+        for key in group.keys:
+            assert key.text, f"{key.name} is not explained"
+            assert key.name in hidden or f"  {key.name}={key.shown}" in text
+
+
+def test_help_shows_the_keys_of_the_algorithm_that_is_named(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    text = help_of(capsys, monkeypatch)
-    config = parse("finetune", [])
-    hidden = {"env.id", "data.source", "policy.path", "adapter.method", "algo.name"}
-    for _, _, rows in groups_of(config, {}):
-        for key, default, help_text in rows:
-            assert help_text, f"{key} is not explained"
-            assert key in hidden or f"  {key}={default}" in text
+    assert "\n  algo.env_steps=" not in help_of(capsys, monkeypatch, "finetune")
+    named = help_of(capsys, monkeypatch, "finetune", "algo=odt")
+    assert "\n  algo.env_steps=" in named
+    assert "algo=odt --help" not in named, "a pointer to itself"
 
 
-def test_help_shows_the_options_of_the_algorithm_that_is_named(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("name", COMMANDS)
+def test_tasks_and_policies_are_listed_where_they_are_taken(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert "\n  algo.env_steps=" not in help_of(capsys, monkeypatch)
-    assert "\n  algo.env_steps=" in help_of(capsys, monkeypatch, "algo=odt")
+    text = help_of(capsys, monkeypatch, name)
+    keys = parsing.known_keys(name, parsing.first_options(name))
+    assert ("\nTasks (" in text) == bool({"env.id", "tasks"} & set(keys))
+    assert ("\nShipped policies" in text) == ("policy.path" in keys)
+    assert ("  cw10 " in text) == (name in {"benchmark", "evaluate", "pretrain"})
+    for policy in shipped() if "policy.path" in keys else ():
+        assert re.search(rf"^  {policy} +pretrained on", text, re.M)
 
 
-def test_help_of_a_command_without_choices(capsys: pytest.CaptureFixture[str]) -> None:
-    assert evaluate.main(["--help"]) == 0
-    assert "video=false" in capsys.readouterr().out
+def test_own_keys_come_before_shared_ones(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    text = help_of(capsys, monkeypatch, "benchmark")
+    places = [text.index(f"\n  {key}=") for key in ("tasks", "seeds", "launcher", "partition")]
+    assert places == sorted(places)

@@ -1,0 +1,112 @@
+"""What users type: every form that is taken, and what is said of the others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from eva_rl import collect, evaluate  # noqa: F401 - registers the commands
+from eva_rl.benchmark import command as benchmark  # noqa: F401 - registers the command
+from eva_rl.cli.parsing import parse
+from eva_rl.cli.values import quoted, split_list, unquoted
+from eva_rl.errors import UserError
+from eva_rl.finetune import command  # noqa: F401 - registers the command
+
+TEXT = st.text(st.sampled_from(list("abXä ß'\"\\~=,:;.#/()[]{}$&*?!<>|-_%0")), min_size=1)
+
+
+def message(name: str, *words: str) -> str:
+    with pytest.raises(UserError) as caught:
+        parse(name, words)
+    assert "hydra" not in str(caught.value).lower()
+    assert "append" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["lr=0.1"], "Type algo.learning_rate=0.1"),
+        (["rank=4"], "Type adapter.rank=4"),
+        (["algo.update=3"], "Did you mean algo.updates=3"),
+        (["adapter.rnk=3"], "Did you mean adapter.rank=3"),
+        (["model.lr=1"], "Type algo.learning_rate=1"),
+        (["task=push-v3"], "Type env=push-v3"),
+        (["algo.env_steps=5"], "a key of algo=odt or odt_td3 or ppo. Type algo=odt as well"),
+        (["algo=od"], "Did you mean odt"),
+        (["algo=nothing_like_it"], "Expected one of bc, odt"),
+        (["push-v3"], "'push-v3' is not KEY=VALUE. A task is named by env=push-v3"),
+        (["--env"], "'--env' is not KEY=VALUE"),
+        (["algo.updates=many"], "algo.updates=many: expected a whole number"),
+        (["algo.updates=1.5"], "algo.updates=1.5: expected a whole number"),
+        (["env.horizon=long"], "env.horizon=long: expected a whole number or null"),
+        (["algo.learning_rate=fast"], "expected a number"),
+        (["video=perhaps"], "expected true or false"),
+        (["adapter.rank_caps=4"], "expected a table such as {name:value}"),
+        (["~env"], "is not KEY=VALUE"),
+    ],
+)
+def test_mistakes_are_answered_with_what_to_type(words: list[str], expected: str) -> None:
+    assert expected in message("finetune", *words)
+
+
+def test_every_way_of_writing_a_key() -> None:
+    plain = parse("finetune", ["env=push-v3", "adapter.rank=4", "video=true", "run_dir=x"])
+    assert parse("finetune", ["--env", "push-v3", "--adapter.rank=4", "--video", "--run-dir", "x"]) == plain
+    assert parse("finetune", ["+env.id=push-v3", "adapter.rank=4.0", "video=yes", "run_dir='x'"]) == plain
+    assert parse("finetune", ["algo.learning_rate=1e-4", "algo.updates=1e3"]).algo.updates == 1000
+    assert parse("finetune", ["tracker=tensorboard"]).tracker == ["tensorboard"]
+    assert parse("finetune", ["env.horizon=null"]).env.horizon is None
+    assert parse("finetune", ["seed=7", "data.seed=${seed}"]).data.seed == 7
+    caps = {"action_head": 2, "q_proj": 4}
+    assert parse("finetune", ["adapter.rank_caps={action_head:2,q_proj:4}"]).adapter.rank_caps == caps
+    assert parse("finetune", ["adapter.rank_caps.q_proj=4"]).adapter.rank_caps == {"q_proj": 4}
+    assert parse("benchmark", ["seeds=[3,4]", "tasks=[push-v3,reach-v3]"]).seeds == [3, 4]
+    assert parse("benchmark", ["finetune.policy.path=a b"]).set == ["policy.path=a b"]
+
+
+@settings(max_examples=10, deadline=None)
+@given(TEXT)
+def test_text_of_any_kind_works_in_every_key(text: str) -> None:
+    """Paths with spaces, quotes, umlauts, ``~``, ``=``; only quotes around the whole are taken off."""
+    text = text.replace("${", "$")  # an interpolation, which the command line does resolve
+    config = parse("collect", [f"env={text}", f"out={text}"])
+    assert {config.env.id, config.out} == {unquoted(text)}
+
+
+@given(st.lists(TEXT))
+def test_lists_of_any_text(entries: list[str]) -> None:
+    assert [unquoted(entry) for entry in split_list("[" + ",".join(map(quoted, entries)) + "]")] == entries
+
+
+def test_interpolations_in_a_file_stay_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECRET", "token")
+    (tmp_path / "config.yaml").write_text("policy: {path: '${oc.env:SECRET}'}\ndata: {source: 'a${b}\\${c'}\n")
+    config = parse("finetune", [f"config={tmp_path}"])
+    assert (config.policy.path, config.data.source) == ("${oc.env:SECRET}", "a${b}\\${c")
+
+
+def test_a_config_runs_again_in_one_word(tmp_path: Path) -> None:
+    from dataclasses import asdict
+
+    from omegaconf import OmegaConf
+
+    words = ["env=reach-v3", "algo=odt", "algo.env_steps=77", "algo.learning_rate=1e-5", "adapter.rank_caps={q_proj:2}"]
+    before = parse("finetune", [*words, "run_dir=first"])
+    file = tmp_path / "config.yaml"
+    file.write_text(OmegaConf.to_yaml(OmegaConf.create(asdict(before))))
+    again = parse("finetune", [f"config={file}", "run_dir=second"])
+    assert asdict(again) == {**asdict(before), "run_dir": "second"}
+    assert parse("finetune", [f"config={file}", "seed=5"]).seed == 5
+    assert parse("finetune", [f"config={file}"]).run_dir == "", "a new run gets a folder of its own"
+    cloned = parse("finetune", [f"config={file}", "algo=bc"])
+    assert cloned.algo.name == "bc"
+    assert cloned.env.id == "reach-v3"
+    file.write_text("algo: {updaets: 3}\n")
+    assert "algo.updates=3" in message("finetune", f"config={file}")
+    file.write_text("a: &a [1]\nb: [*a, *a]\n")
+    assert "aliases" in message("finetune", f"config={file}")
+    assert "No file" in message("finetune", "config=/nowhere.yaml")
