@@ -47,7 +47,11 @@ def canonical_id(name: str) -> str:
         return name
     resolved = _mujoco_id(name) if name.startswith(MUJOCO_PREFIX) else _metaworld_id(name)
     if resolved is None:
-        known = [*task_list(), *(task.removeprefix(METAWORLD_PREFIX) for task in METAWORLD_TASKS)]
+        known = [
+            *task_list(),
+            *(MUJOCO_PREFIX + task for task in MUJOCO_TASKS),
+            *(task.removeprefix(METAWORLD_PREFIX) for task in METAWORLD_TASKS),
+        ]
         raise UnknownNameError("env", name, [*known, *gym.registry], "`eva-rl finetune --help` lists the tasks.")
     return resolved
 

@@ -18,7 +18,7 @@ FOLDERS = {
     "eva_rl": ROOT / "eva_rl",
 }
 LAYERS = [
-    {"errors", "_version"},
+    {"errors", "lazy", "_version"},
     {"batch", "files", "seeding", "options", "distributed"},
     {"agents", "envs", "data", "eva", "tracking"},
     {"adapters", "rollouts"},

@@ -15,8 +15,9 @@ import pytest
 
 from eva_rl.agents.policy_folder import save_policy
 from eva_rl.benchmark import command as benchmark
-from eva_rl.benchmark.command import BenchmarkConfig, split_list
+from eva_rl.benchmark.command import BenchmarkConfig
 from eva_rl.cli.parsing import parse
+from eva_rl.cli.values import split_list
 from eva_rl.errors import UserError
 from eva_rl.finetune import command as finetune
 from eva_rl.launch.multirun import combinations, launch_options
@@ -61,7 +62,7 @@ def test_what_is_typed() -> None:
         "algo=odt", "adapter.targets=[q_proj,v_proj]", "data=expert:push-v3?episodes=3", "algo.updates=2",
     ]  # fmt: skip
     assert split_list("a=1") == ["a=1"]
-    assert split_list("['a=b,c',d={e:1,f:2}]") == ["a=b,c", "d={e:1,f:2}"]
+    assert split_list("['a=b,c',d={e:1,f:2}]") == ["'a=b,c'", "d={e:1,f:2}"]
 
 
 @pytest.mark.parametrize(
