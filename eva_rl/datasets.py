@@ -210,9 +210,14 @@ def _print(what: str | Table) -> None:
     Console(highlight=False).print(what, soft_wrap=isinstance(what, str))
 
 
+def run(config: DatasetsConfig) -> None:
+    """Do what ``action`` names."""
+    ACTIONS[config.action](config)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
-    return run_command("datasets", lambda config: ACTIONS[config.action](config), HELP, argv)
+    return run_command("datasets", run, HELP, argv)
 
 
 if __name__ == "__main__":

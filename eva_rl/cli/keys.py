@@ -56,7 +56,7 @@ def defaults_of(schema: type) -> Any:
 
 def _default(f: Field[Any]) -> Any:
     """The default of a field, with those of its group left unchecked, too."""
-    factory = f.default_factory
+    factory: Any = f.default_factory
     if factory is MISSING:
         return f.default
     if isinstance(factory, type) and is_dataclass(factory):

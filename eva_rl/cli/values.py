@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin
 
@@ -56,7 +57,8 @@ def _converted(key: str, kind: Any, text: str) -> Any:
         return [value_of(key, get_args(kind)[0], entry) for entry in split_list(text)]
     if origin is dict:
         return {name: value_of(f"{key}.{name}", get_args(kind)[1], entry) for name, entry in _pairs(text)}
-    return {int: _whole, float: float, bool: _switch, Any: _any}.get(origin, unquoted)(text)
+    readers: dict[Any, Callable[[str], Any]] = {int: _whole, float: float, bool: _switch, Any: _any}
+    return readers.get(origin, unquoted)(text)
 
 
 def _any(text: str) -> Any:

@@ -20,7 +20,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from eva_rl.data.trajectories import Episode, Trajectories
 from eva_rl.envs import canonical_id, env_spec, make_env, make_vec_env, scripted_expert
-from eva_rl.envs.metaworld import PREFIX
+from eva_rl.envs.names import METAWORLD_PREFIX as PREFIX
 from eva_rl.errors import UserError
 from eva_rl.rollouts.recorder import EpisodeRecorder
 from eva_rl.seeding import DEMONSTRATIONS, episode_seeds
