@@ -56,6 +56,7 @@ class DataOptions:
     max_return: float | None = option(None, "leave out episodes with a higher return; null for none")
     weight_by: str = option("uniform", "what windows are drawn by: uniform (env steps), episode, length or return")
     allow_pickle: bool = option(False, "open pickles, admitting numpy arrays and builtin containers alone")
+    skip_damaged: bool = option(False, "leave out damaged episodes, with a count, instead of refusing the data")
 
     def __post_init__(self) -> None:
         between(1e-9, 1, data__top=self.top)

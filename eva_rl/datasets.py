@@ -54,6 +54,7 @@ class SelectedData:
     first: int = option(0, "number of first episodes that are kept; 0 for all")
     min_return: float | None = option(None, "lowest return that is kept; null for any")
     allow_pickle: bool = option(False, "open pickles, admitting numpy arrays and builtin containers alone")
+    skip_damaged: bool = option(False, "leave out damaged episodes, with a count, instead of refusing the data")
 
     def __post_init__(self) -> None:
         between(1e-9, 1, data__top=self.top)
@@ -148,7 +149,7 @@ def _load(config: DatasetsConfig) -> Trajectories:
     chosen = config.data
     if not chosen.source:
         raise UserError(f"action={config.action} needs data=, for instance data=d4rl:hopper-medium-v2.")
-    data = load_dataset(chosen.source, allow_pickle=chosen.allow_pickle)
+    data = load_dataset(chosen.source, allow_pickle=chosen.allow_pickle, skip_damaged=chosen.skip_damaged)
     return select_episodes(data, top=chosen.top, first=chosen.first, min_return=chosen.min_return)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -18,14 +18,14 @@ from eva_rl.agents.policy_folder import save_policy
 from eva_rl.batch import InputScaling
 from eva_rl.cli.command import run_command
 from eva_rl.cli.console import console, training_progress
-from eva_rl.cli.loading import load_task_data
+from eva_rl.cli.loading import Demonstrations, load_demonstrations
 from eva_rl.cli.parsing import register
 from eva_rl.cli.run_dir import open_run, prepare_machine, shown, write_summary
 from eva_rl.configs.algorithms import bc_options
 from eva_rl.configs.groups import BCOptionsGroup, CheckpointOptions, DataOptions, EnvOptions, EvalOptions, TrainOptions
-from eva_rl.data import Trajectories, WindowSampler, concatenate
+from eva_rl.data import Trajectories, WindowSampler
 from eva_rl.data.samplers import ShardedSampler, prefetching
-from eva_rl.data.selection import sampling_weights, target_return
+from eva_rl.data.selection import return_scale, sampling_weights
 from eva_rl.distributed import ProcessGroup
 from eva_rl.envs import env_spec
 from eva_rl.envs.registry import task_ids
@@ -63,7 +63,9 @@ class SizeOptions:
     num_heads: int = option(8, "attention heads")
     context_length: int = option(20, "env steps that the policy sees at most")
     dropout: float = option(0.0, "dropout while training")
-    max_timestep: int = option(500, "rows of the timestep embedding")
+    max_timestep: int | None = option(
+        None, "rows of the timestep embedding; null takes the longest episode of the data and the tasks"
+    )
 
     def __post_init__(self) -> None:
         one_of(("custom", *SIZES), size__name=self.name)
@@ -75,7 +77,7 @@ class SizeOptions:
             size__num_layers=self.num_layers,
             size__num_heads=self.num_heads,
             size__context_length=self.context_length,
-            size__max_timestep=self.max_timestep,
+            size__max_timestep=self.max_timestep or 1,
         )
         between(0, 0.9, size__dropout=self.dropout)
 
@@ -84,7 +86,9 @@ class SizeOptions:
 class PretrainConfig(TrainOptions):
     """Config of ``python -m eva_rl.pretrain``."""
 
-    return_scale: float = option(200.0, "returns are divided by this")
+    return_scale: float | None = option(
+        None, "returns are divided by this; null takes a fifth of the largest return-to-go in the data"
+    )
     weight_dtype: str = option("float16", "precision of the weights in the policy folder")
     env: EnvOptions = group(EnvOptions, "tasks: mt40, cw10, mt50, or names joined by +")
     data: DataOptions = group(DataOptions, "demonstrations")
@@ -92,6 +96,11 @@ class PretrainConfig(TrainOptions):
     algo: BCOptionsGroup = group(BCOptionsGroup, "training")
     eval: EvalOptions = group(partial(EvalOptions, episodes=1, every=2500), "validation, on every task")
     checkpoint: CheckpointOptions = group(CheckpointOptions, "checkpoints")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.return_scale is not None:
+            between(1e-9, 1e12, return_scale=self.return_scale)
 
 
 register("pretrain", PretrainConfig, {"algo": {"bc": BCOptionsGroup()}})
@@ -105,18 +114,19 @@ def pretrain(config: PretrainConfig) -> None:
     began = perf_counter()
     process_group = ProcessGroup.current()
     with process_group.main_process_first():
-        data = [load_task_data(task, config.data, run_dir / "data", config.env.horizon) for task in tasks]
-    policy = _new_policy(config, data).to(device)
-    joined = concatenate(data, source=f"{config.data.source}:{config.env.id}")
+        found = load_demonstrations(tasks, config.data, run_dir / "data", config.env.horizon)
+    joined = replace(found.data, source=f"{config.data.source}:{config.env.id}")
+    policy = _new_policy(config, tasks, found).to(device)
+    _say_what_was_found(policy, found)
     weights = sampling_weights(joined, config.data.after_success, config.data.weight_by)
     sampler = WindowSampler(joined, config.size.context_length, policy.scaling, seed=config.seed, weights=weights)
     data_seconds = perf_counter() - began
     look = TaskLook.of(process_group, tasks)
 
     def validate(update: int) -> dict[str, float]:
-        scores = look.scores(policy, config.eval.episodes, VALIDATION + config.eval.seed)
         if process_group.is_main:
             _save(run_dir, policy, config, joined)
+        scores = look.scores(policy, config.eval.episodes, VALIDATION + config.eval.seed)
         return _validation_metrics(scores)
 
     resumed = load_latest_checkpoint(run_dir / "checkpoint")
@@ -159,31 +169,45 @@ def _validation_metrics(scores: Mapping[str, float]) -> dict[str, float]:
     return metrics
 
 
-def _new_policy(config: PretrainConfig, data: Sequence[Trajectories]) -> DecisionTransformerPolicy:
-    first = data[0]
-    spec = env_spec(first.env_id) if first.env_id else None
-    rows = np.concatenate([part.observations for part in data])
-    std = rows.std(0, dtype=np.float64)
-    low = spec.action_low if spec else (-1.0,) * first.action_dim
-    high = spec.action_high if spec else (1.0,) * first.action_dim
+def _new_policy(config: PretrainConfig, tasks: Sequence[str], found: Demonstrations) -> DecisionTransformerPolicy:
+    """A policy with random weights: what it may do is the tasks', how numbers are scaled is the data's."""
+    data, specs = found.data, [env_spec(task, config.env.horizon) for task in tasks]
+    mean, std = (getattr(data.observations, name)(0, dtype=np.float64) for name in ("mean", "std"))
+    scale = return_scale(data) if config.return_scale is None else config.return_scale
     scaling = InputScaling.create(
-        rows.mean(0, dtype=np.float64), np.where(std < MIN_STD, 1.0, std), config.return_scale, low, high
+        mean, np.where(std < MIN_STD, 1.0, std), scale, specs[0].action_low, specs[0].action_high
     )
     size = config.size
     network = DecisionTransformer(
         DecisionTransformerConfig(
-            observation_dim=first.observation_dim,
-            action_dim=first.action_dim,
+            observation_dim=data.observation_dim,
+            action_dim=data.action_dim,
             hidden_size=size.hidden_size,
             num_layers=size.num_layers,
             num_heads=size.num_heads,
             context_length=size.context_length,
-            max_timestep=size.max_timestep,
+            max_timestep=size.max_timestep or max(int(data.lengths.max()), *(spec.horizon for spec in specs)),
             dropout=size.dropout,
         )
     )
-    targets = {part.env_id: target_return(part) for part in data}
+    targets = found.target_returns
     return DecisionTransformerPolicy(network, scaling, Conditioning(float(np.median(list(targets.values()))), targets))
+
+
+def _say_what_was_found(policy: DecisionTransformerPolicy, found: Demonstrations) -> None:
+    data = found.data
+    console.print(
+        f"{data.num_episodes} episodes with returns from {data.returns.min():.4g} to {data.returns.max():.4g}. Return "
+        f"scale {policy.scaling.return_scale:g} (return_scale=), {policy.network.config.max_timestep} timesteps "
+        "(size.max_timestep=).",
+        soft_wrap=True,
+    )
+    if found.shared:
+        console.print(
+            f"The {len(found.target_returns)} tasks share these episodes, which are read and used once, and the target "
+            f"return {next(iter(found.target_returns.values())):.4g}. For episodes of each task's own: data=expert.",
+            soft_wrap=True,
+        )
 
 
 def _save(run_dir: Path, policy: DecisionTransformerPolicy, config: PretrainConfig, data: Trajectories) -> None:
@@ -207,6 +231,8 @@ def _summary(
         "seed": config.seed,
         "parameters": sum(p.numel() for p in policy.network.parameters()),
         "data": {"episodes": data.num_episodes, "steps": data.num_steps, "hash": data.content_hash},
+        "return_scale": policy.scaling.return_scale,
+        "max_timestep": policy.network.config.max_timestep,
         "seconds": seconds,
         **final,
     }

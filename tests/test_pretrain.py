@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import ctypes.util
 import json
 from pathlib import Path
@@ -9,11 +10,14 @@ import numpy as np
 import pytest
 
 import eva_rl
+import eva_rl.data.sources
 from eva_rl import collect, evaluate, pretrain
 from eva_rl.cli.parsing import parse
+from eva_rl.data import save_minari, write_episodes
 from eva_rl.envs import CW10, MT40
 from eva_rl.envs.registry import task_ids
 from eva_rl.tracking.tracker import read_metrics
+from tests.data.making import random_trajectories, write_h5
 
 SMALL = ["env=reach-v3+window-close-v3", "data.episodes=2", "data.workers=1", "env.horizon=60", "threads=1"]
 SMALL += ["data.only_successes=false", "size.hidden_size=16", "size.num_layers=1", "size.num_heads=2"]
@@ -132,3 +136,131 @@ def test_tasks_without_success_are_judged_by_their_return(tmp_path: Path) -> Non
     summary = json.loads((run_dir / "summary.json").read_text())
     assert summary["validation/mean_reward"] == summary["validation/Hopper-v5"] > 0
     assert "validation/success_rate" not in summary
+
+
+TINY = ["size.hidden_size=16", "size.num_layers=1", "size.num_heads=2", "size.context_length=4", "threads=1"]
+TINY += ["algo.updates=1", "algo.batch_size=4", "eval.every=0"]
+
+
+def swing_up(rows: int = 30) -> dict[str, np.ndarray]:
+    """Pendulum-v1: actions from -2 to 2, rewards down to -16; one episode of 20 env steps and one of 10."""
+    rng = np.random.default_rng(0)
+    return {
+        "observations": rng.normal(size=(rows, 3)).astype(np.float32),
+        "actions": np.linspace(-2, 2, rows, dtype=np.float32)[:, None],
+        "rewards": np.full(rows, -8, np.float32),
+        "terminals": np.zeros(rows, bool),
+        "timeouts": np.isin(np.arange(rows), [19, 29]),
+    }
+
+
+@pytest.mark.parametrize("kind", ["d4rl", "folder"])
+def test_what_a_policy_may_do_is_the_environments(tmp_path: Path, kind: str) -> None:
+    source = f"d4rl:{write_h5(tmp_path / 'pendulum.hdf5', swing_up())}"
+    if kind == "folder":
+        np.savez(tmp_path / "0.npz", **{key: value[:20] for key, value in swing_up().items()})
+        (tmp_path / "pendulum.hdf5").unlink()
+        source = f"trajectories:{tmp_path}"
+    run_dir = tmp_path / "run" / "here"
+    assert pretrain.main(["env=Pendulum-v1", f"data={source}", *TINY, f"run_dir={run_dir}"]) == 0
+    policy = eva_rl.load_policy(run_dir)
+    assert policy.scaling.action_half_range.tolist() == [2.0]
+    assert list(policy.conditioning.per_env) == ["Pendulum-v1"]
+
+
+def test_actions_beyond_the_environments_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arrays = swing_up()
+    arrays["actions"][3] = 2.5
+    source = f"d4rl:{write_h5(tmp_path / 'pendulum.hdf5', arrays)}"
+    assert pretrain.main(["env=Pendulum-v1", f"data={source}", *TINY, f"run_dir={tmp_path / 'run'}"]) == 2
+    assert "actions, row 3: 2.5 in dimension 0 lies outside the bounds -2 to 2" in printed(capsys)
+
+
+def printed(capsys: pytest.CaptureFixture[str]) -> str:
+    return " ".join(capsys.readouterr().err.split())
+
+
+@pytest.fixture
+def minari_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+    (tmp_path / "minari").mkdir()
+    return tmp_path / "minari"
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:minari")
+def test_data_may_name_an_environment_that_is_not_installed(minari_root: Path, tmp_path: Path) -> None:
+    save_minari(random_trajectories(dims=(3, 1)), "mine/door-v0")
+    file = minari_root / "mine" / "door-v0" / "data" / "metadata.json"
+    spec = json.dumps({"id": "AdroitHandDoor-v1", "entry_point": "gymnasium_robotics:x"})
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"env_spec": spec}))
+    command = ["env=Pendulum-v1", "data=minari:mine/door-v0", *TINY, f"run_dir={tmp_path / 'run'}"]
+    assert pretrain.main(command) == 0
+    assert list(eva_rl.load_policy(tmp_path / "run").conditioning.per_env) == ["Pendulum-v1"]
+
+
+@pytest.mark.parametrize("dims", [(111, 8), (105, 7)])
+def test_dimensions_are_checked_before_the_first_step(
+    tmp_path: Path, dims: tuple[int, int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_episodes(tmp_path / "ant.h5", random_trajectories((6, 5), dims=dims))
+    command = ["env=mujoco/ant", f"data={tmp_path / 'ant.h5'}", *TINY, f"run_dir={tmp_path / 'run'}"]
+    assert pretrain.main(command) == 2
+    text = printed(capsys)
+    assert f"has {dims[0]} numbers in an observation and {dims[1]}" in text or f"has {dims[1]} numbers a row" in text
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_one_file_for_several_tasks_is_read_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_episodes(tmp_path / "a.h5", random_trajectories((5, 5, 5), dims=(39, 4)))
+    opened: list[Path] = []
+    real = eva_rl.data.sources.iterate_episodes
+    monkeypatch.setattr(
+        eva_rl.data.sources, "iterate_episodes", lambda path, *rest: opened.append(path) or real(path, *rest)
+    )
+    command = ["env=reach-v3+push-v3", f"data={tmp_path / 'a.h5'}", *TINY, f"run_dir={tmp_path / 'run'}"]
+    assert pretrain.main(command) == 0
+    assert opened == [tmp_path / "a.h5"]
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["data"]["episodes"] == 3
+    assert "The 2 tasks share these episodes, which are read and used once" in printed(capsys)
+    policy = eva_rl.load_policy(tmp_path / "run")
+    assert set(policy.conditioning.per_env) == {"metaworld/reach-v3", "metaworld/push-v3"}
+
+
+def test_tasks_that_one_policy_cannot_act_in_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_episodes(tmp_path / "a.h5", random_trajectories((5, 5), dims=(3, 1)))
+    command = ["env=Pendulum-v1+MountainCarContinuous-v0", f"data={tmp_path / 'a.h5'}", *TINY]
+    assert pretrain.main([*command, f"run_dir={tmp_path / 'run'}"]) == 2
+    assert "MountainCarContinuous-v0 has observation_dim 2, Pendulum-v1 has 3" in printed(capsys)
+
+
+def test_the_policy_is_saved_before_it_is_evaluated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_episodes(tmp_path / "a.h5", random_trajectories((5, 5), dims=(39, 4)))
+    monkeypatch.setattr("eva_rl.envs.metaworld.MetaWorldTask.step", lambda *_: 1 / 0)
+    command = ["env=reach-v3", f"data={tmp_path / 'a.h5'}", *TINY, f"run_dir={tmp_path / 'run'}"]
+    with contextlib.suppress(ZeroDivisionError):
+        assert pretrain.main(command) != 0
+    assert eva_rl.load_policy(tmp_path / "run" / "policy").observation_dim == 39
+
+
+@pytest.mark.parametrize("largest", [3500.0, 1.0])
+def test_return_scale_and_timesteps_come_from_the_data(
+    tmp_path: Path, largest: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arrays = swing_up(600)
+    arrays["timeouts"][:] = np.isin(np.arange(600), [299, 599])
+    arrays["rewards"][:] = 0
+    arrays["rewards"][450] = largest
+    source = f"d4rl:{write_h5(tmp_path / 'pendulum.hdf5', arrays)}"
+    assert pretrain.main(["env=Pendulum-v1", f"data={source}", *TINY, f"run_dir={tmp_path / 'run'}"]) == 0
+    policy = eva_rl.load_policy(tmp_path / "run")
+    assert policy.scaling.return_scale == pytest.approx(largest / 5)
+    assert policy.network.config.max_timestep == 300  # the longest episode; Pendulum-v1's own end after 200
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["return_scale"], summary["max_timestep"]) == (pytest.approx(largest / 5), 300)
+    assert f"Return scale {largest / 5:g}" in printed(capsys)
+    fixed = [*TINY, "return_scale=10", "size.max_timestep=40", f"run_dir={tmp_path / 'other'}"]
+    assert pretrain.main(["env=Pendulum-v1", f"data={source}", *fixed]) == 0
+    policy = eva_rl.load_policy(tmp_path / "other")
+    assert (policy.scaling.return_scale, policy.network.config.max_timestep) == (10.0, 40)

@@ -1,22 +1,26 @@
-"""The policy that a command starts from."""
+"""The policy that a command starts from, and the demonstrations that it learns from."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from eva_rl.adapters import AdaptedPolicy, load_policy
 from eva_rl.agents.huggingface.options import ImportOptions
 from eva_rl.configs.groups import DataOptions, PolicyOptions
-from eva_rl.data import Trajectories, load_dataset, read_episodes, select_episodes, write_episodes
-from eva_rl.envs import canonical_id, env_spec
+from eva_rl.data import Trajectories, concatenate, load_dataset, read_episodes, select_episodes, write_episodes
+from eva_rl.data.selection import target_return
+from eva_rl.envs import EnvSpec, canonical_id, env_spec
 from eva_rl.errors import UserError
 from eva_rl.rollouts.experts import ActionNoise, collect_expert
 
-AUTO = "auto"
+log = logging.getLogger(__name__)
+
 SHIPPED_FOR = {"Hopper-v5": "hopper", "Hopper-v4": "hopper"}
 DEFAULT = "mt40"
 
@@ -49,6 +53,66 @@ def open_policy(
     return load_policy(options.path, device, imported, merge=merge, adapters=adapters)
 
 
+@dataclass(frozen=True)
+class Demonstrations:
+    """What one policy for several tasks learns from.
+
+    Attributes:
+        data: All episodes, each once.
+        target_returns: Target return of each task.
+        shared: Whether all tasks share the same episodes.
+    """
+
+    data: Trajectories
+    target_returns: dict[str, float]
+    shared: bool
+
+
+def load_demonstrations(
+    tasks: Sequence[str], options: DataOptions, folder: Path, horizon: int | None = None
+) -> Demonstrations:
+    """Demonstrations of several tasks: each task's own where experts play them, else one data set, read once.
+
+    Args:
+        tasks: Canonical names.
+        options: Where they come from, and which episodes are used.
+        folder: For collected files, one a task.
+        horizon: Env steps of a collected episode; None takes the task's own.
+
+    Raises:
+        UserError: As :func:`load_task_data`, or the tasks differ in what a policy sees or does.
+    """
+    check_alike([env_spec(task, horizon) for task in tasks])
+    named = options.source.partition(":")[0] != EXPERT or expert_source(options.source, "", 1)[0]
+    shared = bool(named) and len(tasks) > 1
+    parts = [load_task_data(task, options, folder, horizon) for task in (tasks[:1] if shared else tasks)]
+    targets = [target_return(part) for part in parts]
+    data = parts[0] if len(parts) == 1 else concatenate(parts)
+    return Demonstrations(data, dict(zip(tasks, targets * len(tasks) if shared else targets, strict=True)), shared)
+
+
+def check_alike(specs: Sequence[EnvSpec]) -> None:
+    """Raise unless one policy can act in all of these tasks.
+
+    Raises:
+        UserError: They differ in dimensions or action bounds, or their actions have no bounds.
+    """
+    first = specs[0]
+    for spec in specs:
+        if not np.isfinite([*spec.action_low, *spec.action_high]).all():
+            raise UserError(
+                f"{spec.env_id} has actions without bounds ({spec.action_low} to {spec.action_high}); a Decision "
+                "Transformer's lie between bounds. Register the environment with RescaleAction or ClipAction."
+            )
+        for name in ("observation_dim", "action_dim", "action_low", "action_high"):
+            own, other = getattr(spec, name), getattr(first, name)
+            if own != other:
+                raise UserError(
+                    f"{spec.env_id} has {name} {own}, {first.env_id} has {other}: one policy cannot act in both. Train "
+                    "one for each, with one env= at a time."
+                )
+
+
 def load_task_data(env: str, options: DataOptions, folder: Path, horizon: int | None = None) -> Trajectories:
     """Demonstrations of a task.
 
@@ -60,16 +124,37 @@ def load_task_data(env: str, options: DataOptions, folder: Path, horizon: int | 
         horizon: Env steps of a collected episode; None takes the task's own.
 
     Raises:
-        UserError: There are none, or they do not fit the task's actions.
+        UserError: There are none, or they do not fit the task's observations and actions.
     """
+    spec = env_spec(env, horizon)
     if options.source.partition(":")[0] == EXPERT:
         data = _demonstrated(env, options, folder, horizon)
     else:
-        spec = env_spec(env)
         data = load_dataset(
-            options.source, allow_pickle=options.allow_pickle, action_bounds=(spec.action_low, spec.action_high)
+            options.source,
+            allow_pickle=options.allow_pickle,
+            action_bounds=(spec.action_low, spec.action_high),
+            skip_damaged=options.skip_damaged,
         )
+    check_fit(data, spec)
     return select_episodes(data, top=options.top, first=options.first, max_return=options.max_return)
+
+
+def check_fit(data: Trajectories, spec: EnvSpec) -> None:
+    """Raise unless data fit a task; say where they come from another one.
+
+    Raises:
+        UserError: Naming the dimensions on both sides.
+    """
+    own, expected = (data.observation_dim, data.action_dim), (spec.observation_dim, spec.action_dim)
+    if own != expected:
+        raise UserError(
+            f"{data.source} has {own[0]} numbers in an observation and {own[1]} in an action; {spec.env_id} has "
+            f"{expected[0]} and {expected[1]}. Name other demonstrations with data=, or the task they were made in "
+            f"with env={data.env_id or '...'}."
+        )
+    if data.env_id and data.env_id != spec.env_id:
+        log.warning("%s: demonstrations of %s are used for %s.", data.source, data.env_id, spec.env_id)
 
 
 def _demonstrated(env: str, options: DataOptions, folder: Path, horizon: int | None) -> Trajectories:

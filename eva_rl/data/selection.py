@@ -15,6 +15,8 @@ WEIGHTINGS = ("uniform", "episode", "length", "return")
 
 TARGET_QUANTILE = 0.9
 """Quantile of the demonstrations' returns that a policy is asked for."""
+SCALED_RETURN = 5.0
+"""Largest return-to-go that a network sees; the Decision Transformer's own scales give 3.6 (Hopper) to 12."""
 GRACE = 10
 """Env steps after the first success that are sampled with full weight."""
 
@@ -91,6 +93,12 @@ def window_weights(trajectories: Trajectories, by: str) -> NDArray[np.float64] |
 def target_return(data: Trajectories) -> float:
     """The return to ask for: a high quantile of what was demonstrated."""
     return float(np.quantile(data.returns, TARGET_QUANTILE))
+
+
+def return_scale(data: Trajectories) -> float:
+    """What returns are divided by, so that the largest return-to-go becomes :data:`SCALED_RETURN`; 1 for no rewards."""
+    largest = float(np.abs(data.returns_to_go).max())
+    return float(f"{largest / SCALED_RETURN:.3g}") or 1.0
 
 
 def sampling_weights(
