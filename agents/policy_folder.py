@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -18,9 +17,9 @@ from eva_rl.agents.huggingface import CONFIG_FILE, read_huggingface, read_origin
 from eva_rl.agents.huggingface.options import ImportOptions, download
 from eva_rl.agents.policy import DecisionTransformerPolicy
 from eva_rl.agents.policy_record import FORMAT, FORMAT_VERSION, policy_record, read_record
-from eva_rl.agents.weights import check_weights, read_safetensors
+from eva_rl.agents.weights import check_size, check_weights, read_safetensors
 from eva_rl.errors import UnknownNameError
-from eva_rl.files import read_json, write_folder, write_json
+from eva_rl.files import check_files, sealed, write_folder, write_json
 
 __all__ = ["FORMAT", "FORMAT_VERSION", "find_policy", "load_base_policy", "policy_record", "read_policy", "save_policy"]
 
@@ -84,8 +83,8 @@ def read_policy(path: Path, options: ImportOptions | None = None) -> DecisionTra
         return read_original(path, options or ImportOptions())
     if not (path / POLICY_FILE).is_file() and (path / CONFIG_FILE).is_file():
         return read_huggingface(path, options or ImportOptions())
-    record = read_json(path / POLICY_FILE)
-    config, scaling, conditioning = read_record(record, str(path / POLICY_FILE))
+    record, config, scaling, conditioning = read_record(path / POLICY_FILE)
+    check_files(record, path, [WEIGHTS_FILE], path / POLICY_FILE)
     return DecisionTransformerPolicy(
         _load_network(config, path / WEIGHTS_FILE),
         scaling,
@@ -96,6 +95,7 @@ def read_policy(path: Path, options: ImportOptions | None = None) -> DecisionTra
 
 
 def _load_network(config: DecisionTransformerConfig, path: Path) -> DecisionTransformer:
+    check_size(config, path, POLICY_FILE)
     weights = read_safetensors(path)
     check_weights(weights, DecisionTransformer.empty(config).state_dict(), str(path), POLICY_FILE)
     return DecisionTransformer.with_weights(config, weights)
@@ -125,12 +125,23 @@ def write_policy_files(
     policy: DecisionTransformerPolicy,
     weights: Mapping[str, Tensor] | None,
     dtype: torch.dtype,
-    also: Mapping[str, Any] | None = None,
+    *,
+    adapter_files: Sequence[str] | None = None,
 ) -> None:
-    """Write ``policy.json`` (with what is there ``also``) and ``model.safetensors`` into an existing folder."""
+    """Write ``model.safetensors`` and ``policy.json``, with digests, into an existing folder.
+
+    Args:
+        folder: Where to.
+        policy: What to write.
+        weights: As :func:`save_policy` takes them.
+        dtype: Precision of the weights on disk.
+        adapter_files: The files of its adapter, relative to the folder, already there; None does not say whether it
+            has one.
+    """
     state = policy.network.state_dict() if weights is None else weights
     save_file({k: v.detach().to("cpu", dtype).contiguous() for k, v in state.items()}, folder / WEIGHTS_FILE)
-    write_json(folder / POLICY_FILE, policy_record(policy) | dict(also or {}))
+    record = policy_record(policy) | ({} if adapter_files is None else {"adapter": bool(adapter_files)})
+    write_json(folder / POLICY_FILE, sealed(record, folder, [WEIGHTS_FILE, *(adapter_files or ())]))
 
 
 def weights_digest(weights: Mapping[str, Tensor]) -> str:

@@ -4,15 +4,69 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
-from eva_rl.agents.decision_transformer import DecisionTransformerConfig
+from eva_rl.agents.decision_transformer import ACTION, RETURN, REWARD, STATE, DecisionTransformerConfig
 from eva_rl.agents.policy import Conditioning, DecisionTransformerPolicy
+from eva_rl.agents.transformer import ACTIVATIONS
 from eva_rl.batch import InputScaling
 from eva_rl.errors import UserError
+from eva_rl.files import check_seal, read_json
+from eva_rl.schema import DIGEST, Boolean, Integer, ListOf, MapOf, Number, OneOf, Record, Text
 
 FORMAT = "eva-rl policy"
 FORMAT_VERSION = 1
+LARGEST_SIZE = 10**7
+"""Largest number in an architecture; what it makes of them is held against the weights before anything is built."""
+STD = Number(1e-30, 1e30)
+"""A standard deviation that can be divided by."""
+
+_size, _number = Integer(1, LARGEST_SIZE), Number()
+ARCHITECTURE = Record(
+    {"observation_dim": _size, "action_dim": _size},
+    {
+        "hidden_size": _size,
+        "num_layers": _size,
+        "num_heads": _size,
+        "inner_size": Integer(0, LARGEST_SIZE),
+        "context_length": _size,
+        "max_timestep": _size,
+        "activation": OneOf(tuple(ACTIVATIONS)),
+        "dropout": Number(0, 1),
+        "token_order": ListOf(OneOf((RETURN, STATE, ACTION, REWARD))),
+        "stochastic": Boolean(),
+        "action_tanh": Boolean(),
+    },
+)
+SCALING = Record(
+    {
+        "observation_mean": ListOf(_number),
+        "observation_std": ListOf(STD),
+        "return_scale": STD,
+        "action_low": ListOf(_number),
+        "action_high": ListOf(_number),
+    }
+)
+CONDITIONING = Record({"target_return": _number}, {"per_env": MapOf(_number)})
+RECORD = Record(
+    {
+        "format": OneOf((FORMAT,)),
+        "version": OneOf((FORMAT_VERSION,)),
+        "architecture": ARCHITECTURE,
+        "scaling": SCALING,
+        "conditioning": CONDITIONING,
+    },
+    {
+        "env_id": Text(),
+        "metadata": Record({}, others=True),
+        "adapter": Boolean(),
+        "notes": ListOf(Text()),
+        "files": MapOf(Text(DIGEST)),
+        "sha256": Text(DIGEST),
+    },
+)
+"""``policy.json``, and ``eva_rl.json`` beside a model of Hugging Face's."""
 
 
 def policy_record(policy: DecisionTransformerPolicy) -> dict[str, Any]:
@@ -36,26 +90,27 @@ def policy_record(policy: DecisionTransformerPolicy) -> dict[str, Any]:
     }
 
 
-def read_record(record: Any, where: str) -> tuple[DecisionTransformerConfig, InputScaling, Conditioning]:
-    """Architecture, scaling and conditioning of a record made by :func:`policy_record`.
+def read_record(path: Path) -> tuple[dict[str, Any], DecisionTransformerConfig, InputScaling, Conditioning]:
+    """Record of :func:`policy_record` in a file, with its architecture, scaling and conditioning.
 
     Args:
-        record: What the JSON file holds.
-        where: The file, for messages.
+        path: ``policy.json``, or ``eva_rl.json`` beside a model of Hugging Face's.
 
     Raises:
         UserError: The record is another file's, damaged, or its parts do not fit each other.
     """
+    record = read_json(path)
     if not isinstance(record, Mapping) or (record.get("format"), record.get("version")) != (FORMAT, FORMAT_VERSION):
-        raise UserError(f"{where} is not an {FORMAT} of version {FORMAT_VERSION}.")
+        raise UserError(f"{path} is not an {FORMAT} of version {FORMAT_VERSION}.")
+    check_seal(record, path)
+    checked = RECORD.of(record, str(path))
     try:
-        config = DecisionTransformerConfig(**record["architecture"])
-        scaling = InputScaling.create(**record["scaling"])
-        conditioning = Conditioning(**record["conditioning"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{where} is damaged or of another version: {error}.") from error
-    check_scaling(config, scaling, where)
-    return config, scaling, conditioning
+        config = DecisionTransformerConfig(**checked["architecture"])
+    except UserError as error:
+        raise UserError(f"{path}: architecture: {error}") from error
+    scaling = InputScaling.create(**checked["scaling"])
+    check_scaling(config, scaling, str(path))
+    return checked, config, scaling, Conditioning(**checked["conditioning"])
 
 
 def check_scaling(config: DecisionTransformerConfig, scaling: InputScaling, where: str) -> None:
@@ -71,3 +126,6 @@ def check_scaling(config: DecisionTransformerConfig, scaling: InputScaling, wher
             f"{where}: observation mean, observation std and action bounds have lengths {found}, "
             f"the architecture takes {expected}."
         )
+    if bool((scaling.action_half_range < 0).any()):
+        index = int((scaling.action_half_range < 0).nonzero()[0])
+        raise UserError(f"{where}: action_low[{index}] is above action_high[{index}]; expected low to be below high.")

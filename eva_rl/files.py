@@ -1,12 +1,14 @@
-"""Files that are written completely or not at all."""
+"""Files: written completely or not at all, and read only if they are what they should be."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
+import stat
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,20 +18,141 @@ from safetensors import SafetensorError
 from yaml.nodes import Node
 
 from eva_rl.errors import UserError
+from eva_rl.schema import Check
+
+LARGEST_JSON = 64 * 2**20
+"""Bytes of the largest JSON file that is read."""
+FILES, SEAL = "files", "sha256"
+"""Keys of a sealed record: digests of the files beside it, and its own."""
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, check: Check | None = None) -> Any:
     """Read a JSON file.
 
+    Args:
+        path: The file.
+        check: What it may hold (see :mod:`eva_rl.schema`); None admits everything.
+
     Raises:
-        UserError: No such file, or not JSON.
+        UserError: No such file, not a regular one, not JSON, or not what ``check`` admits.
     """
     try:
-        return json.loads(path.read_text())
+        if regular_size(path) > LARGEST_JSON:
+            raise UserError(f"{path} is larger than {LARGEST_JSON // 2**20} MiB: it is another file, or damaged.")
+        value = json.loads(path.read_bytes())
     except FileNotFoundError as error:
         raise UserError(f"No file {path}.") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is not readable JSON: {error}.") from error
+    return value if check is None else check.of(value, str(path))
+
+
+def regular_size(path: Path) -> int:
+    """Bytes of a regular file; a link to one counts.
+
+    Raises:
+        FileNotFoundError: No such file.
+        UserError: It is a folder, a pipe, a socket or a device, reading which may never end.
+    """
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise UserError(f"{path} is not a regular file. Replace it by the file itself.")
+    return found.st_size
+
+
+def sha256(path: Path) -> str:
+    """Digest of a regular file, in hexadecimal."""
+    regular_size(path)
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sealed(record: Mapping[str, Any], folder: Path, names: Sequence[str]) -> dict[str, Any]:
+    """A record with the digests of files in a folder, and with its own.
+
+    Args:
+        record: JSON values.
+        folder: Where the files are.
+        names: Of the files, relative to it.
+    """
+    values: dict[str, Any] = json.loads(json.dumps(record))  # as it will be read: keys are strings, and so sorted
+    full = {**values, FILES: {name: sha256(folder / name) for name in names}}
+    return {**full, SEAL: _record_digest(full)}
+
+
+def check_seal(record: Mapping[str, Any], path: Path) -> None:
+    """Raise unless a record is as :func:`sealed` left it; records from before that have no digest, and pass.
+
+    Raises:
+        UserError: It was changed.
+    """
+    if FILES not in record and SEAL not in record:
+        return
+    if record.get(SEAL) != _record_digest({name: value for name, value in record.items() if name != SEAL}):
+        raise UserError(
+            f"{path} does not match its own checksum: it was changed or damaged after it was written. Copy it again. "
+            f"If the change is wanted, remove its keys {FILES!r} and {SEAL!r}."
+        )
+
+
+def check_files(record: Mapping[str, Any], folder: Path, names: Sequence[str], path: Path) -> None:
+    """Raise unless files are those that a record was sealed with; what it does not list passes.
+
+    Args:
+        record: From ``path``.
+        folder: Where the files are.
+        names: Which of them to check.
+        path: The record's file, for the message.
+
+    Raises:
+        UserError: One of them is missing, or another one.
+    """
+    digests = record.get(FILES, {})
+    for name in names:
+        if name not in digests:
+            continue
+        file = folder / name
+        if not file.exists():
+            raise UserError(f"{file} is missing, and {path} lists it. Save or copy the folder again.")
+        if sha256(file) != digests[name]:
+            raise UserError(
+                f"{file} is not the file that {path} was written with: it was changed or damaged. Save or copy the "
+                f"folder again. If the change is wanted, remove the keys {FILES!r} and {SEAL!r} of {path.name}."
+            )
+
+
+def _record_digest(record: Mapping[str, Any]) -> str:
+    """SHA-256 of a record, whatever the order of its keys and the blanks between them."""
+    text = json.dumps(record, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def copy_files(source: Path, target: Path, names: Sequence[str], store: Path | None = None) -> None:
+    """Copy those of the named files that exist; nothing else of the folder, and no links.
+
+    Args:
+        source: The folder to copy from.
+        target: The folder to copy to.
+        names: Relative to both.
+        store: A folder into which links may lead: the Hugging Face hub's cache keeps its files in one.
+
+    Raises:
+        UserError: One of them is a link to elsewhere, or not a regular file.
+    """
+    for name in names:
+        file = source / name
+        if not file.exists() and not file.is_symlink():
+            continue
+        resolved = file.resolve()
+        inside = resolved == source.resolve() / name or (store is not None and resolved.parent == store.resolve())
+        if not inside:
+            raise UserError(
+                f"{file} is a link to {resolved}, which is not copied: it may be any file of this machine. Replace it "
+                "by the file itself."
+            )
+        regular_size(resolved)
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(resolved, target / name)
 
 
 class _PlainLoader(yaml.SafeLoader):

@@ -27,9 +27,16 @@ from eva_rl.agents.huggingface.layout import (
 from eva_rl.agents.huggingface.options import ImportOptions, scaling_and_target
 from eva_rl.agents.policy import DecisionTransformerPolicy
 from eva_rl.agents.policy_record import policy_record, read_record
-from eva_rl.agents.weights import PICKLE_SUFFIXES, check_weights, read_safetensors, read_state_dict
+from eva_rl.agents.weights import (
+    PICKLE_SUFFIXES,
+    check_size,
+    check_weights,
+    read_safetensors,
+    read_state_dict,
+    value_problems,
+)
 from eva_rl.errors import UserError
-from eva_rl.files import read_json, write_folder, write_json
+from eva_rl.files import check_files, read_json, sealed, write_folder, write_json
 
 log = logging.getLogger(__name__)
 
@@ -114,7 +121,10 @@ def _build(
     facts: Mapping[str, Any],
     path: Path,
 ) -> DecisionTransformerPolicy:
+    check_size(config, path, "its config")
     used = {name: value for name, value in weights.items() if not UNUSED.fullmatch(name)}
+    if problems := value_problems(used):
+        raise UserError(f"{path}: {'; '.join(problems[:5])}. Save the network's weights as float32.")
     positions = used.pop(POSITIONS, None)
     expected = to_huggingface(DecisionTransformer.empty(config).state_dict(), config.num_layers)
     check_weights(used, expected, str(path), "its config")
@@ -131,10 +141,10 @@ def _build(
 def _companion(folder: Path) -> dict[str, Any]:
     """The facts that :func:`export_huggingface` wrote beside a model, as keys of ``ImportOptions`` and more."""
     path = folder / COMPANION_FILE
-    if not path.is_file():
+    if not path.exists():
         return {}
-    record = read_json(path)
-    config, _, conditioning = read_record(record, str(path))
+    record, config, _, conditioning = read_record(path)
+    check_files(record, folder, [CONFIG_FILE, SAFETENSORS_FILE], path)
     return {
         **record["scaling"],
         "context_length": config.context_length,
@@ -177,7 +187,8 @@ def export_huggingface(
     def write(aside: Path) -> None:
         save_file(_exported(own, config), aside / SAFETENSORS_FILE, metadata={"format": "pt"})
         write_json(aside / CONFIG_FILE, theirs)
-        write_json(aside / COMPANION_FILE, policy_record(policy) | {"notes": notes})
+        record = policy_record(policy) | {"notes": notes}
+        write_json(aside / COMPANION_FILE, sealed(record, aside, [CONFIG_FILE, SAFETENSORS_FILE]))
 
     write_folder(Path(folder).expanduser(), write)
     for note in notes:

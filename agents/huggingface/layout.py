@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from eva_rl.agents.decision_transformer import TOKEN_ORDERS, DecisionTransformerConfig
+from eva_rl.agents.policy_record import LARGEST_SIZE
 from eva_rl.errors import UserError
+from eva_rl.schema import Boolean, Integer, Number, OneOf, Optional, Record
 
 MODEL_TYPE = "decision_transformer"
 ACTIVATIONS = {
@@ -39,6 +41,22 @@ DEFAULTS: Mapping[str, Any] = {
     "add_cross_attention": False,
 }
 """Hugging Face's own; a config.json leaves out what equals them."""
+
+_size, _flag = Integer(1, LARGEST_SIZE), Boolean()
+CONFIG = Record(
+    {"model_type": OneOf((MODEL_TYPE,))},
+    {
+        **dict.fromkeys(("state_dim", "act_dim", "hidden_size", "max_ep_len", "n_layer", "n_head"), _size),
+        **dict.fromkeys(("action_tanh", "scale_attn_weights", "scale_attn_by_inverse_layer_idx"), _flag),
+        "add_cross_attention": _flag,
+        "n_inner": Optional(Integer(0, LARGEST_SIZE)),
+        "activation_function": OneOf(tuple(ACTIVATIONS)),
+        "resid_pdrop": Number(0, 1),
+        "layer_norm_epsilon": Number(0, 1),
+    },
+    others=True,
+)
+"""What is read of a config.json; the rest belongs to GPT-2's other uses."""
 
 POSITIONS = "encoder.wpe.weight"
 UNUSED = re.compile(r"(encoder\.wte\..*|predict_(state|return)\..*|.*\.attn\.(bias|masked_bias))")
@@ -128,11 +146,7 @@ def complete_config(config: Any, where: str) -> dict[str, Any]:
             f"{where} describes model_type {model_type!r}; expected {MODEL_TYPE!r}. Name the folder of a Decision "
             "Transformer."
         )
-    full = {**DEFAULTS, **config}
-    if full["activation_function"] not in ACTIVATIONS:
-        raise UserError(
-            f"{where}: activation_function {full['activation_function']!r}; expected one of {sorted(ACTIVATIONS)}."
-        )
+    full = {**DEFAULTS, **CONFIG.of(config, where)}
     if full["add_cross_attention"] or full["layer_norm_epsilon"] != LAYER_NORM_EPSILON:
         raise UserError(
             f"{where}: add_cross_attention={full['add_cross_attention']} and layer_norm_epsilon="
@@ -149,20 +163,20 @@ def architecture(full: Mapping[str, Any], context_length: int, where: str) -> De
     """
     try:
         return DecisionTransformerConfig(
-            observation_dim=int(full["state_dim"]),
-            action_dim=int(full["act_dim"]),
-            hidden_size=int(full["hidden_size"]),
-            num_layers=int(full["n_layer"]),
-            num_heads=int(full["n_head"]),
-            inner_size=int(full["n_inner"] or 0),
+            observation_dim=full["state_dim"],
+            action_dim=full["act_dim"],
+            hidden_size=full["hidden_size"],
+            num_layers=full["n_layer"],
+            num_heads=full["n_head"],
+            inner_size=full["n_inner"] or 0,
             context_length=context_length,
-            max_timestep=int(full["max_ep_len"]),
+            max_timestep=full["max_ep_len"],
             activation=ACTIVATIONS[full["activation_function"]],
-            dropout=float(full["resid_pdrop"]),
-            action_tanh=bool(full["action_tanh"]),
+            dropout=full["resid_pdrop"],
+            action_tanh=full["action_tanh"],
         )
-    except (TypeError, ValueError, ZeroDivisionError) as error:
-        raise UserError(f"{where} does not describe an architecture: {error}.") from error
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
 
 
 def huggingface_config(config: DecisionTransformerConfig) -> dict[str, Any]:

@@ -7,9 +7,11 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from eva_rl.agents.decision_transformer import DecisionTransformerConfig
 from eva_rl.agents.policy import Conditioning
-from eva_rl.agents.policy_record import check_scaling
+from eva_rl.agents.policy_record import CONDITIONING, SCALING, check_scaling
 from eva_rl.batch import InputScaling
 from eva_rl.errors import UserError
 
@@ -73,15 +75,25 @@ def scaling_and_target(
             "Mean and std are those of the training observations (data.observations.mean(0), data.observations"
             ".std(0)); zeros and ones say that it was trained without normalisation."
         )
-    scaling = InputScaling.create(
-        facts["observation_mean"],
-        facts["observation_std"],
-        facts["return_scale"],
-        facts.get("action_low") or [-1.0] * config.action_dim,
-        facts.get("action_high") or [1.0] * config.action_dim,
-    )
+    given = {
+        "observation_mean": _listed(facts["observation_mean"]),
+        "observation_std": _listed(facts["observation_std"]),
+        "return_scale": facts["return_scale"],
+        "action_low": _listed(facts.get("action_low"), -1.0, config.action_dim),
+        "action_high": _listed(facts.get("action_high"), 1.0, config.action_dim),
+    }
+    scaling = InputScaling.create(**SCALING.of(given, where))
     check_scaling(config, scaling, where)
-    return scaling, Conditioning(float(facts["target_return"]), dict(facts.get("per_env", {})))
+    wanted_returns = {"target_return": facts["target_return"], "per_env": facts.get("per_env", {})}
+    return scaling, Conditioning(**CONDITIONING.of(wanted_returns, where))
+
+
+def _listed(values: Any, default: float = 0.0, count: int = 0) -> list[float]:
+    """Numbers of any array-like as a list, or ``count`` times the default."""
+    if values is None:
+        return [default] * count
+    listed: list[float] = np.asarray(values, np.float64).tolist()
+    return listed
 
 
 def download(hub_id: str) -> Path:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from eva_rl.adapters.attach import AttachedAdapter, base_weights
 from eva_rl.adapters.extensions import ADAPTER_NAME, WEIGHTS_FILE, RewrittenBase
@@ -14,9 +16,10 @@ from eva_rl.agents.huggingface.options import ImportOptions
 from eva_rl.agents.policy import DecisionTransformerPolicy
 from eva_rl.agents.policy_folder import POLICY_FILE, find_policy, read_policy, weights_digest, write_policy_files
 from eva_rl.errors import UserError
-from eva_rl.files import read_json, write_folder, write_json
+from eva_rl.files import check_files, read_json, sealed, write_folder, write_json
 
 ADAPTER_FOLDER = "adapter"
+ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE, ORIGIN_FILE)
 CARD_FILE = "README.md"
 
 
@@ -37,26 +40,36 @@ def save_adapted_policy(
     weights = base_weights(policy.network, adapter)
 
     def write(aside: Path) -> None:
-        write_policy_files(aside, policy, weights, torch.float32, {"adapter": adapter.model is not None})
+        if adapter.model is not None:
+            _write_adapter(aside / ADAPTER_FOLDER, adapter, model_card)
+            write_json(aside / ADAPTER_FOLDER / ORIGIN_FILE, _origin(aside / ADAPTER_FOLDER, policy, adapter, weights))
+        files = () if adapter.model is None else tuple(f"{ADAPTER_FOLDER}/{name}" for name in ADAPTER_FILES)
+        write_policy_files(aside, policy, weights, torch.float32, adapter_files=files)
         (aside / CARD_FILE).write_text(model_card)
-        if adapter.model is None:
-            return
-        if isinstance(adapter.extension, RewrittenBase):
-            adapter.extension.save(aside / ADAPTER_FOLDER)
-        else:
-            adapter.model.save_pretrained(str(aside / ADAPTER_FOLDER))
-        (aside / ADAPTER_FOLDER / CARD_FILE).write_text(model_card)
-        write_json(
-            aside / ADAPTER_FOLDER / ORIGIN_FILE,
-            {
-                "method": adapter.method.name,
-                "base_sha256": weights_digest(weights),
-                "env_id": policy.env_id,
-                "target_return": policy.conditioning.of(policy.env_id),
-            },
-        )
 
     write_folder(folder, write)
+
+
+def _write_adapter(folder: Path, adapter: AttachedAdapter, model_card: str) -> None:
+    assert adapter.model is not None
+    if isinstance(adapter.extension, RewrittenBase):
+        adapter.extension.save(folder)
+    else:
+        adapter.model.save_pretrained(str(folder))
+    (folder / CARD_FILE).write_text(model_card)
+
+
+def _origin(
+    folder: Path, policy: DecisionTransformerPolicy, adapter: AttachedAdapter, weights: Mapping[str, Tensor]
+) -> dict[str, Any]:
+    """What PEFT's files do not say of an adapter, with their digests."""
+    facts = {
+        "method": adapter.method.name,
+        "base_sha256": weights_digest(weights),
+        "env_id": policy.env_id,
+        "target_return": policy.conditioning.of(policy.env_id),
+    }
+    return sealed(facts, folder, [CONFIG_FILE, WEIGHTS_FILE])
 
 
 def adapter_bytes(folder: Path) -> int:
@@ -123,9 +136,11 @@ def find_adapter(path: str | Path) -> Path:
 
 def _has_adapter(folder: Path) -> bool:
     """Whether a policy folder has an adapter, by its files and by what it says of itself."""
+    path = folder / POLICY_FILE
+    record = read_json(path) if path.exists() else {}
     if (folder / ADAPTER_FOLDER).is_dir():
+        check_files(record, folder, [f"{ADAPTER_FOLDER}/{name}" for name in ADAPTER_FILES], path)
         return True
-    record = read_json(folder / POLICY_FILE) if (folder / POLICY_FILE).is_file() else {}
     if record.get("adapter"):
-        raise UserError(f"{folder} is not whole: its {ADAPTER_FOLDER}/ folder is missing. Save or copy it again.")
+        raise UserError(f"{folder} is incomplete: its folder {ADAPTER_FOLDER}/ is missing. Save or copy it again.")
     return False

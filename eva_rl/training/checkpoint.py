@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import shutil
 from collections.abc import Mapping
@@ -17,11 +15,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from eva_rl.errors import UserError
-from eva_rl.files import write_folder, write_json
+from eva_rl.files import FILES, SEAL, check_files, check_seal, read_json, sealed, sha256, write_folder, write_json
+from eva_rl.schema import DIGEST, Integer, MapOf, Record, Text
 
 log = logging.getLogger(__name__)
 
 TENSORS_FILE, RECORD_FILE = "state.safetensors", "state.json"
+RECORD = Record(
+    {"step": Integer(0), "record": Record({}, others=True), SEAL: Text(DIGEST)}, {FILES: MapOf(Text(DIGEST))}
+)
 KEEP = 2
 
 
@@ -53,8 +55,8 @@ def save_checkpoint(folder: Path, state: TrainState, keep: int = KEEP) -> None:
 
 def _write(aside: Path, state: TrainState) -> None:
     save_file({k: v.detach().cpu().contiguous() for k, v in state.tensors.items()}, aside / TENSORS_FILE)
-    record = {"step": state.step, "sha256": _sha256(aside / TENSORS_FILE), "record": state.record}
-    write_json(aside / RECORD_FILE, record)
+    record = {"step": state.step, "record": state.record}
+    write_json(aside / RECORD_FILE, sealed(record, aside, [TENSORS_FILE]))
 
 
 def load_latest_checkpoint(folder: Path) -> TrainState | None:
@@ -70,7 +72,7 @@ def load_latest_checkpoint(folder: Path) -> TrainState | None:
     for path in reversed(found):
         try:
             return _read(path)
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
+        except (OSError, ValueError, KeyError, SafetensorError, UserError) as error:
             log.warning("%s is damaged (%s); trying the checkpoint before it.", path, error)
     if found:
         raise UserError(f"All checkpoints in {folder} are damaged. Start afresh with another run_dir.")
@@ -78,19 +80,17 @@ def load_latest_checkpoint(folder: Path) -> TrainState | None:
 
 
 def _read(path: Path) -> TrainState:
-    record = json.loads((path / RECORD_FILE).read_text())
-    if _sha256(path / TENSORS_FILE) != record["sha256"]:
+    record = read_json(path / RECORD_FILE, RECORD)
+    if FILES in record:
+        check_seal(record, path / RECORD_FILE)
+        check_files(record, path, [TENSORS_FILE], path / RECORD_FILE)
+    elif sha256(path / TENSORS_FILE) != record[SEAL]:  # written before the record was under a checksum itself
         raise ValueError("its checksum does not match")
     return TrainState(record["step"], load_file(path / TENSORS_FILE), record["record"])
 
 
 def _checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("step_*"))
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> dict[str, Tensor]:

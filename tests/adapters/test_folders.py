@@ -19,7 +19,7 @@ from eva_rl.batch import WindowBatch
 from eva_rl.data import Trajectories
 from eva_rl.errors import UserError
 from tests.adapters.making import PEFT_METHODS, attached, sampler, train
-from tests.conftest import make_policy
+from tests.conftest import make_policy, unseal
 
 PLAIN_PEFT = """
 import sys
@@ -103,7 +103,10 @@ def test_loaded_to_be_trained_and_saved_again(method: str, tmp_path: Path, reach
 
 @pytest.fixture
 def saved(tmp_path: Path, reach_demonstrations: Trajectories) -> Path:
+    """A folder without digests, so that what is checked besides them is seen."""
     trained("lora", reach_demonstrations, tmp_path / "policy")
+    for record in ("policy.json", "adapter/eva_rl.json"):
+        unseal(tmp_path / "policy" / record)
     return tmp_path / "policy"
 
 
@@ -139,7 +142,7 @@ def test_a_half_written_adapter_is_refused(lost: str, saved: Path) -> None:
 
 def test_a_lost_adapter_is_refused_rather_than_left_out(saved: Path) -> None:
     shutil.rmtree(saved / "adapter")
-    refused(saved, "not whole")
+    refused(saved, "is incomplete")
 
 
 def test_an_adapter_of_another_base_is_refused(saved: Path) -> None:

@@ -204,13 +204,13 @@ def test_unknown_normalisation_is_asked_for(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"model_type": "gpt2"}, "model_type 'gpt2'; expected 'decision_transformer'"),
-        ({"activation_function": "silu"}, "activation_function 'silu'"),
+        ({"activation_function": "silu"}, "activation_function is 'silu'; expected"),
         ({"n_head": 5}, "num_heads=5"),
         ({"layer_norm_epsilon": 1e-3}, "layer_norm_epsilon=0.001"),
         ({"state_dim": 17}, r"embed_state.weight has shape \(32, 11\), expected \(32, 17\)"),
         ({"n_layer": 3}, "encoder.h.2.ln_1.weight is missing"),
         ({"n_layer": 1}, "encoder.h.1.* is not part of the architecture"),
-        ({"hidden_size": "wide"}, "does not describe an architecture"),
+        ({"hidden_size": "wide"}, "hidden_size is 'wide'; expected a whole number"),
     ],
 )
 def test_configs_that_do_not_fit(tmp_path: Path, change: dict[str, Any], message: str) -> None:

@@ -20,7 +20,7 @@ from eva_rl.agents import load_base_policy, save_policy
 from eva_rl.agents.policy import DecisionTransformerPolicy
 from eva_rl.errors import UserError
 from eva_rl.rollouts.evaluation import evaluate_policy
-from tests.conftest import make_policy
+from tests.conftest import make_policy, unseal
 
 ACT_IN_A_NEW_PROCESS = """
 import sys
@@ -80,6 +80,7 @@ def edit_weights(change: Callable[[dict[str, torch.Tensor]], object]) -> Callabl
         weights = load_file(folder / "model.safetensors")
         change(weights)
         save_file(weights, folder / "model.safetensors")
+        unseal(folder / "policy.json")
 
     return apply
 
@@ -89,6 +90,7 @@ def edit_json(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], No
         record = json.loads((folder / "policy.json").read_text())
         change(record)
         (folder / "policy.json").write_text(json.dumps(record))
+        unseal(folder / "policy.json")
 
     return apply
 
@@ -102,13 +104,13 @@ def edit_json(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], No
             edit_weights(lambda w: w.update({"action_head.bias": torch.zeros(7)})),
             r"action_head.bias has shape \(7,\), expected \(4,\)",
         ),
-        (edit_json(lambda r: r["architecture"].update(hidden_size=64)), r"expected \(64"),
-        (edit_json(lambda r: r["architecture"].update(width=64)), "damaged or of another version"),
+        (edit_json(lambda r: r["architecture"].update(hidden_size=16)), r"expected \(16"),
+        (edit_json(lambda r: r["architecture"].update(width=64)), "holds 'width'; expected only observation_dim"),
         (edit_json(lambda r: r["scaling"].update(observation_mean=[0.0])), "have lengths"),
         (edit_json(lambda r: r.update(version=99)), "is not an eva-rl policy of version 1"),
         (lambda folder: (folder / "policy.json").write_text("{"), "not readable JSON"),
-        (lambda folder: (folder / "model.safetensors").write_bytes(pickle.dumps({})), "missing or damaged"),
-        (lambda folder: (folder / "model.safetensors").unlink(), "missing or damaged"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(pickle.dumps({})), "changed or damaged"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "is missing, and"),
     ],
 )
 def test_damaged_folders_are_refused(policy_folder: Path, damage: Callable[[Path], object], message: str) -> None:
