@@ -125,7 +125,9 @@ def _check_pickle(path: Path, size: int) -> None:
 
 def _check_globals(file: IO[bytes]) -> None:
     for opcode, argument, _ in pickletools.genops(file):
-        if opcode.name in {"STACK_GLOBAL", "INST"} or (opcode.name == "GLOBAL" and not _GLOBALS.fullmatch(argument)):
+        if opcode.name in {"STACK_GLOBAL", "INST"} or (
+            opcode.name == "GLOBAL" and not _GLOBALS.fullmatch(str(argument))
+        ):
             raise ValueError(f"it names {argument or 'something'}")
 
 

@@ -45,8 +45,9 @@ class SchemaError(UserError):
 class Check(Protocol):
     """Admits some JSON values."""
 
-    expected: str
-    """What it admits, in words."""
+    @property
+    def expected(self) -> str:
+        """What it admits, in words."""
 
     def of(self, value: Any, where: str, key: str = "") -> Any:
         """Return the value if it is admitted.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,16 +13,14 @@ from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
 
 from eva_rl.adapters.attach import AttachedAdapter, base_weights
-from eva_rl.adapters.extensions import WEIGHTS_FILE
 from eva_rl.adapters.methods import METHODS
+from eva_rl.adapters.validation import CONFIG_FILE, ORIGIN_FILE, changed_weights, check_adapter, read_origin
 from eva_rl.agents.policy import DecisionTransformerPolicy
 from eva_rl.agents.policy_folder import weights_digest
+from eva_rl.agents.weights import first_line
 from eva_rl.errors import UnknownNameError, UserError
-from eva_rl.files import read_json
 
-CONFIG_FILE = "adapter_config.json"
-ORIGIN_FILE = "eva_rl.json"
-"""Beside PEFT's files: the method, the base that the adapter fits, the task and what to ask for there."""
+__all__ = ["CONFIG_FILE", "ORIGIN_FILE", "AdaptedPolicy", "Adapters"]
 
 
 class AdaptedPolicy(DecisionTransformerPolicy):
@@ -78,17 +77,18 @@ class Adapters:
         if name in self._origins:
             raise UserError(f"The policy has an adapter {name!r} already. Give this one another name.")
         self._refuse_merged()
-        origin = _origin(folder)
+        origin = read_origin(folder)
         if origin.get("base_sha256", self._base) != self._base:
             raise UserError(
                 f"The adapter in {folder} was trained on other base weights than this policy's "
                 f"({origin['base_sha256'][:12]}, not {self._base[:12]}). Use it on the policy that it was saved beside."
             )
-        with _fitting(folder):
+        check_adapter(self._policy.network, folder)
+        with self._base_kept(name, folder), _fitting(folder):
             self._read(name, folder, is_trainable)
         self._origins[name] = origin
         if origin.get("target_return") is not None:
-            self._policy.with_target(origin["target_return"], origin["env_id"])
+            self._policy.with_target(origin["target_return"], origin.get("env_id", ""))
         if not is_trainable:
             self.use(name)
         self._active = name
@@ -113,6 +113,22 @@ class Adapters:
             if name in self._model.peft_config:
                 self._model.delete_adapter(name)
             raise
+
+    @contextmanager
+    def _base_kept(self, name: str, folder: Path) -> Iterator[None]:
+        """Hold the base weights against what they were; an adapter that changed them is taken out again."""
+        before = {key: value.clone() for key, value in base_weights(self._policy.network).items()}
+        yield
+        after = base_weights(self._policy.network)
+        if changed := changed_weights(before, after):
+            if self._model is not None:
+                self._model.delete_adapter(name)
+            for key, value in before.items():
+                after[key].copy_(value)
+            raise UserError(
+                f"The adapter in {folder} changes weights of the base ({', '.join(changed[:3])}), which belong to "
+                "every adapter on it. It is not used."
+            )
 
     def use(self, name: str | None) -> None:
         """Let an adapter act; None lets the base act alone.
@@ -190,14 +206,6 @@ class Adapters:
             raise UserError(f"The adapter {self._active!r} is merged into the weights. Call unmerge() first.")
 
 
-def _origin(folder: Path) -> dict[str, Any]:
-    missing = [name for name in (CONFIG_FILE, WEIGHTS_FILE) if not (folder / name).is_file()]
-    if missing:
-        raise UserError(f"{folder} is no whole adapter: it lacks {' and '.join(missing)}. Save or copy it again.")
-    path = folder / ORIGIN_FILE
-    return dict(read_json(path)) if path.is_file() else {}
-
-
 @contextmanager
 def _fitting(folder: Path) -> Iterator[None]:
     try:
@@ -205,7 +213,14 @@ def _fitting(folder: Path) -> Iterator[None]:
             warnings.filterwarnings("error", message=".*missing adapter keys.*")
             warnings.filterwarnings("ignore", message="The following rank_pattern keys.*")  # AdaLoRA's are of its own
             yield
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError, UserWarning, SafetensorError) as error:
+    except _DAMAGE as error:
         raise UserError(
-            f"The adapter in {folder} does not fit the policy, or is damaged: {str(error).splitlines()[0]}"
+            f"The adapter in {folder} does not fit the policy, or is damaged: {first_line(error)}"
         ) from error
+
+
+_DAMAGE = (
+    *(OSError, RuntimeError, ValueError, KeyError, TypeError, UserWarning, SafetensorError),
+    *(IndexError, AttributeError, AssertionError, ZeroDivisionError, OverflowError, re.error),
+)
+"""What PEFT raises on a config that it cannot make sense of."""

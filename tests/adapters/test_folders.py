@@ -124,20 +124,20 @@ def test_damaged_adapters_are_refused(saved: Path) -> None:
     save_file({k: v for k, v in good.items() if k != some}, weights)
     refused(saved, "does not fit")
     weights.write_bytes(b"half")
-    refused(saved, "does not fit")
+    refused(saved, "missing or damaged")
     save_file(good, weights)
     settings = json.loads(config.read_text())
     for wrong in ({"target_modules": ["nowhere"]}, {"r": settings["r"] + 1}, {"peft_type": "NONE"}):
         config.write_text(json.dumps(settings | wrong))
         refused(saved, "does not fit")
     config.write_text("{")
-    refused(saved, "does not fit")
+    refused(saved, "not readable JSON")
 
 
 @pytest.mark.parametrize("lost", ["adapter_config.json", "adapter_model.safetensors"])
 def test_a_half_written_adapter_is_refused(lost: str, saved: Path) -> None:
     (saved / "adapter" / lost).unlink()
-    refused(saved, f"no whole adapter: it lacks {lost}")
+    refused(saved, f"is incomplete: {lost} is missing")
 
 
 def test_a_lost_adapter_is_refused_rather_than_left_out(saved: Path) -> None:

@@ -15,7 +15,7 @@ from eva_rl.data import Trajectories
 from eva_rl.errors import UnknownNameError, UserError
 from tests.adapters.making import attached
 from tests.adapters.test_folders import trained, windows
-from tests.conftest import make_policy
+from tests.conftest import make_policy, unseal
 
 
 def acted(policy: DecisionTransformerPolicy, batch: WindowBatch) -> torch.Tensor:
@@ -95,6 +95,7 @@ def test_an_adapter_that_does_not_fit_leaves_the_others(tmp_path: Path, reach_de
     expected, batch = trained("lora", reach_demonstrations, tmp_path / "lora"), windows(reach_demonstrations)
     policy = load_policy(tmp_path / "lora")
     shutil.copytree(tmp_path / "lora/adapter", tmp_path / "wrong")
+    unseal(tmp_path / "wrong/eva_rl.json")
     config = tmp_path / "wrong/adapter_config.json"
     config.write_text(config.read_text().replace('"r": 4', '"r": 5'))
     with pytest.raises(UserError, match="does not fit"):
