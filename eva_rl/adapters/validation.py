@@ -26,7 +26,7 @@ _pattern = Text(
     r"\^?\w+(\\?\.\w+)*\$?", "the name of a layer or the end of one, dots escaped or not, and no other expression"
 )
 _rank, _count = Integer(1, LARGEST_RANK), Integer(0)
-_empty = (None, False, {}, [], "")
+_empty: tuple[object, ...] = (None, False, {}, [], "")
 CONFIG = Record(
     {"peft_type": OneOf(("LORA", "ADALORA")), "target_modules": ListOf(_name, least=1)},
     {
