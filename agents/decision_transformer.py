@@ -51,9 +51,9 @@ class DecisionTransformerConfig:
 
     observation_dim: int
     action_dim: int
-    hidden_size: int = 128
+    hidden_size: int = 256
     num_layers: int = 4
-    num_heads: int = 4
+    num_heads: int = 8
     inner_size: int = 0
     context_length: int = 20
     max_timestep: int = 1000

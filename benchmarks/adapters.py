@@ -27,7 +27,6 @@ from rich.console import Console
 from eva_rl.adapters import METHODS, adapter_bytes, count_parameters, load_policy, save_adapted_policy
 from eva_rl.cli.parsing import parse
 from eva_rl.cli.profiling import peak_memory
-from eva_rl.configs.algorithms import bc_options
 from eva_rl.data import Trajectories, WindowSampler
 from eva_rl.finetune.adapter import attach
 from eva_rl.rollouts.experts import collect_expert
@@ -50,7 +49,12 @@ def measure(method: str, options: argparse.Namespace, data: Trajectories) -> Row
     """Attach, train and save one method in this process."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    asked = [f"adapter={method}", f"adapter.rank={options.rank}", f"algo.updates={options.updates}", "algo.warmup=1"]
+    asked = [
+        f"adapter={method}",
+        f"adapter.rank={options.rank}",
+        f"algo.updates={options.updates}",
+        "algo.warmup_steps=1",
+    ]
     config = parse("finetune", [f"env={options.env}", *asked])
     policy = load_policy("mt40")
     sampler = WindowSampler(data, policy.network.config.context_length, policy.scaling)
@@ -58,7 +62,7 @@ def measure(method: str, options: argparse.Namespace, data: Trajectories) -> Row
     with peak_memory(torch.device("cpu")) as memory:
         adapter = attach(policy, sampler, config)
         attached = process_time()
-        train_bc(policy, sampler, bc_options(config.algo, 0, 0), log=lambda *_: None, extension=adapter.extension)
+        train_bc(policy, sampler, config.algo, log=lambda *_: None, extension=adapter.extension)
     trained = process_time()
     trainable = count_parameters(policy.network)["trainable_parameters"]
     with tempfile.TemporaryDirectory() as temporary:

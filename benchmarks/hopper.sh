@@ -9,14 +9,14 @@ mkdir -p "$runs"
 python -m eva_rl.collect env=mujoco/hopper expert=sac expert.until=1200 expert.steps=150000 episodes=300 out="$runs/sac.h5"
 python -m eva_rl.pretrain env=mujoco/hopper data="$runs/sac.h5" data.max_return=1500 data.after_success=1 \
     size.hidden_size=64 size.num_layers=3 size.num_heads=2 size.context_length=20 size.max_timestep=1000 return_scale=1000 \
-    algo.updates=3000 algo.batch_size=64 algo.learning_rate=1e-3 algo.warmup=200 eval.every=0 threads=1 run_dir="$runs/pretrain"
+    algo.updates=3000 algo.batch_size=64 algo.learning_rate=1e-3 algo.warmup_steps=200 eval.every=0 threads=1 run_dir="$runs/pretrain"
 
 # What online fine-tuning makes of it; hyper-parameters were chosen with seed=0 eval.seed=100.
 for seed in 1 2 3; do
     python -m eva_rl.finetune env=mujoco/hopper policy="$runs/pretrain" algo=odt_td3 adapter=full data="$runs/sac.h5" \
         data.max_return=1500 seed=$seed algo.env_steps=60000 algo.num_envs=4 algo.updates_per_iteration=500 \
-        algo.batch_size=32 algo.learning_rate=3e-4 algo.q_weight=2.5 algo.exploration_noise=0.3 \
-        algo.critic_learning_rate=1e-3 algo.target_share=0.01 algo.critic_warmup=2000 algo.eval_every=2000 \
+        algo.batch_size=32 algo.learning_rate=3e-4 algo.q_coef=2.5 algo.exploration_noise=0.3 \
+        algo.critic_learning_rate=1e-3 algo.tau=0.01 algo.critic_warmup=2000 algo.eval_every=2000 \
         eval.quick_episodes=20 threads=1 run_dir="$runs/online/seed_$seed"
 done
 python benchmarks/online_report.py "$runs/online"

@@ -55,7 +55,7 @@ def train(data: Trajectories, size: str, batch: int, accumulate: int, updates: i
     scaling = InputScaling.create(zeros, ones, 100.0, [-1.0] * ACTION, [1.0] * ACTION)
     policy = DecisionTransformerPolicy(DecisionTransformer(config), scaling, Conditioning(100.0))
     sampler = WindowSampler(data, config.context_length, scaling)
-    options = BCOptions(updates, batch, accumulate=accumulate, warmup=1, log_every=1)
+    options = BCOptions(updates=updates, batch_size=batch, accumulate=accumulate, warmup_steps=1, log_every=1)
     return train_bc(policy, sampler, options, log=lambda metrics, step: None).seconds / updates
 
 

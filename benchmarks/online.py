@@ -25,11 +25,11 @@ from eva_rl import envs
 from eva_rl.agents import SIZES, Conditioning, DecisionTransformer, DecisionTransformerConfig, DecisionTransformerPolicy
 from eva_rl.batch import InputScaling
 from eva_rl.data.replay import TrajectoryReplay
-from eva_rl.training.collector import OnlineOptions, TaskEnvs
+from eva_rl.training.collector import TaskEnvs
 from eva_rl.training.odt import ODTOptions, OnlineDecisionTransformer
 from eva_rl.training.odt_td3 import TD3DecisionTransformer, TD3Options
 from eva_rl.training.online import train_online
-from eva_rl.training.sb3 import SB3Options, make_model, train_sb3
+from eva_rl.training.sb3 import OffPolicyOptions, SACOptions, make_model, train_sb3
 
 ENV, BATCH = "Hopper-v5", 64
 PLAIN = "odt, plain full window"
@@ -52,15 +52,15 @@ def replayed(name: str, num_envs: int, window: str) -> Callable[[int, int], None
     def run(env_steps: int, updates: int) -> None:
         policy = make_policy(name == "odt")
         policy.window = "full" if window == "full" else "cached"
+        loop = {"env_steps": env_steps, "steps_per_iteration": 1000, "updates_per_iteration": updates}
         learner = (
-            OnlineDecisionTransformer(policy, ODTOptions(batch_size=BATCH))
+            OnlineDecisionTransformer(policy, ODTOptions(batch_size=BATCH, **loop))
             if name == "odt"
-            else TD3DecisionTransformer(policy, TD3Options(batch_size=BATCH, critic_warmup=0))
+            else TD3DecisionTransformer(policy, TD3Options(batch_size=BATCH, critic_warmup=0, **loop))
         )
         vec_env = envs.make_vec_env(ENV, num_envs)
-        options = OnlineOptions(env_steps, steps_per_iteration=1000, updates_per_iteration=updates)
         replay = TrajectoryReplay(env_steps * 2, policy.observation_dim, policy.action_dim)
-        train_online(learner, replay, TaskEnvs(vec_env, ENV, False), options, log=lambda *_: None)
+        train_online(learner, replay, TaskEnvs(vec_env, ENV, False), log=lambda *_: None)
         vec_env.close()
 
     return run
@@ -71,11 +71,16 @@ def on_windows(name: str, num_envs: int) -> Callable[[int, int], None]:
 
     def run(env_steps: int, updates: int) -> None:
         vec_env = envs.make_vec_env(ENV, num_envs)
-        options = SB3Options(
-            env_steps, batch_size=BATCH, random_steps=0, train_every=1000 // num_envs, updates_per_bout=updates
+        options = (SACOptions if name == "sac" else OffPolicyOptions)(
+            env_steps=env_steps,
+            eval_every=0,
+            batch_size=BATCH,
+            learning_starts=0,
+            train_freq=1000 // num_envs,
+            gradient_steps=updates,
         )
         task = TaskEnvs(vec_env, ENV, False)
-        train_sb3(make_model(name, make_policy(False), task, options), options, log=lambda *_: None)
+        train_sb3(make_model(make_policy(False), task, options), task, options, log=lambda *_: None)
         vec_env.close()
 
     return run

@@ -60,7 +60,8 @@ def train(options: argparse.Namespace) -> None:
         assert isinstance(metrics, dict)
         seconds.append(step / metrics["time/updates_per_second"])
 
-    train_bc(policy, sampler, BCOptions(options.updates + 2, options.batch, log_every=1, warmup=1), log=log)
+    loop = BCOptions(updates=options.updates + 2, batch_size=options.batch, log_every=1, warmup_steps=1)
+    train_bc(policy, sampler, loop, log=log)
     if ranks.first:
         Path(options.result).write_text(json.dumps(np.diff(seconds)[1:].tolist()))
 

@@ -18,7 +18,7 @@ from eva_rl.cli.console import console, counting_progress
 from eva_rl.cli.loading import open_policy
 from eva_rl.cli.parsing import register
 from eva_rl.cli.run_dir import prepare_machine, versions
-from eva_rl.configs.groups import COMPILE_MODES, PRECISIONS, EvalOptions, PolicyOptions, RunOptions
+from eva_rl.configs.groups import EvalOptions, PolicyOptions, RunOptions
 from eva_rl.distributed import ProcessGroup
 from eva_rl.envs import canonical_id
 from eva_rl.envs.registry import task_ids
@@ -28,7 +28,8 @@ from eva_rl.options import group, one_of, option
 from eva_rl.rollouts.evaluation import EvaluationResult, evaluate_policy, evaluate_together
 from eva_rl.rollouts.video import record_episode
 from eva_rl.seeding import EVALUATION, VALIDATION
-from eva_rl.training.compiling import check_compiler
+from eva_rl.training.compiling import COMPILE_MODES, check_compiler
+from eva_rl.training.losses import PRECISIONS
 
 HELP = """
 Play held-out episodes with a policy and report success and return, with a confidence interval.

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -21,8 +21,8 @@ from eva_rl.cli.console import console, training_progress
 from eva_rl.cli.loading import Demonstrations, load_demonstrations
 from eva_rl.cli.parsing import register
 from eva_rl.cli.run_dir import open_run, prepare_machine, shown, write_summary
-from eva_rl.configs.algorithms import bc_options
-from eva_rl.configs.groups import BCOptionsGroup, CheckpointOptions, DataOptions, EnvOptions, EvalOptions, TrainOptions
+from eva_rl.configs.algorithms import BCAlgo
+from eva_rl.configs.groups import CheckpointOptions, DataOptions, EnvOptions, EvalOptions, TrainOptions
 from eva_rl.data import Trajectories, WindowSampler
 from eva_rl.data.samplers import ShardedSampler, prefetching
 from eva_rl.data.selection import return_scale, sampling_weights
@@ -30,12 +30,12 @@ from eva_rl.distributed import ProcessGroup
 from eva_rl.envs import env_spec
 from eva_rl.envs.registry import task_ids
 from eva_rl.launch.multirun import multirun
-from eva_rl.options import between, group, one_of, option, positive
+from eva_rl.options import Options, between, group, option
 from eva_rl.rollouts.evaluation import TaskLook
 from eva_rl.seeding import VALIDATION
 from eva_rl.tracking.tracker import open_tracker
 from eva_rl.training.bc import train_bc
-from eva_rl.training.checkpoint import load_latest_checkpoint
+from eva_rl.training.checkpoint import Checkpoints
 
 HELP = """
 Train a Decision Transformer by behaviour cloning on demonstrations of one or many tasks.
@@ -52,34 +52,33 @@ MIN_STD = 0.01
 
 
 @dataclass
-class SizeOptions:
+class SizeOptions(Options):
     """Shape of the network."""
 
+    PREFIX: ClassVar[str] = "size."
     name: str = option(
-        "custom", "small (1M), base (13M) or large (43M parameters); overrides the next four; same as size="
+        "custom",
+        "small (1M), base (13M) or large (43M parameters); overrides the next four; same as size=",
+        choices=("custom", *SIZES),
     )
-    hidden_size: int = option(256, "width")
-    num_layers: int = option(4, "blocks")
-    num_heads: int = option(8, "attention heads")
-    context_length: int = option(20, "env steps that the policy sees at most")
-    dropout: float = option(0.0, "dropout while training")
+    hidden_size: int = option(DecisionTransformerConfig.hidden_size, "width", above=0)
+    num_layers: int = option(DecisionTransformerConfig.num_layers, "blocks", above=0)
+    num_heads: int = option(DecisionTransformerConfig.num_heads, "attention heads", above=0)
+    context_length: int = option(
+        DecisionTransformerConfig.context_length, "env steps that the policy sees at most", above=0
+    )
+    dropout: float = option(DecisionTransformerConfig.dropout, "dropout while training", low=0, high=0.9)
     max_timestep: int | None = option(
-        None, "rows of the timestep embedding; null takes the longest episode of the data and the tasks"
+        None,
+        "rows of the timestep embedding; null takes the longest episode of the data and the tasks",
+        above=0,
     )
 
     def __post_init__(self) -> None:
-        one_of(("custom", *SIZES), size__name=self.name)
+        super().__post_init__()
         if self.name != "custom":
             for key, value in SIZES[self.name].items():
                 setattr(self, key, value)
-        positive(
-            size__hidden_size=self.hidden_size,
-            size__num_layers=self.num_layers,
-            size__num_heads=self.num_heads,
-            size__context_length=self.context_length,
-            size__max_timestep=self.max_timestep or 1,
-        )
-        between(0, 0.9, size__dropout=self.dropout)
 
 
 @dataclass
@@ -93,7 +92,7 @@ class PretrainConfig(TrainOptions):
     env: EnvOptions = group(EnvOptions, "tasks: mt40, cw10, mt50, or names joined by +")
     data: DataOptions = group(DataOptions, "demonstrations")
     size: SizeOptions = group(SizeOptions, "network")
-    algo: BCOptionsGroup = group(BCOptionsGroup, "training")
+    algo: BCAlgo = group(BCAlgo, "training")
     eval: EvalOptions = group(partial(EvalOptions, episodes=1, every=2500), "validation, on every task")
     checkpoint: CheckpointOptions = group(CheckpointOptions, "checkpoints")
 
@@ -103,7 +102,7 @@ class PretrainConfig(TrainOptions):
             between(1e-9, 1e12, return_scale=self.return_scale)
 
 
-register("pretrain", PretrainConfig, {"algo": {"bc": BCOptionsGroup()}})
+register("pretrain", PretrainConfig, {"algo": {"bc": BCAlgo()}})
 
 
 def pretrain(config: PretrainConfig) -> None:
@@ -129,7 +128,8 @@ def pretrain(config: PretrainConfig) -> None:
         scores = look.scores(policy, config.eval.episodes, VALIDATION + config.eval.seed)
         return _validation_metrics(scores)
 
-    resumed = load_latest_checkpoint(run_dir / "checkpoint")
+    checkpoints = Checkpoints(run_dir / "checkpoint", config.checkpoint.every, config.checkpoint.seconds)
+    resumed = checkpoints.load()
     with (
         open_tracker(run_dir, None if resumed is None else resumed.step, config.tracker, shown(config)) as tracker,
         training_progress(config.algo.updates) as bar,
@@ -139,10 +139,12 @@ def pretrain(config: PretrainConfig) -> None:
         counters = train_bc(
             policy,
             ahead,
-            bc_options(config.algo, config.eval.every, config.checkpoint.every),
+            config.algo,
             log=bar.also(tracker.log),
             evaluate=validate,
-            checkpoint_dir=run_dir / "checkpoint",
+            eval_every=config.eval.every,
+            checkpoints=checkpoints,
+            process_group=process_group,
         )
         final = validate(counters.update)
         tracker.log(final, counters.update)

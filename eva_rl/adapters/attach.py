@@ -24,7 +24,7 @@ from eva_rl.adapters.layers import PROJECTIONS, capped, rank_limits
 from eva_rl.adapters.methods import DIRECTIONS, GRADIENTS, MOMENTS, Method, find_method
 from eva_rl.agents.policy import DecisionTransformerPolicy
 from eva_rl.errors import UserError
-from eva_rl.eva import EvaResult
+from eva_rl.eva import EvaOptions, EvaResult
 
 HEAD = "action_head."
 Backward = Callable[[], None]
@@ -52,7 +52,7 @@ def attach_adapter(  # noqa: PLR0913 - PEFT's names for what a user may set
     policy: DecisionTransformerPolicy,
     method: str = "eva",
     *,
-    rank: int = 8,
+    rank: int = EvaOptions.rank,
     alpha: float | None = None,
     dropout: float = 0.0,
     targets: Sequence[str] = PROJECTIONS,

@@ -15,7 +15,7 @@ from eva_rl.distributed import TorchGroup
 from eva_rl.errors import UserError
 from eva_rl.eva.hooks import default_mask
 from eva_rl.eva.moments import Method
-from eva_rl.eva.options import Criterion, EvaOptions, StorageOptions, Variant
+from eva_rl.eva.options import MAX_BATCHES, Criterion, EvaOptions, StorageOptions, Variant
 from eva_rl.eva.redistribution import Score
 from eva_rl.eva.result import EvaResult, Stopped
 from eva_rl.eva.statistics import ActivationStatistics
@@ -34,19 +34,19 @@ def compute(  # noqa: PLR0913 - the one call that most users make; the names are
     batches: Iterable[Any],
     *,
     targets: str | Sequence[str] | None = None,
-    rank: int = 16,
-    rho: float = 1.0,
-    tau: float = 0.99,
-    max_batches: int = 100,
-    center: bool = False,
+    rank: int = EvaOptions.rank,
+    rho: float = EvaOptions.rho,
+    tau: float = EvaOptions.tau,
+    max_batches: int = MAX_BATCHES,
+    center: bool = EvaOptions.center,
     forward: Forward | None = None,
     mask: MaskOf | None = None,
     method: Method | Literal["auto"] = "auto",
-    score: Score = "ratio",
-    variant: Variant | None = None,
-    alpha: float = 1.0,
-    keep_scale: bool = True,
-    criterion: Criterion = "capture",
+    score: Score = EvaOptions.score,
+    variant: Variant | None = EvaOptions.variant,
+    alpha: float = EvaOptions.alpha,
+    keep_scale: bool = EvaOptions.keep_scale,
+    criterion: Criterion = EvaOptions.criterion,
     memory_budget: int = StorageOptions.budget,
     seed: int = 0,
     group: TorchGroup | None = None,

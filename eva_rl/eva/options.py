@@ -12,6 +12,8 @@ from eva_rl.options import one_of
 
 Variant = Literal["whiten", "rotate", "permute", "minor"]
 Criterion = Literal["capture", "directions"]
+MAX_BATCHES = 16
+"""Batches that EVA takes at most."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class EvaOptions:
         UserError: A value is out of range.
     """
 
-    rank: int = 16
+    rank: int = 8
     rho: float = 1.0
     tau: float = 0.99
     center: bool = False

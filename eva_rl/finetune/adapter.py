@@ -83,7 +83,7 @@ def attach(policy: DecisionTransformerPolicy, sampler: WindowSampler | None, con
         eva=_compute_eva(policy, sampler, config) if needs == DIRECTIONS else None,
         moments=_moments(policy, sampler, config) if needs == MOMENTS else None,
         backward=_backward(policy, sampler, config) if needs == GRADIENTS else None,
-        total_updates=config.algo.gradient_steps,
+        total_updates=config.algo.total_updates,
     )
 
 

@@ -3,25 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, fields
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from stable_baselines3.common.vec_env import VecEnv
 
 from eva_rl.adapters import AttachedAdapter, compute_eva, refresh_directions
 from eva_rl.cli.console import training_progress
-from eva_rl.configs.algorithms import (
-    BC_FIRST,
-    ODTAlgoOptions,
-    ODTTD3AlgoOptions,
-    OnlineAlgoOptions,
-    ReplayAlgoOptions,
-    SB3AlgoOptions,
-    bc_options,
-)
-from eva_rl.configs.groups import BCOptionsGroup
+from eva_rl.configs.algorithms import BCAlgo, ODTAlgo, ODTTD3Algo, OnlineAlgo, PPOAlgo, TD3Algo
 from eva_rl.data.replay import TrajectoryReplay
 from eva_rl.data.samplers import ShardedSampler, prefetching
 from eva_rl.distributed import ProcessGroup
@@ -32,12 +22,15 @@ from eva_rl.seeding import ONLINE, episode_seeds
 from eva_rl.tracking import Resume, Tracker
 from eva_rl.tracking.tracker import CLONING as CLONED
 from eva_rl.training.bc import Log, train_bc
-from eva_rl.training.checkpoint import load_latest_checkpoint
-from eva_rl.training.collector import OnlineOptions, TaskEnvs
-from eva_rl.training.learner import Learner, draws
-from eva_rl.training.odt import ODTOptions, OnlineDecisionTransformer
-from eva_rl.training.odt_td3 import TD3DecisionTransformer, TD3Options
+from eva_rl.training.checkpoint import Checkpoints, load_latest_checkpoint
+from eva_rl.training.collector import TaskEnvs
+from eva_rl.training.learner import Learner, step_generators
+from eva_rl.training.odt import OnlineDecisionTransformer
+from eva_rl.training.odt_td3 import TD3DecisionTransformer
 from eva_rl.training.online import train_online
+
+Replayed: TypeAlias = ODTAlgo | ODTTD3Algo
+"""Algorithms that learn from a replay of whole episodes."""
 
 
 def resume_step(session: Session) -> Resume | None:
@@ -46,16 +39,16 @@ def resume_step(session: Session) -> Resume | None:
     if online is not None:
         return Resume(online.step)
     cloned = load_latest_checkpoint(session.checkpoint_dir)
-    first_of_two = isinstance(session.config.algo, OnlineAlgoOptions)
+    first_of_two = isinstance(session.config.algo, OnlineAlgo)
     return None if cloned is None else Resume(cloned.step, cloning=first_of_two)
 
 
 def train(session: Session, adapter: AttachedAdapter, tracker: Tracker) -> dict[str, float]:
     """Train the policy's trainable parameters; returns the steps taken, for the summary."""
     algo = session.config.algo
-    if isinstance(algo, BCOptionsGroup):
+    if isinstance(algo, BCAlgo):
         return clone(session, adapter, algo, tracker.log)
-    assert isinstance(algo, OnlineAlgoOptions)
+    assert isinstance(algo, OnlineAlgo)
     steps: dict[str, float] = {}
     if algo.bc.updates:
         prefixed = _prefixed(tracker.log, CLONED)
@@ -64,9 +57,9 @@ def train(session: Session, adapter: AttachedAdapter, tracker: Tracker) -> dict[
         session.cloned = session.evaluate("Cloned")
         steps |= session.cloned.metrics("eval_cloned")
         session.phases.end("evaluate_cloned")
-    if isinstance(algo, SB3AlgoOptions):
+    if isinstance(algo, PPOAlgo | TD3Algo):
         return steps | learn_sb3(session, algo, tracker)
-    assert isinstance(algo, ReplayAlgoOptions)
+    assert isinstance(algo, ODTAlgo | ODTTD3Algo)
     return steps | learn(session, adapter, algo, tracker)
 
 
@@ -74,7 +67,7 @@ def _prefixed(log: Log, prefix: str) -> Log:
     return lambda metrics, step: log({prefix + key: value for key, value in metrics.items()}, step)
 
 
-def clone(session: Session, adapter: AttachedAdapter, algo: BCOptionsGroup, log: Log) -> dict[str, float]:
+def clone(session: Session, adapter: AttachedAdapter, algo: BCAlgo, log: Log) -> dict[str, float]:
     """Behaviour cloning of the demonstrations."""
     config, policy = session.config, session.policy
     assert session.sampler is not None
@@ -83,17 +76,18 @@ def clone(session: Session, adapter: AttachedAdapter, algo: BCOptionsGroup, log:
         counters = train_bc(
             policy,
             ahead,
-            bc_options(algo, config.eval.every, config.checkpoint.every),
+            algo,
             log=bar.also(log),
-            evaluate=session.look,
-            checkpoint_dir=session.checkpoint_dir,
+            evaluate=session.validate,
+            eval_every=config.eval.every,
+            checkpoints=Checkpoints(session.checkpoint_dir, config.checkpoint.every, config.checkpoint.seconds),
             extension=adapter.extension,
         )
     return {"updates": counters.update, "seconds_per_update": counters.seconds / max(1, counters.update)}
 
 
-def learn(session: Session, adapter: AttachedAdapter, algo: ReplayAlgoOptions, tracker: Tracker) -> dict[str, float]:
-    """Act and learn by turns."""
+def learn(session: Session, adapter: AttachedAdapter, algo: Replayed, tracker: Tracker) -> dict[str, float]:
+    """Alternate rollouts and gradient updates."""
     policy, spec = session.policy, session.spec
     if policy.network.log_std_head is not None:
         policy.network.log_std_head.requires_grad_(True)
@@ -105,12 +99,11 @@ def learn(session: Session, adapter: AttachedAdapter, algo: ReplayAlgoOptions, t
             counters = train_online(
                 algorithm,
                 replay,
-                TaskEnvs(vec_env, spec.env_id, spec.reports_success),
-                online_options(session, algo),
+                TaskEnvs(vec_env, spec.env_id, spec.reports_success, episode_seeds(ONLINE, session.config.seed)),
                 log=bar.also(tracker.log),
-                evaluate=session.look,
+                evaluate=session.validate,
                 refresh=make_refresh(session, adapter, algo, algorithm, replay),
-                checkpoint_dir=session.checkpoint_dir / "online",
+                checkpoints=online_checkpoints(session),
             )
     finally:
         close_vec_env(vec_env)
@@ -118,24 +111,23 @@ def learn(session: Session, adapter: AttachedAdapter, algo: ReplayAlgoOptions, t
     return {"updates": counters.update, "env_steps": counters.env_steps, "episodes": counters.episodes, **best}
 
 
-def learn_sb3(session: Session, algo: SB3AlgoOptions, tracker: Tracker) -> dict[str, float]:
+def learn_sb3(session: Session, algo: PPOAlgo | TD3Algo, tracker: Tracker) -> dict[str, float]:
     """Let Stable-Baselines3 train the policy's network."""
-    from eva_rl.training.sb3 import SB3Options, make_model, train_sb3
+    from eva_rl.training.sb3 import make_model, train_sb3
 
     vec_env = online_envs(session, algo)
-    seed = session.config.seed
-    options = _pick(SB3Options, algo, seed=seed, first_episode=episode_seeds(ONLINE, seed))
-    spec = session.spec
-    task = TaskEnvs(vec_env, spec.env_id, spec.reports_success)
+    seed, spec = session.config.seed, session.spec
+    task = TaskEnvs(vec_env, spec.env_id, spec.reports_success, episode_seeds(ONLINE, seed))
     try:
-        model = make_model(algo.name.removeprefix(BC_FIRST), session.policy, task, options)
+        model = make_model(session.policy, task, algo, seed=seed)
         with training_progress(algo.env_steps, "env steps") as bar:
             steps = train_sb3(
                 model,
-                options,
+                task,
+                algo,
                 log=bar.also(tracker.log),
-                evaluate=session.look,
-                checkpoint_dir=session.checkpoint_dir / "online",
+                evaluate=session.validate,
+                checkpoints=online_checkpoints(session),
             )
         write_file(session.run_dir / "sb3.zip", lambda aside: _save_model(model, aside))
     finally:
@@ -148,30 +140,29 @@ def _save_model(model: Any, path: Path) -> None:
         model.save(file)
 
 
-def make_replay(session: Session, algo: ReplayAlgoOptions) -> TrajectoryReplay:
+def make_replay(session: Session, algo: Replayed) -> TrajectoryReplay:
     """A replay that holds the demonstrations, the best last, as many as fit."""
     policy = session.policy
     folder = session.run_dir / "replay" if algo.replay_on_disk else None
-    discount = algo.discount if isinstance(algo, ODTTD3AlgoOptions) else 1.0
+    discount = algo.discount if isinstance(algo, ODTTD3Algo) else 1.0
     replay = TrajectoryReplay(algo.replay_size, policy.observation_dim, policy.action_dim, folder, discount=discount)
     if session.data is not None:
-        asked = policy.conditioning.of(session.spec.env_id)
+        target_return = policy.conditioning.of(session.spec.env_id)
         order = session.data.returns.argsort(kind="stable")
-        replay.extend((session.data.episode(int(index)) for index in order), asked)
+        replay.extend((session.data.episode(int(index)) for index in order), target_return)
     return replay
 
 
-def make_algorithm(session: Session, adapter: AttachedAdapter, algo: ReplayAlgoOptions) -> Learner:
+def make_algorithm(session: Session, adapter: AttachedAdapter, algo: Replayed) -> Learner:
     """The algorithm of the options, on the session's policy."""
     policy, seed, extension = session.policy, session.config.seed, adapter.extension
-    if isinstance(algo, ODTTD3AlgoOptions):
-        return TD3DecisionTransformer(policy, _pick(TD3Options, algo), seed=seed, extension=extension)
-    assert isinstance(algo, ODTAlgoOptions)
-    return OnlineDecisionTransformer(policy, _pick(ODTOptions, algo), seed=seed, extension=extension)
+    if isinstance(algo, ODTTD3Algo):
+        return TD3DecisionTransformer(policy, algo, seed=seed, extension=extension)
+    return OnlineDecisionTransformer(policy, algo, seed=seed, extension=extension)
 
 
 def make_refresh(
-    session: Session, adapter: AttachedAdapter, algo: ReplayAlgoOptions, learner: Learner, replay: TrajectoryReplay
+    session: Session, adapter: AttachedAdapter, algo: Replayed, learner: Learner, replay: TrajectoryReplay
 ) -> Callable[[int], Mapping[str, float]] | None:
     """The callback that compares directions with current activations and reinitialises unused ones; None if off."""
     if not algo.refresh_every:
@@ -183,7 +174,7 @@ def make_refresh(
     rank = max(layer.rank for layer in first.layers.values())
 
     def refresh(update: int) -> Mapping[str, float]:
-        rng, _ = draws(session.config.seed, update)
+        rng, _ = step_generators(session.config.seed, update)
         recent = (
             replay.sample(options.eva.batch_size, rng, learner.context_length, learner.scaling).to(policy.device)
             for _ in count()
@@ -198,7 +189,7 @@ def make_refresh(
     return refresh
 
 
-def online_envs(session: Session, algo: OnlineAlgoOptions) -> VecEnv:
+def online_envs(session: Session, algo: OnlineAlgo) -> VecEnv:
     """Environments to act in while learning."""
     config = session.config
     return make_vec_env(
@@ -206,14 +197,6 @@ def online_envs(session: Session, algo: OnlineAlgoOptions) -> VecEnv:
     )
 
 
-def online_options(session: Session, algo: ReplayAlgoOptions) -> OnlineOptions:
-    """Options of the loop."""
-    seed = session.config.seed
-    options: OnlineOptions = _pick(OnlineOptions, algo, seed=seed, first_episode=episode_seeds(ONLINE, seed))
-    return options
-
-
-def _pick(kind: type[Any], algo: OnlineAlgoOptions, **others: Any) -> Any:
-    """The options of a loop that the config group has, under the names they share."""
-    given: Mapping[str, Any] = asdict(algo) | others
-    return kind(**{f.name: given[f.name] for f in fields(kind) if f.name in given})
+def online_checkpoints(session: Session) -> Checkpoints:
+    """Where the checkpoints of online learning go; the algorithm's options say how many env steps they are apart."""
+    return Checkpoints(session.checkpoint_dir / "online", seconds=session.config.checkpoint.seconds)

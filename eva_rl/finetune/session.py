@@ -17,7 +17,7 @@ from eva_rl.cli.loading import AUTO, EXPERT, NONE, load_task_data, open_policy, 
 from eva_rl.cli.profiling import Phases
 from eva_rl.cli.run_dir import open_run, prepare_machine
 from eva_rl.cli.saving import data_references
-from eva_rl.configs.algorithms import ODTAlgoOptions, OnlineAlgoOptions, check_method
+from eva_rl.configs.algorithms import ODTAlgo, OnlineAlgo, check_method
 from eva_rl.configs.finetune import FinetuneConfig
 from eva_rl.data import Trajectories, WindowSampler
 from eva_rl.data.selection import sampling_weights, target_return
@@ -87,10 +87,10 @@ class Session:
         with counting_progress(f"{name:8s}", ProcessGroup.current().local_count(episodes)) as advance:
             return self.play(episodes=episodes, on_episode=advance)
 
-    def look(self, _: int = 0) -> dict[str, float]:
-        """A quick look at validation episodes, which no report sees."""
-        found = self.play(episodes=self.config.eval.quick_episodes, purpose=VALIDATION)
-        return found.metrics("validation")
+    def validate(self, _: int = 0) -> dict[str, float]:
+        """Metrics on validation episodes, which no report sees."""
+        result = self.play(episodes=self.config.eval.quick_episodes, purpose=VALIDATION)
+        return result.metrics("validation")
 
     def close(self) -> None:
         """Close the environments."""
@@ -106,7 +106,7 @@ def open_session(config: FinetuneConfig) -> Session:
     phases = Phases()
     device = prepare_machine(config)
     process_group = ProcessGroup.current()
-    if process_group.world_size > 1 and isinstance(config.algo, OnlineAlgoOptions):
+    if process_group.world_size > 1 and isinstance(config.algo, OnlineAlgo):
         raise UserError(
             f"algo={config.algo.name} learns in one process; this run has {process_group.world_size}. Start it "
             "without torchrun, or use algo=bc."
@@ -116,7 +116,7 @@ def open_session(config: FinetuneConfig) -> Session:
     policy = open_policy(named, device, merge=True)
     policy.check_dimensions(spec.observation_dim, spec.action_dim, spec.env_id)
     check_adapter(policy, config.adapter)
-    if isinstance(config.algo, ODTAlgoOptions):
+    if isinstance(config.algo, ODTAlgo):
         make_stochastic(policy, config.algo.initial_std)
     source = data_source(config)
     check_method(config.algo, find_method(config.adapter.method))
@@ -152,7 +152,7 @@ def data_source(config: FinetuneConfig) -> str:
     Raises:
         UserError: The algorithm clones, and there is nothing to clone.
     """
-    clones = not isinstance(config.algo, OnlineAlgoOptions) or config.algo.bc.updates > 0
+    clones = not isinstance(config.algo, OnlineAlgo) or config.algo.bc.updates > 0
     if config.data.source == AUTO:
         return EXPERT if clones else NONE
     if config.data.source == NONE and clones:

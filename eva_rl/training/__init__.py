@@ -8,10 +8,12 @@ from eva_rl.lazy import lazy_names
 
 if TYPE_CHECKING:
     from eva_rl.training.bc import BCOptions, train_bc
+    from eva_rl.training.checkpoint import Checkpoints
     from eva_rl.training.losses import clone_loss
 
 __all__ = [
     "BCOptions",
+    "Checkpoints",
     "clone_loss",
     "train_bc",
 ]
@@ -20,6 +22,7 @@ __getattr__ = lazy_names(
     __name__,
     {
         "BCOptions": "eva_rl.training.bc",
+        "Checkpoints": "eva_rl.training.checkpoint",
         "clone_loss": "eva_rl.training.losses",
         "train_bc": "eva_rl.training.bc",
     },

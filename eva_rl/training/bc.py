@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -17,15 +16,25 @@ from eva_rl.batch import WindowBatch
 from eva_rl.data.samplers import Sampler
 from eva_rl.distributed import ProcessGroup
 from eva_rl.errors import UserError
-from eva_rl.training.checkpoint import (
-    TrainState,
-    load_latest_checkpoint,
+from eva_rl.options import MANY, option
+from eva_rl.training.checkpoint import Checkpoints, TrainState
+from eva_rl.training.compiling import COMPILE_MODES, compiled
+from eva_rl.training.losses import (
+    LOSSES,
+    PRECISIONS,
+    autocast,
+    microbatches,
+    num_action_elements,
+    summed_action_loss,
+)
+from eva_rl.training.optimizer import (
+    OptimizerOptions,
+    checked_step,
+    make_optimizer,
     optimizer_tensors,
     restore_optimizer,
-    save_checkpoint,
+    set_learning_rate,
 )
-from eva_rl.training.compiling import CompileMode, compiled
-from eva_rl.training.losses import autocast, distance, numbers_compared, parts
 
 Log = Callable[[Mapping[str, float], int], None]
 EXTENSION = "extension/"
@@ -47,42 +56,26 @@ class Extension(Protocol):
         """Put back what ``tensors`` gave."""
 
 
-@dataclass(frozen=True)
-class BCOptions:
+@dataclass
+class BCOptions(OptimizerOptions):
     """How to clone.
 
-    Attributes:
-        updates: Gradient steps.
-        batch_size: Windows a gradient step.
-        learning_rate: Peak of AdamW's learning rate, reached after ``warmup`` and followed by a cosine.
-        final_learning_rate: Where the cosine ends, as a fraction of the peak.
-        warmup: Gradient steps of linear warm-up.
-        weight_decay: AdamW's, on matrices only.
-        gradient_clip: Largest norm of the gradient.
-        loss: ``mse`` or ``l1``.
-        precision: ``float32`` or ``bfloat16`` (autocast; the parameters stay float32).
-        accumulate: Parts that a gradient step's windows are taken in, one after the other, to save memory; the gradient
-            is that of the whole.
-        compile: ``none``, or torch.compile's mode: ``default`` or ``reduce-overhead`` (CUDA graphs).
-        log_every: Gradient steps between two points of the record.
-        eval_every: Gradient steps between two evaluations while training, 0 for none.
-        checkpoint_every: Gradient steps between two checkpoints, 0 for none.
+    The learning rate rises linearly for ``warmup_steps`` gradient steps and then falls along a cosine. The parameters
+    stay float32 in every precision, and the gradient is that of the whole batch however many microbatches it is taken
+    in.
     """
 
-    updates: int
-    batch_size: int = 64
-    learning_rate: float = 1e-3
-    final_learning_rate: float = 0.05
-    warmup: int = 20
-    weight_decay: float = 1e-4
-    gradient_clip: float = 0.25
-    loss: str = "mse"
-    precision: str = "float32"
-    accumulate: int = 1
-    compile: CompileMode = "none"
-    log_every: int = 20
-    eval_every: int = 0
-    checkpoint_every: int = 0
+    updates: int = option(200, "gradient steps", above=0)
+    learning_rate: float = option(1e-3, "peak learning rate of AdamW", above=0)
+    warmup_steps: int = option(20, "gradient steps of linear learning-rate warm-up", low=0, high=MANY)
+    final_learning_rate: float = option(0.05, "end of the cosine, as a fraction of the peak", low=0, high=1)
+    loss: str = option("mse", "mse or l1", choices=LOSSES)
+    precision: str = option("float32", "float32, or bfloat16 for mixed precision", choices=PRECISIONS)
+    accumulate: int = option(1, "microbatches of a gradient step: more take less memory", above=0)
+    compile: str = option(
+        "none", "torch.compile: none, default or reduce-overhead (CUDA graphs)", choices=COMPILE_MODES
+    )
+    log_every: int = option(20, "gradient steps between two points of the training curves", above=0)
 
 
 @dataclass
@@ -96,81 +89,137 @@ class Counters:
 
 def learning_rate(options: BCOptions, update: int) -> float:
     """Learning rate of gradient step ``update`` (from 0): linear warm-up, then a cosine."""
-    if update < options.warmup:
-        return options.learning_rate * (update + 1) / options.warmup
-    done = (update - options.warmup) / max(1, options.updates - options.warmup)
+    if update < options.warmup_steps:
+        return options.learning_rate * (update + 1) / options.warmup_steps
+    done = (update - options.warmup_steps) / max(1, options.updates - options.warmup_steps)
     floor = options.final_learning_rate
     return options.learning_rate * (floor + (1 - floor) * (1 + math.cos(math.pi * min(1.0, done))) / 2)
 
 
-def train_bc(
+def train_bc(  # noqa: PLR0913 - three values, what it reports to, and what others add
     policy: DecisionTransformerPolicy,
     sampler: Sampler,
     options: BCOptions,
     *,
     log: Log,
     evaluate: Callable[[int], Mapping[str, float]] | None = None,
-    checkpoint_dir: Path | None = None,
+    eval_every: int = 0,
+    checkpoints: Checkpoints | None = None,
     extension: Extension | None = None,
+    process_group: ProcessGroup | None = None,
 ) -> Counters:
-    """Clone the actions of the sampled windows, from the last checkpoint where there is one.
+    """Clone the actions of the sampled windows, resuming from the latest checkpoint if one exists.
 
-    Where torch.distributed is initialised, all of its processes call this and take the same steps: those of one process
-    that sees all their windows. The first one writes.
+    In a process group, every process calls this and takes the same steps: those of one process that sees all their
+    windows. Rank 0 logs and saves.
 
     Args:
         policy: Its trainable parameters are changed in place.
         sampler: Where windows come from, on each process its own (:class:`ShardedSampler`); step n always gives the
             same windows.
-        options: How.
+        options: Hyperparameters.
         log: Takes metrics and the gradient step they belong to.
-        evaluate: Called every ``eval_every`` gradient steps, on every process; what it returns is logged.
-        checkpoint_dir: Where checkpoints are kept; None keeps none.
-        extension: What the method adds to the loop, if anything.
+        evaluate: Returns validation metrics, which are logged; called on every process.
+        eval_every: Gradient steps between two calls of ``evaluate``; 0 disables it.
+        checkpoints: Where and when to save; None keeps no checkpoint.
+        extension: What the adapter's method adds to the loop, if anything.
+        process_group: This process among the others; None takes torch.distributed's default group.
 
     Returns:
         The counters after the last update.
 
     Raises:
-        UserError: The loss or the gradient is not finite; the last checkpoint stays as it was. Or another process
-            ended.
+        NotFiniteError: The loss or the gradient is not finite; the last checkpoint stays as it was.
+        UserError: Another process ended.
     """
-    process_group, network, seed = ProcessGroup.current(), policy.network, torch.initial_seed()
-    parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
-    optimizer = make_optimizer(parameters, options)
-    counters = _resume(checkpoint_dir, parameters, optimizer, extension)
-    _begin_together(process_group, network, counters)
-    step = _Step(
-        compiled(network, options.compile),
-        list(parameters.values()),
-        optimizer,
-        options,
-        extension,
-        process_group,
-        seed,
-    )
+    process_group, seed = process_group or ProcessGroup.current(), torch.initial_seed()
+    run = _Run.begin(policy, options, checkpoints, extension, process_group)
+    step = _Step(compiled(policy.network, options.compile), run, options, process_group, seed)
+    counters = run.counters
     while counters.update < options.updates:
         began = time.perf_counter()
-        network.train()
+        policy.network.train()
         batch = sampler.sample(options.batch_size, counters.update, policy.device)
         loss, norm = step.take(batch, counters.update)
         counters.update += 1
         counters.windows += options.batch_size
         counters.seconds += time.perf_counter() - began
-        update = counters.update
-        last = update == options.updates
-        if process_group.is_main and (update % options.log_every == 0 or last or update == 1):
-            log(_metrics(loss, norm, optimizer, counters), update)
-        if evaluate is not None and options.eval_every and update % options.eval_every == 0 and not last:
-            network.eval()
-            found = evaluate(update)
+        last = counters.update == options.updates
+        if process_group.is_main and (counters.update % options.log_every == 0 or last or counters.update == 1):
+            log(_metrics(loss, norm, run.optimizer, counters), counters.update)
+        if evaluate is not None and eval_every and counters.update % eval_every == 0 and not last:
+            policy.network.eval()
+            metrics = evaluate(counters.update)
             if process_group.is_main:
-                log(found, update)
-        due = options.checkpoint_every and (update % options.checkpoint_every == 0 or last)
-        if checkpoint_dir and due and process_group.is_main:
-            save_checkpoint(checkpoint_dir, _state(counters, parameters, optimizer, extension))
-    network.eval()
+                log(metrics, counters.update)
+        if checkpoints and process_group.is_main and checkpoints.due(counters.update, last):
+            checkpoints.save(run.state())
+    policy.network.eval()
     return counters
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What is trained, and how far it has come: exactly what a checkpoint holds."""
+
+    parameters: Mapping[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    extension: Extension | None
+    counters: Counters
+
+    @classmethod
+    def begin(
+        cls,
+        policy: DecisionTransformerPolicy,
+        options: BCOptions,
+        checkpoints: Checkpoints | None,
+        extension: Extension | None,
+        process_group: ProcessGroup,
+    ) -> _Run:
+        """Begin, or resume from the latest checkpoint, at the same step with the same weights on every process."""
+        parameters = {name: p for name, p in policy.network.named_parameters() if p.requires_grad}
+        run = cls(parameters, make_optimizer(parameters, options), extension, Counters())
+        state = checkpoints.load() if checkpoints else None
+        if state is not None:
+            assert checkpoints is not None
+            run.restore(state, str(checkpoints.folder))
+        updates = process_group.all_gather_object(run.counters.update)
+        if len(set(updates)) > 1:
+            raise UserError(
+                f"The processes found checkpoints of different gradient steps: {updates}. They all need the same "
+                "run_dir: put it on a disk that all machines share."
+            )
+        process_group.broadcast_parameters(policy.network)
+        return run
+
+    def state(self) -> TrainState:
+        """Everything that a resumed run needs."""
+        names = {id(p): name for name, p in self.parameters.items()}
+        tensors = {f"parameter/{name}": p.data for name, p in self.parameters.items()}
+        tensors |= optimizer_tensors(self.optimizer, names)
+        tensors["random/torch"] = torch.get_rng_state()
+        if self.extension is not None:
+            tensors |= {EXTENSION + name: value for name, value in self.extension.tensors().items()}
+        return TrainState(self.counters.update, tensors, asdict(self.counters))
+
+    def restore(self, state: TrainState, where: str) -> None:
+        """Put back what :meth:`state` gave."""
+        missing = [name for name in self.parameters if f"parameter/{name}" not in state.tensors]
+        if missing:
+            raise UserError(
+                f"The checkpoint in {where} lacks {', '.join(missing[:3])}: it belongs to another adapter or policy. "
+                "Use the settings it was made with, or another run_dir."
+            )
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(state.tensors[f"parameter/{name}"])
+        restore_optimizer(self.optimizer, self.parameters, state.tensors)
+        if self.extension is not None:
+            own = {k.removeprefix(EXTENSION): v for k, v in state.tensors.items() if k.startswith(EXTENSION)}
+            self.extension.restore(own)
+        torch.set_rng_state(state.tensors["random/torch"])
+        for name, value in state.record.items():
+            setattr(self.counters, name, value)
 
 
 @dataclass(frozen=True)
@@ -178,10 +227,8 @@ class _Step:
     """One gradient step, of all processes together."""
 
     network: Callable[..., Any]
-    parameters: list[nn.Parameter]
-    optimizer: torch.optim.Optimizer
+    run: _Run
     options: BCOptions
-    extension: Extension | None
     process_group: ProcessGroup
     seed: int
 
@@ -191,61 +238,35 @@ class _Step:
         Returns:
             The loss, without an extension's part, and the norm of the gradient before clipping: those of all windows.
         """
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.options, update)
-        self.optimizer.zero_grad(set_to_none=True)
-        if (
-            self.process_group.world_size > 1
-        ):  # dropout has to differ between processes, and not to depend on what came before
-            torch.manual_seed(
-                (self.seed + 1 + update * self.process_group.world_size + self.process_group.rank) % 2**63
-            )
-        loss = self.process_group.all_reduce_gradients(self.parameters, self._backward(batch))
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.options.gradient_clip)
-        _check_finite(loss, norm, update)
-        self.optimizer.step()
-        if self.extension is not None:
-            self.extension.after_step(update + 1)
+        parameters, group = list(self.run.parameters.values()), self.process_group
+        set_learning_rate(self.run.optimizer, learning_rate(self.options, update))
+        self.run.optimizer.zero_grad(set_to_none=True)
+        if group.world_size > 1:  # dropout has to differ between processes, and not to depend on what came before
+            torch.manual_seed((self.seed + 1 + update * group.world_size + group.rank) % 2**63)
+        loss = group.all_reduce_gradients(parameters, self._backward(batch))
+        norm = checked_step(
+            self.run.optimizer, parameters, loss, self.options.gradient_clip, update=update, batch=batch
+        )
+        if self.run.extension is not None:
+            self.run.extension.after_step(update + 1)
         return loss, norm
 
     def _backward(self, batch: WindowBatch) -> Tensor:
         """Leave this process's part of the gradient in the parameters, and return its part of the loss.
 
-        Every part is divided by the real env steps of all processes, so that the sum is the mean over all of them
-        however their windows are padded.
+        Every microbatch's sum is divided by the real action elements of all processes, so that the total is the mean
+        over all of them however their windows are padded.
         """
-        numbers = self.process_group.all_reduce_sum(numbers_compared(batch))
+        elements = self.process_group.all_reduce_sum(num_action_elements(batch))
         total = torch.zeros((), device=batch.actions.device)
-        for part in parts(batch, self.options.accumulate):
+        for part in microbatches(batch, self.options.accumulate):
             with autocast(batch.actions.device, self.options.precision):
-                loss = (distance(self.network, part, self.options.loss) / numbers).float()
+                loss = (summed_action_loss(self.network, part, self.options.loss) / elements).float()
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
-        if self.extension is not None:
-            (self.extension.penalty() / self.process_group.world_size).backward()  # type: ignore[no-untyped-call]
+        if self.run.extension is not None:
+            (self.run.extension.penalty() / self.process_group.world_size).backward()  # type: ignore[no-untyped-call]
         return total
-
-
-def _begin_together(process_group: ProcessGroup, network: nn.Module, counters: Counters) -> None:
-    """Begin at the same step with the same weights."""
-    updates = process_group.all_gather_object(counters.update)
-    if len(set(updates)) > 1:
-        raise UserError(
-            f"The processes found checkpoints of different gradient steps: {updates}. They all need the same run_dir: "
-            "put it on a disk that all machines share."
-        )
-    process_group.broadcast_parameters(network)
-
-
-def make_optimizer(parameters: Mapping[str, nn.Parameter], options: BCOptions) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices only."""
-    matrices = [p for p in parameters.values() if p.ndim > 1]
-    vectors = [p for p in parameters.values() if p.ndim <= 1]
-    groups = [
-        {"params": matrices, "weight_decay": options.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=options.learning_rate)
 
 
 def _metrics(loss: Tensor, norm: Tensor, optimizer: torch.optim.Optimizer, counters: Counters) -> dict[str, float]:
@@ -255,51 +276,3 @@ def _metrics(loss: Tensor, norm: Tensor, optimizer: torch.optim.Optimizer, count
         "train/learning_rate": optimizer.param_groups[0]["lr"],
         "time/updates_per_second": counters.update / counters.seconds,
     }
-
-
-def _check_finite(loss: Tensor, norm: Tensor, update: int) -> None:
-    if not bool(torch.isfinite(loss + norm)):
-        raise UserError(
-            f"Gradient step {update}: the loss is {loss.item()} and the gradient norm {norm.item()}. The parameters "
-            "and the last checkpoint are as they were. Lower algo.learning_rate, or look for outliers in the data."
-        )
-
-
-def _state(
-    counters: Counters,
-    parameters: Mapping[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    extension: Extension | None,
-) -> TrainState:
-    names = {id(p): name for name, p in parameters.items()}
-    tensors = {f"parameter/{name}": p.data for name, p in parameters.items()}
-    tensors |= optimizer_tensors(optimizer, names)
-    tensors["random/torch"] = torch.get_rng_state()
-    if extension is not None:
-        tensors |= {EXTENSION + name: value for name, value in extension.tensors().items()}
-    return TrainState(counters.update, tensors, asdict(counters))
-
-
-def _resume(
-    folder: Path | None,
-    parameters: Mapping[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    extension: Extension | None,
-) -> Counters:
-    state = load_latest_checkpoint(folder) if folder else None
-    if state is None:
-        return Counters()
-    missing = [name for name in parameters if f"parameter/{name}" not in state.tensors]
-    if missing:
-        raise UserError(
-            f"The checkpoint in {folder} lacks {', '.join(missing[:3])}: it belongs to another adapter or policy. "
-            "Use the settings it was made with, or another run_dir."
-        )
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(state.tensors[f"parameter/{name}"])
-    restore_optimizer(optimizer, parameters, state.tensors)
-    if extension is not None:
-        extension.restore({k.removeprefix(EXTENSION): v for k, v in state.tensors.items() if k.startswith(EXTENSION)})
-    torch.set_rng_state(state.tensors["random/torch"])
-    return Counters(**state.record)

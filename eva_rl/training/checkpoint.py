@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import logging
 import shutil
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from eva_rl.errors import UserError
 from eva_rl.files import FILES, SEAL, check_files, check_seal, read_json, sealed, sha256, write_folder, write_json
@@ -25,6 +25,8 @@ RECORD = Record(
     {"step": Integer(0), "record": Record({}, others=True), SEAL: Text(DIGEST)}, {FILES: MapOf(Text(DIGEST))}
 )
 KEEP = 2
+MOST_OF_A_RUN = 20
+"""Checkpoints by time are this many times as far apart as the last one took to save."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,41 @@ class TrainState:
     step: int
     tensors: Mapping[str, Tensor]
     record: Mapping[str, Any]
+
+
+class Checkpoints:
+    """Where a training loop keeps its checkpoints, and when the next one is due.
+
+    Args:
+        folder: Holds one folder for each checkpoint.
+        every: Steps between two checkpoints; 0 for none by steps.
+        seconds: Seconds between two checkpoints; 0 for none by time.
+    """
+
+    def __init__(self, folder: Path, every: int = 0, seconds: float = 0.0) -> None:
+        self.folder, self.every, self.seconds = folder, every, seconds
+        self._last, self._cost = time.monotonic(), 0.0
+
+    def load(self) -> TrainState | None:
+        """See :func:`load_latest_checkpoint`."""
+        return load_latest_checkpoint(self.folder)
+
+    def save(self, state: TrainState) -> None:
+        """See :func:`save_checkpoint`."""
+        began = time.monotonic()
+        save_checkpoint(self.folder, state)
+        self._last = time.monotonic()
+        self._cost = self._last - began
+
+    def due(self, step: int, last: bool = False) -> bool:
+        """Whether to save after a step: at every ``every``-th, at the last, and when the time has come."""
+        if not (self.every or self.seconds):
+            return False
+        return last or bool(self.every and step % self.every == 0) or self.due_by_time()
+
+    def due_by_time(self) -> bool:
+        """Whether the time has come; large checkpoints wait, so that saving takes at most a twentieth of a run."""
+        return self.seconds > 0 and time.monotonic() - self._last >= max(self.seconds, MOST_OF_A_RUN * self._cost)
 
 
 def save_checkpoint(folder: Path, state: TrainState, keep: int = KEEP) -> None:
@@ -91,30 +128,3 @@ def _read(path: Path) -> TrainState:
 
 def _checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("step_*"))
-
-
-def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> dict[str, Tensor]:
-    """Moments and step counts of an optimiser, named by parameter.
-
-    Args:
-        optimizer: The optimiser.
-        names: Name of each parameter by its ``id``.
-    """
-    return {
-        f"optimizer/{names[id(parameter)]}/{key}": torch.as_tensor(value)
-        for parameter, state in optimizer.state.items()
-        for key, value in state.items()
-    }
-
-
-def restore_optimizer(
-    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]
-) -> None:
-    """Put moments and step counts back where :func:`optimizer_tensors` took them."""
-    for name, parameter in parameters.items():
-        prefix = f"optimizer/{name}/"
-        state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-        if state:
-            optimizer.state[parameter] = {
-                key: value if key == "step" else value.to(parameter.device) for key, value in state.items()
-            }

@@ -1,4 +1,4 @@
-"""How long and how often an online run goes on, where, and what it counts."""
+"""Collect episodes with an exploring policy, and count them."""
 
 from __future__ import annotations
 
@@ -14,39 +14,10 @@ from eva_rl.data.replay import TrajectoryReplay
 from eva_rl.data.trajectories import Episode
 from eva_rl.rollouts.recorder import EpisodeRecorder
 from eva_rl.training.failures import NotFiniteError
-from eva_rl.training.learner import OnlineAlgorithm
+from eva_rl.training.learner import Learner
 
 RECENT = 100
 """Episodes over which the metrics of rollouts are averaged."""
-
-
-@dataclass(frozen=True)
-class OnlineOptions:
-    """How long, and how often.
-
-    Attributes:
-        env_steps: Env steps in all.
-        steps_per_iteration: Env steps, over all environments, between two bouts of gradient steps.
-        updates_per_iteration: Gradient steps of a bout.
-        random_steps: Env steps before the first gradient step, which comes after the first finished episode.
-        eval_every: Env steps between two evaluations, at which unfinished episodes are broken off; 0 for none.
-        checkpoint_every: Env steps between two checkpoints, made at the same boundaries; 0 for none.
-        refresh_every: Env steps between two calls of ``refresh``; 0 for none.
-        keep_best: End with the parameters that did best in an evaluation (success first, then return), not the last.
-        seed: Of exploration.
-        first_episode: Seed of the first episode.
-    """
-
-    env_steps: int
-    steps_per_iteration: int = 1000
-    updates_per_iteration: int = 100
-    random_steps: int = 0
-    eval_every: int = 0
-    checkpoint_every: int = 0
-    refresh_every: int = 0
-    keep_best: bool = False
-    seed: int = 0
-    first_episode: int = 0
 
 
 @dataclass(frozen=True)
@@ -56,12 +27,14 @@ class TaskEnvs:
     Attributes:
         vec_env: n environments whose episodes are numbered (:func:`eva_rl.envs.make_vec_env`).
         env_id: Their task.
-        reports_success: Whether they know of success.
+        reports_success: Whether they report success.
+        first_episode: Seed of the first episode.
     """
 
     vec_env: VecEnv
     env_id: str
     reports_success: bool
+    first_episode: int = 0
 
 
 @dataclass
@@ -118,7 +91,7 @@ class OnlineCounters:
 
 
 class Collector:
-    """The policy's rollouts: they go on from one iteration to the next until they are broken off."""
+    """The policy's rollouts: episodes continue from one iteration to the next until they are truncated."""
 
     def __init__(self, policy: DecisionTransformerPolicy, task: TaskEnvs) -> None:
         self._policy, self._task, self._vec_env = policy, task, task.vec_env
@@ -137,9 +110,8 @@ class Collector:
 
     def collect(
         self,
-        algorithm: OnlineAlgorithm,
+        learner: Learner,
         replay: TrajectoryReplay,
-        options: OnlineOptions,
         counters: OnlineCounters,
     ) -> None:
         """Act for ``steps_per_iteration`` env steps, over all environments.
@@ -149,11 +121,11 @@ class Collector:
         """
         n = self._vec_env.num_envs
         generator = torch.Generator().manual_seed(
-            int(np.random.default_rng((options.seed, counters.env_steps)).integers(2**62))
+            int(np.random.default_rng((learner.seed, counters.env_steps)).integers(2**62))
         )
-        choose = algorithm.explore(generator)
-        asked = self._policy.conditioning.of(self._task.env_id)
-        for _ in range(max(1, options.steps_per_iteration // n)):
+        choose = learner.explore(generator)
+        target_return = self._policy.conditioning.of(self._task.env_id)
+        for _ in range(max(1, learner.options.steps_per_iteration // n)):
             actions = self._policy.act_by(choose, self._observations, self._rewards, self._starts)
             stepped, self._rewards, self._starts, infos = self._vec_env.step(actions)
             self._observations = _rows(stepped)
@@ -161,15 +133,15 @@ class Collector:
             self._check(counters.env_steps)
             finished = self._recorder.step(actions, self._observations, self._rewards, self._starts, infos)
             for index, episode in finished:
-                replay.add(episode, asked)
+                replay.add(episode, target_return)
                 counters.finished(episode)
                 self._ended[index] += 1
 
-    def break_off(self, replay: TrajectoryReplay, counters: OnlineCounters) -> None:
-        """End all episodes here; what was seen of them is kept for temporal differences."""
-        asked = self._policy.conditioning.of(self._task.env_id)
+    def truncate_episodes(self, replay: TrajectoryReplay, counters: OnlineCounters) -> None:
+        """End all episodes here; their transitions are kept for temporal differences."""
+        target_return = self._policy.conditioning.of(self._task.env_id)
         for episode in self._recorder.unfinished():
-            replay.add(episode, asked, complete=False)
+            replay.add(episode, target_return, complete=False)
         counters.next_seed += self._vec_env.num_envs * (1 + int(self._ended.max()))
         self.acting = False
 

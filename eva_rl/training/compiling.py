@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
 from eva_rl.errors import UserError
 
-CompileMode = Literal["none", "default", "reduce-overhead"]
-COMPILE_MODES: tuple[CompileMode, ...] = ("none", "default", "reduce-overhead")
+COMPILE_MODES = ("none", "default", "reduce-overhead")
 
 
 def compiled(network: nn.Module, mode: str) -> Callable[..., Any]:

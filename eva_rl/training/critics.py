@@ -9,7 +9,7 @@ from torch import Tensor, nn
 class TwinCritics(nn.Module):
     """Two action values of an observation and an action, each a plain MLP with layer normalisation.
 
-    They look at one env step, not at the history: so that the actor's gradient does not depend on returns-to-go
+    They take one env step, not the history, so that the actor's gradient does not depend on returns-to-go
     (arXiv 2410.24108, section 4).
 
     Args:
@@ -20,42 +20,42 @@ class TwinCritics(nn.Module):
 
     def __init__(self, observation_dim: int, action_dim: int, hidden_size: int = 256) -> None:
         super().__init__()
-        self.first = _mlp(observation_dim + action_dim, hidden_size)
-        self.second = _mlp(observation_dim + action_dim, hidden_size)
+        self.q1 = _mlp(observation_dim + action_dim, hidden_size)
+        self.q2 = _mlp(observation_dim + action_dim, hidden_size)
 
     def forward(self, observations: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
         """Both values (...,) of observations (..., obs) and actions (..., act)."""
         x = torch.cat([observations, actions], -1)
-        return self.first(x).squeeze(-1), self.second(x).squeeze(-1)
+        return self.q1(x).squeeze(-1), self.q2(x).squeeze(-1)
 
-    def value(self, observations: Tensor, actions: Tensor) -> Tensor:
-        """The first critic's value (...,), which the actor climbs."""
-        out: Tensor = self.first(torch.cat([observations, actions], -1)).squeeze(-1)
+    def q1_forward(self, observations: Tensor, actions: Tensor) -> Tensor:
+        """The first critic's value (...,), which the actor maximises."""
+        out: Tensor = self.q1(torch.cat([observations, actions], -1)).squeeze(-1)
         return out
 
-    def smaller(self, observations: Tensor, actions: Tensor) -> Tensor:
+    def min_q(self, observations: Tensor, actions: Tensor) -> Tensor:
         """The smaller of both values (...,): clipped double Q-learning."""
         return torch.minimum(*self(observations, actions))
 
 
 def td_targets(rewards: Tensor, terminated: Tensor, next_values: Tensor, discount: float) -> Tensor:
-    """What action values should be: a time limit is bootstrapped through, an end for good is not.
+    """TD targets: bootstrap through truncations, not through terminations.
 
     Args:
         rewards: (...,).
-        terminated: (...,), True where the episode ended for good; never where a time limit cut it.
+        terminated: (...,), True where the environment ended the episode, False where a time limit did.
         next_values: (...,), value of the next observation.
         discount: gamma.
     """
     return rewards + discount * next_values * (~terminated).to(next_values.dtype)
 
 
-def blend(target: nn.Module, source: nn.Module, share: float) -> None:
-    """Move a target network's parameters towards the source's: ``target += share * (source - target)``."""
+def polyak_update(target: nn.Module, source: nn.Module, tau: float) -> None:
+    """Soft update of a target network's parameters: ``target += tau * (source - target)``."""
     with torch.no_grad():
         for slow, fast in zip(target.parameters(), source.parameters(), strict=True):
             if fast.requires_grad:
-                slow.lerp_(fast.data, share)
+                slow.lerp_(fast.data, tau)
 
 
 def _mlp(inputs: int, hidden: int) -> nn.Sequential:

@@ -17,7 +17,7 @@ from eva_rl.files import write_file
 FAILED_BATCH = "failed_batch.safetensors"
 
 
-class NotFiniteError(Exception):
+class NotFiniteError(UserError):
     """A loss, a gradient, a reward or an observation is infinite or not a number.
 
     Args:
@@ -27,7 +27,10 @@ class NotFiniteError(Exception):
     """
 
     def __init__(self, what: str, step: int, batch: WindowBatch | None = None) -> None:
-        super().__init__(f"{what} is not finite at step {step}")
+        super().__init__(
+            f"{what} is not finite at step {step}. The parameters and the last checkpoint are as they were before. "
+            "Lower algo.learning_rate, or look for outliers in the data."
+        )
         self.batch = batch
 
 
@@ -42,10 +45,7 @@ def failures_kept(run_dir: Path) -> Iterator[None]:
         yield
     except NotFiniteError as error:
         kept = _keep(run_dir / FAILED_BATCH, error.batch)
-        raise UserError(
-            f"Stopped: {error}.{kept} The parameters and the last checkpoint are as they were before. Lower "
-            "algo.learning_rate, or look for outliers in the data."
-        ) from error
+        raise UserError(f"Stopped: {error}{kept}") from error
     except (EOFError, BrokenPipeError, ConnectionResetError) as error:
         raise UserError(
             "A worker process of the environments died. Type the same command again to continue from the last "

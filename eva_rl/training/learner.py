@@ -1,11 +1,11 @@
-"""What the online algorithms share: one actor, its optimiser, its draws and its part of a checkpoint."""
+"""What the online algorithms share: options, the actor with its optimiser, and their part of a checkpoint."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,54 +14,47 @@ from torch import Tensor, nn
 from eva_rl.agents.policy import DecisionTransformerPolicy
 from eva_rl.batch import WindowBatch
 from eva_rl.data.replay import TrajectoryReplay
+from eva_rl.options import MANY, Options, option
 from eva_rl.training.bc import EXTENSION, Extension
-from eva_rl.training.checkpoint import optimizer_tensors, restore_optimizer
-from eva_rl.training.failures import NotFiniteError
+from eva_rl.training.optimizer import (
+    OptimizerOptions,
+    checked_step,
+    make_optimizer,
+    optimizer_tensors,
+    restore_optimizer,
+    set_learning_rate,
+)
 
 ACTOR = "actor"
+MIN_REPLAY, MAX_REPLAY = 1_000, 10**10
+"""Env steps of a replay."""
 
 
-class OnlineAlgorithm(Protocol):
-    """Learns from episodes while they are collected."""
+@dataclass
+class OnlineOptions(Options):
+    """What all algorithms share that act in the environment."""
 
-    @property
-    def policy(self) -> DecisionTransformerPolicy:
-        """What acts, and what is changed."""
-
-    @property
-    def parameters(self) -> Mapping[str, nn.Parameter]:
-        """The policy's trainable parameters."""
-
-    def explore(self, generator: torch.Generator) -> Callable[[Tensor], Tensor]:
-        """A function from hidden states (n, D) to scaled exploratory actions (n, act)."""
-
-    def update(self, replay: TrajectoryReplay, update: int) -> dict[str, float]:
-        """Gradient step number ``update``, from 0; returns its metrics."""
-
-    def tensors(self) -> dict[str, Tensor]:
-        """State for a checkpoint."""
-
-    def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """Put back what ``tensors`` gave."""
+    env_steps: int = option(100_000, "env steps in all", above=0)
+    eval_every: int = option(10_000, "validate every N env steps; 0 disables", low=0, high=MANY)
 
 
-@dataclass(frozen=True)
-class ActorOptions:
-    """How the policy's own parameters are trained.
+@dataclass
+class ReplayOptions(OptimizerOptions, OnlineOptions):
+    """What the algorithms share that learn from a replay of whole episodes.
 
-    Attributes:
-        batch_size: Windows a gradient step.
-        learning_rate: AdamW's, after ``warmup`` gradient steps.
-        warmup: Gradient steps of linear warm-up.
-        weight_decay: AdamW's, on matrices.
-        gradient_clip: Largest norm of the gradient.
+    Unfinished episodes are truncated where the policy is validated or saved, so that a resumed run meets the same
+    episodes as one that was never interrupted. The best validation is the one with the most success, ties broken by
+    return.
     """
 
-    batch_size: int = 64
-    learning_rate: float = 1e-4
-    warmup: int = 100
-    weight_decay: float = 1e-4
-    gradient_clip: float = 0.25
+    steps_per_iteration: int = option(1_000, "env steps, over all environments, of an iteration", above=0)
+    updates_per_iteration: int = option(100, "gradient steps of an iteration", above=0)
+    learning_starts: int = option(0, "env steps before the first gradient step", low=0, high=MANY)
+    checkpoint_every: int = option(10_000, "env steps between two checkpoints; 0 for none", low=0, high=MANY)
+    keep_best: bool = option(True, "end with the parameters of the best validation, not with the last ones")
+    refresh_every: int = option(
+        0, "EVA: compare directions with the current activations every N env steps; 0 disables", low=0, high=MANY
+    )
 
 
 class Learner(ABC):
@@ -69,13 +62,13 @@ class Learner(ABC):
 
     Args:
         policy: Its trainable parameters are changed in place.
-        options: How.
-        seed: Of all draws.
+        options: Hyperparameters, of the algorithm and of its loop.
+        seed: Of all random draws.
         extension: What the adapter's method adds.
     """
 
     def __init__(
-        self, policy: DecisionTransformerPolicy, options: ActorOptions, *, seed: int, extension: Extension | None
+        self, policy: DecisionTransformerPolicy, options: ReplayOptions, *, seed: int, extension: Extension | None
     ) -> None:
         self.options, self.seed, self.extension, self._policy = options, seed, extension, policy
         self.scaling = policy.scaling.to("cpu")
@@ -83,10 +76,7 @@ class Learner(ABC):
         self.parameters: Mapping[str, nn.Parameter] = {
             name: p for name, p in policy.network.named_parameters() if p.requires_grad
         }
-        matrices = [p for p in self.parameters.values() if p.ndim > 1]
-        vectors = [p for p in self.parameters.values() if p.ndim <= 1]
-        groups = [{"params": matrices, "weight_decay": options.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=options.learning_rate)
+        self.optimizer = make_optimizer(self.parameters, options)
         self._trained: dict[str, tuple[Mapping[str, nn.Parameter], torch.optim.Optimizer]] = {}
         self.add(ACTOR, self.parameters, self.optimizer)
 
@@ -97,11 +87,11 @@ class Learner(ABC):
 
     @abstractmethod
     def explore(self, generator: torch.Generator) -> Callable[[Tensor], Tensor]:
-        """See :meth:`OnlineAlgorithm.explore`."""
+        """A function from hidden states (n, D) to scaled exploratory actions (n, act)."""
 
     @abstractmethod
     def update(self, replay: TrajectoryReplay, update: int) -> dict[str, float]:
-        """See :meth:`OnlineAlgorithm.update`."""
+        """Take gradient step number ``update``, from 0; returns its metrics."""
 
     def add(self, name: str, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
         """Make parameters and their optimiser part of a checkpoint."""
@@ -113,21 +103,19 @@ class Learner(ABC):
         Raises:
             NotFiniteError: The loss or the gradient is not finite; the parameters are as they were.
         """
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.options.learning_rate * min(1.0, (update + 1) / max(1, self.options.warmup))
+        warmed_up = min(1.0, (update + 1) / max(1, self.options.warmup_steps))
+        set_learning_rate(self.optimizer, self.options.learning_rate * warmed_up)
         whole = loss if self.extension is None else loss + self.extension.penalty()
         self.optimizer.zero_grad(set_to_none=True)
         whole.backward()  # type: ignore[no-untyped-call]
-        norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.options.gradient_clip)
-        if not bool(torch.isfinite(whole + norm)):
-            raise NotFiniteError("the policy's loss", update, batch)
-        self.optimizer.step()
+        clip, parameters = self.options.gradient_clip, self.parameters.values()
+        norm = checked_step(self.optimizer, parameters, whole.detach(), clip, update=update, batch=batch)
         if self.extension is not None:
             self.extension.after_step(update + 1)
         return float(norm)
 
     def forget(self, changed: Sequence[nn.Parameter]) -> None:
-        """Parameters were expressed in other coordinates: what the optimiser knows of them is void."""
+        """Reset the optimiser state of parameters that were rewritten in other coordinates."""
         for parameter in changed:
             self.optimizer.state.pop(parameter, None)
 
@@ -165,8 +153,8 @@ def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
-def draws(seed: int, update: int) -> tuple[np.random.Generator, torch.Generator]:
-    """Generators of one gradient step: they depend on nothing but its number, so that a resumed run draws the same."""
+def step_generators(seed: int, update: int) -> tuple[np.random.Generator, torch.Generator]:
+    """Random generators of one gradient step, seeded by its number alone so that a resumed run draws the same."""
     rng = np.random.default_rng((seed, update, 1))
     return rng, torch.Generator().manual_seed(int(rng.integers(2**62)))
 

@@ -1,4 +1,4 @@
-"""The loss of behaviour cloning, whole or as sums that parts of a batch and processes add up."""
+"""The loss of behaviour cloning, as a mean or as sums that microbatches and processes add up."""
 
 from __future__ import annotations
 
@@ -12,38 +12,41 @@ from torch import Tensor, nn
 
 from eva_rl.batch import WindowBatch
 
+LOSSES = ("mse", "l1")
+PRECISIONS = ("float32", "bfloat16")
+
 
 def clone_loss(network: nn.Module, batch: WindowBatch, loss: str = "mse") -> Tensor:
-    """Mean distance between chosen and wanted actions over the real env steps of the windows.
+    """Mean error of the predicted actions over the real env steps of the windows.
 
     Args:
         network: Maps a batch to (B, T, act) actions.
         batch: Scaled windows.
         loss: ``mse`` or ``l1``.
     """
-    return distance(network, batch, loss) / numbers_compared(batch)
+    return summed_action_loss(network, batch, loss) / num_action_elements(batch)
 
 
-def distance(network: Callable[..., Any], batch: WindowBatch, loss: str) -> Tensor:
+def summed_action_loss(network: Callable[..., Any], batch: WindowBatch, loss: str) -> Tensor:
     """The sum that `clone_loss` is the mean of."""
-    wanted = batch.actions if batch.target_actions is None else batch.target_actions
-    error: Tensor = (network(batch) - wanted).float()
+    labels = batch.actions if batch.target_actions is None else batch.target_actions
+    error: Tensor = (network(batch) - labels).float()
     error = error.abs() if loss == "l1" else error.square()
     if batch.attention_mask is not None:
         error = error * batch.attention_mask.unsqueeze(-1).to(error.dtype)
     return torch.sum(error)
 
 
-def numbers_compared(batch: WindowBatch) -> Tensor:
-    """How many numbers the mean is taken over: those of the actions at real env steps, float64 ()."""
+def num_action_elements(batch: WindowBatch) -> Tensor:
+    """Number of action elements at real env steps, which the mean is taken over, float64 ()."""
     mask, (B, T, act) = batch.attention_mask, batch.actions.shape
     if mask is None:
         return torch.tensor(B * T * act, dtype=torch.float64, device=batch.actions.device)
     return mask.sum(dtype=torch.float64) * act
 
 
-def parts(batch: WindowBatch, number: int) -> Iterator[WindowBatch]:
-    """The windows in ``number`` parts of nearly equal size; fewer where there are fewer windows."""
+def microbatches(batch: WindowBatch, number: int) -> Iterator[WindowBatch]:
+    """Split windows into ``number`` microbatches of nearly equal size, fewer if there are fewer windows."""
     size, number = len(batch), min(number, len(batch))
     for i in range(number):
         rows = slice(size * i // number, size * (i + 1) // number)

@@ -13,27 +13,23 @@ from eva_rl.agents.policy import DecisionTransformerPolicy
 from eva_rl.agents.stochastic import gaussian_log_prob, sample_actions
 from eva_rl.batch import WindowBatch
 from eva_rl.data.replay import TrajectoryReplay
+from eva_rl.options import option
 from eva_rl.training.bc import Extension
-from eva_rl.training.learner import ActorOptions, Learner, draws, noise_levels
+from eva_rl.training.learner import Learner, ReplayOptions, noise_levels, step_generators
 from eva_rl.training.losses import masked_mean
 
 
-@dataclass(frozen=True)
-class ODTOptions(ActorOptions):
-    """How Online Decision Transformer learns.
+@dataclass
+class ODTOptions(ReplayOptions):
+    """Online Decision Transformer.
 
-    Attributes:
-        initial_temperature: lambda at first.
-        temperature_learning_rate: Adam's, for log lambda.
-        target_entropy: beta, a lower bound of the policy's entropy in nats; None takes -2 a dimension of the action.
-        by_return: Draw env steps in proportion to the return of their episode above the worst one's, rather than all
-            alike as the paper does.
+    Env steps are drawn by the return of their episode above the worst one's, rather than uniformly as in the paper.
     """
 
-    initial_temperature: float = 0.1
-    temperature_learning_rate: float = 1e-4
-    target_entropy: float | None = None
-    by_return: bool = True
+    initial_temperature: float = option(0.02, "weight of the entropy at first (lambda)", above=0)
+    temperature_learning_rate: float = option(1e-2, "Adam's learning rate for the logarithm of that weight", above=0)
+    by_return: bool = option(True, "draw env steps in proportion to their episode's return, not uniformly")
+    target_entropy: float | None = option(None, "lower bound of the entropy in nats; null takes -2 x action dimensions")
 
 
 SATURATED = 0.99
@@ -72,12 +68,12 @@ def odt_loss(
 
 
 class OnlineDecisionTransformer(Learner):
-    """Clones what was obtained, at the return it obtained, and keeps its entropy above a bound.
+    """Maximum likelihood on hindsight-relabelled returns with an entropy constraint.
 
     Args:
         policy: With a log-standard-deviation head; its trainable parameters are changed in place.
-        options: How.
-        seed: Of all draws; draw n depends on the seed and n alone.
+        options: Hyperparameters.
+        seed: Of all random draws; those of gradient step n depend on the seed and n alone.
         extension: What the adapter's method adds.
     """
 
@@ -90,8 +86,8 @@ class OnlineDecisionTransformer(Learner):
         extension: Extension | None = None,
     ) -> None:
         super().__init__(policy, options, seed=seed, extension=extension)
-        asked, self._by_return = options.target_entropy, options.by_return
-        self._target_entropy = -2.0 * policy.action_dim if asked is None else asked
+        bound, self._by_return = options.target_entropy, options.by_return
+        self._target_entropy = -2.0 * policy.action_dim if bound is None else bound
         self._log_temperature = nn.Parameter(torch.tensor(float(np.log(options.initial_temperature))))
         self._temperature_optimizer = torch.optim.Adam([self._log_temperature], lr=options.temperature_learning_rate)
         self.add("temperature", {"log": self._log_temperature}, self._temperature_optimizer)
@@ -109,7 +105,7 @@ class OnlineDecisionTransformer(Learner):
 
     def update(self, replay: TrajectoryReplay, update: int) -> dict[str, float]:
         """One gradient step on the policy and one on the temperature."""
-        rng, generator = draws(self.seed, update)
+        rng, generator = step_generators(self.seed, update)
         batch = replay.sample(
             self.options.batch_size, rng, self.context_length, self.scaling, by_return=self._by_return
         ).to(self.policy.device)

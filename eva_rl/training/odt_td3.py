@@ -1,4 +1,4 @@
-"""Decision Transformers that climb a critic while they clone: TD3 gradients for ODT (arXiv 2410.24108)."""
+"""TD3+ODT: supervised Decision Transformer loss plus a TD3 policy gradient (arXiv 2410.24108)."""
 
 from __future__ import annotations
 
@@ -11,44 +11,39 @@ from torch import Tensor, nn
 
 from eva_rl.agents.policy import DecisionTransformerPolicy, frozen
 from eva_rl.data.replay import TrajectoryReplay, TransitionWindows
+from eva_rl.options import MANY, option
 from eva_rl.training.bc import Extension
-from eva_rl.training.critics import TwinCritics, blend, td_targets
+from eva_rl.training.critics import TwinCritics, polyak_update, td_targets
 from eva_rl.training.failures import NotFiniteError
-from eva_rl.training.learner import ActorOptions, Learner, draws, named, noise_levels
+from eva_rl.training.learner import Learner, ReplayOptions, named, noise_levels, step_generators
 from eva_rl.training.losses import masked_mean
 
 
-@dataclass(frozen=True)
-class TD3Options(ActorOptions):
-    """How the policy climbs.
+@dataclass
+class TD3Options(ReplayOptions):
+    """TD3+ODT.
 
-    Attributes:
-        critic_learning_rate: Adam's.
-        critic_hidden_size: Width of the critics.
-        discount: gamma.
-        target_share: Share by which target networks move at each gradient step.
-        policy_delay: Gradient steps of the critics for one of the policy.
-        critic_warmup: Gradient steps of the critics before the policy's first; they learn the returns that were
-            obtained, since temporal differences take 1 / (target_share (1 - discount)) gradient steps to carry them.
-        exploration_noise: Standard deviation of the noise on actions taken, in scaled actions.
-        target_noise: Standard deviation of the noise on target actions.
-        target_noise_clip: Its largest magnitude.
-        q_weight: Weight of the critic beside the distance to the actions taken; the critic is divided by its mean
-            magnitude (Fujimoto and Gu 2021, arXiv 2106.06860, equation 5).
-        clone_weight: Weight of the distance to the actions taken.
+    The critics begin with Monte Carlo returns, since temporal differences take about 1 / (tau (1 - discount)) gradient
+    steps to carry a return through an episode. The policy's critic term is divided by its mean magnitude (Fujimoto and
+    Gu 2021, arXiv 2106.06860, equation 5).
     """
 
-    critic_learning_rate: float = 1e-3
-    critic_hidden_size: int = 256
-    discount: float = 0.99
-    target_share: float = 0.01
-    policy_delay: int = 2
-    critic_warmup: int = 2000
-    exploration_noise: float = 0.2
-    target_noise: float = 0.2
-    target_noise_clip: float = 0.5
-    q_weight: float = 1.0
-    clone_weight: float = 1.0
+    eval_every: int = option(2_000, "validate every N env steps; 0 disables", low=0, high=MANY)
+    updates_per_iteration: int = option(500, "gradient steps of an iteration", above=0)
+    batch_size: int = option(32, "windows a gradient step", above=0)
+    critic_learning_rate: float = option(1e-3, "Adam's learning rate, for the critics", above=0)
+    critic_hidden_size: int = option(256, "width of the critics", above=0)
+    discount: float = option(0.99, "gamma", low=0, high=1)
+    tau: float = option(0.01, "soft update of the target networks, per gradient step", low=0, high=1)
+    policy_delay: int = option(2, "gradient steps of the critics for one of the policy", above=0)
+    critic_warmup: int = option(
+        2_000, "critic warm-up: gradient steps on Monte Carlo returns before TD targets", low=0, high=MANY
+    )
+    exploration_noise: float = option(0.2, "standard deviation of the noise on (scaled) actions", low=0, high=2)
+    target_noise: float = option(0.2, "standard deviation of the noise on target actions", low=0, high=2)
+    target_noise_clip: float = option(0.5, "its largest magnitude", low=0, high=2)
+    q_coef: float = option(1.0, "weight of the critic in the policy's loss", low=0, high=1000)
+    bc_coef: float = option(1.0, "weight of the error to the replay's actions in the policy's loss", low=0, high=1000)
 
 
 class TD3DecisionTransformer(Learner):
@@ -59,8 +54,8 @@ class TD3DecisionTransformer(Learner):
 
     Args:
         policy: Its trainable parameters are changed in place.
-        options: How.
-        seed: Of all draws and of the critics' first parameters.
+        options: Hyperparameters.
+        seed: Of all random draws and of the critics' first parameters.
         extension: What the adapter's method adds.
     """
 
@@ -97,51 +92,51 @@ class TD3DecisionTransformer(Learner):
 
     def update(self, replay: TrajectoryReplay, update: int) -> dict[str, float]:
         """One gradient step on the critics, and at every ``policy_delay``-th one on the policy."""
-        rng, generator = draws(self.seed, update)
+        rng, generator = step_generators(self.seed, update)
         self._reward_scale = self._reward_scale or max(replay.mean_discounted_return, 1e-8)
         batch = replay.sample_transitions(self.options.batch_size, rng, self.context_length, self.scaling)
         batch = batch.to(self.policy.device)
         metrics = self._update_critics(batch, generator, update)
         if update >= self._td3.critic_warmup and update % self._td3.policy_delay == 0:
             metrics |= self._update_policy(batch, update)
-            blend(self.target_network, self.policy.network, self._td3.target_share * self._td3.policy_delay)
+            polyak_update(self.target_network, self.policy.network, self._td3.tau * self._td3.policy_delay)
         warming = update < self._td3.critic_warmup
-        blend(self.target_critics, self.critics, 1.0 if warming else self._td3.target_share)
+        polyak_update(self.target_critics, self.critics, 1.0 if warming else self._td3.tau)
         return metrics
 
     def targets(self, batch: TransitionWindows, generator: torch.Generator) -> Tensor:
-        """What the critics should say of each transition, (B, T - 1)."""
+        """TD targets of each transition, (B, T - 1)."""
         options, observations = self._td3, batch.windows.observations
         with frozen(self.target_network), torch.no_grad():
             actions = self.target_network(batch.windows)[:, 1:]
             noise = torch.randn(actions.shape, generator=generator).to(actions.device) * options.target_noise
             noise = noise.clamp(-options.target_noise_clip, options.target_noise_clip)
-            following = self.target_critics.smaller(observations[:, 1:], (actions + noise).clamp(-1, 1))
+            next_values = self.target_critics.min_q(observations[:, 1:], (actions + noise).clamp(-1, 1))
         rewards = batch.rewards[:, :-1] / self._reward_scale
-        return td_targets(rewards, batch.terminated[:, :-1], following, options.discount)
+        return td_targets(rewards, batch.terminated[:, :-1], next_values, options.discount)
 
     def _update_critics(self, batch: TransitionWindows, generator: torch.Generator, update: int) -> dict[str, float]:
         if update < self._td3.critic_warmup:
             targets = batch.returns[:, :-1] / self._reward_scale
         else:
             targets = self.targets(batch, generator)
-        first, second = self.critics(batch.windows.observations[:, :-1], batch.windows.actions[:, :-1])
-        errors = (first - targets).square() + (second - targets).square()
+        q1, q2 = self.critics(batch.windows.observations[:, :-1], batch.windows.actions[:, :-1])
+        errors = (q1 - targets).square() + (q2 - targets).square()
         loss = masked_mean(errors, batch.valid)
         self._critic_optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         if not bool(torch.isfinite(loss)):
             raise NotFiniteError("the critics' loss", update, batch.windows)
         self._critic_optimizer.step()
-        return {"train/critic_loss": loss.item(), "train/q": masked_mean(first.detach(), batch.valid).item()}
+        return {"train/critic_loss": loss.item(), "train/q": masked_mean(q1.detach(), batch.valid).item()}
 
     def _update_policy(self, batch: TransitionWindows, update: int) -> dict[str, float]:
         windows = batch.windows
         actions = self.policy.network(windows)
         distance = masked_mean((actions - windows.actions).square().mean(-1), batch.acted)
-        values = self.critics.value(windows.observations, actions)
+        values = self.critics.q1_forward(windows.observations, actions)
         gain = masked_mean(values, batch.acted) / masked_mean(values.detach().abs(), batch.acted).clamp(min=1e-6)
-        loss = self._td3.clone_weight * distance - self._td3.q_weight * gain
+        loss = self._td3.bc_coef * distance - self._td3.q_coef * gain
         norm = self.step_actor(loss, update, windows)
         return {"train/loss": loss.item(), "train/clone_loss": distance.item(), "train/gradient_norm": norm}
 

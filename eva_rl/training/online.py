@@ -4,64 +4,63 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
-from pathlib import Path
+from dataclasses import asdict, dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from eva_rl.data.replay import TrajectoryReplay
 from eva_rl.training.bc import Log
-from eva_rl.training.checkpoint import TrainState, load_latest_checkpoint, save_checkpoint
-from eva_rl.training.collector import Collector, OnlineCounters, OnlineOptions, TaskEnvs
-from eva_rl.training.learner import OnlineAlgorithm
+from eva_rl.training.checkpoint import Checkpoints, TrainState
+from eva_rl.training.collector import Collector, OnlineCounters, TaskEnvs
+from eva_rl.training.learner import Learner
 
 REPLAY, ALGORITHM, BEST = "replay/", "algorithm/", "best/"
 SCORES = ("success_rate", "mean_reward")
-"""What an evaluation is judged by, first things first."""
+"""What the best validation is chosen by, in this order."""
 
 
-def train_online(  # noqa: PLR0913 - four values, and what it tells others of itself
-    algorithm: OnlineAlgorithm,
+def train_online(
+    learner: Learner,
     replay: TrajectoryReplay,
     task: TaskEnvs,
-    options: OnlineOptions,
     *,
     log: Log,
     evaluate: Callable[[int], Mapping[str, float]] | None = None,
     refresh: Callable[[int], Mapping[str, float]] | None = None,
-    checkpoint_dir: Path | None = None,
+    checkpoints: Checkpoints | None = None,
 ) -> OnlineCounters:
-    """Let a policy act and learn by turns, from the last checkpoint where there is one.
+    """Alternate rollouts and gradient updates, resuming from the latest checkpoint if one exists.
 
-    Episodes are broken off where the run is evaluated or saved, so that a run that continues from there meets the
-    same episodes as one that was never interrupted.
+    Episodes are truncated where the run is validated or saved, so that a resumed run meets the same episodes as one
+    that was never interrupted.
 
     Args:
-        algorithm: Learns; its policy acts.
+        learner: Its policy acts; its options say how long and how often.
         replay: Takes the episodes; what it holds already is learned from, too.
         task: Where the policy acts.
-        options: How long, and how often.
         log: Takes metrics and the env step they belong to.
-        evaluate: Called at evaluations; what it returns is logged.
+        evaluate: Returns validation metrics, which are logged.
         refresh: Called with the gradient steps done every ``refresh_every`` env steps; what it returns is logged.
-        checkpoint_dir: Where checkpoints are kept; None keeps none.
+        checkpoints: Where to save, besides every ``checkpoint_every`` env steps at validations when the time has come;
+            None keeps no checkpoint.
 
     Raises:
         NotFiniteError: A loss, a gradient, a reward or an observation is not finite.
     """
-    best: dict[str, Tensor] = {}
-    counters = _resume(checkpoint_dir, algorithm, replay, best) or OnlineCounters()
-    counters.next_seed = counters.next_seed or options.first_episode
-    collector = Collector(algorithm.policy, task)
-    if evaluate is not None and options.keep_best and counters.best_step < 0:
-        _look(evaluate, log, best, counters, algorithm)
+    options, best = learner.options, _Best()
+    counters = _resume(checkpoints, learner, replay, best) or OnlineCounters(next_seed=task.first_episode)
+    collector = Collector(learner.policy, task)
+    validate = partial(evaluate_and_keep_best, evaluate, log, best, counters, learner) if evaluate else None
+    if validate and options.keep_best and counters.best_step < 0:
+        validate()
     while counters.env_steps < options.env_steps:
         began = time.perf_counter()
         if not collector.acting:
             collector.begin(counters)
-        collector.collect(algorithm, replay, options, counters)
-        metrics = _learn(algorithm, replay, options, counters)
+        collector.collect(learner, replay, counters)
+        metrics = _learn(learner, replay, counters)
         if refresh is not None and _due(counters, options.refresh_every, options.steps_per_iteration):
             metrics |= refresh(counters.update)
         counters.seconds += time.perf_counter() - began
@@ -70,50 +69,53 @@ def train_online(  # noqa: PLR0913 - four values, and what it tells others of it
         saving = done or _due(counters, options.checkpoint_every, options.steps_per_iteration)
         log(metrics | counters.metrics(), counters.env_steps)
         if evaluating or saving:
-            collector.break_off(replay, counters)
-        if evaluate is not None and (options.keep_best if done else evaluating):
-            _look(evaluate, log, best, counters, algorithm)
-        if saving and checkpoint_dir and options.checkpoint_every:
-            save_checkpoint(checkpoint_dir, _state(counters, algorithm, replay, best))
-    if options.keep_best and best:
-        _put(algorithm.parameters, best)
+            collector.truncate_episodes(replay, counters)
+        if validate and (options.keep_best if done else evaluating):
+            validate()
+        if checkpoints and (options.checkpoint_every if saving else evaluating and checkpoints.due_by_time()):
+            checkpoints.save(_state(counters, learner, replay, best))
+    if options.keep_best:
+        best.restore(learner.parameters)
     return counters
 
 
-def _look(
-    evaluate: Callable[[int], Mapping[str, float]],
-    log: Log,
-    best: dict[str, Tensor],
-    counters: OnlineCounters,
-    algorithm: OnlineAlgorithm,
+@dataclass
+class _Best:
+    """A copy of the parameters of the best validation so far."""
+
+    parameters: dict[str, Tensor] = field(default_factory=dict)
+
+    def keep(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        self.parameters = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+
+    def restore(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        with torch.no_grad():
+            for name, value in self.parameters.items():
+                parameters[name].copy_(value)
+
+
+def evaluate_and_keep_best(
+    evaluate: Callable[[int], Mapping[str, float]], log: Log, best: _Best, counters: OnlineCounters, learner: Learner
 ) -> None:
-    """Evaluate; remember the parameters if they never did better: more success, or as much of it and more return."""
-    found = evaluate(counters.env_steps)
-    log(found, counters.env_steps)
-    score = [max((v for k, v in found.items() if k.endswith(f"/{key}")), default=0.0) for key in SCORES]
+    """Validate, and keep a copy if this is the best score so far (success rate, ties broken by return)."""
+    metrics = evaluate(counters.env_steps)
+    log(metrics, counters.env_steps)
+    score = [max((v for k, v in metrics.items() if k.endswith(f"/{key}")), default=0.0) for key in SCORES]
     if counters.best_step < 0 or score > counters.best_score:
         counters.best_step, counters.best_score = counters.env_steps, score
-        best.update({name: parameter.detach().clone() for name, parameter in algorithm.parameters.items()})
+        best.keep(learner.parameters)
 
 
-def _put(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> None:
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(values[name])
-
-
-def _learn(
-    algorithm: OnlineAlgorithm, replay: TrajectoryReplay, options: OnlineOptions, counters: OnlineCounters
-) -> dict[str, float]:
-    """One bout of gradient steps, once there is something to learn from; returns the last metrics."""
+def _learn(learner: Learner, replay: TrajectoryReplay, counters: OnlineCounters) -> dict[str, float]:
+    """The gradient steps of an iteration, once there is a finished episode; returns the last metrics."""
     metrics: dict[str, float] = {}
-    if counters.env_steps < options.random_steps or not replay.num_complete:
+    if counters.env_steps < learner.options.learning_starts or not replay.num_complete:
         return metrics
-    algorithm.policy.network.train()
-    for _ in range(options.updates_per_iteration):
-        metrics |= algorithm.update(replay, counters.update)
+    learner.policy.network.train()
+    for _ in range(learner.options.updates_per_iteration):
+        metrics |= learner.update(replay, counters.update)
         counters.update += 1
-    algorithm.policy.network.eval()
+    learner.policy.network.eval()
     return metrics
 
 
@@ -122,26 +124,24 @@ def _due(counters: OnlineCounters, every: int, step: int) -> bool:
     return every > 0 and counters.env_steps // every > (counters.env_steps - step) // every
 
 
-def _state(
-    counters: OnlineCounters, algorithm: OnlineAlgorithm, replay: TrajectoryReplay, best: Mapping[str, Tensor]
-) -> TrainState:
-    tensors = {ALGORITHM + name: value for name, value in algorithm.tensors().items()}
+def _state(counters: OnlineCounters, learner: Learner, replay: TrajectoryReplay, best: _Best) -> TrainState:
+    tensors = {ALGORITHM + name: value for name, value in learner.tensors().items()}
     tensors |= {REPLAY + name: value for name, value in replay.tensors().items()}
-    tensors |= {BEST + name: value for name, value in best.items()}
+    tensors |= {BEST + name: value for name, value in best.parameters.items()}
     return TrainState(counters.env_steps, tensors, asdict(counters))
 
 
 def _resume(
-    folder: Path | None, algorithm: OnlineAlgorithm, replay: TrajectoryReplay, best: dict[str, Tensor]
+    checkpoints: Checkpoints | None, learner: Learner, replay: TrajectoryReplay, best: _Best
 ) -> OnlineCounters | None:
-    state = load_latest_checkpoint(folder) if folder else None
+    state = checkpoints.load() if checkpoints else None
     if state is None:
         return None
     parts = {
         prefix: {k.removeprefix(prefix): v for k, v in state.tensors.items() if k.startswith(prefix)}
         for prefix in (ALGORITHM, REPLAY, BEST)
     }
-    algorithm.restore(parts[ALGORITHM])
+    learner.restore(parts[ALGORITHM])
     replay.restore(parts[REPLAY])
-    best.update(parts[BEST])
+    best.parameters = parts[BEST]
     return OnlineCounters(**state.record)

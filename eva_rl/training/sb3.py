@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,16 +17,13 @@ from stable_baselines3.common.vec_env import VecMonitor
 from torch import Tensor
 
 from eva_rl.agents.policy import DecisionTransformerPolicy
+from eva_rl.options import MANY, option
 from eva_rl.training.bc import Log
-from eva_rl.training.checkpoint import (
-    TrainState,
-    load_latest_checkpoint,
-    optimizer_tensors,
-    restore_optimizer,
-    save_checkpoint,
-)
+from eva_rl.training.checkpoint import Checkpoints, TrainState
 from eva_rl.training.collector import TaskEnvs
 from eva_rl.training.failures import NotFiniteError
+from eva_rl.training.learner import MAX_REPLAY, MIN_REPLAY, OnlineOptions
+from eva_rl.training.optimizer import optimizer_tensors, restore_optimizer
 from eva_rl.training.sb3_policies import (
     DecisionTransformerPPOPolicy,
     DecisionTransformerSACPolicy,
@@ -39,75 +35,67 @@ Model = PPO | SAC | TD3
 POLICY, OPTIMIZER, REPLAY, RANDOM = "policy/", "optimizer/", "replay/", "random/"
 
 
-@dataclass(frozen=True)
-class SB3Options:
-    """What the three algorithms share.
+@dataclass
+class SB3Options(OnlineOptions):
+    """What Stable-Baselines3's algorithms share."""
 
-    Attributes:
-        env_steps: Env steps in all.
-        eval_every: Env steps of a stretch, after which the policy is evaluated; 0 for one stretch.
-        learning_rate: Adam's.
-        batch_size: Windows a gradient step.
-        discount: gamma.
-        initial_std: Standard deviation of the actions at first.
-        critic_hidden_size: Width of the value networks.
-        replay_size: Env steps kept at most (SAC, TD3).
-        random_steps: Env steps before the first gradient step (SAC, TD3).
-        train_every: Env steps of each environment between two bouts of gradient steps (SAC, TD3).
-        updates_per_bout: Gradient steps of a bout (SAC, TD3).
-        target_share: tau (SAC, TD3).
-        entropy: Weight of the entropy (PPO), or the first one of SAC's automatic weight.
-        rollout_steps: Env steps of each environment between two updates (PPO).
-        epochs: Passes over a rollout (PPO).
-        clip_range: Of the likelihood ratio (PPO).
-        gae_lambda: Of generalised advantage estimation (PPO).
-        target_kl: KL divergence at which an update ends early (PPO); None for no limit.
-        seed: Of everything random.
-        first_episode: Seed of the first episode.
-    """
-
-    env_steps: int
-    eval_every: int = 0
-    learning_rate: float = 1e-4
-    batch_size: int = 64
-    discount: float = 0.99
-    initial_std: float = 0.2
-    critic_hidden_size: int = 256
-    replay_size: int = 200_000
-    random_steps: int = 1_000
-    train_every: int = 10
-    updates_per_bout: int = 10
-    target_share: float = 0.005
-    entropy: float = 0.0
-    rollout_steps: int = 200
-    epochs: int = 5
-    clip_range: float = 0.2
-    gae_lambda: float = 0.95
-    target_kl: float | None = 0.03
-    seed: int = 0
-    first_episode: int = 0
+    learning_rate: float = option(1e-4, "Adam's learning rate", above=0)
+    batch_size: int = option(64, "windows a gradient step", above=0)
+    discount: float = option(0.99, "gamma", low=0, high=1)
+    initial_std: float = option(0.2, "standard deviation of the actions at first", above=0)
+    critic_hidden_size: int = option(256, "width of the value networks", above=0)
 
 
-def make_model(name: str, policy: DecisionTransformerPolicy, task: TaskEnvs, options: SB3Options) -> Model:
+@dataclass
+class PPOOptions(SB3Options):
+    """Proximal policy optimisation (arXiv 1707.06347)."""
+
+    rollout_steps: int = option(200, "env steps of each environment between two updates", above=0)
+    epochs: int = option(5, "passes over a rollout", above=0)
+    clip_range: float = option(0.2, "of the likelihood ratio", above=0)
+    gae_lambda: float = option(0.95, "of generalised advantage estimation", low=0, high=1)
+    entropy: float = option(0.0, "weight of the entropy", low=0, high=10)
+    target_kl: float | None = option(0.03, "KL divergence at which an update ends early; null for no limit", above=0)
+
+
+@dataclass
+class OffPolicyOptions(SB3Options):
+    """What SAC and TD3 share; TD3 (arXiv 1802.09477) has no more."""
+
+    replay_size: int = option(200_000, "env steps kept at most; each is stored once", low=MIN_REPLAY, high=MAX_REPLAY)
+    learning_starts: int = option(1_000, "env steps before the first gradient step", low=0, high=MANY)
+    train_freq: int = option(10, "env steps of each environment between two updates", above=0)
+    gradient_steps: int = option(10, "gradient steps of an update", above=0)
+    tau: float = option(0.005, "soft update of the target networks, per gradient step", low=0, high=1)
+
+
+@dataclass
+class SACOptions(OffPolicyOptions):
+    """Soft actor-critic (arXiv 1801.01290)."""
+
+    entropy: float = option(0.01, "weight of the entropy at first; it is adapted", above=0, high=10)
+
+
+def make_model(policy: DecisionTransformerPolicy, task: TaskEnvs, options: SB3Options, *, seed: int = 0) -> Model:
     """A Stable-Baselines3 model whose actor is the policy's own network.
 
     Args:
-        name: ``ppo``, ``sac`` or ``td3``.
         policy: Trained in place: its trainable parameters are the actor's.
         task: Where to act.
-        options: How.
+        options: Their class chooses the algorithm: PPO, SAC, or else TD3.
+        seed: Of everything random.
     """
     env = HistoryWindows(VecMonitor(task.vec_env), policy, task.env_id, policy.scaling.return_scale)
     shared: dict[str, Any] = {
         "learning_rate": options.learning_rate,
         "batch_size": options.batch_size,
         "gamma": options.discount,
-        "seed": options.seed,
+        "seed": seed,
         "device": policy.device,
     }
     network = {"network": policy.network, "critic_hidden_size": options.critic_hidden_size}
     noisy = network | {"initial_std": options.initial_std}
-    if name == "ppo":
+    if isinstance(options, PPOOptions):
         return PPO(
             DecisionTransformerPPOPolicy,
             env,
@@ -120,16 +108,17 @@ def make_model(name: str, policy: DecisionTransformerPolicy, task: TaskEnvs, opt
             target_kl=options.target_kl,
             **shared,
         )
+    assert isinstance(options, OffPolicyOptions)
     shared |= {
         "buffer_size": options.replay_size,
-        "learning_starts": options.random_steps,
-        "tau": options.target_share,
-        "train_freq": (options.train_every, "step"),
-        "gradient_steps": options.updates_per_bout,
+        "learning_starts": options.learning_starts,
+        "tau": options.tau,
+        "train_freq": (options.train_freq, "step"),
+        "gradient_steps": options.gradient_steps,
         "replay_buffer_class": WindowReplayBuffer,
     }
-    if name == "sac":
-        entropy = f"auto_{options.entropy}" if options.entropy else "auto_0.01"
+    if isinstance(options, SACOptions):
+        entropy = f"auto_{options.entropy}"
         return SAC(DecisionTransformerSACPolicy, env, policy_kwargs=noisy, ent_coef=entropy, **shared)
     noise = NormalActionNoise(np.zeros(policy.action_dim), np.full(policy.action_dim, options.initial_std))
     return TD3(DecisionTransformerTD3Policy, env, policy_kwargs=network, action_noise=noise, **shared)
@@ -137,24 +126,26 @@ def make_model(name: str, policy: DecisionTransformerPolicy, task: TaskEnvs, opt
 
 def train_sb3(
     model: Model,
+    task: TaskEnvs,
     options: SB3Options,
     *,
     log: Log,
     evaluate: Callable[[int], Mapping[str, float]] | None = None,
-    checkpoint_dir: Path | None = None,
+    checkpoints: Checkpoints | None = None,
     callback: BaseCallback | None = None,
 ) -> dict[str, int]:
-    """Let a model learn, from the last checkpoint where there is one.
+    """Let a model learn, resuming from the latest checkpoint if one exists.
 
-    Each stretch of ``eval_every`` env steps begins with new episodes, so that a run that continues from a checkpoint
-    meets what one meets that was never interrupted.
+    Each stretch of ``eval_every`` env steps (0 takes them all) begins with new episodes and ends with a checkpoint, so
+    that a resumed run meets the same episodes as one that was never interrupted.
 
     Args:
         model: What :func:`make_model` made.
+        task: Where it acts.
         options: How long.
         log: Takes Stable-Baselines3's metrics, and the env step they belong to.
         evaluate: Called after each stretch but the last; what it returns is logged.
-        checkpoint_dir: Where checkpoints are kept, one after each stretch; None keeps none.
+        checkpoints: Where to save; None keeps no checkpoint.
         callback: Of Stable-Baselines3.
 
     Returns:
@@ -164,7 +155,7 @@ def train_sb3(
         NotFiniteError: A parameter is not finite after a stretch; the checkpoint before it is as it was.
     """
     model.set_logger(Logger(None, [_Forward(log)]))
-    next_episode = _resume(model, checkpoint_dir) or options.first_episode
+    next_episode = _resume(model, checkpoints) or task.first_episode
     stretch = options.eval_every or options.env_steps
     env = model.get_env()
     assert env is not None
@@ -177,13 +168,13 @@ def train_sb3(
         next_episode += env.num_envs * (1 + counter.most)
         if isinstance(model, OffPolicyAlgorithm):
             assert isinstance(model.replay_buffer, WindowReplayBuffer)
-            model.replay_buffer.break_off()
+            model.replay_buffer.truncate_episodes()
         _check_finite(model)
         model.policy.set_training_mode(False)
         if evaluate is not None and model.num_timesteps < options.env_steps:
             log(evaluate(model.num_timesteps), model.num_timesteps)
-        if checkpoint_dir is not None:
-            save_checkpoint(checkpoint_dir, _state(model, next_episode))
+        if checkpoints is not None:
+            checkpoints.save(_state(model, next_episode))
     return {"updates": int(model._n_updates), "env_steps": int(model.num_timesteps)}
 
 
@@ -259,9 +250,9 @@ def _state(model: Model, next_episode: int) -> TrainState:
     return TrainState(int(model.num_timesteps), tensors, record)
 
 
-def _resume(model: Model, folder: Path | None) -> int | None:
+def _resume(model: Model, checkpoints: Checkpoints | None) -> int | None:
     """Put a checkpoint back; returns the seed of the next episode, or None where there is no checkpoint."""
-    state = load_latest_checkpoint(folder) if folder else None
+    state = checkpoints.load() if checkpoints else None
     if state is None:
         return None
     tensors, record = state.tensors, state.record

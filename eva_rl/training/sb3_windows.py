@@ -163,7 +163,7 @@ class WindowReplayBuffer(ReplayBuffer):
         self.rewards, self.dones = np.zeros((size, n_envs), np.float32), np.zeros((size, n_envs), np.float32)
         self.timeouts = np.zeros((size, n_envs), np.float32)
         self.broken = np.zeros((size, n_envs), bool)
-        """Where an episode was broken off: the next row belongs to another one, and nobody kept the observation."""
+        """Where an episode was truncated: the next row belongs to another one, and its last observation is unknown."""
         self.ends: dict[tuple[int, int], Floats] = {}
 
     def add(
@@ -193,7 +193,7 @@ class WindowReplayBuffer(ReplayBuffer):
     def _scaled_rewards(self, now: int, next_obs: NDArray[Any]) -> None:
         self.rows[now, :, self._F - EXTRAS + 1] = next_obs[:, -2, self._F - EXTRAS + 1]
 
-    def break_off(self) -> None:
+    def truncate_episodes(self) -> None:
         """The environments will be reset: the newest steps have no successor."""
         if self.size():
             self.broken[(self.pos - 1) % self.buffer_size] = True

@@ -76,5 +76,5 @@ def attached(
 def train(
     policy: DecisionTransformerPolicy, data: Trajectories, adapter: AttachedAdapter, updates: int = UPDATES
 ) -> None:
-    options = BCOptions(updates=updates, batch_size=8, warmup=1)
+    options = BCOptions(updates=updates, batch_size=8, warmup_steps=1)
     train_bc(policy, sampler(policy, data), options, log=lambda m, s: None, extension=adapter.extension)

@@ -11,6 +11,7 @@ from eva_rl.adapters import METHODS, attach_adapter, initial_rank, load_policy, 
 from eva_rl.data import Trajectories
 from eva_rl.errors import UserError
 from eva_rl.training.bc import BCOptions, train_bc
+from eva_rl.training.checkpoint import Checkpoints
 from tests.adapters.making import REWRITING, UPDATES, attached, sampler, train
 from tests.conftest import make_policy
 
@@ -99,14 +100,14 @@ def test_resumed_equals_uninterrupted(method: str, tmp_path: Path, reach_demonst
         policy = make_policy()
         torch.manual_seed(seed)
         policy, adapter = attached(method, reach_demonstrations, policy=policy)
-        options = BCOptions(updates=UPDATES, batch_size=8, warmup=1, log_every=1, checkpoint_every=1)
+        options = BCOptions(updates=UPDATES, batch_size=8, warmup_steps=1, log_every=1)
 
         def log(metrics: object, step: int) -> None:
             if step == die_at:
                 raise KilledError
 
         draw = sampler(policy, reach_demonstrations)
-        train_bc(policy, draw, options, log=log, checkpoint_dir=folder, extension=adapter.extension)
+        train_bc(policy, draw, options, log=log, checkpoints=Checkpoints(folder, 1), extension=adapter.extension)
         return {name: value.clone() for name, value in policy.network.state_dict().items()}
 
     whole = run(tmp_path / "whole", die_at=-1, seed=0)

@@ -292,13 +292,13 @@ def test_killed_and_continued_equals_uninterrupted(method: str, folder: Path, tm
     code = f"""
 import os, signal
 from eva_rl.finetune import command as finetune
-from eva_rl.training import bc
-save = bc.save_checkpoint
+from eva_rl.training import checkpoint
+save = checkpoint.save_checkpoint
 def dying(folder, state, *rest):
     save(folder, state, *rest)
     if state.step == 4:
         os.kill(os.getpid(), signal.SIGKILL)
-bc.save_checkpoint = dying
+checkpoint.save_checkpoint = dying
 finetune.main({[*asked, f"run_dir={tmp_path}/killed"]!r})
 """
     died = subprocess.run([sys.executable, "-c", code], timeout=300, check=False)

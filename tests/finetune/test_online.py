@@ -41,8 +41,8 @@ SHORT = {
     "odt": REPLAYED,
     "odt_td3": [*REPLAYED, "algo.critic_warmup=2", "algo.policy_delay=1"],
     "ppo": ["algo.rollout_steps=30", "algo.epochs=1", "algo.batch_size=30"],
-    "sac": ["algo.random_steps=40", "algo.train_every=20", "algo.updates_per_bout=1", "algo.batch_size=8"],
-    "td3": ["algo.random_steps=40", "algo.train_every=20", "algo.updates_per_bout=1", "algo.batch_size=8"],
+    "sac": ["algo.learning_starts=40", "algo.train_freq=20", "algo.gradient_steps=1", "algo.batch_size=8"],
+    "td3": ["algo.learning_starts=40", "algo.train_freq=20", "algo.gradient_steps=1", "algo.batch_size=8"],
 }
 
 
@@ -115,7 +115,7 @@ def test_directions_are_looked_at_again(policy_folder: Path, tmp_path: Path) -> 
         (["algo=bc", "data=none"], "clones demonstrations"),
         (["algo=odt", "adapter.eva.source=trajectories"], "needs demonstrations"),
         (["algo=odt", "adapter=lora_ga"], "nothing to clone"),
-        (["algo=odt", "algo.refresh_every=100", "adapter=lora"], "looks after EVA's directions"),
+        (["algo=odt", "algo.refresh_every=100", "adapter=lora"], "refreshes EVA's directions"),
         (["algo=ppo", "adapter=adalora"], "Stable-Baselines3's"),
         (["algo=odt", "algo.initial_std=50"], "initial_std=50"),
         (["algo=odt", "algo.replay_size=1"], "replay_size"),
@@ -126,7 +126,7 @@ def test_what_does_not_fit_is_refused(
     arguments: list[str], message: str, policy_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     small = [o for o in SMALL if arguments[0] != "algo=bc" or not o.startswith("algo.")]
-    small = [o for o in small if "checkpoint_every" not in o or arguments[0] != "algo=dqn"]
+    small = [o for o in small if "checkpoint_every" not in o or arguments[0] not in {"algo=dqn", "algo=ppo"}]
     assert main([f"policy={policy_folder}", f"run_dir={tmp_path / 'run'}", *small, *arguments]) == 2
     assert message in " ".join(capsys.readouterr().err.split())
 

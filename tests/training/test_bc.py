@@ -8,16 +8,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from eva_rl.batch import WindowBatch
 from eva_rl.data import Trajectories, WindowSampler
 from eva_rl.errors import UserError
 from eva_rl.training.bc import BCOptions, learning_rate, train_bc
-from eva_rl.training.checkpoint import load_latest_checkpoint
+from eva_rl.training.checkpoint import Checkpoints, load_latest_checkpoint
+from eva_rl.training.failures import FAILED_BATCH, failures_kept
 from eva_rl.training.losses import clone_loss
 from tests.conftest import make_policy
 
-OPTIONS = BCOptions(updates=12, batch_size=8, warmup=2, log_every=1, checkpoint_every=3)
+OPTIONS = BCOptions(updates=12, batch_size=8, warmup_steps=2, log_every=1)
+CHECKPOINT_EVERY = 3
 
 
 class Constant(torch.nn.Module):
@@ -51,7 +54,7 @@ def test_loss_prefers_what_the_expert_wanted() -> None:
 
 
 def test_learning_rate_warms_up_and_follows_a_cosine() -> None:
-    options = BCOptions(updates=110, learning_rate=2.0, final_learning_rate=0.1, warmup=10)
+    options = BCOptions(updates=110, learning_rate=2.0, final_learning_rate=0.1, warmup_steps=10)
     rates = [learning_rate(options, update) for update in range(110)]
     np.testing.assert_allclose(rates[:10], np.arange(1, 11) * 0.2)
     assert rates[60] == pytest.approx(2 * (0.1 + 0.9 / 2))
@@ -67,12 +70,13 @@ def run(
     policy.network.dropout.p = 0.1  # so that the state of the random generator matters
     sampler = WindowSampler(data, 6, policy.scaling, seed=1)
     logged: list[dict] = []
-    train_bc(policy, sampler, options, log=lambda m, s: logged.append({"step": s, **m}), checkpoint_dir=folder)
+    checkpoints = Checkpoints(folder, CHECKPOINT_EVERY) if folder else None
+    train_bc(policy, sampler, options, log=lambda m, s: logged.append({"step": s, **m}), checkpoints=checkpoints)
     return {k: v.clone() for k, v in policy.network.state_dict().items()}, logged
 
 
 def test_loss_falls(reach_demonstrations: Trajectories) -> None:
-    _, logged = run(reach_demonstrations, replace(OPTIONS, updates=60, checkpoint_every=0))
+    _, logged = run(reach_demonstrations, replace(OPTIONS, updates=60))
     assert logged[-1]["train/loss"] < 0.5 * logged[0]["train/loss"]
 
 
@@ -91,7 +95,7 @@ def test_resumed_equals_uninterrupted(tmp_path: Path, reach_demonstrations: Traj
     policy.network.dropout.p = 0.1
     sampler = WindowSampler(reach_demonstrations, 6, policy.scaling, seed=1)
     with pytest.raises(KilledError):
-        train_bc(policy, sampler, OPTIONS, log=die, checkpoint_dir=tmp_path / "parts")
+        train_bc(policy, sampler, OPTIONS, log=die, checkpoints=Checkpoints(tmp_path / "parts", CHECKPOINT_EVERY))
     state = load_latest_checkpoint(tmp_path / "parts")
     assert state is not None
     assert state.step == 6
@@ -124,11 +128,14 @@ def test_only_the_newest_checkpoints_stay(tmp_path: Path, reach_demonstrations: 
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step_000000009", "step_000000012"]
 
 
-def test_a_loss_that_is_not_finite_stops_before_it_does_harm(reach_demonstrations: Trajectories) -> None:
+def test_a_loss_that_is_not_finite_stops_before_it_does_harm(
+    tmp_path: Path, reach_demonstrations: Trajectories
+) -> None:
     policy = make_policy()
     rewards = reach_demonstrations.rewards.copy()
     rewards[700] = np.nan
     sampler = WindowSampler(replace(reach_demonstrations, rewards=rewards), 6, policy.scaling, seed=1)
-    with pytest.raises(UserError, match=r"Gradient step \d+: the loss is nan"):
+    with pytest.raises(UserError, match=r"loss \(nan\).* at step \d+"), failures_kept(tmp_path):
         train_bc(policy, sampler, replace(OPTIONS, updates=200), log=lambda m, s: None)
+    assert load_file(tmp_path / FAILED_BATCH)["returns_to_go"].isnan().any()
     assert all(torch.isfinite(p).all() for p in policy.network.parameters())

@@ -29,10 +29,11 @@ from eva_rl.distributed import ProcessGroup
 from eva_rl.errors import UserError
 from eva_rl.rollouts.evaluation import TaskLook, evaluate_together, shared_envs
 from eva_rl.training.bc import BCOptions, train_bc
-from eva_rl.training.losses import clone_loss, distance, numbers_compared, parts
+from eva_rl.training.checkpoint import Checkpoints
+from eva_rl.training.losses import clone_loss, microbatches, num_action_elements, summed_action_loss
 from tests.conftest import make_policy
 
-OPTIONS = BCOptions(updates=6, batch_size=10, warmup=2, log_every=1, checkpoint_every=3)
+OPTIONS = BCOptions(updates=6, batch_size=10, warmup_steps=2, log_every=1)
 
 
 def make_sampler(data: Trajectories, policy: Any, seed: int = 1) -> WindowSampler:
@@ -54,7 +55,7 @@ def clone(data: Trajectories, options: BCOptions, folder: Path | None, adapter: 
         ShardedSampler(make_sampler(data, policy), process_group),
         options,
         log=lambda metrics, step: logged.append(metrics["train/loss"]),
-        checkpoint_dir=folder,
+        checkpoints=Checkpoints(folder, 3) if folder else None,
         extension=attached.extension if attached else None,
     )
     return {"losses": logged, "weights": {k: v.clone() for k, v in policy.network.state_dict().items()}}
@@ -152,10 +153,12 @@ def test_parts_of_a_batch_and_unequal_masks_give_the_gradient_of_the_whole(reach
         return torch.cat([p.grad.flatten() for p in policy.network.parameters() if p.grad is not None])
 
     whole = gradient(clone_loss(policy.network, batch))
-    numbers = numbers_compared(batch)
-    pieces = list(parts(batch, 4))
+    numbers = num_action_elements(batch)
+    pieces = list(microbatches(batch, 4))
     assert [len(piece) for piece in pieces] == [2, 3, 3, 3]
-    summed = gradient(sum((distance(policy.network, p, "mse") / numbers for p in pieces), torch.zeros(())).float())
+    summed = gradient(
+        sum((summed_action_loss(policy.network, p, "mse") / numbers for p in pieces), torch.zeros(())).float()
+    )
     torch.testing.assert_close(summed, whole, atol=1e-6, rtol=1e-5)
     averaged = gradient(sum((clone_loss(policy.network, p) / len(pieces) for p in pieces), torch.zeros(())))
     assert (averaged - whole).abs().max() > 1e-3, "the mean of the parts' means is another gradient"

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from eva_rl.data import Trajectories, WindowSampler
 from eva_rl.training.bc import BCOptions, train_bc
+from eva_rl.training.checkpoint import Checkpoints
 from tests.conftest import make_policy
 
 KILLS = 20
@@ -24,8 +25,9 @@ def clone(data: Trajectories, folder: Path | None, out: Path) -> None:
     policy = make_policy()
     policy.network.dropout.p = 0.1  # every draw of its masks has to come back, too
     sampler = WindowSampler(data, 6, policy.scaling, seed=1)
-    options = BCOptions(updates=400, batch_size=8, checkpoint_every=7)
-    train_bc(policy, sampler, options, log=lambda *_: None, checkpoint_dir=folder)
+    options = BCOptions(updates=400, batch_size=8)
+    checkpoints = Checkpoints(folder, 7) if folder else None
+    train_bc(policy, sampler, options, log=lambda *_: None, checkpoints=checkpoints)
     save_file(policy.network.state_dict(), out)
 
 

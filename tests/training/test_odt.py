@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from eva_rl.data.replay import TrajectoryReplay
-from eva_rl.training.collector import OnlineOptions
 from eva_rl.training.odt import ODTOptions, OnlineDecisionTransformer, odt_loss
 from eva_rl.training.online import train_online
 from tests.training.problems import Bandit, TwoSteps, make_learner, make_task, mean_return
@@ -37,10 +36,13 @@ def test_loss_of_a_batch_computed_by_hand() -> None:
 @pytest.mark.parametrize(("target", "grows"), [(5.0, True), (-50.0, False)])
 def test_the_temperature_defends_the_entropy(target: float, grows: bool) -> None:
     policy = make_learner(stochastic=True)
-    learner = OnlineDecisionTransformer(policy, ODTOptions(target_entropy=target, temperature_learning_rate=0.01))
+    options = ODTOptions(
+        target_entropy=target, initial_temperature=0.1, env_steps=64, steps_per_iteration=32, updates_per_iteration=10
+    )
+    learner = OnlineDecisionTransformer(policy, options)
     replay = TrajectoryReplay(1000, 2, 1)
     task = make_task(Bandit)
-    train_online(learner, replay, task, OnlineOptions(64, 32, 10), log=lambda *_: None)
+    train_online(learner, replay, task, log=lambda *_: None)
     temperature = learner.update(replay, 100)["train/temperature"]
     assert (temperature > 0.1) == grows
 
@@ -50,10 +52,18 @@ def test_small_problems_are_solved(kind: type[gym.Env[Any, Any]]) -> None:
     policy = make_learner(stochastic=True)
     before = mean_return(policy, kind)
     learner = OnlineDecisionTransformer(
-        policy, ODTOptions(learning_rate=3e-3, warmup=10, weight_decay=0.0, temperature_learning_rate=1e-2)
+        policy,
+        ODTOptions(
+            learning_rate=3e-3,
+            warmup_steps=10,
+            weight_decay=0.0,
+            initial_temperature=0.1,
+            env_steps=3200,
+            steps_per_iteration=80,
+            updates_per_iteration=20,
+        ),
     )
-    options = OnlineOptions(env_steps=3200, steps_per_iteration=80, updates_per_iteration=20)
-    counters = train_online(learner, TrajectoryReplay(2000, 2, 1), make_task(kind), options, log=lambda *_: None)
+    counters = train_online(learner, TrajectoryReplay(2000, 2, 1), make_task(kind), log=lambda *_: None)
     assert counters.env_steps == 3200
     assert counters.update == 800
     assert before < kind.solved < mean_return(policy, kind)  # type: ignore[attr-defined]
@@ -63,9 +73,11 @@ def test_draws_depend_on_the_step_alone() -> None:
     replay = TrajectoryReplay(1000, 2, 1)
     policies = [make_learner(stochastic=True) for _ in range(2)]
     for policy in policies:
-        learner = OnlineDecisionTransformer(policy, ODTOptions(), seed=3)
+        learner = OnlineDecisionTransformer(
+            policy, ODTOptions(env_steps=64, steps_per_iteration=64, learning_starts=100), seed=3
+        )
         if not replay.num_episodes:
-            train_online(learner, replay, make_task(Bandit), OnlineOptions(64, 64, 0), log=lambda *_: None)
+            train_online(learner, replay, make_task(Bandit), log=lambda *_: None)
         np.random.default_rng().random()
         torch.randn(7)
         learner.update(replay, 5)

@@ -11,9 +11,8 @@ import torch
 
 from eva_rl.data import Episode
 from eva_rl.data.replay import TrajectoryReplay
-from eva_rl.training.collector import OnlineOptions
-from eva_rl.training.critics import TwinCritics, blend, td_targets
-from eva_rl.training.learner import draws
+from eva_rl.training.critics import TwinCritics, polyak_update, td_targets
+from eva_rl.training.learner import step_generators
 from eva_rl.training.odt_td3 import TD3DecisionTransformer, TD3Options
 from eva_rl.training.online import train_online
 from tests.training.problems import Bandit, TwoSteps, make_learner, make_task, mean_return
@@ -29,8 +28,8 @@ def test_the_smaller_critic_counts() -> None:
     critics = TwinCritics(2, 1, 8)
     observations, actions = torch.randn(5, 2), torch.randn(5, 1)
     first, second = critics(observations, actions)
-    assert torch.equal(critics.smaller(observations, actions), torch.minimum(first, second))
-    assert torch.equal(critics.value(observations, actions), first)
+    assert torch.equal(critics.min_q(observations, actions), torch.minimum(first, second))
+    assert torch.equal(critics.q1_forward(observations, actions), first)
 
 
 def test_targets_move_by_a_share() -> None:
@@ -40,7 +39,7 @@ def test_targets_move_by_a_share() -> None:
         fast.weight.fill_(1.0)
     fast.bias.requires_grad_(False)
     kept = slow.bias.clone()
-    blend(slow, fast, 0.1)
+    polyak_update(slow, fast, 0.1)
     assert slow.weight.item() == pytest.approx(0.1)
     assert torch.equal(slow.bias, kept)  # frozen in the source: nothing to follow
 
@@ -63,14 +62,14 @@ def _replay(terminated: bool) -> TrajectoryReplay:
 
 
 def test_critics_begin_with_the_returns_obtained() -> None:
-    learner = TD3DecisionTransformer(make_learner(), TD3Options(discount=0.5, critic_learning_rate=3e-3))
+    learner = TD3DecisionTransformer(make_learner(), TD3Options(discount=0.5, critic_learning_rate=3e-3, batch_size=64))
     replay = _replay(terminated=True)
     before = [p.clone() for p in learner.policy.network.parameters()]
     for update in range(200):
         learner.update(replay, update)
-    batch = replay.sample_transitions(64, draws(0, 0)[0], 4, learner.scaling)
+    batch = replay.sample_transitions(64, step_generators(0, 0)[0], 4, learner.scaling)
     with torch.no_grad():
-        values = learner.target_critics.value(batch.windows.observations, batch.windows.actions)
+        values = learner.target_critics.q1_forward(batch.windows.observations, batch.windows.actions)
     for step, expected in ((0, 1.5 / 1.25), (1, 1 / 1.25)):
         found = values[(batch.windows.timesteps == step) & batch.acted].mean().item()
         assert found == pytest.approx(expected, abs=0.05)
@@ -87,14 +86,15 @@ def test_critics_find_the_values(terminated: bool, second: float | None) -> None
         policy_delay=10**6,
         critic_learning_rate=3e-3,
         target_noise=0.0,
-        target_share=0.05,
+        tau=0.05,
+        batch_size=64,
     )
     learner = TD3DecisionTransformer(policy, options)
     replay = _replay(terminated)
     for update in range(600):
         learner.update(replay, update)
     with torch.no_grad():
-        batch = replay.sample_transitions(64, draws(0, 0)[0], 4, learner.scaling)
+        batch = replay.sample_transitions(64, step_generators(0, 0)[0], 4, learner.scaling)
         values, _ = learner.critics(batch.windows.observations, batch.windows.actions)
     last = values[batch.windows.timesteps == 1].mean().item()
     if second is not None:
@@ -111,25 +111,30 @@ def test_small_problems_are_solved(kind: type[gym.Env[Any, Any]]) -> None:
     before = mean_return(policy, kind)
     options = TD3Options(
         learning_rate=3e-3,
-        warmup=10,
+        warmup_steps=10,
         weight_decay=0.0,
         critic_learning_rate=1e-3,
         critic_hidden_size=32,
         critic_warmup=50,
         exploration_noise=0.8,
-        target_share=0.05,
-        q_weight=2.5,
+        tau=0.05,
+        q_coef=2.5,
+        batch_size=64,
+        env_steps=2400,
+        steps_per_iteration=80,
+        updates_per_iteration=20,
     )
     learner = TD3DecisionTransformer(policy, options)
-    loop = OnlineOptions(env_steps=2400, steps_per_iteration=80, updates_per_iteration=20)
-    train_online(learner, TrajectoryReplay(2000, 2, 1), make_task(kind), loop, log=lambda *_: None)
+    train_online(learner, TrajectoryReplay(2000, 2, 1), make_task(kind), log=lambda *_: None)
     assert before < kind.solved < mean_return(policy, kind)  # type: ignore[attr-defined]
 
 
 def test_without_the_critics_it_only_clones() -> None:
     """The greedy critic weight at zero: the policy goes where the data are, however little they pay."""
     policy = make_learner()
-    learner = TD3DecisionTransformer(policy, TD3Options(learning_rate=3e-3, q_weight=0.0, critic_warmup=0, warmup=1))
+    learner = TD3DecisionTransformer(
+        policy, TD3Options(learning_rate=3e-3, q_coef=0.0, critic_warmup=0, warmup_steps=1, batch_size=64)
+    )
     replay = _replay(terminated=True)
     for update in range(200):
         learner.update(replay, update)

@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from eva_rl import envs
 from eva_rl.data.replay import TrajectoryReplay
 from eva_rl.errors import UserError
-from eva_rl.training.collector import OnlineCounters, OnlineOptions, TaskEnvs
+from eva_rl.training.checkpoint import Checkpoints
+from eva_rl.training.collector import OnlineCounters, TaskEnvs
 from eva_rl.training.failures import FAILED_BATCH, NotFiniteError, failures_kept
 from eva_rl.training.learner import Learner
 from eva_rl.training.odt import ODTOptions, OnlineDecisionTransformer
@@ -28,12 +29,27 @@ from tests.training.problems import Bandit, make_learner, make_task
 Make = Callable[[], Learner]
 
 
-def td3() -> Learner:
-    return TD3DecisionTransformer(_policy(False), TD3Options(critic_warmup=2, batch_size=8), seed=1)
+LOOP: dict[str, Any] = {
+    "batch_size": 8,
+    "env_steps": 360,
+    "steps_per_iteration": 60,
+    "updates_per_iteration": 3,
+    "eval_every": 120,
+    "checkpoint_every": 120,
+    "keep_best": False,
+}
 
 
-def odt() -> Learner:
-    return OnlineDecisionTransformer(_policy(True), ODTOptions(batch_size=8), seed=1)
+def td3(**others: Any) -> Learner:
+    return TD3DecisionTransformer(_policy(False), TD3Options(critic_warmup=2, **LOOP | others), seed=1)
+
+
+def odt(**others: Any) -> Learner:
+    return OnlineDecisionTransformer(_policy(True), ODTOptions(**LOOP | others), seed=1)
+
+
+def bandit(**others: Any) -> OnlineDecisionTransformer:
+    return OnlineDecisionTransformer(make_learner(stochastic=True), ODTOptions(batch_size=4, **others))
 
 
 def _policy(stochastic: bool) -> Any:
@@ -49,8 +65,8 @@ def run(
 ) -> tuple[OnlineCounters | None, dict[str, torch.Tensor], list[tuple[int, dict[str, float]]]]:
     """Hopper, whose episodes differ in length, from the last checkpoint; stopped inside an iteration if asked to."""
     algorithm, replay, record = make(), TrajectoryReplay(2000, 11, 3), []
-    task = TaskEnvs(envs.make_vec_env("mujoco/hopper", 3, horizon=15), "Hopper-v5", False)
-    options = OnlineOptions(360, 60, 3, eval_every=120, checkpoint_every=120, seed=4, first_episode=500)
+    task = TaskEnvs(envs.make_vec_env("mujoco/hopper", 3, horizon=15), "Hopper-v5", False, first_episode=500)
+    checkpoints = Checkpoints(folder) if folder else None
 
     def log(metrics: Mapping[str, float], step: int) -> None:
         if stop_at is not None and step >= stop_at:
@@ -60,7 +76,7 @@ def run(
     counters = None
     with contextlib.suppress(StopError):
         counters = train_online(
-            algorithm, replay, task, options, log=log, evaluate=lambda step: {"x": step}, checkpoint_dir=folder
+            algorithm, replay, task, log=log, evaluate=lambda step: {"x": step}, checkpoints=checkpoints
         )
     task.vec_env.close()
     return counters, algorithm.tensors(), record
@@ -85,16 +101,16 @@ def test_a_resumed_run_is_the_run_that_was_not_interrupted(make: Make, tmp_path:
 def test_the_best_parameters_are_kept(interrupted: bool, tmp_path: Path) -> None:
     """Success counts first, then the return; also where the best came before an interruption."""
     looks = {0: (0.7, 0.0), 120: (0.5, 9.0), 240: (0.8, 1.0), 360: (0.8, 2.0), 480: (0.8, 1.5)}
-    algorithm, weights = td3(), {}
+    chosen = {"env_steps": 480, "keep_best": True}
+    algorithm, weights = td3(**chosen), {}
 
     def evaluate(step: int) -> dict[str, float]:
         weights[step] = [p.detach().clone() for p in algorithm.parameters.values()]
         return {"validation/success_rate": looks[step][0], "validation/mean_reward": looks[step][1]}
 
     for stop in [400, 480] if interrupted else [480]:
-        algorithm = td3()
+        algorithm = td3(**chosen)
         task = TaskEnvs(envs.make_vec_env("mujoco/hopper", 3, horizon=15), "Hopper-v5", False)
-        loop = OnlineOptions(480, 60, 3, eval_every=120, checkpoint_every=120, keep_best=True)
 
         def log(_: Mapping[str, float], step: int, stop: int = stop) -> None:
             if step > stop:
@@ -105,10 +121,9 @@ def test_the_best_parameters_are_kept(interrupted: bool, tmp_path: Path) -> None
                 algorithm,
                 TrajectoryReplay(2000, 11, 3),
                 task,
-                loop,
                 log=log,
                 evaluate=evaluate,
-                checkpoint_dir=tmp_path,
+                checkpoints=Checkpoints(tmp_path),
             )
         task.vec_env.close()
     assert (counters.best_step, counters.best_score) == (360, [0.8, 2.0])
@@ -130,10 +145,9 @@ def test_no_episode_is_played_twice() -> None:
     from eva_rl.envs.vector import NumberedEpisodes
 
     makers = [lambda i=i: Watched(NumberedEpisodes(Bandit(), i, 3)) for i in range(3)]
-    task = TaskEnvs(DummyVecEnv(makers), "problem", False)
-    learner = OnlineDecisionTransformer(make_learner(stochastic=True), ODTOptions(batch_size=4))
-    options = OnlineOptions(60, 15, 1, eval_every=15, first_episode=100)
-    train_online(learner, TrajectoryReplay(500, 2, 1), task, options, log=lambda *_: None)
+    task = TaskEnvs(DummyVecEnv(makers), "problem", False, first_episode=100)
+    learner = bandit(env_steps=60, steps_per_iteration=15, updates_per_iteration=1, eval_every=15)
+    train_online(learner, TrajectoryReplay(500, 2, 1), task, log=lambda *_: None)
     assert len(seeds) == len(set(seeds)) > 60
     assert min(seeds) == 100
 
@@ -150,27 +164,29 @@ class Broken(Bandit):
 
 
 def test_a_reward_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:
-    learner = OnlineDecisionTransformer(make_learner(stochastic=True), ODTOptions(batch_size=4))
-    loop = OnlineOptions(100, 2, 1, checkpoint_every=2)
+    learner = bandit(env_steps=100, steps_per_iteration=2, updates_per_iteration=1, checkpoint_every=2)
     with (
         pytest.raises(UserError, match="a reward of the environment is not finite") as failure,
         failures_kept(tmp_path),
     ):
         train_online(
-            learner, TrajectoryReplay(500, 2, 1), make_task(Broken, 1), loop, log=lambda *_: None,
-            checkpoint_dir=tmp_path / "checkpoint",
-        )  # fmt: skip
+            learner,
+            TrajectoryReplay(500, 2, 1),
+            make_task(Broken, 1),
+            log=lambda *_: None,
+            checkpoints=Checkpoints(tmp_path / "checkpoint"),
+        )
     assert "last checkpoint" in str(failure.value)
     assert sorted(p.name for p in (tmp_path / "checkpoint").iterdir()) == ["step_000000002", "step_000000004"]
 
 
 def test_the_batch_of_a_loss_that_is_not_finite_is_kept(tmp_path: Path) -> None:
-    learner = OnlineDecisionTransformer(make_learner(stochastic=True), ODTOptions(batch_size=4))
+    learner = bandit(env_steps=16, steps_per_iteration=16, learning_starts=17)
     replay = TrajectoryReplay(500, 2, 1)
-    train_online(learner, replay, make_task(Bandit), OnlineOptions(16, 16, 0), log=lambda *_: None)
+    train_online(learner, replay, make_task(Bandit), log=lambda *_: None)
     before = {name: p.clone() for name, p in learner.parameters.items()}
     replay.actions[:] = np.nan
-    with pytest.raises(UserError, match="the policy's loss is not finite"), failures_kept(tmp_path):
+    with pytest.raises(UserError, match=r"the policy's loss \(nan\) .* is not finite"), failures_kept(tmp_path):
         learner.update(replay, 0)
     assert load_file(tmp_path / FAILED_BATCH)["actions"].isnan().any()
     for name, parameter in learner.parameters.items():
@@ -178,9 +194,10 @@ def test_the_batch_of_a_loss_that_is_not_finite_is_kept(tmp_path: Path) -> None:
 
 
 def test_critics_stop_at_what_is_not_finite() -> None:
-    learner = TD3DecisionTransformer(make_learner(), TD3Options(batch_size=4))
+    options = TD3Options(batch_size=4, env_steps=16, steps_per_iteration=16, learning_starts=17)
+    learner = TD3DecisionTransformer(make_learner(), options)
     replay = TrajectoryReplay(500, 2, 1)
-    train_online(learner, replay, make_task(Bandit), OnlineOptions(16, 16, 0), log=lambda *_: None)
+    train_online(learner, replay, make_task(Bandit), log=lambda *_: None)
     before = [p.clone() for p in learner.critics.parameters()]
     replay.observations[:] = np.inf
     with pytest.raises(NotFiniteError, match="critics") as failure:
@@ -192,7 +209,7 @@ def test_critics_stop_at_what_is_not_finite() -> None:
 def test_a_dead_worker_is_a_clear_end() -> None:
     vec_env = envs.make_vec_env("mujoco/hopper", 2, workers=2)
     task = TaskEnvs(vec_env, "Hopper-v5", False)
-    learner, killed = td3(), []
+    learner, killed = td3(env_steps=400, steps_per_iteration=40, learning_starts=400), []
 
     def log(_: Mapping[str, float], step: int) -> None:
         if not killed:
@@ -200,9 +217,8 @@ def test_a_dead_worker_is_a_clear_end() -> None:
             vec_env.processes[0].kill()  # type: ignore[attr-defined]
 
     def train() -> None:
-        options = OnlineOptions(400, 40, 1, random_steps=400)
         try:
-            train_online(learner, TrajectoryReplay(2000, 11, 3), task, options, log=log)
+            train_online(learner, TrajectoryReplay(2000, 11, 3), task, log=log)
         finally:
             envs.close_vec_env(vec_env)
 

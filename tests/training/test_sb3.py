@@ -15,13 +15,15 @@ from stable_baselines3 import PPO, SAC, TD3
 from stable_baselines3.common.callbacks import BaseCallback
 
 from eva_rl import envs
+from eva_rl.training.checkpoint import Checkpoints
 from eva_rl.training.collector import TaskEnvs
-from eva_rl.training.sb3 import SB3Options, make_model, train_sb3
+from eva_rl.training.sb3 import OffPolicyOptions, PPOOptions, SACOptions, SB3Options, make_model, train_sb3
 from eva_rl.training.sb3_windows import HistoryWindows, WindowReplayBuffer
 from tests.conftest import make_policy
 from tests.training.problems import Bandit, TwoSteps, make_learner, make_task, mean_return
 
 ALGORITHMS = {"ppo": PPO, "sac": SAC, "td3": TD3}
+OPTIONS: dict[str, type[SB3Options]] = {"ppo": PPOOptions, "sac": SACOptions, "td3": OffPolicyOptions}
 
 
 class Counting(gym.Env[Any, Any]):
@@ -104,7 +106,7 @@ def test_steps_without_a_successor_are_not_drawn() -> None:
         buffer.add(np.asarray(before), np.asarray(after), np.zeros((2, 1)), rewards, dones, infos)
         before = after
         if step == 3:
-            buffer.break_off()
+            buffer.truncate_episodes()
             before = env.reset()
     drawn = buffer.sample(300).observations[:, -1]
     assert {tuple(row) for row in drawn[:, :2].int().tolist()}.isdisjoint({(0, 3), (1, 3)})
@@ -115,7 +117,7 @@ def test_at_first_it_acts_as_the_decision_transformer_does(name: str) -> None:
     policy, same = make_policy(11, 3), make_policy(11, 3)
     same.window = "full"
     task = TaskEnvs(envs.make_vec_env("mujoco/hopper", 2, horizon=12), "Hopper-v5", False)
-    model = make_model(name, policy, task, SB3Options(100))
+    model = make_model(policy, task, OPTIONS[name](env_steps=100))
     env, own = model.get_env(), envs.make_vec_env("mujoco/hopper", 2, horizon=12)
     assert env is not None
     for vec_env in (env, own):
@@ -135,8 +137,9 @@ def test_at_first_it_acts_as_the_decision_transformer_does(name: str) -> None:
 
 def options(name: str, env_steps: int, **others: Any) -> SB3Options:
     fast = {"ppo": {"rollout_steps": 20, "epochs": 10, "initial_std": 0.6, "target_kl": None}}
-    shared = {"initial_std": 0.7, "random_steps": 80, "train_every": 4, "updates_per_bout": 16, "target_share": 0.05}
-    return SB3Options(env_steps, learning_rate=3e-3, critic_hidden_size=32, **(fast.get(name, shared) | others))
+    shared = {"initial_std": 0.7, "learning_starts": 80, "train_freq": 4, "gradient_steps": 16, "tau": 0.05}
+    chosen: dict[str, Any] = {"eval_every": 0, "learning_rate": 3e-3, "critic_hidden_size": 32}
+    return OPTIONS[name](env_steps=env_steps, **chosen | fast.get(name, shared) | others)
 
 
 @pytest.mark.slow
@@ -145,8 +148,9 @@ def options(name: str, env_steps: int, **others: Any) -> SB3Options:
 def test_small_problems_are_solved(name: str, kind: type[gym.Env[Any, Any]]) -> None:
     policy = make_learner()
     before = mean_return(policy, kind)
-    model = make_model(name, policy, make_task(kind), options(name, 2000))
-    train_sb3(model, options(name, 2000), log=lambda *_: None)
+    task = make_task(kind)
+    model = make_model(policy, task, options(name, 2000))
+    train_sb3(model, task, options(name, 2000), log=lambda *_: None)
     assert before < kind.solved < mean_return(policy, kind)  # type: ignore[attr-defined]
 
 
@@ -156,8 +160,8 @@ class StopError(Exception):
 
 def run(name: str, folder: Path | None, *, stop: bool = False) -> tuple[Any, list[tuple[int, dict[str, float]]]]:
     task = TaskEnvs(envs.make_vec_env("mujoco/hopper", 2, horizon=15), "Hopper-v5", False)
-    chosen = options(name, 240, eval_every=80, batch_size=8, random_steps=20, seed=2, **{"rollout_steps": 20})
-    model, record = make_model(name, make_policy(11, 3, hidden_size=16, num_layers=1), task, chosen), []
+    chosen = options(name, 240, eval_every=80, batch_size=8, **({} if name == "ppo" else {"learning_starts": 20}))
+    model, record = make_model(make_policy(11, 3, hidden_size=16, num_layers=1), task, chosen, seed=2), []
 
     def log(metrics: Mapping[str, float], step: int) -> None:
         if stop and step > 160:
@@ -165,7 +169,8 @@ def run(name: str, folder: Path | None, *, stop: bool = False) -> tuple[Any, lis
         record.append((step, {k: v for k, v in metrics.items() if not k.startswith("time/")}))
 
     with contextlib.suppress(StopError):
-        train_sb3(model, chosen, log=log, evaluate=lambda step: {"x": step}, checkpoint_dir=folder)
+        checkpoints = Checkpoints(folder) if folder else None
+        train_sb3(model, task, chosen, log=log, evaluate=lambda step: {"x": step}, checkpoints=checkpoints)
     task.vec_env.close()
     return model, record
 
@@ -190,9 +195,10 @@ def test_saved_models_callbacks_and_the_logger_are_stable_baselines3_s(name: str
             return True
 
     task = TaskEnvs(envs.make_vec_env("mujoco/hopper", 2, horizon=10), "Hopper-v5", False)
-    chosen, keys, steps = options(name, 160, batch_size=8, random_steps=20), set(), Steps()
-    model = make_model(name, make_policy(11, 3, hidden_size=16, num_layers=1), task, chosen)
-    train_sb3(model, chosen, log=lambda metrics, _: keys.update(metrics), callback=steps)
+    starts = {} if name == "ppo" else {"learning_starts": 20}
+    chosen, keys, steps = options(name, 160, batch_size=8, **starts), set(), Steps()
+    model = make_model(make_policy(11, 3, hidden_size=16, num_layers=1), task, chosen)
+    train_sb3(model, task, chosen, log=lambda metrics, _: keys.update(metrics), callback=steps)
     assert steps.count == 80
     assert {"rollout/ep_rew_mean", "time/fps", "time/total_timesteps", "train/learning_rate"} <= keys
     model.save(tmp_path / "model")

@@ -1,0 +1,100 @@
+"""The actor's optimiser: its options, one checked step, and its part of a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from eva_rl.batch import WindowBatch
+from eva_rl.options import MANY, Options, option
+from eva_rl.training.failures import NotFiniteError
+
+
+@dataclass
+class OptimizerOptions(Options):
+    """How the policy's trainable parameters are trained."""
+
+    batch_size: int = option(64, "windows a gradient step", above=0)
+    learning_rate: float = option(3e-4, "AdamW's learning rate", above=0)
+    warmup_steps: int = option(100, "gradient steps of linear learning-rate warm-up", low=0, high=MANY)
+    weight_decay: float = option(1e-4, "AdamW's weight decay, on matrices", low=0, high=10)
+    gradient_clip: float = option(0.25, "largest norm of the gradient", above=0)
+
+
+def make_optimizer(parameters: Mapping[str, nn.Parameter], options: OptimizerOptions) -> torch.optim.AdamW:
+    """AdamW with weight decay on matrices only."""
+    matrices = [p for p in parameters.values() if p.ndim > 1]
+    vectors = [p for p in parameters.values() if p.ndim <= 1]
+    groups = [
+        {"params": matrices, "weight_decay": options.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=options.learning_rate)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    """Use a learning rate from the next step on."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+
+
+def checked_step(
+    optimizer: torch.optim.Optimizer,
+    parameters: Iterable[nn.Parameter],
+    loss: Tensor,
+    max_norm: float,
+    *,
+    update: int,
+    batch: WindowBatch,
+) -> Tensor:
+    """Clip the gradient and take one step, if loss and gradient are finite.
+
+    Args:
+        optimizer: Takes the step.
+        parameters: With their gradients.
+        loss: (), what the gradients are of.
+        max_norm: Largest norm of the gradient.
+        update: Gradient step, for the message.
+        batch: What the loss was computed from; kept by :func:`eva_rl.training.failures.failures_kept`.
+
+    Returns:
+        The gradient's norm before clipping, ().
+
+    Raises:
+        NotFiniteError: The loss or the gradient is not finite; the parameters are as they were.
+    """
+    norm = nn.utils.clip_grad_norm_(parameters, max_norm)
+    if not bool(torch.isfinite(loss + norm)):
+        raise NotFiniteError(f"the policy's loss ({loss.item():g}) or gradient norm ({norm.item():g})", update, batch)
+    optimizer.step()
+    return norm
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> dict[str, Tensor]:
+    """Moments and step counts of an optimiser, named by parameter.
+
+    Args:
+        optimizer: The optimiser.
+        names: Name of each parameter by its ``id``.
+    """
+    return {
+        f"optimizer/{names[id(parameter)]}/{key}": torch.as_tensor(value)
+        for parameter, state in optimizer.state.items()
+        for key, value in state.items()
+    }
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]
+) -> None:
+    """Put moments and step counts back where :func:`optimizer_tensors` took them."""
+    for name, parameter in parameters.items():
+        prefix = f"optimizer/{name}/"
+        state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+        if state:
+            optimizer.state[parameter] = {
+                key: value if key == "step" else value.to(parameter.device) for key, value in state.items()
+            }
