@@ -114,7 +114,7 @@ def _section(group: KeyGroup, hidden: set[str], width: int) -> Iterator[str]:
 def _row(key: str, text: str, width: int, column: int = KEY_WIDTH) -> Iterator[str]:
     """A key and its text beside it, below it where the key is long."""
     beside = f"  {key:{column - 2}}"
-    if len(beside) > column:
+    if len(key) + 2 >= column:
         yield beside.rstrip()
         beside = ""
     indent = " " * column

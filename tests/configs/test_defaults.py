@@ -12,7 +12,7 @@ import pytest
 
 from eva_rl.adapters import METHODS, attach_adapter
 from eva_rl.agents import SIZES, DecisionTransformerConfig
-from eva_rl.cli.help import groups_of
+from eva_rl.cli.keys import groups_of
 from eva_rl.cli.parsing import parse
 from eva_rl.configs.algorithms import ALGORITHMS, BC_FIRST, BCFirst
 from eva_rl.configs.finetune import AdapterOptions, EvaSourceOptions
@@ -73,8 +73,8 @@ def test_help_and_documentation_show_them(
     monkeypatch.setenv("COLUMNS", "200")
     assert finetune.main([f"algo={name}", "--help"]) == 0
     shown = shown_defaults(capsys.readouterr().out)
-    rows = [row for _, _, rows in groups_of(ALGORITHMS[name], {}, "algo") for row in rows]
-    expected = {key: default for key, default, _ in rows if key != "algo.name"}
+    keys = [key for part in groups_of(ALGORITHMS[name], {}, "algo") for key in part.keys]
+    expected = {key.name: key.shown for key in keys if key.name != "algo.name"}
     assert {key: shown[key] for key in expected} == expected
     headings = [heading for heading in re.findall(r"^### finetune: (algo=.*)$", DOCUMENTED, re.MULTILINE)]
     own = [heading for heading in headings if heading.split(", ")[0] == f"algo={name}"]
