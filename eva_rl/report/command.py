@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import glob
+import hashlib
 import re
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,7 +18,7 @@ from eva_rl.cli.console import console
 from eva_rl.cli.parsing import register
 from eva_rl.cli.values import quoted
 from eva_rl.errors import UserError
-from eva_rl.files import write_file
+from eva_rl.files import write_file, write_folder
 from eva_rl.options import between, option, positive
 from eva_rl.report.comparison import Analysis, Resampling, analyse
 from eva_rl.report.curves import AXES, Curve, curves_of
@@ -30,6 +33,7 @@ from eva_rl.report.figures import (
 )
 from eva_rl.report.methods import group_tasks
 from eva_rl.report.page import Picture, Section, markdown, page, terminal_table
+from eva_rl.report.reading import one_line
 from eva_rl.report.runs import Problem, Run, find_runs, read_runs
 from eva_rl.report.tables import (
     CSV_COLUMNS,
@@ -54,7 +58,8 @@ Examples:
   python -m eva_rl.report 'runs/push-*' out=report
   python -m eva_rl.report out/cw10
 """
-PAGE, TEXT, CSV = "report.html", "report.md", "report.csv"
+PAGE, TEXT, CSV, RUNS_CSV, CURVES_CSV = "report.html", "report.md", "report.csv", "runs.csv", "curves.csv"
+PARTS = {PAGE, TEXT, CSV, RUNS_CSV, CURVES_CSV, "figures"}
 RUN_COLUMNS = ("method", "task", "seed", "score", "value", "before", "folder")
 CURVE_COLUMNS = ("score", "axis", "method", "place", "value", "low", "high")
 
@@ -98,7 +103,7 @@ def report(config: ReportConfig) -> None:
     out = check_out(config.out)
     runs, problems = read_runs(find_runs(config.runs))
     if not runs:
-        reasons = "; ".join(f"{p.folder}: {p.kind}, {p.reason}" for p in problems[:3])
+        reasons = "; ".join(f"{p.place}: {p.kind}, {p.reason}" for p in problems[:3])
         raise UserError(f"None of {len(problems)} runs is finished and sound ({reasons}). Continue them first.")
     resampling = Resampling(config.replicates, config.confidence, config.seed)
     groups = [analyse(group, resampling) for group in group_tasks(runs)]
@@ -106,23 +111,38 @@ def report(config: ReportConfig) -> None:
     with style():
         sections = [s for pair in zip(groups, curves, strict=True) for s in sections_of(*pair, problems)]
         sections.append(runs_section(groups, problems))
-        write(out, config.title, lead(runs, config), sections)
-    write_csv(out / CSV, CSV_COLUMNS, [row for analysis in groups for row in records(analysis)])
-    write_csv(out / "runs.csv", RUN_COLUMNS, [row for analysis in groups for row in run_records(analysis)])
-    write_csv(out / "curves.csv", CURVE_COLUMNS, list(curve_records(groups, curves)))
+
+        def fill(folder: Path) -> None:
+            write(folder, config.title, lead(runs, config), sections)
+            write_csv(folder / CSV, CSV_COLUMNS, [row for analysis in groups for row in records(analysis)])
+            write_csv(folder / RUNS_CSV, RUN_COLUMNS, [row for analysis in groups for row in run_records(analysis)])
+            write_csv(folder / CURVES_CSV, CURVE_COLUMNS, list(curve_records(groups, curves)))
+
+        write_folder(out, fill)
     show(out, groups, problems)
 
 
 def check_out(name: str) -> Path:
-    """The folder of the report.
+    """The folder of the report; what a killed report left beside it is removed.
 
     Raises:
-        UserError: It holds something else.
+        UserError: It holds something else, which replacing the report would delete.
     """
     out = Path(name).expanduser()
-    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (out / CSV).exists()):
-        raise UserError(f"out={name} holds something other than a report. Name another folder.")
+    others = [] if not out.is_dir() else [p.name for p in out.iterdir() if p.name not in PARTS and not _partial(p)]
+    if others or out.is_file():
+        raise UserError(
+            f"out={name} holds something other than a report: {one_line(', '.join(sorted(others)) or 'a file')}. "
+            "Name another folder."
+        )
+    for left in out.parent.glob(f".{glob.escape(out.name)}.*.partial"):
+        shutil.rmtree(left, ignore_errors=True)
     return out
+
+
+def _partial(path: Path) -> bool:
+    """Whether it is what a killed report left in the folder."""
+    return path.name.startswith(".") and path.name.endswith(".partial")
 
 
 def lead(runs: Sequence[Run], config: ReportConfig) -> str:
@@ -138,7 +158,7 @@ def lead(runs: Sequence[Run], config: ReportConfig) -> str:
 
 def sections_of(analysis: Analysis, curves: dict[str, list[Curve]], problems: Sequence[Problem]) -> list[Section]:
     """The sections on one group of tasks."""
-    name = re.sub(r"\W+", "-", analysis.group.title)
+    name = _file_name(analysis.group.title)
     compared, several = bool(analysis.aggregates), len(analysis.comparisons) > 0
     summary = (
         [Picture(f"{name}-aggregates", "Aggregates with intervals", aggregate_figure(analysis))] if compared else []
@@ -165,9 +185,15 @@ def sections_of(analysis: Analysis, curves: dict[str, list[Curve]], problems: Se
     return [section for section in found if section.tables or section.pictures or section.warnings]
 
 
+def _file_name(title: str) -> str:
+    """A short name for files, with a digest of what it leaves out."""
+    plain = re.sub(r"[^A-Za-z0-9]+", "-", title)[:48]
+    return plain if plain == title.replace(" ", "-") else f"{plain}-{hashlib.sha256(title.encode()).hexdigest()[:6]}"
+
+
 def runs_section(groups: Sequence[Analysis], problems: Sequence[Problem]) -> Section:
     """What counts and what does not."""
-    rows = [[str(problem.folder), problem.kind, problem.reason] for problem in problems]
+    rows = [[problem.place, problem.kind, problem.reason] for problem in problems]
     table = Table("Runs that do not count, or in part", ["folder", "", "why"], rows, words=True)
     return Section(
         "Runs",
@@ -194,7 +220,7 @@ def run_records(analysis: Analysis) -> Iterator[dict[str, object]]:
     for method in analysis.group.methods:
         for run in (run for own in method.runs.values() for run in own):
             values = {"value": run.summary[f"eval/{key}"], "before": run.summary.get(f"eval_before/{key}")}
-            named = {"method": method.label, "task": run.task, "seed": run.seed, "folder": str(run.folder)}
+            named = {"method": method.label, "task": run.task, "seed": run.seed, "folder": run.place}
             yield named | {"score": analysis.group.title} | values
 
 
@@ -220,7 +246,7 @@ def show(out: Path, groups: Sequence[Analysis], problems: Sequence[Problem]) -> 
                 f"[{colour}]{'Warning' if warning.severe else 'Note'}:[/] {escape(warning.text)}", soft_wrap=True
             )
     for problem in problems:
-        console.print(f"{problem.kind.capitalize()}: {escape(f'{problem.folder}: {problem.reason}')}", soft_wrap=True)
+        console.print(f"{problem.kind.capitalize()}: {escape(f'{problem.place}: {problem.reason}')}", soft_wrap=True)
     console.print(f"Report: {out / PAGE}  ({TEXT}, {CSV}, figures/ beside it)", soft_wrap=True)
 
 

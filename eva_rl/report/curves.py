@@ -10,14 +10,14 @@ import numpy as np
 from eva_rl.report import stats
 from eva_rl.report.comparison import Resampling
 from eva_rl.report.methods import Method, TaskGroup
+from eva_rl.report.reading import UPDATES, Row
 from eva_rl.report.runs import Run
 from eva_rl.report.stats.aggregates import Floats
-from eva_rl.tracking.tracker import CLONING, Row
+from eva_rl.tracking.tracker import CLONING
 
 AXES = {"gradient_steps": "gradient steps", "env_steps": "env steps", "seconds": "seconds"}
 ONLINE = "algo.env_steps"
 """A setting that only runs have which act in the environment."""
-UPDATES = ("time/gradient_steps", "train/n_updates")
 GRID = 25
 REPLICATES = 400
 
@@ -55,7 +55,7 @@ def points_of(run: Run, key: str) -> Points:
     for prefix in ("validation", "eval"):
         found = [place for row in _placed(run) if (place := _value(row, f"{prefix}/{key}")) is not None]
         if found:
-            columns = np.array(found, dtype=np.float64).T
+            columns = np.array(sorted(found, key=lambda point: point[1:]), dtype=np.float64).T
             return Points(columns[0], dict(zip(AXES, columns[1:], strict=True)))
     return Points(np.empty(0), {axis: np.empty(0) for axis in AXES})
 

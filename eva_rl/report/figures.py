@@ -33,6 +33,7 @@ STYLE: Any = {
     "font.size": 10,
     "legend.frameon": False,
     "axes.titlesize": "medium",
+    "text.parse_math": False,  # a name may hold dollar signs
 }
 MOST_PAIRS = 20
 
@@ -94,7 +95,7 @@ def task_figure(analysis: Analysis) -> Figure:
                 _interval(axes, analysis.tasks[task][label], place + offset, _colour(analysis, label), markersize=5)
         axes.plot([analysis.before[task]] * 2, [place - 0.35, place + 0.35], color=INK, lw=1, alpha=0.6)
     for label in labels:
-        axes.plot([], [], **_marker_style(_colour(analysis, label)), label=label)
+        axes.plot([], [], **_marker_style(_colour(analysis, label)), label=legend_label(label))
     axes.plot([], [], color=INK, lw=1, alpha=0.6, label="before fine-tuning")
     axes.set_yticks(range(len(tasks)), tasks)
     axes.set(ylim=(-0.6, len(tasks) - 0.4), xlabel=analysis.group.title)
@@ -129,6 +130,11 @@ def _marker_style(index: int) -> dict[str, Any]:
     return {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)], "ls": ""}
 
 
+def legend_label(label: str) -> str:
+    """A label that matplotlib shows: one that begins with an underscore it would leave out."""
+    return f" {label}" if label.startswith("_") else label
+
+
 def _interval(axes: Axes, estimate: stats.Estimate, place: float, index: int, markersize: float = 7) -> None:
     style = _marker_style(index)
     axes.plot([float(estimate.low), float(estimate.high)], [place, place], color=style["color"], lw=3, alpha=0.45)
@@ -138,7 +144,7 @@ def _interval(axes: Axes, estimate: stats.Estimate, place: float, index: int, ma
 def _band(axes: Axes, places: Any, estimate: stats.Estimate, index: int, label: str, *, marked: bool = False) -> None:
     style = _marker_style(index)
     marker = {"marker": style["marker"], "markersize": 4} if marked else {}
-    axes.plot(places, estimate.value, color=style["color"], lw=1.8, label=label, **marker)
+    axes.plot(places, estimate.value, color=style["color"], lw=1.8, label=legend_label(label), **marker)
     axes.fill_between(places, estimate.low, estimate.high, color=style["color"], alpha=0.15, lw=0)
 
 
@@ -168,5 +174,5 @@ def inline_svg(figure: Figure, name: str, title: str) -> str:
     text = re.sub(
         r"<defs>\s*<style.*?</style>\s*</defs>", "", text, flags=re.S
     )  # its rule would hold for the whole page
-    names = re.sub(r'(id="|href="#|url\(#)', rf"\1{name}-", text.replace(INK, "currentColor"))
+    names = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{name}-", text.replace(INK, "currentColor"))
     return names.replace("<svg ", f'<svg role="img" aria-label="{title}" ', 1)

@@ -10,11 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from eva_rl.report.runs import Run, Settings
+from eva_rl.report.reading import one_line
+from eva_rl.report.runs import SCORES, Run, Settings, score_keys
 from eva_rl.report.stats.aggregates import Floats
 
-SCORES = {"success_rate": "success rate", "normalized_score": "normalised score", "mean_reward": "return"}
-"""What a task is judged by: the first of these that all its runs have."""
 EPISODE_KEYS = {"success_rate": "success", "normalized_score": "episode_return", "mean_reward": "episode_return"}
 RANK = "adapter.rank"
 
@@ -76,17 +75,10 @@ class TaskGroup:
 def group_tasks(runs: Sequence[Run]) -> list[TaskGroup]:
     """Group runs by how their tasks are judged, and then by method; returns of different tasks are never averaged."""
     grouped: dict[tuple[str, str], list[Run]] = defaultdict(list)
-    for task in sorted({run.task for run in runs}):
-        own = [run for run in runs if run.task == task]
-        key = next(key for key in SCORES if all(_has(run, key) for run in own))
+    for task, key in sorted(score_keys(runs).items()):
         title = SCORES[key] if key != "mean_reward" else f"{SCORES[key]} on {task}"
-        grouped[title, key] += own
+        grouped[title, key] += [run for run in runs if run.task == task]
     return [_task_group(title, key, own) for (title, key), own in grouped.items()]
-
-
-def _has(run: Run, key: str) -> bool:
-    value = run.summary.get(f"eval/{key}")
-    return isinstance(value, int | float) and bool(np.isfinite(value))
 
 
 def _task_group(title: str, key: str, runs: Sequence[Run]) -> TaskGroup:
@@ -122,7 +114,7 @@ def _label(name: str, own: Mapping[str, str], same_name: Sequence[Mapping[str, s
 
 def _plain(value: str) -> str:
     decoded: Any = json.loads(value)
-    return str(decoded) if not isinstance(decoded, list) else "+".join(map(str, decoded))
+    return one_line(decoded if not isinstance(decoded, list) else "+".join(map(str, decoded)))
 
 
 def differing_settings(several: Sequence[Mapping[str, str]], everywhere: bool = False) -> list[str]:

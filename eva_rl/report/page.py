@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from html import escape
 
 from matplotlib.figure import Figure
 from rich.table import Table as RichTable
+from rich.text import Text
 
 from eva_rl.report.figures import inline_svg
 from eva_rl.report.tables import Table
@@ -78,19 +80,28 @@ class Section:
 
 def markdown(title: str, lead: str, sections: Sequence[Section]) -> str:
     """The report as Markdown; figures are links to ``figures/``."""
-    parts = [f"# {title}", lead]
+    parts = [f"# {markdown_text(title)}", markdown_text(lead)]
     for section in sections:
-        parts += [f"## {section.title}", *section.text]
-        parts += [f"> **{'Warning' if w.severe else 'Note'}**: {w.text}" for w in section.warnings]
+        parts += [f"## {markdown_text(section.title)}", *map(markdown_text, section.text)]
+        parts += [f"> **{'Warning' if w.severe else 'Note'}**: {markdown_text(w.text)}" for w in section.warnings]
         for table in [*section.tables, *section.folded]:
-            parts += [*([f"### {table.title}"] if table.title else []), _markdown_table(table), table.note]
-        parts += [f"![{picture.caption}](figures/{picture.name}.svg)" for picture in section.pictures]
+            heading = [f"### {markdown_text(table.title)}"] if table.title else []
+            parts += [*heading, _markdown_table(table), markdown_text(table.note)]
+        parts += [f"![{markdown_text(picture.caption)}](figures/{picture.name}.svg)" for picture in section.pictures]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def _markdown_table(table: Table) -> str:
     lines = [table.columns, [":---"] + ["---:"] * (len(table.columns) - 1), *table.rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return "\n".join(
+        "| " + " | ".join(cell if line is lines[1] else markdown_text(cell) for cell in line) + " |" for line in lines
+    )
+
+
+def markdown_text(text: str) -> str:
+    """Text that Markdown shows as it is: no link, no emphasis, no HTML, no end of a table cell."""
+    escaped = re.sub(r"([\\`*<>|~$#]|(?<!\w)_|_(?!\w)|!(?=\[)|\](?=[\[(:])|&(?=\w+;|#))", r"\\\1", text)
+    return re.sub(r"(?i)\b(https?|ftp|mailto|www)(?=[:.])", "\\g<1>\N{ZERO WIDTH NON-JOINER}", escaped)
 
 
 def page(title: str, lead: str, sections: Sequence[Section]) -> str:
@@ -131,9 +142,9 @@ def _html_table(table: Table, titled: bool = True) -> str:
 
 def terminal_table(table: Table) -> RichTable:
     """A table for the terminal."""
-    shown = RichTable(title=table.title)
+    shown = RichTable(title=Text(table.title))
     for index, column in enumerate(table.columns):
-        shown.add_column(column, justify="right" if index else "left")
+        shown.add_column(Text(column), justify="right" if index else "left")
     for row in table.rows:
-        shown.add_row(*row)
+        shown.add_row(*map(Text, row))
     return shown

@@ -3,28 +3,39 @@
 from __future__ import annotations
 
 import glob
+import hashlib
 import json
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-import yaml
-from omegaconf import OmegaConf
 
 from eva_rl.adapters import METHODS
 from eva_rl.cli.run_dir import CONFIG_FILE, FREE_TO_CHANGE, SUMMARY_FILE
 from eva_rl.errors import UserError
-from eva_rl.files import read_json
-from eva_rl.tracking.tracker import METRICS_FILE, Row, read_metrics
+from eva_rl.report.reading import (
+    Row,
+    clean_summary,
+    episodes_by_seed,
+    is_number,
+    one_line,
+    read_json_object,
+    read_rows,
+    read_yaml,
+)
+from eva_rl.tracking.tracker import METRICS_FILE
 
 EVALUATION_FILE = "evaluation.json"
-NEEDED = ("env", "method", "seed", "eval/mean_reward")
+RECORD, FORMAT, DIGEST = "eva_rl_record", 1, "sha256"
+"""The key by which the record of a run is recognised, the number of its format, and the key of its checksum."""
 NO_SETTINGS = FREE_TO_CHANGE | {"seed", "env.id", "adapter.method", "data.source", "data.seed", "data.workers"}
 """Keys that name a run or change no result; the rest tells methods apart."""
-NO_SETTINGS |= {"eval.every", "eval.quick_episodes", "algo.eval_every", "algo.checkpoint_every"}
-NO_SETTINGS |= {"algo.accumulate", "algo.compile", "algo.workers", "algo.replay_on_disk"}
+NO_SETTINGS |= {"eval.every", "eval.quick_episodes", "eval.at", "algo.eval_every", "algo.checkpoint_every"}
+NO_SETTINGS |= {"algo.accumulate", "algo.compile", "algo.workers", "algo.replay_on_disk", "study"}
 EVA_KEYS = ("adapter.rho", "adapter.tau", "adapter.center", "adapter.score", "adapter.variant")
+SCORES = {"success_rate": "success rate", "normalized_score": "normalised score", "mean_reward": "return"}
+"""What a task is judged by: the first of these that its runs have."""
 
 Settings = tuple[tuple[str, Any], ...]
 
@@ -34,14 +45,16 @@ class Run:
     """A finished fine-tuning run.
 
     Attributes:
-        folder: Its run directory.
+        folder: Its run directory, its record, or the file of its learning curve.
         task: Canonical name.
-        method: The adapter method.
+        method: The adapter method, or the name that a study gives to a method with settings of its own.
         seed: Of the training.
         settings: What else decides its result, by dotted key; without keys that its method ignores.
-        summary: ``summary.json``.
+        summary: ``summary.json``: finite numbers, and names on one line.
         goals: Held-out episodes by their seed; empty where they cannot be read.
         rows: Of ``metrics.jsonl``.
+        versions: Of the libraries, and the machine.
+        study: SHA-256 of the study file that it belongs to; empty for none.
     """
 
     folder: Path
@@ -50,8 +63,15 @@ class Run:
     seed: int
     settings: Settings
     summary: Mapping[str, Any]
-    goals: Mapping[int, Mapping[str, Any]]
+    goals: Mapping[int, Mapping[str, float]]
     rows: Sequence[Row]
+    versions: Mapping[str, str] = field(default_factory=dict)
+    study: str = ""
+
+    @property
+    def place(self) -> str:
+        """Where it lies, for people."""
+        return one_line(self.folder)
 
 
 @dataclass(frozen=True)
@@ -68,23 +88,30 @@ class Problem:
     kind: str
     reason: str
 
+    @property
+    def place(self) -> str:
+        """Where it lies, for people."""
+        return one_line(self.folder)
+
 
 class UnfinishedError(Exception):
     """The run has no summary yet."""
 
 
 def find_runs(places: Sequence[str]) -> list[Path]:
-    """Run directories at or below some folders.
+    """Run directories and records at or below some folders.
 
     Args:
-        places: Run directories, folders that hold some (however deep), or patterns such as ``runs/*``.
+        places: Run directories, records of runs (JSON files), folders that hold some (however deep), or patterns such
+            as ``runs/*``.
 
     Raises:
         UserError: One of them does not exist, or there is no run in any.
     """
     folders: dict[Path, Path] = {}
     for place in places:
-        matches = sorted(map(Path, glob.glob(str(Path(place).expanduser()))))
+        named = Path(place).expanduser()
+        matches = [named] if named.exists() else sorted(map(Path, glob.glob(str(named))))
         if not matches:
             raise UserError(
                 f"No folder {place}. Name run directories, a folder that holds some, or a pattern: 'runs/*'."
@@ -99,14 +126,33 @@ def find_runs(places: Sequence[str]) -> list[Path]:
 def _runs_below(folder: Path) -> Iterator[Path]:
     if _is_run(folder):
         yield folder
-    elif folder.is_dir():
-        for inner in sorted(folder.iterdir()):
-            if inner.is_dir() and not inner.is_symlink() and not inner.name.startswith("."):
-                yield from _runs_below(inner)
+        return
+    for inner in _inner(folder):
+        if inner.is_dir() and not inner.is_symlink() and not inner.name.startswith("."):
+            yield from _runs_below(inner)
+        elif inner.suffix == ".json" and is_record(inner):
+            yield inner
+
+
+def _inner(folder: Path) -> list[Path]:
+    try:
+        return sorted(folder.iterdir()) if folder.is_dir() else []
+    except OSError:  # a folder that may not be read holds no run for us
+        return []
 
 
 def _is_run(folder: Path) -> bool:
+    if folder.is_file():
+        return is_record(folder)
     return (folder / CONFIG_FILE).exists() or (folder / SUMMARY_FILE).exists()
+
+
+def is_record(path: Path) -> bool:
+    """Whether a file is the record of a run, damaged or not."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return f'"{RECORD}"'.encode() in file.read(200)
 
 
 def read_runs(folders: Sequence[Path]) -> tuple[list[Run], list[Problem]]:
@@ -117,93 +163,146 @@ def read_runs(folders: Sequence[Path]) -> tuple[list[Run], list[Problem]]:
         try:
             run, partly = read_run(folder)
         except UnfinishedError as error:
-            problems.append(Problem(folder, "unfinished", str(error)))
+            problems.append(Problem(folder, "unfinished", one_line(error)))
         except UserError as error:
-            problems.append(Problem(folder, "damaged", str(error)))
+            problems.append(Problem(folder, "damaged", " ".join(str(error).split())))
         else:
             runs.append(run)
             problems += partly
-    return _without_duplicates(runs, problems)
+    return select(runs, problems)
+
+
+def select(runs: Sequence[Run], problems: Sequence[Problem]) -> tuple[list[Run], list[Problem]]:
+    """Leave out copies, and runs without the score that the other runs of their task are judged by."""
+    return _without_scoreless(*_without_duplicates(runs, list(problems)))
 
 
 def read_run(folder: Path) -> tuple[Run, list[Problem]]:
-    """Read one run.
+    """Read a run directory, or the record of a run.
 
     Raises:
         UnfinishedError: It has no summary.
         UserError: It is damaged, or no fine-tuning run.
     """
-    config = _read_config(folder / CONFIG_FILE)
-    if not (folder / SUMMARY_FILE).exists():
-        rows = _rows(folder)[0]
-        raise UnfinishedError(f"no {SUMMARY_FILE}; {len(rows)} points recorded, the last at step {_last_step(rows)}")
-    summary = read_json(folder / SUMMARY_FILE)
-    _check(folder, summary)
+    if folder.is_file():
+        return read_record(folder), []
+    config = read_config(folder / CONFIG_FILE)
     rows, damaged_rows = _rows(folder)
+    if not (folder / SUMMARY_FILE).exists():
+        last = int(rows[-1]["step"]) if rows else 0
+        raise UnfinishedError(f"no {SUMMARY_FILE}; {len(rows)} points recorded, the last at step {last}")
+    summary = clean_summary(read_json_object(folder / SUMMARY_FILE), folder / SUMMARY_FILE)
     goals, damaged_goals = _goals(folder, summary["env"])
-    settings = _settings(config, summary)
-    run = Run(folder, summary["env"], summary["method"], int(summary["seed"]), settings, summary, goals, rows)
+    run = make_run(folder, config, summary, goals, rows, _versions(folder))
     reasons = [reason for reason in (damaged_rows, damaged_goals) if reason]
     return run, [Problem(folder, "in part", reason) for reason in reasons]
 
 
-def _check(folder: Path, summary: Any) -> None:
-    missing = [key for key in NEEDED if not isinstance(summary, dict) or key not in summary]
-    if missing:
-        raise UserError(f"{folder / SUMMARY_FILE} has no {', '.join(missing)}: no run of finetune, or damaged.")
+def make_run(
+    place: Path,
+    config: Mapping[str, Any],
+    summary: Mapping[str, Any],
+    goals: Mapping[int, Mapping[str, float]],
+    rows: Sequence[Row],
+    versions: Mapping[str, str],
+) -> Run:
+    """A run from its parts."""
+    settings = settings_of(config, summary)
+    study = str(config.get("study") or "")
+    names = summary["env"], summary["method"], summary["seed"]
+    return Run(place, *names, settings, summary, goals, rows, versions, study)
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def digest(body: Mapping[str, Any]) -> str:
+    """SHA-256 of a record's parts."""
+    return hashlib.sha256(json.dumps(body, sort_keys=True, allow_nan=True).encode()).hexdigest()
+
+
+def read_record(path: Path) -> Run:
+    """Read the record of a run.
+
+    Raises:
+        UserError: It is damaged, was changed, or is of another format.
+    """
+    record = read_json_object(path)
+    if record.get(RECORD) != FORMAT:
+        raise UserError(f"{path}: {RECORD}={one_line(record.get(RECORD))}, expected {FORMAT}.")
+    body = {key: value for key, value in record.items() if key not in {RECORD, "name", DIGEST}}
+    if record.get(DIGEST) != digest(body):
+        raise UserError(f"{path} was changed: its {DIGEST} differs. Restore it, or remove it and run again.")
     try:
-        config = OmegaConf.to_container(OmegaConf.load(path))
-    except FileNotFoundError as error:
-        raise UserError(f"No file {path}.") from error
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{path} is not readable YAML: {str(error).splitlines()[0]}.") from error
-    if not isinstance(config, dict) or not isinstance(config.get("env"), dict):
+        return _run(path, body)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path} is no record of a run: {type(error).__name__} {error}.") from error
+
+
+def _run(path: Path, body: Mapping[str, Any]) -> Run:
+    summary = clean_summary(body["summary"], path)
+    episodes = body["episodes"]
+    goals = {
+        int(seed): {"success": float(success), "episode_return": float(total)}
+        for seed, success, total in zip(episodes["seed"], episodes["success"], episodes["episode_return"], strict=True)
+    }
+    rows = [{key: float(value) for key, value in row.items() if is_number(value)} for row in body["curve"]]
+    sound = [row for row in rows if {"step", "wall_time"} <= row.keys()]
+    return make_run(path, body["config"], summary, goals, sound, body["versions"])
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Read ``config.yaml`` of a run; interpolations stay text.
+
+    Raises:
+        UserError: It cannot be read, or is no config of a run.
+    """
+    config = read_yaml(path)
+    if not isinstance(config.get("env"), dict):
         raise UserError(f"{path} is not the config of a run.")
-    return {str(key): value for key, value in config.items()}
+    return config
 
 
 def _rows(folder: Path) -> tuple[list[Row], str]:
     """The rows that can be read, and what is wrong with the rest."""
     path = folder / METRICS_FILE
-    try:
-        rows = read_metrics(folder)
-        lines = len(path.read_text().splitlines()) if path.exists() else 0
-    except (OSError, ValueError) as error:
-        return [], f"{METRICS_FILE} cannot be read ({error}); no learning curve"
-    sound = [row for row in rows if isinstance(row, dict) and {"step", "wall_time"} <= row.keys()]
-    if not lines:
+    if not path.exists():
         return [], f"no {METRICS_FILE}; no learning curve"
-    return sound, f"{METRICS_FILE} is damaged after line {len(sound)}" if len(sound) < lines else ""
+    try:
+        rows, damaged = read_rows(path)
+    except UserError as error:
+        return [], f"no learning curve: {' '.join(str(error).split())}"
+    if not rows:
+        return [], f"{METRICS_FILE} has no sound line; no learning curve"
+    return rows, f"{METRICS_FILE}: {damaged} damaged line{'s' * (damaged > 1)} ignored" if damaged else ""
 
 
-def _last_step(rows: Sequence[Row]) -> int:
-    return int(rows[-1]["step"]) if rows else 0
-
-
-def _goals(folder: Path, task: str) -> tuple[dict[int, Mapping[str, Any]], str]:
+def _goals(folder: Path, task: str) -> tuple[dict[int, Row], str]:
     """Held-out episodes by seed, and what is wrong with them."""
     try:
-        episodes = read_json(folder / EVALUATION_FILE)["after"]["episodes"]
-        return {int(e["episode_seed"]): e for e in episodes if e["env_id"] == task and "episode_return" in e}, ""
-    except (UserError, KeyError, TypeError, ValueError) as error:
-        return {}, f"{EVALUATION_FILE} is damaged or missing; in no test over goals ({type(error).__name__})"
+        return episodes_by_seed(read_json_object(folder / EVALUATION_FILE), task), ""
+    except (UserError, ValueError) as error:
+        return {}, f"{EVALUATION_FILE} is damaged or missing; in no test over goals ({one_line(error)})"
 
 
-def _settings(config: Mapping[str, Any], summary: Mapping[str, Any]) -> Settings:
+def _versions(folder: Path) -> dict[str, str]:
+    try:
+        found = read_json_object(folder / "versions.json")
+    except UserError:  # written since 0.1.0; a run without it counts
+        return {}
+    return {str(key): one_line(value) for key, value in found.items() if isinstance(value, str)}
+
+
+def settings_of(config: Mapping[str, Any], summary: Mapping[str, Any]) -> Settings:
+    """What decides a result besides task, method and seed: canonical JSON by dotted key."""
     flat = {key: value for key, value in _flat(config) if not _ignored(key, summary)}
     data = summary.get("data") or {}
     task = summary["env"]
     origin = str(data.get("source", "none"))
     flat["data.source"] = origin.replace(task, "TASK").replace(task.rpartition("/")[2], "TASK")
-    return tuple(sorted((key, json.dumps(value)) for key, value in flat.items()))
+    return tuple(sorted((one_line(key), json.dumps(value, default=str)) for key, value in flat.items()))
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in config.items():
-        if isinstance(value, dict) and value:
+        if isinstance(value, Mapping) and value:
             yield from _flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
@@ -224,10 +323,33 @@ def _ignored(key: str, summary: Mapping[str, Any]) -> bool:
 def _without_duplicates(runs: Sequence[Run], problems: list[Problem]) -> tuple[list[Run], list[Problem]]:
     """Of runs with one seed, task, method and settings, the first: a copy is no further evidence."""
     kept: dict[tuple[Any, ...], Run] = {}
-    found = list(problems)
     for run in runs:
         key = (run.task, run.method, run.seed, run.settings)
         if key in kept:
-            found.append(Problem(run.folder, "left out", f"the same seed and settings as {kept[key].folder}"))
+            problems.append(Problem(run.folder, "left out", f"the same seed and settings as {kept[key].place}"))
         kept.setdefault(key, run)
-    return list(kept.values()), found
+    return list(kept.values()), problems
+
+
+def _without_scoreless(runs: Sequence[Run], problems: list[Problem]) -> tuple[list[Run], list[Problem]]:
+    keys = score_keys(runs)
+    missing = [run for run in runs if not has_score(run, keys[run.task])]
+    problems += [Problem(run.folder, "damaged", f"no eval/{keys[run.task]}, which others have") for run in missing]
+    return [run for run in runs if run not in missing], problems
+
+
+def score_keys(runs: Sequence[Run]) -> dict[str, str]:
+    """By task, the score that it is judged by: the first that at least half of its runs have."""
+    by_task: dict[str, list[Run]] = defaultdict(list)
+    for run in runs:
+        by_task[run.task].append(run)
+    return {task: next(key for key in SCORES if _half(own, key)) for task, own in by_task.items()}
+
+
+def _half(runs: Sequence[Run], key: str) -> bool:
+    return 2 * sum(has_score(run, key) for run in runs) >= len(runs)
+
+
+def has_score(run: Run, key: str) -> bool:
+    """Whether a run has a finite score of this kind."""
+    return is_number(run.summary.get(f"eval/{key}"))

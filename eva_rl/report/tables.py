@@ -161,7 +161,7 @@ def run_table(group: TaskGroup) -> Table:
     """Every run that counts."""
     runs = [(method, run) for method in group.methods for own in method.runs.values() for run in own]
     rows = [
-        [method.label, run.task, str(run.seed), number(run.summary[f"eval/{group.key}"]), str(run.folder)]
+        [method.label, run.task, str(run.seed), number(run.summary[f"eval/{group.key}"]), run.place]
         for method, run in runs
     ]
     return Table("Runs", ["method", "task", "seed", group.title, "folder"], rows, words=True)
@@ -210,6 +210,11 @@ def write_csv(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, An
         with aside.open("w", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, columns)
             writer.writeheader()
-            writer.writerows(rows)
+            writer.writerows({key: csv_cell(value) for key, value in row.items()} for row in rows)
 
     write_file(path, write)
+
+
+def csv_cell(value: Any) -> Any:
+    """A cell that no spreadsheet takes for a formula (OWASP, "CSV Injection"): text gets an apostrophe in front."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(tuple("=+-@\t\r")) else value

@@ -11,12 +11,15 @@ import numpy as np
 from omegaconf import OmegaConf
 
 from eva_rl import envs
+from eva_rl.__main__ import command_module
 from eva_rl.cli.parsing import parse
 from eva_rl.cli.run_dir import write_summary
 from eva_rl.files import write_json
 from eva_rl.rollouts.episodes import EpisodeRecord
 from eva_rl.rollouts.evaluation import EvaluationResult
 from eva_rl.seeding import EVALUATION
+
+command_module("finetune")  # registers its keys
 
 
 def make_run(folder: Path, task: str, solved: Sequence[bool], *overrides: str, finished: bool = True) -> Path:

@@ -82,7 +82,7 @@ def goal_means(matrix: dict[str, np.ndarray], first: str, second: str) -> list[f
     return [float(d) for d in found]
 
 
-def test_it_says_who_cannot_be_significant(written: Path) -> None:
+def test_pairs_without_a_significant_difference_are_named(written: Path) -> None:
     told = {
         (row["method"], row["versus"]): float(row["value"])
         for row in rows(written / "report.csv", statistic="p over runs, corrected")
@@ -177,7 +177,7 @@ def test_warnings_of_weak_data(tmp_path: Path) -> None:
     assert "Almost always solved" in text
     alone = texts(read(tmp_path / "eva" / "0"))
     assert "one seed" in alone
-    assert "one method only" in alone
+    assert "only one method" in alone
 
 
 def test_tasks_that_a_method_lacks_are_not_averaged(tmp_path: Path) -> None:

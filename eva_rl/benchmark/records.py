@@ -1,0 +1,60 @@
+"""The record of a finished run: one small JSON file with all that a report reads, to be committed or sent."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from eva_rl.files import write_json
+from eva_rl.report.reading import UPDATES, Row
+from eva_rl.report.runs import DIGEST, FORMAT, RECORD, digest, read_config, read_run
+
+MOST_POINTS = 200
+"""Points of the learning curve that a record keeps; of more, every second is left out until they fit."""
+
+
+def write_record(path: Path, run_dir: Path, name: str) -> None:
+    """Write the record of a finished run.
+
+    Args:
+        path: Where to.
+        run_dir: The run directory.
+        name: The run's name within its benchmark.
+
+    Raises:
+        UserError: The run is damaged.
+    """
+    run, _ = read_run(run_dir)
+    goals = sorted(run.goals)
+    body = {
+        "config": read_config(run_dir / "config.yaml"),
+        "summary": run.summary,
+        "episodes": {
+            "seed": goals,
+            "success": [int(run.goals[goal]["success"]) for goal in goals],
+            "episode_return": [round(run.goals[goal]["episode_return"], 4) for goal in goals],
+        },
+        "curve": thinned(run.rows),
+        "versions": run.versions,
+    }
+    write_json(path, {RECORD: FORMAT, "name": name, DIGEST: digest(body), **body})
+
+
+def thinned(rows: Sequence[Row]) -> list[Row]:
+    """The evaluations among the rows of ``metrics.jsonl``, with the steps and seconds at which they were made."""
+    kept = [
+        _point(row) for index, row in enumerate(rows) if index == 0 or _is_evaluation(row) or set(UPDATES) & set(row)
+    ]
+    while len(kept) > MOST_POINTS:
+        kept = [row for index, row in enumerate(kept) if index % 2 == 0 or index == len(kept) - 1]
+    return kept
+
+
+def _is_evaluation(row: Row) -> bool:
+    return any(key.split("/")[0] in {"eval", "validation"} or "/validation/" in key for key in row)
+
+
+def _point(row: Row) -> Row:
+    scores = ("success_rate", "mean_reward", "normalized_score", "cloning_loss")
+    keys = {key for key in row if key.endswith(scores) or key in UPDATES} | {"step", "wall_time"}
+    return {key: round(row[key], 6) for key in row if key in keys}

@@ -1,0 +1,173 @@
+"""Read the files of a run that may be damaged or foreign: every value checked, every failure one ``UserError``."""
+
+from __future__ import annotations
+
+import json
+import math
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from eva_rl.errors import UserError
+
+MOST_BYTES = 256 * 2**20
+"""Larger files are no record of a run."""
+MOST_CONFIG_BYTES = 2**20
+MOST_CHARACTERS = 120
+"""Longer names are shortened, so that tables and figures stay readable."""
+LARGEST = 1e15
+"""Steps, times and scores beyond this are damage."""
+
+UPDATES = ("time/gradient_steps", "train/n_updates")
+"""Keys of ``metrics.jsonl`` that count the gradient steps of runs that act in the environment."""
+GROUPS = ("data", "seconds")
+"""Keys of a summary that hold groups."""
+
+Row = dict[str, float]
+
+
+def read_text(path: Path, most: int = MOST_BYTES) -> str:
+    """Read a text file.
+
+    Raises:
+        UserError: It is missing, no regular file (a pipe would block for ever), too large, or not UTF-8.
+    """
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise UserError(f"{path} is no regular file.")
+        if status.st_size > most:
+            raise UserError(f"{path} has {status.st_size} bytes, more than the {most} that are read.")
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise UserError(f"No file {path}.") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}.") from error
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Read a JSON file that holds one object.
+
+    Raises:
+        UserError: See :func:`read_text`; or it is not JSON, nested too deeply, or holds something else.
+    """
+    try:
+        value = json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not readable JSON: {error}.") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds a {type(value).__name__}, expected an object.")
+    return value
+
+
+class _Loader(yaml.SafeLoader):
+    """No aliases: a few hundred bytes of them expand to gigabytes."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("aliases are not accepted")
+        return super().compose_node(parent, index)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML file that holds one mapping with text keys.
+
+    Raises:
+        UserError: See :func:`read_text`; or it is not YAML, has aliases, or holds something else.
+    """
+    try:
+        value = yaml.load(read_text(path, MOST_CONFIG_BYTES), _Loader)
+    except (yaml.YAMLError, ValueError, RecursionError, OverflowError) as error:
+        raise UserError(f"{path} is not readable YAML: {' '.join(str(error).split())}.") from error
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+        raise UserError(f"{path} holds no mapping of text keys.")
+    return value
+
+
+def one_line(text: object) -> str:
+    """A name on one line, printable in every encoding, shortened in the middle where it is long."""
+    spaced = " ".join(str(text).split())
+    plain = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in spaced)
+    half = MOST_CHARACTERS // 2
+    return plain if len(plain) <= MOST_CHARACTERS else f"{plain[:half]}...{plain[-half:]}"
+
+
+def is_number(value: object) -> bool:
+    """Whether it is a finite number of a plausible size, and no truth value."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST
+
+
+def numbers(values: object) -> Row:
+    """The entries of a mapping that are finite numbers."""
+    items = values.items() if isinstance(values, Mapping) else ()
+    return {str(key): float(value) for key, value in items if is_number(value)}
+
+
+def clean_summary(raw: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """What a report uses of ``summary.json``: names on one line, finite numbers, one level of groups.
+
+    Raises:
+        UserError: The task, the method, the seed or the return is missing or of another type, or success is no rate.
+    """
+    for key, kind in (("env", str), ("method", str), ("seed", int)):
+        if not isinstance(raw.get(key), kind) or isinstance(raw.get(key), bool) or raw[key] == "":
+            raise UserError(f"{path}: {key}={one_line(raw.get(key))}, expected {kind.__name__}.")
+    if not is_number(raw.get("eval/mean_reward")):
+        raise UserError(f"{path}: eval/mean_reward={one_line(raw.get('eval/mean_reward'))}, expected a finite number.")
+    for key in ("eval/success_rate", "eval_before/success_rate"):
+        if key in raw and not (is_number(raw[key]) and 0 <= raw[key] <= 1) and not _is_nan(raw[key]):
+            raise UserError(f"{path}: {key}={one_line(raw[key])}, expected 0 to 1.")
+    plain = {key: value for key, value in raw.items() if key not in GROUPS}
+    found: dict[str, Any] = {**numbers(plain), "seed": raw["seed"]}
+    found |= {str(key): one_line(value) for key, value in plain.items() if isinstance(value, str)}
+    groups = {str(key): value for key, value in raw.items() if isinstance(value, Mapping)}
+    return found | {
+        key: {**numbers(own), **{str(k): one_line(v) for k, v in own.items() if isinstance(v, str)}}
+        for key, own in groups.items()
+    }
+
+
+def _is_nan(value: object) -> bool:
+    return isinstance(value, float) and math.isnan(value)
+
+
+def read_rows(path: Path) -> tuple[list[Row], int]:
+    """Rows of ``metrics.jsonl`` in order of their time: those that can be read, and the number of those that cannot.
+
+    Raises:
+        UserError: See :func:`read_text`.
+    """
+    lines = [line for line in read_text(path).splitlines() if line.strip()]
+    rows = [row for line in lines if (row := _row(line)) is not None]
+    return rows, len(lines) - len(rows)
+
+
+def _row(line: str) -> Row | None:
+    try:
+        row = numbers(json.loads(line))
+    except (ValueError, RecursionError):
+        return None
+    return row if {"step", "wall_time"} <= row.keys() else None
+
+
+def episodes_by_seed(record: Mapping[str, Any], task: str) -> dict[int, Row]:
+    """Held-out episodes of ``evaluation.json`` after training, by the seed of the episode: success and return.
+
+    Raises:
+        ValueError: There are none of this task.
+    """
+    after = record.get("after")
+    found_there = after.get("episodes") if isinstance(after, Mapping) else None
+    episodes = found_there if isinstance(found_there, list) else []
+    own = [e for e in episodes if isinstance(e, Mapping) and e.get("env_id") == task]
+    found = {
+        e["episode_seed"]: {"success": float(bool(e.get("success"))), "episode_return": float(e["episode_return"])}
+        for e in own
+        if isinstance(e.get("episode_seed"), int) and is_number(e.get("episode_return"))
+    }
+    if not found or len(found) < len(episodes):
+        raise ValueError(f"{len(found)} of {len(episodes)} episodes are sound")
+    return found
