@@ -67,13 +67,16 @@ class Attention(nn.Module):
         Returns:
             (B, queries, D).
         """
-        asking = x[:, queries]
-        q, k, v = self._split(self.q_proj(asking)), self._split(self.k_proj(x)), self._split(self.v_proj(x))
+        q, k, v = (self._split(projected) for projected in self.project(x, queries))
         if cache is not None:
             k, v = cache.append(k, v)
         heads = self._attend(q, k, v, mask)
-        out: Tensor = self.o_proj(heads.transpose(1, 2).reshape(asking.shape))
+        out: Tensor = self.o_proj(heads.transpose(1, 2).flatten(2))
         return out
+
+    def project(self, x: Tensor, queries: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries of ``x[:, queries]``, keys and values of all of ``x`` (B, S, D), each (B, tokens, D)."""
+        return self.q_proj(x[:, queries]), self.k_proj(x), self.v_proj(x)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         dropout = self.dropout if self.training else 0.0

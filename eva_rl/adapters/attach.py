@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,11 +21,14 @@ from eva_rl.adapters.extensions import (
     initial_rank,
     schedule,
 )
+from eva_rl.adapters.fused import fuse
 from eva_rl.adapters.layers import PROJECTIONS, capped, rank_limits
 from eva_rl.adapters.methods import DIRECTIONS, GRADIENTS, MOMENTS, Method, find_method
 from eva_rl.agents.policy import DecisionTransformerPolicy
 from eva_rl.errors import UserError
 from eva_rl.eva import EvaOptions, EvaResult
+
+log = logging.getLogger(__name__)
 
 HEAD = "action_head."
 Backward = Callable[[], None]
@@ -106,6 +110,9 @@ def attach_adapter(  # noqa: PLR0913 - PEFT's names for what a user may set
     if eva is not None:
         _init_lora_A(model, eva.state_dict())
     model.to(policy.device)
+    fuse(network)
+    if dropout:
+        log.warning("adapter.dropout=%g: the low-rank layers train as PEFT computes them, which takes longer.", dropout)
     return AttachedAdapter(chosen, model, eva, extension)
 
 

@@ -45,8 +45,9 @@ class FrozenFactors(_Quiet):
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Put back what :meth:`tensors` gave."""
-        for name, value in tensors.items():
-            self.model.get_parameter(name).data.copy_(value)
+        with torch.no_grad():
+            for name, value in tensors.items():
+                self.model.get_parameter(name).copy_(value)
 
 
 class RewrittenBase(_Quiet):
@@ -105,7 +106,8 @@ class RewrittenBase(_Quiet):
         for name, layer in self._layers():
             A0, B0 = self._initial[name]
             weight = self._originals[name].to(A0.device)
-            layer.base_layer.weight.data.copy_(weight - layer.scaling[ADAPTER_NAME] * (B0 @ A0))
+            with torch.no_grad():
+                layer.base_layer.weight.copy_(weight - layer.scaling[ADAPTER_NAME] * (B0 @ A0))
 
     def _layers(self) -> Iterator[tuple[str, Any]]:
         network = self.model.get_base_model()
