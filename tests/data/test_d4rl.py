@@ -197,3 +197,35 @@ def test_download(tmp_path: Path) -> None:
         server.shutdown()
     assert load_dataset(f"d4rl:{tmp_path}/cache/{NAME}").num_episodes == 3
     assert [file.name for file in (tmp_path / "cache").iterdir()] == [NAME]
+
+
+PAGE = b"<!DOCTYPE html><html><body>Please sign in</body></html>"
+
+
+@pytest.mark.parametrize("content", [PAGE, b"", b'{"error": 404}', b"\x89HDF\r\n\x1a\n" + bytes(200), "cut"])
+def test_an_answer_that_is_no_data_set_is_not_kept(tmp_path: Path, content: bytes | str) -> None:
+    (tmp_path / "remote").mkdir()
+    whole = write_h5(tmp_path / "remote" / NAME, table()).read_bytes()
+    (tmp_path / "remote" / NAME).write_bytes(whole[:-200] if isinstance(content, str) else content)
+    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path / "remote"))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with pytest.raises(UserError, match=r"could not be downloaded: the server's answer is .*, expected an HDF5"):
+            download(f"http://127.0.0.1:{server.server_port}/{NAME}", tmp_path / "cache" / NAME)
+        server.shutdown()
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_a_page_in_the_cache_is_fetched_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "d4rl").mkdir()
+    (tmp_path / "d4rl" / NAME).write_bytes(PAGE)
+    monkeypatch.setenv("EVA_RL_CACHE", str(tmp_path))
+    monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path / "none"))
+    (tmp_path / "gym_mujoco_v2").mkdir()
+    write_h5(tmp_path / "gym_mujoco_v2" / NAME, table())
+    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("D4RL_BASE_URL", f"http://127.0.0.1:{server.server_port}/")
+        assert load_dataset("d4rl:hopper-medium-v2").num_episodes == 3
+        server.shutdown()

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import h5py
 import minari
 import numpy as np
 import pytest
 from gymnasium import spaces
 from minari.data_collector import EpisodeBuffer
+from minari.serialization import serialize_space
 
 from eva_rl.data import load_dataset, local_minari_sets, save_minari, write_episodes
 from eva_rl.errors import UserError
@@ -71,22 +73,36 @@ def test_nothing_is_overwritten_and_bad_ids_leave_nothing(root: Path) -> None:
     assert [path.name for path in (root / "mine").iterdir() if path.is_dir()] == ["a-v0"]
 
 
-def goal_space() -> spaces.Dict:
-    box = lambda *shape: spaces.Box(-9, 9, shape, np.float64)  # noqa: E731
-    return spaces.Dict(
-        {"observation": box(2), "desired_goal": box(1), "inner": spaces.Dict({"b": box(2, 2), "a": box()})}
-    )
+def box(*shape: int) -> spaces.Box:
+    return spaces.Box(-9, 9, shape, np.float64)
 
 
-def save_goals(episodes: int = 2, steps: int = 3) -> list[dict[str, object]]:
-    """A data set with Dict observations, made by minari; returns the observations of each episode."""
-    space, rng = goal_space(), np.random.default_rng(0)
+INNER = {"b": box(2, 2), "a": box()}
+SORTED = spaces.Dict({"observation": box(2), "desired_goal": box(1), "inner": spaces.Dict(INNER)})
+OWN_ORDER = spaces.Dict(
+    [("observation", box(2)), ("inner", spaces.Dict(list(INNER.items()))), ("desired_goal", box(1))]
+)
+"""Keys as the environment gives them, not in alphabetical order."""
+NESTED = spaces.Dict([("z", spaces.Tuple([box(2), spaces.Dict([("y", box(1)), ("x", box(3))])])), ("a", box(2))])
+
+
+def samples(space: spaces.Space[object], rows: int) -> object:
+    """Rows of a space, in the form in which minari's buffers hold them; every number differs."""
+    if isinstance(space, spaces.Dict):
+        return {name: samples(inner, rows) for name, inner in space.spaces.items()}
+    if isinstance(space, spaces.Tuple):
+        return tuple(samples(inner, rows) for inner in space.spaces)
+    return np.random.default_rng(7 + len(str(space))).normal(size=(rows, *(space.shape or ())))
+
+
+def save_goals(
+    episodes: int = 2, steps: int = 3, space: spaces.Space[object] = SORTED, data_format: str = "hdf5", rows: int = 1
+) -> list[object]:
+    """A data set made by minari, with ``rows`` observations more than steps; returns the observations of each."""
     action_space = spaces.Box(np.array([0, -2], np.float32), np.array([1, 2], np.float32))
     kept, buffers = [], []
     for index in range(episodes):
-        shapes = {"desired_goal": (1,), "observation": (2,)}
-        observations: dict[str, object] = {k: rng.normal(size=(steps + 1, *shape)) for k, shape in shapes.items()}
-        observations["inner"] = {"a": rng.normal(size=(steps + 1,)), "b": rng.normal(size=(steps + 1, 2, 2))}
+        observations = samples(space, steps + rows)
         kept.append(observations)
         ends = np.arange(steps) == steps - 1
         buffers.append(
@@ -97,29 +113,141 @@ def save_goals(episodes: int = 2, steps: int = 3) -> list[dict[str, object]]:
                 rewards=np.arange(steps, dtype=np.float64),
                 terminations=~ends & False,
                 truncations=ends,
-                infos={"success": np.arange(steps + 1) == steps},
+                infos={"success": np.arange(steps + rows) == steps},
             )
         )
     minari.create_dataset_from_buffers(
-        "goals-v1", buffers, observation_space=space, action_space=action_space, ref_min_score=0, ref_max_score=9
+        "goals-v1",
+        buffers,
+        observation_space=space,
+        action_space=action_space,
+        ref_min_score=0,
+        ref_max_score=9,
+        data_format=data_format,
     )
     return kept
 
 
 def at(observations: object, row: int) -> object:
-    return {k: at(v, row) for k, v in observations.items()} if isinstance(observations, dict) else observations[row]  # type: ignore[index]
+    if isinstance(observations, dict):
+        return {k: at(v, row) for k, v in observations.items()}
+    return tuple(at(v, row) for v in observations) if isinstance(observations, tuple) else observations[row]  # type: ignore[index]
 
 
-def test_dict_observations_are_in_the_order_of_gymnasiums_flatten() -> None:
-    kept = save_goals()
+@pytest.mark.parametrize("space", [SORTED, OWN_ORDER, NESTED, spaces.Tuple([box(2), box(1)])], ids=str)
+@pytest.mark.parametrize("data_format", ["hdf5", "arrow"])
+def test_dict_observations_are_in_the_order_of_their_own_space(space: spaces.Space[object], data_format: str) -> None:
+    if data_format == "arrow":
+        pytest.importorskip("pyarrow")
+    kept = save_goals(space=space, data_format=data_format)
     data = load_dataset("minari:goals-v1")
     for index, observations in enumerate(kept):
-        rows = [spaces.flatten(goal_space(), at(observations, row)) for row in range(4)]
+        rows = [spaces.flatten(space, at(observations, row)) for row in range(4)]
         np.testing.assert_allclose(data.episode(index).observations, rows, rtol=1e-6)
-    assert data.observation_dim == 8
+    assert data.observation_dim == spaces.flatdim(space)
     assert data.successes is not None
-    assert data.successes.tolist() == [False, False, True] * 2  # T + 1 rows of infos: the first belongs to the reset
+    assert data.successes.tolist() == [False, False, True] * 2  # T + 1 rows of infos: the first is the reset's
     assert data.source == "minari:goals-v1"
+
+
+def test_an_unknown_order_is_refused_and_can_be_said(root: Path, tmp_path: Path) -> None:
+    kept = save_goals(space=OWN_ORDER)
+    file = root / "goals-v1" / "data" / "main_data.hdf5"
+    whole = load_dataset("minari:goals-v1")
+    assert differences(load_dataset(str(file)), whole) == []  # metadata.json lies beside it
+    assert differences(load_dataset(str(root / "goals-v1")), whole) == []
+    alone = tmp_path / "alone.hdf5"
+    alone.write_bytes(file.read_bytes())
+    message = r"episode_0/observations has the parts desired_goal, inner, observation, .*\?keys=desired_goal"
+    with pytest.raises(UserError, match=message):
+        load_dataset(str(alone))
+    chosen = load_dataset(f"{alone}?keys=observation,desired_goal")
+    expected = np.concatenate([kept[0][key] for key in ("observation", "desired_goal")], 1)  # type: ignore[index]
+    np.testing.assert_allclose(chosen.episode(0).observations, expected, rtol=1e-6)
+    with pytest.raises(UserError, match=r"observations/goal is missing.*holds desired_goal, inner, observation"):
+        load_dataset(f"{alone}?keys=observation,goal")
+    edit_metadata(root, observation_space=None)
+    with pytest.raises(UserError, match=r"metadata\.json: observation_space"):
+        load_dataset("minari:goals-v1")
+
+
+def test_other_parts_than_the_space_says_are_refused(root: Path) -> None:
+    save_goals(space=OWN_ORDER)
+    parts = {"observation": box(2), "desired_goal": box(1), "outer": box(5)}
+    edit_metadata(root, observation_space=serialize_space(spaces.Dict(parts)))
+    with pytest.raises(UserError, match=r"holds desired_goal, inner, observation; the space in the metadata has"):
+        load_dataset("minari:goals-v1")
+
+
+def test_metadata_without_spaces_make_no_environment(root: Path) -> None:
+    """minari would make the environment that the file names, and so run what it names."""
+    save_goals()
+    file = root / "goals-v1" / "data" / "metadata.json"
+    content = json.loads(file.read_text())
+    del content["observation_space"]
+    spec = {"id": "x-v0", "entry_point": "os:mkdir", "kwargs": {"path": str(root / "made")}}
+    file.write_text(json.dumps(content | {"data_format": "arrow", "env_spec": json.dumps(spec)}))
+    with pytest.raises(UserError, match="observation_space is missing"):
+        load_dataset("minari:goals-v1")
+    assert not (root / "made").exists()
+
+
+def test_arrow_sets_without_the_last_observation(caplog: pytest.LogCaptureFixture) -> None:
+    pytest.importorskip("pyarrow")
+    save_goals(space=box(2), data_format="arrow", rows=0)
+    with pytest.raises(UserError, match=r"observations has 3 rows, expected 4: .*data.skip_damaged=true"):
+        load_dataset("minari:goals-v1")
+    with pytest.raises(UserError, match="2 of 2 episodes are damaged"):
+        load_dataset("minari:goals-v1", skip_damaged=True)
+
+
+@pytest.mark.parametrize("lacking", [[0, 1], [1]])
+def test_damaged_episodes_are_left_out_when_asked(
+    root: Path, lacking: list[int], caplog: pytest.LogCaptureFixture
+) -> None:
+    save_goals(episodes=3, space=box(2))
+    with h5py.File(root / "goals-v1" / "data" / "main_data.hdf5", "a") as file:
+        for index in lacking:
+            observations = file[f"episode_{index}/observations"][:-1]
+            del file[f"episode_{index}/observations"]
+            file[f"episode_{index}/observations"] = observations
+    with pytest.raises(UserError, match=r"has 3 rows, expected 4: .*data.skip_damaged=true"):
+        load_dataset("minari:goals-v1")
+    data = load_dataset("minari:goals-v1", skip_damaged=True)
+    assert data.num_episodes == 3 - len(lacking)
+    assert f"{len(lacking)} of 3 episodes are damaged; the first: " in caplog.text
+
+
+def test_nothing_but_damaged_episodes_is_an_error(root: Path) -> None:
+    save_goals(space=box(2))
+    with h5py.File(root / "goals-v1" / "data" / "main_data.hdf5", "a") as file:
+        for index in range(2):
+            file[f"episode_{index}/rewards"][:] = np.nan
+    with pytest.raises(UserError, match=r"2 of 2 episodes are damaged; the first: .*nan is not a finite"):
+        load_dataset("minari:goals-v1", skip_damaged=True)
+
+
+def test_the_tasks_bounds_count_beside_the_datas_own() -> None:
+    save_goals()
+    with pytest.raises(UserError, match=r"actions, row 0: -1 in dimension 1 lies outside the bounds -0\.5 to 0\.5"):
+        load_dataset("minari:goals-v1", action_bounds=([-0.5] * 2, [0.5] * 2))
+
+
+def test_bounds_of_dict_actions_are_checked(root: Path) -> None:
+    save_goals(space=box(2))
+    two = {"type": "Dict", "subspaces": {}}
+    for name, low in (("b", 0.0), ("a", 0.9)):
+        two["subspaces"][name] = {"type": "Box", "dtype": "float32", "shape": [1], "low": [low], "high": [2.0]}  # type: ignore[index]
+    edit_metadata(root, action_space=json.dumps(two))
+    with h5py.File(root / "goals-v1" / "data" / "main_data.hdf5", "a") as file:
+        for index in range(2):
+            del file[f"episode_{index}/actions"]
+            file[f"episode_{index}/actions/a"], file[f"episode_{index}/actions/b"] = np.ones((3, 1)), np.zeros((3, 1))
+    assert load_dataset("minari:goals-v1").actions[0].tolist() == [0.0, 1.0]
+    with h5py.File(root / "goals-v1" / "data" / "main_data.hdf5", "a") as file:
+        file["episode_1/actions/a"][:] = 0
+    with pytest.raises(UserError, match=r"episode_1/actions, row 0: 0 in dimension 1 lies outside .* 0\.9 to 2"):
+        load_dataset("minari:goals-v1")
 
 
 def edit_metadata(root: Path, **values: object) -> None:

@@ -9,7 +9,6 @@ import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +17,17 @@ import numpy as np
 from gymnasium.spaces import Box
 
 from eva_rl.data.formats.checks import ActionBounds, Source, check_regular_file
-from eva_rl.data.formats.episodes import Arrays, EpisodeChecker, ReadOptions
-from eva_rl.data.formats.minari_file import INFOS, iterate_episodes
-from eva_rl.data.formats.spaces import INDEX, Spaces, Tree, flattened, leaf_names, read_spaces
-from eva_rl.data.trajectories import Episode, Trajectories
+from eva_rl.data.formats.episode_folder import checked_parts
+from eva_rl.data.formats.episodes import ReadOptions
+from eva_rl.data.formats.minari_arrow import arrow_episodes
+from eva_rl.data.formats.minari_file import iterate_episodes
+from eva_rl.data.formats.spaces import Spaces, leaf_names, read_spaces
+from eva_rl.data.trajectories import Trajectories
 from eva_rl.errors import UnknownNameError, UserError
 from eva_rl.files import read_json
 
 log = logging.getLogger(__name__)
 
-PART_EPISODES = 256
 REFERENCES = ("ref_min_score", "ref_max_score")
 
 
@@ -120,59 +120,19 @@ def iterate_minari(folder: Path, name: str, options: ReadOptions) -> Iterator[Tr
     if metadata.get("data_format", "hdf5") == "hdf5":
         yield from iterate_episodes(folder / "main_data.hdf5", options, spaces, origin)
     else:
-        yield from _iterate_other(folder, metadata, options, (spaces, origin))
+        yield from _iterate_arrow(folder, metadata, options, (spaces, origin))
 
 
-def _iterate_other(
+def _iterate_arrow(
     folder: Path, metadata: Mapping[str, Any], options: ReadOptions, said: tuple[Spaces, dict[str, str]]
 ) -> Iterator[Trajectories]:
-    """Read arrow and whatever else minari may come to store, through minari."""
-    if not {"observation_space", "action_space"} <= metadata.keys():  # minari would make the env that the file names
+    if not {"observation_space", "action_space"} <= metadata.keys():
         raise Source(folder / METADATA).missing("observation_space", "both spaces of the data set", list(metadata))
     spaces, origin = said
-    env_id, source = origin.pop("env_id"), origin.pop("source")
-    checker = EpisodeChecker(folder, options)
-    pending: list[Episode] = []
-    for index, raw in enumerate(_stored_episodes(folder)):
-        where = Source(folder, f"episode_{index}")
-        episode = checker.episode(where, partial(_raw_episode, where, raw, spaces, options.keys))
-        pending += [] if episode is None else [episode]
-        if len(pending) >= PART_EPISODES:
-            yield Trajectories.from_episodes(pending, env_id=env_id, source=source, metadata=origin)
-            pending = []
-    checker.close()
-    if pending:
-        yield Trajectories.from_episodes(pending, env_id=env_id, source=source, metadata=origin)
-
-
-def _stored_episodes(folder: Path) -> Iterator[Mapping[str, Any]]:
-    try:
-        from minari.dataset.minari_storage import MinariStorage
-
-        with Source(folder).reading():
-            storage = MinariStorage.read(folder)
-            total = int(storage.total_episodes)
-        for index in range(total):
-            with Source(folder, f"episode_{index}").reading():
-                (episode,) = storage.get_episodes([index])
-            yield episode
-    except ImportError as error:
-        raise UserError(f'{folder}: {error} Install it with `pip install "minari[arrow]"`.') from error
-
-
-def _raw_episode(source: Source, raw: Mapping[str, Any], spaces: Spaces, keys: tuple[str, ...]) -> Arrays:
-    arrays = {key: np.asarray(raw[key]) for key in ("rewards", "terminations", "truncations")}
-    infos = raw.get("infos") or {}
-    arrays |= {name: np.asarray(infos[key]) for key, name in INFOS.items() if key in infos}
-    for key, layout, wanted in (("observations", spaces.observations, keys), ("actions", spaces.actions, ())):
-        arrays[key] = flattened(source / key, _tree(raw[key]), layout, wanted)
-    return arrays
-
-
-def _tree(value: Any) -> Tree:
-    if isinstance(value, tuple):
-        value = {f"{INDEX}{i}": part for i, part in enumerate(value)}
-    return {name: _tree(part) for name, part in value.items()} if isinstance(value, Mapping) else np.asarray(value)
+    episodes = arrow_episodes(folder, metadata, spaces, options.keys)
+    for part in checked_parts(str(folder), episodes, options):
+        own = {key: value for key, value in origin.items() if key not in {"env_id", "source"}}
+        yield replace(part, env_id=origin["env_id"], source=origin["source"], metadata=own)
 
 
 def _env_id(metadata: Mapping[str, Any]) -> str:
