@@ -16,8 +16,8 @@ from eva_rl.agents.context import Acting
 from eva_rl.cli.command import run_command
 from eva_rl.cli.console import console, counting_progress
 from eva_rl.cli.loading import open_policy
+from eva_rl.cli.machine import prepare_machine, versions
 from eva_rl.cli.parsing import register
-from eva_rl.cli.run_dir import prepare_machine, versions
 from eva_rl.configs.groups import EvalOptions, PolicyOptions, RunOptions
 from eva_rl.distributed import ProcessGroup
 from eva_rl.envs import canonical_id

@@ -19,8 +19,9 @@ from eva_rl.batch import InputScaling
 from eva_rl.cli.command import run_command
 from eva_rl.cli.console import console, training_progress
 from eva_rl.cli.loading import Demonstrations, load_demonstrations
+from eva_rl.cli.machine import prepare_machine
 from eva_rl.cli.parsing import register
-from eva_rl.cli.run_dir import open_run, prepare_machine, shown, write_summary
+from eva_rl.cli.run_dir import open_run, shown, write_summary
 from eva_rl.configs.algorithms import BCAlgo
 from eva_rl.configs.groups import CheckpointOptions, DataOptions, EnvOptions, EvalOptions, TrainOptions
 from eva_rl.data import Trajectories, WindowSampler

@@ -1,9 +1,13 @@
-"""Progress bars of the commands."""
+"""What the commands say while they run."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import count
+from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -20,14 +24,24 @@ SHOWN = {
 }
 
 
+LINE_SECONDS = 30.0
+"""Between two lines where the output is no terminal."""
+
 console = Console(stderr=True, highlight=False)
 
 
-class TrainingProgress:
-    """A bar over gradient steps, fed by the metrics that are logged anyway."""
+class Bar(Protocol):
+    """What shows how far a phase is."""
 
-    def __init__(self, progress: Progress, task: TaskID) -> None:
-        self._progress, self._task = progress, task
+    def show(self, completed: int, shown: str = "") -> None:
+        """So many are done; ``shown`` says what is known of them."""
+
+
+class TrainingProgress:
+    """How far training is, fed by the metrics that are logged anyway."""
+
+    def __init__(self, bar: Bar) -> None:
+        self._bar = bar
         self._shown: dict[str, str] = {}
 
     def also(self, log: Log) -> Log:
@@ -36,35 +50,78 @@ class TrainingProgress:
         def log_and_show(metrics: Mapping[str, float], step: int) -> None:
             log(metrics, step)
             self._shown |= {key: form.format(metrics[key]) for key, form in SHOWN.items() if key in metrics}
-            self._progress.update(self._task, completed=step, shown="  ".join(self._shown.values()))
+            self._bar.show(step, "  ".join(self._shown.values()))
 
         return log_and_show
 
 
 @contextmanager
 def training_progress(steps: int, unit: str = "gradient steps") -> Iterator[TrainingProgress]:
-    """Show a bar over ``steps`` of the record."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[shown]}"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task(f"Training ({unit})", total=steps, shown="")
-        yield TrainingProgress(progress, task)
+    """Show how many of ``steps`` are done."""
+    with progress(f"Training ({unit})", steps) as bar:
+        yield TrainingProgress(bar)
 
 
 @contextmanager
 def counting_progress(description: str, total: int) -> Iterator[Callable[[object], None]]:
-    """Show a bar that moves by one at each call of what is yielded."""
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=console,
-    ) as progress:
-        task = progress.add_task(description, total=total)
-        yield lambda _: progress.advance(task)
+    """Show how often what is yielded was called."""
+    done = count(1)
+    with progress(description, total) as bar:
+        yield lambda _: bar.show(next(done))
+
+
+@contextmanager
+def progress(description: str, total: int) -> Iterator[Bar]:
+    """Show how far a phase is: a bar in a terminal, lines in a log: first, last, one each half minute."""
+    if not console.is_terminal:
+        lines = LineProgress(description.strip(), total)
+        yield lines
+        lines.end()
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TextColumn("{task.fields[shown]}"), TimeRemainingColumn(), console=console) as shown:
+        yield TerminalBar(shown, shown.add_task(description, total=total, shown=""))
+
+
+@dataclass(frozen=True)
+class TerminalBar:
+    """A bar of rich's."""
+
+    progress: Progress
+    task: TaskID
+
+    def show(self, completed: int, shown: str = "") -> None:
+        """Move it."""
+        self.progress.update(self.task, completed=completed, shown=shown)
+
+
+class LineProgress:
+    """Lines for a log file.
+
+    Args:
+        description: The phase.
+        total: Of what it counts.
+        clock: Seconds.
+    """
+
+    def __init__(self, description: str, total: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self.description, self.total, self._clock = description, total, clock
+        self._began = self._spoke = clock()
+        self._last = (0, "")
+        console.print(f"{description}: 0 of {total}", soft_wrap=True, markup=False)
+
+    def show(self, completed: int, shown: str = "") -> None:
+        """Say it, half a minute after the last line."""
+        self._last = (completed, shown)
+        if self._clock() - self._spoke >= LINE_SECONDS:
+            self._say()
+
+    def end(self) -> None:
+        """Say how it ended, and how long it took."""
+        self._say()
+
+    def _say(self) -> None:
+        completed, shown = self._last
+        self._spoke = self._clock()
+        line = f"{self.description}: {completed} of {self.total}, {self._spoke - self._began:.0f} s  {shown}".rstrip()
+        console.print(line, soft_wrap=True, markup=False)

@@ -2,32 +2,29 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
-import platform
+import re
 import shutil
-import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
-from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, Any
 
-import torch
 from omegaconf import OmegaConf
 
-from eva_rl._version import __version__
-from eva_rl.configs.groups import RunOptions
-from eva_rl.distributed import ProcessGroup, init_distributed, is_torchrun, local_rank, local_world_size
+from eva_rl.cli.console import console
+from eva_rl.cli.machine import versions
+from eva_rl.cli.parsing import flat
+from eva_rl.distributed import ProcessGroup
 from eva_rl.errors import UserError
-from eva_rl.files import read_json, write_file, write_json
-from eva_rl.seeding import seed_everything
-
-if TYPE_CHECKING:
-    pass
-
+from eva_rl.files import read_json, read_yaml, write_file, write_json
 
 CONFIG_FILE, SUMMARY_FILE = "config.yaml", "summary.json"
+LOCK_FILE = ".lock"
+PARTIAL = re.compile(r"\..+\.[0-9a-f]{8}\.partial")
+"""What a write that a crash cut off leaves behind, see :mod:`eva_rl.files`."""
 FREE_BYTES = 200 * 2**20
 """A run that would start with less room on its disk is refused."""
 FREE_TO_CHANGE = {"run_dir", "resume", "threads", "device", "checkpoint", "tracker", "video"}
@@ -60,23 +57,84 @@ def _open(name: str, options: Any) -> Path:
     config = asdict(options)
     if (run_dir / SUMMARY_FILE).exists():
         raise UserError(f"{run_dir} holds a finished run, which is not overwritten. Name another run_dir=.")
-    if (run_dir / CONFIG_FILE).exists():
+    if run_dir.is_dir() and any(path.name != LOCK_FILE for path in run_dir.iterdir()):
+        if not (run_dir / CONFIG_FILE).exists():
+            raise UserError(f"{run_dir} is not empty and holds no run of eva-rl. Name another run_dir=.")
+        lock(run_dir)
+        remove_partial(run_dir)
         _continue(run_dir, config, options.resume)
-    elif run_dir.exists() and any(run_dir.iterdir()):
-        raise UserError(f"{run_dir} is not empty and holds no run of eva-rl. Name another run_dir=.")
     _make(run_dir)
+    lock(run_dir)
     if not (run_dir / CONFIG_FILE).exists():
         text = f"# python -m eva_rl.{name}\n{OmegaConf.to_yaml(OmegaConf.create(config))}"
-        write_file(run_dir / CONFIG_FILE, lambda aside: aside.write_text(text))
+        write_file(run_dir / CONFIG_FILE, lambda aside: aside.write_text(text, encoding="utf-8"))
         write_json(run_dir / "versions.json", versions())
     return run_dir
+
+
+_LOCKS: dict[Path, IO[str]] = {}
+"""Open files of the run directories that this process holds; closing one would give it up."""
+
+
+def lock(run_dir: Path) -> None:
+    """Hold a run directory until this process ends.
+
+    Raises:
+        UserError: Another process holds it.
+    """
+    path = run_dir.resolve() / LOCK_FILE
+    if path in _LOCKS and path.exists() and os.path.samestat(path.stat(), os.fstat(_LOCKS[path].fileno())):
+        return
+    file = _open_lock(path)
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
+        file.seek(0)
+        holder = file.read().strip() or "unknown"
+        raise UserError(
+            f"{run_dir} is in use by another process (pid {holder}). Wait for it to end, or name another run_dir=."
+        ) from error
+    except OSError:  # a file system without locks
+        return
+    file.truncate(0)
+    file.write(f"{os.getpid()}\n")
+    file.flush()
+    _LOCKS[path] = file
+
+
+def _open_lock(path: Path) -> IO[str]:
+    try:
+        return path.open("a+", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path.parent} cannot be written: {error}. Name another run_dir=.") from error
+
+
+def remove_partial(run_dir: Path) -> None:
+    """Remove what writes left behind that a crash cut off."""
+    for path in list(run_dir.rglob(".*.partial")):
+        if not PARTIAL.fullmatch(path.name) or path.is_symlink():
+            continue
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _continue(run_dir: Path, config: Mapping[str, Any], resume: str) -> None:
     """Accept the settings that a run began with, or any where it ended before its first checkpoint."""
     if resume == "never":
         raise UserError(f"{run_dir} holds an unfinished run. Continue it with resume=auto, or name another run_dir=.")
-    changed = changed_settings(run_dir, config)
+    try:
+        changed = changed_settings(run_dir, config)
+    except UserError as error:
+        damaged = run_dir / f"{CONFIG_FILE}.damaged"
+        (run_dir / CONFIG_FILE).replace(damaged)
+        console.print(
+            f"{error} It was moved to {damaged.name}, and {CONFIG_FILE} is written anew from this command: make sure "
+            "that it is the command which the run began with.",
+            soft_wrap=True, markup=False,
+        )  # fmt: skip
+        return
     if changed and not (run_dir / "checkpoint").exists():
         (run_dir / CONFIG_FILE).unlink()
         if {"env", "data"} & set(changed):
@@ -89,9 +147,14 @@ def _continue(run_dir: Path, config: Mapping[str, Any], resume: str) -> None:
 
 
 def changed_settings(run_dir: Path, config: Mapping[str, Any]) -> list[str]:
-    """Keys in which a run's config differs from another, of those that decide its result."""
-    before = OmegaConf.to_container(OmegaConf.load(run_dir / CONFIG_FILE))
-    assert isinstance(before, dict)
+    """Keys in which a run's config differs from another, of those that decide its result.
+
+    Raises:
+        UserError: The run's config cannot be read, or is incomplete.
+    """
+    before = read_yaml(run_dir / CONFIG_FILE)
+    if not isinstance(before, dict) or not config.keys() - FREE_TO_CHANGE <= before.keys():
+        raise UserError(f"{run_dir / CONFIG_FILE} is damaged: settings are missing.")
     return [key for key in config if key not in FREE_TO_CHANGE and _kept(before.get(key)) != _kept(config[key])]
 
 
@@ -124,73 +187,12 @@ def read_summary(run_dir: Path) -> dict[str, Any]:
     return summary
 
 
-def prepare_machine(options: RunOptions) -> torch.device:
-    """Seed the global generators, set the CPU threads, choose the device, and meet the run's other processes.
-
-    Raises:
-        UserError: The device is not there, or the other processes do not come.
-    """
-    seed_everything(options.seed)
-    torch.set_num_threads(options.threads or max(1, len(os.sched_getaffinity(0)) // local_world_size()))
-    device = _device(options)
-    init_distributed(device)
-    return device
-
-
-def _device(options: RunOptions) -> torch.device:
-    name = options.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and is_torchrun():
-        name = f"cuda:{local_rank()}"
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"device={name}: {reason} Use device=auto, cpu or cuda.") from error
-    return device
-
-
-def versions() -> dict[str, str]:
-    """Versions and machine that a result depends on."""
-    packages = ("torch", "numpy", "gymnasium", "metaworld", "mujoco", "stable-baselines3", "peft")
-    return {
-        "eva-rl": __version__,
-        "git": _git_revision(),
-        "python": platform.python_version(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} CPUs",
-        **{name: _version(name) for name in packages},
-    }
-
-
-def _version(name: str) -> str:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return "not installed"
-
-
-def _git_revision() -> str:
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-
-
 def shown(config: Any) -> dict[str, Any]:
     """The settings of a run, flat; TensorBoard's table of runs shows the first five, in alphabetical order."""
-    settings = {key: value for key, value in _flat(asdict(config)) if key.partition(".")[0] not in NOT_SHOWN}
+    settings = {key: _text(value) for key, value in flat(asdict(config)) if key.partition(".")[0] not in NOT_SHOWN}
     short = {name: settings.pop(key) for name, key in SHORT.items() if key in settings}
     return short | {f"settings/{key}": value for key, value in settings.items()}
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, dict) and value:
-            yield from _flat(value, f"{prefix}{key}.")
-        elif isinstance(value, list | dict):
-            yield prefix + key, ", ".join(map(str, value))
-        else:
-            yield prefix + key, value
+def _text(value: Any) -> Any:
+    return ", ".join(map(str, value)) if isinstance(value, list | dict) else value

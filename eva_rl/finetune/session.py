@@ -14,8 +14,9 @@ from eva_rl.agents import DecisionTransformerPolicy
 from eva_rl.agents.stochastic import make_stochastic
 from eva_rl.cli.console import counting_progress
 from eva_rl.cli.loading import AUTO, EXPERT, NONE, load_task_data, open_policy, resolve_policy
+from eva_rl.cli.machine import prepare_machine
 from eva_rl.cli.profiling import Phases
-from eva_rl.cli.run_dir import open_run, prepare_machine
+from eva_rl.cli.run_dir import open_run
 from eva_rl.cli.saving import data_references
 from eva_rl.configs.algorithms import ODTAlgo, OnlineAlgo, check_method
 from eva_rl.configs.finetune import FinetuneConfig

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
+from eva_rl.cli.threads import thread_limits
 from eva_rl.errors import UserError
 from eva_rl.launch.jobs import PATIENCE_SECONDS, RAY, SLURM, Job, Launcher, LaunchOptions, Running
 
@@ -143,7 +143,7 @@ class LocalLauncher:
     """Processes on this machine."""
 
     def __init__(self, options: LaunchOptions) -> None:
-        cores = len(os.sched_getaffinity(0))
+        cores = thread_limits().cpus
         self.capacity = options.jobs or max(1, cores // options.threads)
 
     def start(self, job: Job) -> Running | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +22,8 @@ from eva_rl.files import write_file
 from eva_rl.tracking.figures import pixels
 from eva_rl.tracking.layers import layer_norms
 from eva_rl.tracking.sinks import SERVICES, TENSORBOARD, TRACKERS, RunInfo, Sink
+
+log = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
 STEP, WALL_TIME = "step", "wall_time"
@@ -158,15 +161,29 @@ class Tracker:
 
 
 def read_metrics(run_dir: Path) -> list[Row]:
-    """Rows of ``metrics.jsonl``; a last line cut off by a crash is left out."""
-    rows = []
+    """Rows of ``metrics.jsonl``; damaged lines are left out, and said, but for a last one that a crash cut off."""
     path = run_dir / METRICS_FILE
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
-    return rows
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    rows = [_row(line) for line in lines]
+    damaged = [number for number, row in enumerate(rows[:-1], 1) if row is None and lines[number - 1].strip()]
+    if damaged:
+        log.warning("%s: damaged lines are left out: %s.", path, ", ".join(map(str, damaged)))
+    return [row for row in rows if row is not None]
+
+
+def _row(line: bytes) -> Row | None:
+    """A row, or None where the line holds something else."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(row, dict) or type(row.get(STEP)) is not int or not _is_number(row.get(WALL_TIME)):
+        return None
+    return row if all(value is None or _is_number(value) for value in row.values()) else None
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _point(row: Row) -> tuple[int, frozenset[str]]:

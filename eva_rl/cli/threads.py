@@ -1,0 +1,90 @@
+"""How many CPU threads this process may use: what the scheduler, the container and the environment allow."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+CGROUP, PROCESS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+VARIABLE = "OMP_NUM_THREADS"
+
+
+@dataclass(frozen=True)
+class ThreadLimits:
+    """What limits the threads of this process.
+
+    Attributes:
+        affinity: CPUs that the scheduler lets it run on.
+        quota: CPUs' worth of time that its control group grants; infinite without a quota.
+        environment: ``OMP_NUM_THREADS``; None where it is not set.
+    """
+
+    affinity: int
+    quota: float
+    environment: int | None
+
+    @property
+    def cpus(self) -> int:
+        """CPUs that affinity and quota leave, at least one."""
+        return max(1, min(self.affinity, math.floor(min(self.quota, 1e9))))
+
+    @property
+    def threads(self) -> int:
+        """Threads to use; a variable that is set decides, for somebody set it on purpose."""
+        return self.cpus if self.environment is None else max(1, min(self.environment, self.affinity))
+
+    def __str__(self) -> str:
+        quota = "no quota" if math.isinf(self.quota) else f"a quota of {self.quota:g} CPUs"
+        variable = "" if self.environment is None else f", {VARIABLE}={self.environment}"
+        return f"{self.affinity} CPUs by affinity, {quota}{variable}"
+
+
+def thread_limits(
+    environment: Mapping[str, str] = os.environ, root: Path = CGROUP, process: Path = PROCESS
+) -> ThreadLimits:
+    """The limits of this process.
+
+    Args:
+        environment: Variables.
+        root: Where control groups are mounted.
+        process: Names the control groups of the process.
+    """
+    first = environment.get(VARIABLE, "").partition(",")[0].strip()
+    variable = int(first) if first.isdecimal() and int(first) > 0 else None
+    return ThreadLimits(len(os.sched_getaffinity(0)), min(_quotas(root, process), default=math.inf), variable)
+
+
+def _quotas(root: Path, process: Path) -> Iterator[float]:
+    """CPUs granted by each control group around the process, version 2 (cpu.max) and 1 (cpu.cfs_quota_us)."""
+    for folder in _folders(root, process):
+        found = _numbers(folder / "cpu.max")
+        if len(found) == 2 and found[1] > 0:
+            yield found[0] / found[1]
+        quota, period = _numbers(folder / "cpu.cfs_quota_us"), _numbers(folder / "cpu.cfs_period_us")
+        if quota and period and quota[0] > 0 and period[0] > 0:
+            yield quota[0] / period[0]
+
+
+def _folders(root: Path, process: Path) -> Iterator[Path]:
+    try:
+        lines = process.read_text().splitlines()
+    except OSError:
+        lines = []
+    for line in lines:
+        _, controllers, place = [*line.split(":", 2), "", ""][:3]
+        if controllers == "" or "cpu" in controllers.split(","):
+            mounted = root if controllers == "" else root / "cpu"
+            group = mounted / place.strip("/")
+            yield from (group, *(parent for parent in group.parents if parent.is_relative_to(mounted)))
+    yield from (root, root / "cpu")  # of a container that sees its own group as the root
+
+
+def _numbers(path: Path) -> list[float]:
+    """Numbers of a file; none where it is not there, or where it says ``max``."""
+    try:
+        return [float(word) for word in path.read_text().split()]
+    except (OSError, ValueError):
+        return []
