@@ -25,7 +25,7 @@ LAYERS = [
     {"training"},
     {"configs"},
     {"cli"},
-    {"launch", "report", "collect", "evaluate", "export", "datasets"},
+    {"launch", "report", "collect", "evaluate", "export", "datasets", "doctor"},
     {"finetune", "pretrain"},
     {"benchmark"},
     {"__main__"},
@@ -33,7 +33,7 @@ LAYERS = [
 """Lowest first. The package's face, ``eva_rl/__init__.py``, imports lazily and stands outside."""
 STRANGERS = [LAYERS[2], LAYERS[3]]
 """Layers whose members know nothing of each other."""
-COMMANDS = {"report", "collect", "evaluate", "export", "datasets", "finetune", "pretrain", "benchmark"}
+COMMANDS = {"report", "collect", "evaluate", "export", "datasets", "finetune", "pretrain", "benchmark", "doctor"}
 OWNERS = {"torch.distributed": {"distributed"}, "peft": {"adapters"}}
 """Libraries that one room alone may import."""
 FRONT = {"hydra", "omegaconf", "rich"}

@@ -82,7 +82,7 @@ def record_clip(policy: Policy, env: str, *, seed: int = 0, horizon: int | None 
     try:
         return _play(policy, environment, canonical_id(env), episode_seeds(EVALUATION, seed), every)
     except Exception as error:  # of the renderer, whose errors differ by backend
-        if _can_render():
+        if can_render():
             raise
         raise UserError(
             f"Video frames cannot be rendered here ({type(error).__name__}: {error}). Install Debian's libosmesa6 "
@@ -147,7 +147,8 @@ def write_video(path: Path, frames: Sequence[Frame]) -> list[Path]:
     return [path, film]
 
 
-def _can_render() -> bool:
+def can_render() -> bool:
+    """Whether the library that renders is there, after :func:`choose_renderer`."""
     library = "OSMesa" if os.environ.get("MUJOCO_GL") == "osmesa" else "EGL"
     return ctypes.util.find_library(library) is not None
 
