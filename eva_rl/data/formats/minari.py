@@ -54,7 +54,9 @@ def minari_folder(dataset_id: str) -> Path:
         UserError: Not there, and cannot be downloaded.
     """
     folder = minari_root() / dataset_id / "data"
-    if not folder.is_dir():
+    with Source(f"minari:{dataset_id}").reading():
+        there = folder.is_dir()
+    if not there:
         _download(dataset_id)
     return folder
 
