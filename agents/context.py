@@ -9,7 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from eva_rl.agents.decision_transformer import DecisionTransformer
+from eva_rl.agents.decision_transformer import ACTION, RETURN, REWARD, STATE, DecisionTransformer
+from eva_rl.agents.decoding import CachedDecoder
 from eva_rl.agents.static_cache import StaticMemory, compiled_step, static_step
 from eva_rl.agents.transformer import LayerCache
 from eva_rl.batch import InputScaling, WindowBatch
@@ -81,6 +82,9 @@ class RolloutContext:
         self._positions = torch.arange(T * config.tokens_per_step)
         kept: StaticMemory | None = None if earlier is None else earlier._memory
         self._memory: StaticMemory | None = kept.forget() if kept is not None and kept.fits(network, n) else None
+        decodes = self._window == "growing" and self._acting.precision == "float32"
+        self.decoder: CachedDecoder | None = CachedDecoder.of(network, n) if decodes else None
+        """Steps with plain tensors; None where the network's modules are called."""
 
     def features(self, observations: Tensor, rewards: Tensor, starts: Tensor) -> Tensor:
         """Take in one env step and return the hidden state that its action is read from.
@@ -165,20 +169,40 @@ class RolloutContext:
         ).clone()
 
     def _rebuild(self, num_steps: int) -> Tensor:
+        self._cached_steps = num_steps
+        if self.decoder is not None:
+            return self._decode(self.decoder, num_steps)
         config = self._network.config
         self._caches = self._caches or self._network.new_caches(len(self._timesteps), config.context_length)
         for cache in self._caches:
             cache.length = 0
-        self._cached_steps = num_steps
         return self._network.features(self._last(num_steps), self._caches, last_only=True)[:, -1]
+
+    def _decode(self, decoder: CachedDecoder, num_steps: int) -> Tensor:
+        """Fill the empty cache with the newest env steps, up to the read-out token."""
+        config = self._network.config
+        decoder.length = 0
+        tokens = self._embedded(decoder, num_steps)[:, : -(config.tokens_per_step - config.tokens_before_action)]
+        mask = None if self._all_reach(num_steps) else self._mask(0, tokens.shape[1]).to(tokens.device)
+        return decoder.encode(tokens, mask)
+
+    def _embedded(self, decoder: CachedDecoder, num_steps: int) -> Tensor:
+        batch = self._last(num_steps)
+        assert batch.rewards is not None
+        kinds = {RETURN: batch.returns_to_go, STATE: batch.observations, ACTION: batch.actions, REWARD: batch.rewards}
+        return decoder.embed(kinds, batch.timesteps)
 
     def _extend(self) -> Tensor:
         """Add the rest of the previous env step and the read-out part of this one."""
-        config = self._network.config
+        config, decoder = self._network.config, self.decoder
         rest = config.tokens_per_step - config.tokens_before_action
-        tokens = self._network.embed(self._last(2))[:, config.tokens_before_action : -rest]
+        embedded = self._network.embed(self._last(2)) if decoder is None else self._embedded(decoder, 2)
+        tokens = embedded[:, config.tokens_before_action : -rest]
         self._cached_steps += 1
-        mask = self._mask(self._caches[0].length, tokens.shape[1]).to(tokens.device)
+        length = self._caches[0].length if decoder is None else decoder.length
+        mask = self._mask(length, tokens.shape[1]).to(tokens.device)
+        if decoder is not None:
+            return decoder.encode(tokens, mask)
         return self._network.encode(tokens, mask, slice(tokens.shape[1] - 1, None), self._caches)[:, -1]
 
     def _mask(self, length: int, num_new: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -64,7 +65,8 @@ class Conditioning:
 
     def of(self, env_id: str) -> float:
         """Target return for a task, unscaled."""
-        return self.per_env.get(env_id, self.target_return)
+        own = self.per_env.get(env_id.partition("?")[0], self.target_return)  # options of a task follow a "?"
+        return self.per_env.get(env_id, own)
 
 
 class DecisionTransformerPolicy:
@@ -96,6 +98,15 @@ class DecisionTransformerPolicy:
         self.acting = Acting()
         self.on_window: Callable[[WindowBatch], None] | None = None
         self._context: RolloutContext | None = None
+        self._second: DecisionTransformerPolicy | None = None
+
+    def with_own_history(self) -> DecisionTransformerPolicy:
+        """This policy with histories of its own, to act for a second group of environments; the same one each time."""
+        second = self._second or copy.copy(self)
+        context = None if self._second is None else second._context
+        vars(second).update(vars(self) | {"_context": context, "_second": None})
+        self._second = second
+        return second
 
     @property
     def observation_dim(self) -> int:
@@ -150,7 +161,12 @@ class DecisionTransformerPolicy:
         episode_starts: NDArray[np.bool_],
     ) -> NDArray[np.float32]:
         """Choose the deterministic action of each environment; see :meth:`Policy.act`."""
-        return self.act_by(self.network.actions, observations, rewards, episode_starts)
+        assert self._context is not None, "reset() comes before act()"
+        decoder = self._context.decoder
+        if decoder is None:
+            return self.act_by(self.network.actions, observations, rewards, episode_starts)
+        with torch.no_grad():
+            return self._act(decoder.actions, observations, rewards, episode_starts)
 
     def act_by(
         self,
@@ -162,13 +178,23 @@ class DecisionTransformerPolicy:
         """Act as :meth:`act` does, but with scaled actions (n, act) that ``choose`` makes of hidden states (n, D)."""
         assert self._context is not None, "reset() comes before act()"
         with frozen(self.network):
-            features = self._context.features(
-                self._tensor(observations), self._tensor(rewards), torch.as_tensor(episode_starts, dtype=torch.bool)
-            )
-            actions = choose(features).clamp(-1, 1)
-            self._context.acted(actions)
-            raw: NDArray[np.float32] = self.scaling.raw_actions(actions).cpu().numpy()
-            return raw
+            return self._act(choose, observations, rewards, episode_starts)
+
+    def _act(
+        self,
+        choose: Callable[[Tensor], Tensor],
+        observations: NDArray[np.float32],
+        rewards: NDArray[np.float32],
+        episode_starts: NDArray[np.bool_],
+    ) -> NDArray[np.float32]:
+        assert self._context is not None
+        features = self._context.features(
+            self._tensor(observations), self._tensor(rewards), torch.as_tensor(episode_starts, dtype=torch.bool)
+        )
+        actions = choose(features).clamp(-1, 1)
+        self._context.acted(actions)
+        raw: NDArray[np.float32] = self.scaling.raw_actions(actions).cpu().numpy()
+        return raw
 
     def _tensor(self, array: NDArray[Any]) -> Tensor:
         return torch.as_tensor(array, dtype=torch.float32, device=self.device)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from eva_rl.data.selection import WEIGHTINGS
+from eva_rl.envs.names import value_of_text, with_options
 from eva_rl.options import MANY, Options, group, option
 from eva_rl.rollouts.experts import ActionNoise
 from eva_rl.seeding import MAX_SEED
@@ -18,8 +19,20 @@ class EnvOptions(Options):
     """The task."""
 
     PREFIX: ClassVar[str] = "env."
-    id: str = option("metaworld/push-v3", "task: metaworld/push-v3, mujoco/hopper or any Gymnasium id; same as env=")
+    id: str = option(
+        "metaworld/push-v3",
+        "task: metaworld/push-v3, mujoco/hopper, any Gymnasium id, or module:Env-v0 of your own; same as env=",
+    )
     horizon: int | None = option(None, "env steps an episode; null takes the task's own (Meta-World: 200)", above=0)
+    kwargs: dict[str, Any] = option({}, "arguments of the environment's constructor, '{NAME:VALUE}'")
+    goal: int | None = option(None, "Meta-World: seed of the one goal of all episodes; null gives each its own", low=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.id:
+            kwargs = {key: value_of_text(v) if isinstance(v, str) else v for key, v in self.kwargs.items()}
+            self.id = with_options(self.id, kwargs, self.goal)
+            self.kwargs, self.goal = {}, None  # they are part of the name from here on
 
 
 @dataclass
@@ -70,6 +83,11 @@ class EvalOptions(Options):
     every: int = option(50, "validate every N gradient steps of training; 0 disables", low=0, high=MANY)
     quick_episodes: int = option(10, "episodes of a validation", above=0)
     seed: int = option(0, "chooses the episodes; no demonstration shares one", low=0, high=MAX_SEED)
+    stop_at_success: bool | None = option(
+        None,
+        "end an episode at its first success: same success rate, return and length not measured; null does so in "
+        "validation and in benchmarks alone",
+    )
 
 
 @dataclass

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eva_rl.envs.names import METAWORLD_PREFIX as PREFIX
+from eva_rl.envs.sawyer import lean_class
 from eva_rl.envs.spec import EnvSpec
 
 OBSERVATION_DIM = 39
@@ -27,10 +28,36 @@ HORIZON = 200
 
 
 @cache
-def _task_classes() -> dict[str, type[gym.Env[Any, Any]]]:
-    from metaworld.env_dict import ALL_V3_ENVIRONMENTS_GOAL_OBSERVABLE as classes
+def _task_classes() -> dict[str, type[Any]]:
+    from metaworld.env_dict import ALL_V3_ENVIRONMENTS as classes
 
-    return {f"{PREFIX}{key.removesuffix('-goal-observable')}": cls for key, cls in classes.items()}
+    return {f"{PREFIX}{key}": cls for key, cls in classes.items()}
+
+
+def task_group(name: str) -> tuple[str, ...]:
+    """Tasks of one of Meta-World's own groups: ``mt10``, ``mt25``, ``ml10``, ``ml10-train``, and so on."""
+    from metaworld import env_dict
+
+    group, _, part = name.partition("-")
+    classes = getattr(env_dict, f"{group.upper()}_V3")
+    if group.startswith("ml"):
+        classes = classes[part] if part else classes["train"] | classes["test"]
+    return tuple(f"{PREFIX}{task}" for task in classes)
+
+
+def _make_task(env_id: str, render_mode: str | None, **options: Any) -> Any:
+    """One of Meta-World's tasks with a visible goal, made as Meta-World makes it; leaner where nothing is rendered."""
+    plain: Any = _task_classes()[env_id]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # its spaces are cast to float32
+        task = (lean_class(plain) if render_mode is None else plain)(**options)
+    task._partially_observable = False
+    del task.sawyer_observation_space  # computed anew, with the goal
+    task._set_task_called = True
+    task._freeze_rand_vec, task.seeded_rand_vec = False, True
+    task.render_mode = render_mode
+    task.seed(0)
+    return task
 
 
 class MetaWorldTask(gym.Wrapper[NDArray[np.float32], NDArray[np.float32], NDArray[Any], NDArray[np.float32]]):
@@ -44,19 +71,24 @@ class MetaWorldTask(gym.Wrapper[NDArray[np.float32], NDArray[np.float32], NDArra
         env_id: Canonical name, for instance ``metaworld/push-v3``.
         horizon: Env steps after which an episode is truncated.
         render_mode: Gymnasium's render mode, or None.
+        goal: Seed of the one goal of all episodes; None lets each episode's seed draw its own.
+        **options: Of Meta-World's constructor, for instance ``reward_function_version="v1"``.
     """
 
-    def __init__(self, env_id: str, horizon: int = HORIZON, render_mode: str | None = None) -> None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # its spaces are cast to float32
-            task: Any = _task_classes()[env_id](seed=0, render_mode=render_mode)  # type: ignore[call-arg]
-        task._freeze_rand_vec = False
-        task.seeded_rand_vec = True
+    def __init__(
+        self,
+        env_id: str,
+        horizon: int = HORIZON,
+        render_mode: str | None = None,
+        goal: int | None = None,
+        **options: Any,
+    ) -> None:
+        task = _make_task(env_id, render_mode, **options)
         task.max_path_length = horizon
         if render_mode is not None:
             task.mujoco_renderer.camera_id = mujoco.mj_name2id(task.model, mujoco.mjtObj.mjOBJ_CAMERA, CAMERA)
         super().__init__(task)
-        self._task = task
+        self._task, self._goal = task, goal
         self._solved = False
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, (OBSERVATION_DIM,), np.float32)
 
@@ -64,6 +96,7 @@ class MetaWorldTask(gym.Wrapper[NDArray[np.float32], NDArray[np.float32], NDArra
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[NDArray[np.float32], dict[str, Any]]:
         """Start an episode on the goal of ``seed``, or on the next goal when None."""
+        seed = seed if self._goal is None else self._goal
         if seed is not None:
             self._task.seed(seed)
         self._solved = False
@@ -84,9 +117,10 @@ class MetaWorldTask(gym.Wrapper[NDArray[np.float32], NDArray[np.float32], NDArra
         return None if frame is None else np.rot90(frame, 2).copy()
 
 
-def metaworld_spec(env_id: str, horizon: int | None = None) -> EnvSpec:
+def metaworld_spec(env_id: str, horizon: int | None = None, goal: int | None = None) -> EnvSpec:
     """Describe a Meta-World task without making it."""
     horizon = horizon or HORIZON
+    goals = "one seeded goal an episode" if goal is None else f"the goal of seed {goal} in every episode"
     return EnvSpec(
         env_id=env_id,
         observation_dim=OBSERVATION_DIM,
@@ -95,7 +129,7 @@ def metaworld_spec(env_id: str, horizon: int | None = None) -> EnvSpec:
         action_high=(1.0,) * ACTION_DIM,
         horizon=horizon,
         reports_success=True,
-        protocol=f"Meta-World v3, goal visible, {horizon} env steps, success at any step, one seeded goal an episode",
+        protocol=f"Meta-World v3, goal visible, {horizon} env steps, success at any step, {goals}",
     )
 
 
@@ -109,7 +143,7 @@ def scripted_expert(env_id: str) -> Callable[[NDArray[np.float32]], NDArray[np.f
     """
     from metaworld.policies import ENV_POLICY_MAP
 
-    policy = ENV_POLICY_MAP[env_id.removeprefix(PREFIX)]()
+    policy = ENV_POLICY_MAP[env_id.removeprefix(PREFIX).partition("?")[0]]()
 
     def act(observation: NDArray[np.float32]) -> NDArray[np.float32]:
         action: NDArray[np.float32] = np.clip(policy.get_action(observation), -1.0, 1.0).astype(np.float32)

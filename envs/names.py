@@ -1,6 +1,13 @@
-"""Names of tasks, known without importing a simulator."""
+"""Names of tasks and of their options, known without importing a simulator."""
 
 from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import quote, unquote
+
+from eva_rl.errors import UserError
 
 METAWORLD_PREFIX, MUJOCO_PREFIX = "metaworld/", "mujoco/"
 
@@ -26,7 +33,11 @@ MT40 = _metaworld(
 METAWORLD_TASKS = tuple(sorted((*CW10, *MT40)))
 """Meta-World's fifty tasks."""
 TASK_SETS = {"mt40": MT40, "cw10": CW10, "mt50": METAWORLD_TASKS}
-"""Named lists of tasks."""
+"""Named lists of tasks; Meta-World's own groups come on top."""
+METAWORLD_GROUPS = ("mt10", "mt25", *(f"ml{n}{part}" for n in (10, 25, 45) for part in ("", "-train", "-test")))
+"""Names of Meta-World's own lists of tasks; :func:`eva_rl.envs.metaworld.task_group` gives the tasks."""
+GOAL = "goal"
+"""Option of a Meta-World task: the seed of the one goal of all episodes."""
 
 MUJOCO_TASKS = {
     "ant": "Ant",
@@ -48,3 +59,56 @@ MUJOCO_VERSION = "v5"
 def task_list() -> list[str]:
     """The name by which each task is shown: Meta-World tasks, then MuJoCo tasks by their Gymnasium ids."""
     return [*METAWORLD_TASKS, *(f"{name}-{MUJOCO_VERSION}" for name in MUJOCO_TASKS.values())]
+
+
+def with_options(name: str, kwargs: Mapping[str, Any] | None = None, goal: int | None = None) -> str:
+    """A task's name together with what it is made with, for instance ``Pendulum-v1?g=9.81`` or ``push-v3?goal=7``.
+
+    The options are part of the name, so that whatever knows the name, worker processes and saved policies included,
+    makes the same environment.
+
+    Args:
+        name: Tasks as ``env=`` takes them; names joined by ``+`` get the options each.
+        kwargs: Keyword arguments of the environment's constructor, JSON values.
+        goal: Seed of the one goal of a Meta-World task; None gives each episode its own.
+
+    Raises:
+        UserError: A value cannot be written as JSON.
+    """
+    given = dict(kwargs or {}) | ({} if goal is None else {GOAL: goal})
+    if not given:
+        return name
+    query = "&".join(f"{quote(key)}={quote(_as_text(key, value), safe='')}" for key, value in sorted(given.items()))
+    return "+".join(f"{part}{'&' if '?' in part else '?'}{query}" for part in name.split("+"))
+
+
+def _as_text(key: str, value: Any) -> str:
+    if isinstance(value, str) and value_of_text(value) == value:
+        return value
+    try:
+        return json.dumps(value)
+    except TypeError as error:
+        raise UserError(
+            f"env.kwargs.{key} is of type {type(value).__name__}: expected numbers, texts, true, false, null, lists or "
+            "mappings of them."
+        ) from error
+
+
+def split_options(name: str) -> tuple[str, dict[str, Any]]:
+    """The inverse of :func:`with_options`: the name alone, and the options."""
+    base, _, query = name.partition("?")
+    options: dict[str, Any] = {}
+    for part in filter(None, query.split("&")):
+        key, equals, value = part.partition("=")
+        if not equals:
+            raise UserError(f"env={name}: expected NAME?KEY=VALUE&KEY=VALUE, found {part!r} without a value.")
+        options[unquote(key)] = value_of_text(unquote(value))
+    return base, options
+
+
+def value_of_text(text: str) -> Any:
+    """A JSON value as it may be typed: numbers, true, false, null, lists; anything else is text."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text

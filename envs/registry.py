@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import re
-import warnings
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 import gymnasium as gym
-import numpy as np
 from gymnasium import spaces
 
+from eva_rl.envs.checked import CheckedEnv
 from eva_rl.envs.names import (
+    GOAL,
+    METAWORLD_GROUPS,
     METAWORLD_PREFIX,
     METAWORLD_TASKS,
     MUJOCO_PREFIX,
     MUJOCO_TASKS,
     MUJOCO_VERSION,
     TASK_SETS,
+    split_options,
     task_list,
+    with_options,
 )
 from eva_rl.envs.spec import EnvSpec
 from eva_rl.errors import UnknownNameError, UserError
@@ -29,20 +34,52 @@ log = logging.getLogger(__name__)
 DEFAULT_HORIZON = 1000
 
 
+def task_ids(names: str) -> list[str]:
+    """Canonical names of a task set, or of names joined by ``+``."""
+    name, _, options = names.partition("?")
+    known = _task_set(name.lower().replace("_", "-").removeprefix(METAWORLD_PREFIX))
+    if known is None:
+        return [canonical_id(part) for part in names.split("+")]
+    return [canonical_id(f"{task}?{options}" if options else task) for task in known]
+
+
+def _task_set(name: str) -> tuple[str, ...] | None:
+    if name in METAWORLD_GROUPS:
+        from eva_rl.envs.metaworld import task_group
+
+        return task_group(name)
+    return TASK_SETS.get(name)
+
+
 @cache
 def canonical_id(name: str) -> str:
     """Resolve a task name as a user may type it.
 
     Args:
         name: ``metaworld/push-v3``, ``push-v3``, ``push``, ``push-v2`` (mapped to v3, with a message),
-            ``mujoco/hopper``, ``mujoco/hopper-v4``, or any registered Gymnasium id such as ``Hopper-v5``.
+            ``mujoco/hopper``, ``mujoco/hopper-v4``, any registered Gymnasium id such as ``Hopper-v5``, or
+            ``module:Env-v0``, whose module is imported first, as ``gymnasium.make`` does. Options may follow
+            (:func:`with_options`).
 
     Returns:
-        ``metaworld/<task>-v3`` or a Gymnasium id.
+        ``metaworld/<task>-v3``, a Gymnasium id or ``module:<id>``, with its options.
 
     Raises:
         UnknownNameError: No such task; the message lists close matches.
+        UserError: The module cannot be imported, or an option makes no sense for the task.
     """
+    base, options = split_options(name)
+    resolved = _resolve(base)
+    goal = options.pop(GOAL, None) if resolved.startswith(METAWORLD_PREFIX) else None
+    if goal is not None and (isinstance(goal, bool) or not isinstance(goal, int) or goal < 0):
+        raise UserError(f"env.goal={goal}: expected the seed of a goal, a whole number from 0.")
+    return with_options(resolved, options, goal)
+
+
+def _resolve(name: str) -> str:
+    module, colon, env_id = name.rpartition(":")
+    if colon:
+        return f"{module}:{_registered_by(module, env_id)}"
     if name in gym.registry:
         return name
     resolved = _mujoco_id(name) if name.startswith(MUJOCO_PREFIX) else _metaworld_id(name)
@@ -52,8 +89,30 @@ def canonical_id(name: str) -> str:
             *(MUJOCO_PREFIX + task for task in MUJOCO_TASKS),
             *(task.removeprefix(METAWORLD_PREFIX) for task in METAWORLD_TASKS),
         ]
-        raise UnknownNameError("env", name, [*known, *gym.registry], "`eva-rl finetune --help` lists the tasks.")
+        hint = "`eva-rl finetune --help` lists the tasks; an environment of your own is named module:Env-v0."
+        raise UnknownNameError("env", name, [*known, *gym.registry], hint)
     return resolved
+
+
+def _registered_by(module: str, env_id: str) -> str:
+    """The id of an environment that a module registers when it is imported; without a version, its latest."""
+    try:
+        importlib.import_module(module)
+    except Exception as error:  # whatever the module's own code raises
+        raise UserError(
+            f"env={module}:{env_id}: the module {module} could not be imported ({type(error).__name__}: {error}). "
+            "Start from the folder that holds it, or install it."
+        ) from error
+    if env_id in gym.registry:
+        return env_id
+    versions = [
+        spec for spec in gym.registry.values() if spec.version is not None and spec.id == f"{env_id}-v{spec.version}"
+    ]
+    if versions:
+        return max(versions, key=lambda spec: spec.version or 0).id
+    raise UnknownNameError(
+        f"environment of the module {module}", env_id, gym.registry, "The module has to call gymnasium.register()."
+    )
 
 
 def _metaworld_id(name: str) -> str | None:
@@ -75,73 +134,84 @@ def _mujoco_id(name: str) -> str | None:
     return resolved if resolved in gym.registry else None
 
 
-def make_env(name: str, *, horizon: int | None = None, render_mode: str | None = None) -> gym.Env[Any, Any]:
+def make_env(name: str, *, horizon: int | None = None, render_mode: str | None = None) -> CheckedEnv:
     """Make one environment; ``reset(seed=)`` determines the whole episode.
 
     Args:
         name: Any name that :func:`canonical_id` takes.
-        horizon: Env steps after which an episode is truncated; None takes the task's own.
-        render_mode: Gymnasium's render mode, or None.
+        horizon: Env steps after which an episode is truncated; None takes the task's own, or
+            :data:`DEFAULT_HORIZON` where it has none.
+        render_mode: Gymnasium's render mode; not passed on when None.
 
     Raises:
         UnknownNameError: No such task.
         UserError: The environment cannot be made, or its spaces are not flat boxes.
     """
     env_id = canonical_id(name)
-    if env_id.startswith(METAWORLD_PREFIX):
+    base, options = split_options(env_id)
+    if base.startswith(METAWORLD_PREFIX):
         from eva_rl.envs import metaworld
 
-        return metaworld.MetaWorldTask(env_id, horizon or metaworld.HORIZON, render_mode)
+        env = _constructed(env_id, metaworld.MetaWorldTask, base, horizon or metaworld.HORIZON, render_mode, **options)
+        return CheckedEnv(env, env_id)
+    if render_mode is not None:
+        options["render_mode"] = render_mode
+    steps = _horizon(base, horizon)
+    made = _constructed(env_id, gym.make, base, max_episode_steps=steps, disable_env_checker=True, **options)
+    return CheckedEnv(_flat(made, env_id), env_id)
+
+
+def _constructed(env_id: str, make: Callable[..., gym.Env[Any, Any]], *args: Any, **options: Any) -> gym.Env[Any, Any]:
+    """What a constructor makes; one message for whatever it raises."""
     try:
-        env = gym.make(env_id, max_episode_steps=horizon, render_mode=render_mode)
-    except (gym.error.Error, ImportError) as error:
+        return make(*args, **options)
+    except UserError:
+        raise
+    except Exception as error:  # foreign constructors may raise anything
         raise UserError(
-            f"The environment {env_id!r} could not be made: {error} Install what it needs, or name another env."
+            f"The environment {env_id} could not be made: {type(error).__name__}: {error}. Give its constructor what "
+            "it needs with env.kwargs='{NAME:VALUE}', install what it needs, or name another env=."
         ) from error
-    return _flat(env, env_id)
+
+
+def _horizon(env_id: str, horizon: int | None) -> int:
+    """Env steps after which an episode is truncated: the user's, the environment's own, or the default."""
+    own = gym.spec(env_id.rpartition(":")[2]).max_episode_steps
+    return horizon or (own if own and own > 0 else DEFAULT_HORIZON)
 
 
 def _flat(env: gym.Env[Any, Any], env_id: str) -> gym.Env[Any, Any]:
-    if isinstance(env.observation_space, spaces.Dict):
+    if isinstance(env.observation_space, spaces.Dict | spaces.Tuple):
         env = gym.wrappers.FlattenObservation(env)
     if not isinstance(env.observation_space, spaces.Box) or not isinstance(env.action_space, spaces.Box):
         raise UserError(
             f"{env_id} has observations {env.observation_space} and actions {env.action_space}; a Decision "
             "Transformer needs Box observations and Box (continuous) actions. Name another env."
         )
-    if len(env.observation_space.shape) != 1:
-        env = gym.wrappers.FlattenObservation(env)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # infinite bounds lose nothing as float32
-        return gym.wrappers.DtypeObservation(env, np.float32)
+    return env if len(env.observation_space.shape) == 1 else gym.wrappers.FlattenObservation(env)
 
 
 @cache
 def env_spec(name: str, horizon: int | None = None) -> EnvSpec:
     """Describe a task: dimensions, action bounds, horizon, evaluation protocol."""
     env_id = canonical_id(name)
-    if env_id.startswith(METAWORLD_PREFIX):
+    base, options = split_options(env_id)
+    if base.startswith(METAWORLD_PREFIX):
         from eva_rl.envs.metaworld import metaworld_spec
 
-        return metaworld_spec(env_id, horizon)
+        return metaworld_spec(env_id, horizon, options.get(GOAL))
     env = make_env(env_id, horizon=horizon)
-    steps = horizon or (env.spec.max_episode_steps if env.spec else None) or DEFAULT_HORIZON
-    action_space, observation_space = env.action_space, env.observation_space
+    steps, action_space, observation_space = _horizon(base, horizon), env.action_space, env.observation_space
     env.close()
+    assert isinstance(action_space, spaces.Box)
+    assert isinstance(observation_space, spaces.Box)
     return EnvSpec(
         env_id=env_id,
-        observation_dim=int(np.prod(observation_space.shape or (1,))),
-        action_dim=int(np.prod(action_space.shape or (1,))),
-        action_low=tuple(float(x) for x in action_space.low),  # type: ignore[attr-defined]
-        action_high=tuple(float(x) for x in action_space.high),  # type: ignore[attr-defined]
+        observation_dim=observation_space.shape[0],
+        action_dim=action_space.shape[0],
+        action_low=tuple(map(float, action_space.low)),
+        action_high=tuple(map(float, action_space.high)),
         horizon=steps,
         reports_success=False,
         protocol=f"Gymnasium {env_id}, at most {steps} env steps, return of whole episodes, one seed an episode",
     )
-
-
-def task_ids(names: str) -> list[str]:
-    """Canonical names of a task set, or of names joined by ``+``."""
-    if names in TASK_SETS:
-        return list(TASK_SETS[names])
-    return [canonical_id(name) for name in names.split("+")]

@@ -13,6 +13,25 @@ class UserError(Exception):
     """
 
 
+class EnvironmentFailedError(UserError):
+    """An environment raised, gave what no environment may give, or its process died.
+
+    Args:
+        env_id: The environment.
+        where: The env step and the episode.
+        cause: What happened.
+    """
+
+    def __init__(self, env_id: str, where: str, cause: str) -> None:
+        super().__init__(f"The environment {env_id} failed {where}: {cause}.")
+        self.args = (env_id, where, cause)  # what a copy in another process is made from
+        self.cause = cause
+
+    def __str__(self) -> str:
+        env_id, where, cause = self.args
+        return f"The environment {env_id} failed {where}: {cause}."
+
+
 class UnknownNameError(UserError):
     """A name that is not among the known ones.
 

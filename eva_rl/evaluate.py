@@ -18,21 +18,21 @@ from eva_rl.cli.console import console, counting_progress
 from eva_rl.cli.loading import open_policy
 from eva_rl.cli.machine import prepare_machine, versions
 from eva_rl.cli.parsing import register
-from eva_rl.configs.groups import EvalOptions, PolicyOptions, RunOptions
+from eva_rl.configs.groups import EnvOptions, EvalOptions, PolicyOptions, RunOptions
 from eva_rl.distributed import ProcessGroup
-from eva_rl.envs import canonical_id
+from eva_rl.envs import canonical_id, env_spec
 from eva_rl.envs.registry import task_ids
 from eva_rl.errors import UserError
 from eva_rl.files import write_json
 from eva_rl.options import group, one_of, option
-from eva_rl.rollouts.evaluation import EvaluationResult, evaluate_policy, evaluate_together
+from eva_rl.rollouts.evaluation import EvaluationResult, described_return, evaluate_distributed, evaluate_policy
 from eva_rl.rollouts.video import record_episode
 from eva_rl.seeding import EVALUATION, VALIDATION
 from eva_rl.training.compiling import COMPILE_MODES, check_compiler
 from eva_rl.training.losses import PRECISIONS
 
 HELP = """
-Play held-out episodes with a policy and report success and return, with a confidence interval.
+Evaluate a policy on held-out episodes: success rate with a confidence interval, and mean return.
 
 Examples:
   python -m eva_rl.evaluate policy=runs/push/policy env=push-v3
@@ -44,11 +44,10 @@ Examples:
 
 
 @dataclass
-class EvaluateEnvOptions:
+class EvaluateEnvOptions(EnvOptions):
     """The tasks."""
 
-    id: str = option("", "a task, tasks joined by +, mt40, cw10 or mt50; empty takes the policy's own; same as env=")
-    horizon: int | None = option(None, "env steps an episode; null takes the task's own (Meta-World: 200)")
+    id: str = option("", "a task, tasks joined by +, or a task set; empty takes the policy's own; same as env=")
 
 
 @dataclass
@@ -98,10 +97,7 @@ def evaluate(config: EvaluateConfig) -> None:
     first = ProcessGroup.current().is_main
     if config.adapter != "on":
         check_adapters(policy)
-    asked = config.env.id or "+".join(config.adapters) or policy.env_id
-    if not asked:
-        raise UserError(f"The policy {config.policy.path} was made for several tasks. Name one with env=.")
-    tasks = task_ids(asked)
+    tasks = chosen_tasks(config, policy)
     if config.policy.target_return is not None:
         for task in tasks:
             policy.with_target(config.policy.target_return, task)
@@ -119,10 +115,21 @@ def evaluate(config: EvaluateConfig) -> None:
         write_json(out, record(config, policy, results, without))
 
 
+def chosen_tasks(config: EvaluateConfig, policy: DecisionTransformerPolicy) -> list[str]:
+    """The tasks of ``env=``, of ``adapters=`` or the policy's own, each of which can be made."""
+    asked = config.env.id or "+".join(config.adapters) or policy.env_id
+    if not asked:
+        raise UserError(f"The policy {config.policy.path} was made for several tasks. Name one with env=.")
+    tasks = task_ids(asked)
+    for task in tasks:
+        env_spec(task, config.env.horizon)
+    return tasks
+
+
 def play(
     policy: AdaptedPolicy, tasks: Sequence[str], config: EvaluateConfig
 ) -> tuple[list[EvaluationResult], list[EvaluationResult]]:
-    """Evaluate each task as asked, and for ``adapter=both`` once more without adapters, on the same goals."""
+    """Evaluate on each task, and for ``adapter=both`` also without adapters, on the same goals."""
     ways = [True, False] if config.adapter == "both" else [config.adapter == "on"]
     results: dict[bool, list[EvaluationResult]] = {True: [], False: []}
     with counting_progress(
@@ -131,7 +138,7 @@ def play(
         for task in tasks:
             for adapted in ways:
                 activate_adapter(policy, task, adapted)
-                found = evaluate_together(
+                found = evaluate_distributed(
                     ProcessGroup.current(),
                     partial(evaluate_policy, policy, task),
                     episodes=config.eval.episodes,
@@ -139,13 +146,14 @@ def play(
                     horizon=config.env.horizon,
                     purpose=VALIDATION if config.validation else EVALUATION,
                     on_episode=advance,
+                    stop_at_success=bool(config.eval.stop_at_success),
                 )
                 results[adapted].append(found)
     return (results[True], results[False]) if ways[0] else (results[False], [])
 
 
 def activate_adapter(policy: AdaptedPolicy, task: str, adapted: bool) -> None:
-    """The adapter for this task, the policy's own where there is none for it, or no adapter at all."""
+    """Use the adapter for this task, the policy's own where there is none for it, or no adapter at all."""
     found = policy.adapters
     own = next((name for name in (task, ADAPTER_NAME) if name in found.names), None)
     found.use(own if adapted else None)
@@ -162,7 +170,7 @@ def check_adapters(policy: AdaptedPolicy) -> None:
 
 
 def choose_target(policy: DecisionTransformerPolicy, task: str, config: EvaluateConfig) -> None:
-    """Ask for the target return that does best on the validation episodes, which no report sees."""
+    """Set the target return that does best on the validation episodes, which no report sees."""
 
     def validation_score(target: float) -> tuple[float, float]:
         policy.with_target(target, task)
@@ -210,7 +218,7 @@ def record(
 def _difference(adapted: EvaluationResult, plain: EvaluationResult) -> dict[str, float]:
     """What the adapter changes."""
     before = plain.metrics("")
-    return {key.strip("/"): value - before[key] for key, value in adapted.metrics("").items()}
+    return {key.strip("/"): value - before[key] for key, value in adapted.metrics("").items() if key in before}
 
 
 def _mean_success(results: Sequence[EvaluationResult]) -> float | None:
@@ -233,7 +241,7 @@ def _table(results: Sequence[EvaluationResult]) -> Table:
         if result.reports_success:
             success = f"{result.success_rate:.2f}"
             interval = "[{:.2f}, {:.2f}]".format(*result.success_interval())
-        table.add_row(result.env_id, str(len(result.episodes)), success, interval, f"{result.mean_reward:.1f}")
+        table.add_row(result.env_id, str(len(result.episodes)), success, interval, described_return(result))
     if len(results) > 1 and results[0].reports_success:
         table.add_row("mean", "", f"{_mean_success(results):.3f}", "", "")
     return table
@@ -246,7 +254,10 @@ def comparison(results: Sequence[EvaluationResult], without: Sequence[Evaluation
         success = ["-"] * 3
         if on.reports_success:
             success = _with_difference(on.success_rate, off.success_rate, ".2f")
-        table.add_row(on.env_id, *success, *_with_difference(on.mean_reward, off.mean_reward, ".1f"))
+        returns = ["not measured", "-", "-"]
+        if not (on.stopped_at_success or off.stopped_at_success):
+            returns = _with_difference(on.mean_reward, off.mean_reward, ".1f")
+        table.add_row(on.env_id, *success, *returns)
     if len(results) > 1 and results[0].reports_success:
         table.add_row("mean", *_with_difference(_mean_success(results), _mean_success(without), ".3f"), "", "", "")
     return table

@@ -32,7 +32,7 @@ from eva_rl.envs import env_spec
 from eva_rl.envs.registry import task_ids
 from eva_rl.launch.multirun import multirun
 from eva_rl.options import Options, between, group, option
-from eva_rl.rollouts.evaluation import TaskLook
+from eva_rl.rollouts.evaluation import MultiTaskValidator
 from eva_rl.seeding import VALIDATION
 from eva_rl.tracking.tracker import open_tracker
 from eva_rl.training.bc import train_bc
@@ -121,12 +121,12 @@ def pretrain(config: PretrainConfig) -> None:
     weights = sampling_weights(joined, config.data.after_success, config.data.weight_by)
     sampler = WindowSampler(joined, config.size.context_length, policy.scaling, seed=config.seed, weights=weights)
     data_seconds = perf_counter() - began
-    look = TaskLook.of(process_group, tasks)
+    validator = MultiTaskValidator.of(process_group, tasks, config.env.horizon)
 
     def validate(update: int) -> dict[str, float]:
         if process_group.is_main:
             _save(run_dir, policy, config, joined)
-        scores = look.scores(policy, config.eval.episodes, VALIDATION + config.eval.seed)
+        scores = validator.scores(policy, config.eval.episodes, VALIDATION + config.eval.seed)
         return _validation_metrics(scores)
 
     checkpoints = Checkpoints(run_dir / "checkpoint", config.checkpoint.every, config.checkpoint.seconds)

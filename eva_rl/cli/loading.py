@@ -32,7 +32,7 @@ def resolve_policy(options: PolicyOptions, env_id: str) -> PolicyOptions:
     """The options with ``auto`` replaced by the shipped policy for a task."""
     if options.path != AUTO:
         return options
-    return replace(options, path=SHIPPED_FOR.get(env_id, DEFAULT))
+    return replace(options, path=SHIPPED_FOR.get(env_id.partition("?")[0], DEFAULT))
 
 
 def open_policy(

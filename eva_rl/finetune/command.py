@@ -14,7 +14,7 @@ from eva_rl.configs.finetune import FinetuneConfig
 from eva_rl.distributed import ProcessGroup
 from eva_rl.finetune.adapter import attach
 from eva_rl.finetune.phases import resume_step, train
-from eva_rl.finetune.results import compare_looks, finish, look_at, report_eva
+from eva_rl.finetune.results import compare_snapshots, finish, report_eva, snapshot
 from eva_rl.finetune.session import open_session
 from eva_rl.launch.multirun import multirun
 from eva_rl.tracking.tracker import open_tracker
@@ -41,7 +41,7 @@ def finetune(config: FinetuneConfig) -> None:
     session = open_session(config)
     phases = session.phases
     before = session.evaluate("Before")
-    first_look = look_at(session)
+    before_snapshot = snapshot(session)
     phases.end("evaluate_before")
     adapter = attach(session.policy, session.sampler, config)
     phases.end("adapter")
@@ -57,14 +57,14 @@ def finetune(config: FinetuneConfig) -> None:
             steps = train(session, adapter, tracker)
         phases.end("train")
         after = session.evaluate("After")
-        last_look = look_at(session)
+        after_snapshot = snapshot(session)
         phases.end("evaluate_after")
         if ProcessGroup.current().is_main:
             finish(
                 session, adapter, (before, after), {**steps, **memory, "processes": ProcessGroup.current().world_size}
             )
         tracker.log(after.metrics(), config.algo.final_step)  # last, so that no continued run can log it twice
-        compare_looks(session, tracker, first_look, last_look)
+        compare_snapshots(session, tracker, before_snapshot, after_snapshot)
         tracker.finished({**before.metrics("eval_before"), **after.metrics()})
     session.close()
 

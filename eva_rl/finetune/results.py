@@ -22,7 +22,7 @@ from eva_rl.eva import EvaResult
 from eva_rl.files import write_json
 from eva_rl.finetune.adapter import listened_to
 from eva_rl.finetune.session import Session
-from eva_rl.rollouts.evaluation import EvaluationResult
+from eva_rl.rollouts.evaluation import EvaluationResult, described_return
 from eva_rl.rollouts.video import Clip, record_clip, side_by_side, write_video
 from eva_rl.tracking import Tracker
 from eva_rl.tracking.figures import action_figure, rank_figure, spectrum_figure
@@ -36,7 +36,7 @@ DASHBOARD = "#custom_scalars&_smoothingWeight=0"
 
 
 FRAMES = 100
-"""Frames of a film, about."""
+"""Frames of a video, about."""
 
 
 def report_eva(session: Session, result: EvaResult, tracker: Tracker) -> None:
@@ -85,10 +85,10 @@ def finish(
     card = model_card(summary, "full" if adapter.model is None else "adapter")
     save_adapted_policy(run_dir / "policy", policy, adapter, card)
     summary["adapter_bytes"] = adapter_bytes(run_dir / "policy") or 4 * summary["trainable_parameters"]
-    looks = {"before": before, **({"cloned": session.cloned} if session.cloned else {}), "after": after}
-    write_json(run_dir / "evaluation.json", {name: result.record() for name, result in looks.items()})
+    evaluations = {"before": before, **({"cloned": session.cloned} if session.cloned else {}), "after": after}
+    write_json(run_dir / "evaluation.json", {name: result.record() for name, result in evaluations.items()})
     write_summary(run_dir, summary)
-    show(run_dir, summary, looks)
+    show(run_dir, summary, evaluations)
 
 
 def _summary(session: Session, results: tuple[EvaluationResult, EvaluationResult]) -> dict[str, Any]:
@@ -118,18 +118,18 @@ def _about(data: Trajectories) -> dict[str, Any]:
     }
 
 
-def show(run_dir: Path, summary: dict[str, Any], looks: Mapping[str, EvaluationResult]) -> None:
+def show(run_dir: Path, summary: dict[str, Any], evaluations: Mapping[str, EvaluationResult]) -> None:
     """The table at the end, with a column for each evaluation."""
-    after = looks["after"]
+    after = evaluations["after"]
     table = Table(title=f"{summary['env']}, {summary['method']}: {len(after.episodes)} held-out episodes")
-    for column in ("", *looks):
+    for column in ("", *evaluations):
         table.add_column(column)
     if after.reports_success:
-        intervals = [(result.success_rate, *result.success_interval()) for result in looks.values()]
+        intervals = [(result.success_rate, *result.success_interval()) for result in evaluations.values()]
         table.add_row(
             "success rate [95% interval]", *(f"{x:.2f}  [{low:.2f}, {high:.2f}]" for x, low, high in intervals)
         )
-    table.add_row("mean return", *(f"{result.mean_reward:.1f}" for result in looks.values()))
+    table.add_row("mean return", *(described_return(result) for result in evaluations.values()))
     console.print(table)
     trainable, total = summary["trainable_parameters"], summary["total_parameters"]
     seconds = ", ".join(f"{name} {value:.0f}" for name, value in summary["seconds"].items())
@@ -143,7 +143,7 @@ def show(run_dir: Path, summary: dict[str, Any], looks: Mapping[str, EvaluationR
 
 
 @dataclass(frozen=True)
-class Look:
+class PolicySnapshot:
     """How the policy acts.
 
     Attributes:
@@ -155,26 +155,26 @@ class Look:
     clip: Clip | None
 
 
-def look_at(session: Session) -> Look:
-    """Look at the policy after an evaluation; films an episode where asked to.
+def snapshot(session: Session) -> PolicySnapshot:
+    """How the policy acts after an evaluation; records a video of one episode if ``video=true``.
 
     Raises:
         UserError: There is no renderer on this machine.
     """
-    config, actions = session.config, session.actor.actions
+    config, actions = session.config, session.actions
     if not config.video or not ProcessGroup.current().is_main:
-        return Look(actions, None)
+        return PolicySnapshot(actions, None)
     every = max(2, session.spec.horizon // FRAMES)
     clip = record_clip(session.policy, config.env.id, seed=config.eval.seed, horizon=config.env.horizon, every=every)
-    return Look(actions, clip)
+    return PolicySnapshot(actions, clip)
 
 
-def compare_looks(session: Session, tracker: Tracker, before: Look, after: Look) -> None:
-    """Show two looks: histograms of each number of an action, and the films side by side."""
+def compare_snapshots(session: Session, tracker: Tracker, before: PolicySnapshot, after: PolicySnapshot) -> None:
+    """Show two snapshots: histograms of each number of an action, and the videos side by side."""
     last = session.config.algo.final_step
     for index in range(before.actions.shape[1]):
-        for look, step in ((before, 0), (after, last)):
-            tracker.histogram(f"eval/action_{index}", look.actions[:, index], step)
+        for acted, step in ((before, 0), (after, last)):
+            tracker.histogram(f"eval/action_{index}", acted.actions[:, index], step)
     tracker.figure("eval/actions", action_figure(before.actions, after.actions), last)
     if before.clip is None or after.clip is None:
         return

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from stable_baselines3.common.vec_env import VecEnv
+import numpy as np
+from numpy.typing import NDArray
 
 from eva_rl.adapters import GRADIENTS, find_method
 from eva_rl.agents import DecisionTransformerPolicy
@@ -24,10 +25,10 @@ from eva_rl.data import Trajectories, WindowSampler
 from eva_rl.data.selection import sampling_weights, target_return
 from eva_rl.distributed import ProcessGroup
 from eva_rl.envs import EnvSpec, env_spec
+from eva_rl.envs.vector import TaskVecEnv
 from eva_rl.errors import UserError
 from eva_rl.finetune.adapter import check_adapter, listened_to
-from eva_rl.rollouts.evaluation import EvaluationResult, evaluate_policy, evaluate_together, shared_envs
-from eva_rl.rollouts.recorder import ActionRecorder
+from eva_rl.rollouts.evaluation import EvaluationResult, evaluate_distributed, evaluate_policy, shared_envs
 from eva_rl.seeding import VALIDATION
 
 
@@ -55,12 +56,17 @@ class Session:
     run_dir: Path
     data: Trajectories | None
     sampler: WindowSampler | None
-    vec_env: VecEnv
+    vec_env: TaskVecEnv
     phases: Phases
     cloned: EvaluationResult | None = None
 
     def __post_init__(self) -> None:
-        self.actor = ActionRecorder(self.policy)
+        self._actions: list[NDArray[np.float32]] = []
+
+    @property
+    def actions(self) -> NDArray[np.float32]:
+        """(N, act), of the last held-out evaluation."""
+        return np.concatenate(self._actions)
 
     @property
     def checkpoint_dir(self) -> Path:
@@ -73,25 +79,36 @@ class Session:
         config = self.config
         play = partial(
             evaluate_policy,
-            self.actor,
+            self.policy,
             config.env.id,
             horizon=config.env.horizon,
             seed=config.eval.seed,
             references=None if self.data is None else data_references(self.data),
             vec_env=self.vec_env,
         )
-        return partial(evaluate_together, ProcessGroup.current(), play)
+        return partial(evaluate_distributed, ProcessGroup.current(), play)
 
     def evaluate(self, name: str) -> EvaluationResult:
         """The held-out evaluation, behind a progress bar."""
         episodes = self.config.eval.episodes
+        self._actions = []
         with counting_progress(f"{name:8s}", ProcessGroup.current().local_count(episodes)) as advance:
-            return self.play(episodes=episodes, on_episode=advance)
+            return self.play(
+                episodes=episodes,
+                on_episode=advance,
+                on_actions=self._actions.append,
+                stop_at_success=bool(self.config.eval.stop_at_success),
+            )
 
     def validate(self, _: int = 0) -> dict[str, float]:
-        """Metrics on validation episodes, which no report sees."""
-        result = self.play(episodes=self.config.eval.quick_episodes, purpose=VALIDATION)
-        return result.metrics("validation")
+        """Metrics of validation episodes, which no report sees; they end at their first success unless told not to."""
+        options = self.config.eval
+        found = self.play(
+            episodes=options.quick_episodes,
+            purpose=VALIDATION,
+            stop_at_success=options.stop_at_success is not False,
+        )
+        return found.metrics("validation")
 
     def close(self) -> None:
         """Close the environments."""

@@ -7,16 +7,18 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
-from stable_baselines3.common.vec_env import VecEnv
+from numpy.typing import NDArray
 
 from eva_rl.agents.policy import Policy
 from eva_rl.distributed import ProcessGroup
-from eva_rl.envs import EnvSpec, env_spec, make_task_vec_env, make_vec_env, reference_scores, score_between
+from eva_rl.envs import EnvSpec, env_spec, reference_scores, score_between
+from eva_rl.envs.vector import AUTO, TaskVecEnv, make_task_vec_env, make_vec_env
 from eva_rl.errors import UserError
 from eva_rl.rollouts.episodes import EpisodeRecord, play_episodes
 from eva_rl.seeding import EVALUATION, episode_seeds
 
-DEFAULT_NUM_ENVS = 10
+MOST_ENVS = 50
+"""Environments that are played at once at most: the larger the batch, the less a policy's step costs an environment."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,15 @@ class EvaluationResult:
         return float(np.mean([e.success for e in self.episodes])) if self.reports_success else float("nan")
 
     @property
+    def stopped_at_success(self) -> bool:
+        """Whether an episode was ended at its first success, so that returns and lengths are not measured."""
+        return any(episode.stopped for episode in self.episodes)
+
+    @property
     def mean_reward(self) -> float:
-        """Mean return of an episode (Stable-Baselines3's word for it)."""
+        """Mean return of an episode (Stable-Baselines3's word for it); NaN where it was not measured."""
+        if self.stopped_at_success:
+            return float("nan")
         return float(np.mean([e.episode_return for e in self.episodes]))
 
     def success_interval(self) -> tuple[float, float]:
@@ -55,7 +64,15 @@ class EvaluationResult:
         return float(max(0.0, center - half)), float(min(1.0, center + half))
 
     def metrics(self, prefix: str = "eval") -> dict[str, float]:
-        """Scalars under Stable-Baselines3's names."""
+        """Scalars under Stable-Baselines3's names, those that were measured."""
+        metrics = {} if self.stopped_at_success else self._return_metrics(prefix)
+        if self.reports_success:
+            metrics[f"{prefix}/success_rate"] = self.success_rate
+        if self.reports_success and not self.stopped_at_success:
+            metrics[f"{prefix}/success_at_end"] = float(np.mean([e.success_at_end for e in self.episodes]))
+        return metrics
+
+    def _return_metrics(self, prefix: str) -> dict[str, float]:
         returns = np.array([e.episode_return for e in self.episodes])
         metrics = {
             f"{prefix}/mean_reward": self.mean_reward,
@@ -65,17 +82,24 @@ class EvaluationResult:
         references = self.references or reference_scores(self.env_id)
         if references is not None:
             metrics[f"{prefix}/normalized_score"] = float(np.mean(score_between(references, returns)))
-        if self.reports_success:
-            metrics[f"{prefix}/success_rate"] = self.success_rate
-            metrics[f"{prefix}/success_at_end"] = float(np.mean([e.success_at_end for e in self.episodes]))
         return metrics
 
     def record(self) -> dict[str, Any]:
-        """Everything, as JSON values."""
+        """Everything, as JSON values; null is what was not measured."""
         record: dict[str, Any] = {"env": self.env_id, "protocol": self.protocol, "metrics": self.metrics()}
         if self.reports_success:
             record["success_interval_95"] = self.success_interval()
-        return record | {"episodes": [asdict(episode) for episode in self.episodes]}
+        return record | {"episodes": [_measured(episode) for episode in self.episodes]}
+
+
+def described_return(result: EvaluationResult) -> str:
+    """The mean return as a table shows it."""
+    return "not measured" if result.stopped_at_success else f"{result.mean_reward:.1f}"
+
+
+def _measured(episode: EpisodeRecord) -> dict[str, Any]:
+    unknown = ("episode_return", "length", "success_at_end") if episode.stopped else ()
+    return asdict(episode) | dict.fromkeys(unknown)
 
 
 def evaluate_policy(  # noqa: PLR0913 - one call for users and for training; all but two have defaults
@@ -87,9 +111,11 @@ def evaluate_policy(  # noqa: PLR0913 - one call for users and for training; all
     horizon: int | None = None,
     purpose: int = EVALUATION,
     references: tuple[float, float] | None = None,
-    vec_env: VecEnv | None = None,
+    vec_env: TaskVecEnv | None = None,
     on_episode: Callable[[EpisodeRecord], None] | None = None,
+    on_actions: Callable[[NDArray[np.float32]], None] | None = None,
     share: slice | None = None,
+    stop_at_success: bool = False,
 ) -> EvaluationResult:
     """Play whole episodes with the policy's deterministic actions.
 
@@ -106,38 +132,56 @@ def evaluate_policy(  # noqa: PLR0913 - one call for users and for training; all
         references: Returns that score 0 and 100, where the data bring their own.
         vec_env: Environments to use again, as :func:`evaluation_envs` makes them; made and closed here when None.
         on_episode: Called after each episode.
+        on_actions: Called with the executed actions (m, act) of each step.
         share: The episodes that are played, of those asked for, where several processes divide them; None plays all.
+        stop_at_success: End an episode at its first success: the same success rate for less time. Returns and lengths
+            are then not measured.
 
     Raises:
-        UserError: No such task, the policy does not fit it, or ``episodes`` is not positive.
+        UserError: No such task, the policy does not fit it, an environment failed, or ``episodes`` is not positive.
     """
     if episodes < 1:
         raise UserError(f"eval.episodes={episodes}: expected at least 1.")
     spec = env_spec(env, horizon)
     _check_fit(policy, spec)
-    own = vec_env is None
     first, end, _ = (share or slice(None)).indices(episodes)
-    made = evaluation_envs(env, max(1, end - first), horizon) if vec_env is None else vec_env
+    made = vec_env or evaluation_envs(env, max(1, end - first), horizon)
     try:
         made.seed(episode_seeds(purpose, seed) + first)
-        rounds = -(-(end - first) // made.num_envs)
-        records = play_episodes(policy, made, [spec.env_id] * made.num_envs, rounds, on_episode)
+        records = play_episodes(
+            policy,
+            made,
+            [spec.env_id] * made.num_envs,
+            end - first,
+            on_episode,
+            on_actions=on_actions,
+            stop_at_success=stop_at_success,
+        )
     finally:
-        if own:
+        if made is not vec_env:
             made.close()
-    protocol = f"{spec.protocol}; {episodes} episodes of seed {seed}, deterministic action"
-    return EvaluationResult(spec.env_id, tuple(records[: end - first]), protocol, spec.reports_success, references)
+    stopping = ", ended at the first success" if stop_at_success else ""
+    return EvaluationResult(
+        spec.env_id,
+        tuple(records),
+        f"{spec.protocol}; {episodes} episodes of seed {seed}, deterministic action{stopping}",
+        spec.reports_success or any(record.reports_success for record in records),
+        references,
+    )
 
 
-def evaluation_envs(env: str, episodes: int, horizon: int | None = None, at_once: int = DEFAULT_NUM_ENVS) -> VecEnv:
+def evaluation_envs(
+    env: str, episodes: int, horizon: int | None = None, at_once: int = MOST_ENVS, workers: int = AUTO
+) -> TaskVecEnv:
     """Environments for :func:`evaluate_policy`, at most ``at_once``; the caller closes them."""
-    return make_vec_env(env, min(episodes, at_once), horizon=horizon)
+    rounds = -(-episodes // at_once)
+    return make_vec_env(env, -(-episodes // rounds), horizon=horizon, workers=workers)
 
 
 def evaluate_tasks(
-    policy: Policy, env_ids: Sequence[str], vec_env: VecEnv, episodes: int, seed: int
+    policy: Policy, env_ids: Sequence[str], vec_env: TaskVecEnv, episodes: int, seed: int
 ) -> dict[str, float]:
-    """Quick look at several tasks at once, one environment each.
+    """Validate on several tasks at once, one environment each.
 
     Args:
         policy: What to evaluate.
@@ -147,14 +191,14 @@ def evaluate_tasks(
         seed: Seed of the first episode of the first task.
 
     Returns:
-        Success rate by task; mean return where a task knows no success.
+        Success rate by task; mean return where a task reports no success.
     """
     vec_env.seed(seed)
-    records = play_episodes(policy, vec_env, env_ids, episodes)
+    records = play_episodes(policy, vec_env, env_ids, episodes * len(env_ids), stop_at_success=True)
     scores = {}
     for env_id in env_ids:
-        own, success = [r for r in records if r.env_id == env_id], env_spec(env_id).reports_success
-        scores[env_id] = float(np.mean([r.success if success else r.episode_return for r in own]))
+        own = [record for record in records if record.env_id == env_id]
+        scores[env_id] = float(np.mean([r.success if r.reports_success else r.episode_return for r in own]))
     return scores
 
 
@@ -166,14 +210,14 @@ def _check_fit(policy: Policy, spec: EnvSpec) -> None:
         )
 
 
-def evaluate_together(
+def evaluate_distributed(
     process_group: ProcessGroup, play: Callable[..., EvaluationResult], *, episodes: int, **options: Any
 ) -> EvaluationResult:
     """Play each process's share of the episodes; everyone gets all records, in the order of one process.
 
     Args:
         process_group: This process among the others, which all call this.
-        play: :func:`eva_rl.evaluate` with its first arguments filled in.
+        play: :func:`evaluate_policy` with its first arguments filled in.
         episodes: Episodes in all.
         **options: Other options of ``play``.
     """
@@ -182,16 +226,16 @@ def evaluate_together(
     return replace(mine, episodes=tuple(records))
 
 
-def shared_envs(process_group: ProcessGroup, env: str, episodes: int, horizon: int | None = None) -> VecEnv:
+def shared_envs(process_group: ProcessGroup, env: str, episodes: int, horizon: int | None = None) -> TaskVecEnv:
     """This process's part of the environments of :func:`evaluation_envs`, one at least."""
     return evaluation_envs(
-        env, -(-episodes // process_group.world_size), horizon, -(-DEFAULT_NUM_ENVS // process_group.world_size)
+        env, -(-episodes // process_group.world_size), horizon, -(-MOST_ENVS // process_group.world_size)
     )
 
 
 @dataclass(frozen=True)
-class TaskLook:
-    """A quick look at several tasks, each on one process.
+class MultiTaskValidator:
+    """Validates a policy on several tasks, each on one process.
 
     Attributes:
         process_group: This process among the others.
@@ -201,16 +245,18 @@ class TaskLook:
 
     process_group: ProcessGroup
     tasks: Sequence[str]
-    vec_env: VecEnv | None
+    vec_env: TaskVecEnv | None
 
     @classmethod
-    def of(cls, process_group: ProcessGroup, tasks: Sequence[str]) -> TaskLook:
+    def of(cls, process_group: ProcessGroup, tasks: Sequence[str], horizon: int | None = None) -> MultiTaskValidator:
         """Make this process's environments."""
-        mine = tasks[process_group.shard(len(tasks))]
-        return cls(process_group, tasks, make_task_vec_env(mine, stride=len(tasks)) if mine else None)
+        own, vec_env = tasks[process_group.shard(len(tasks))], None
+        if own:
+            vec_env = make_task_vec_env(own, stride=len(tasks), horizon=horizon, workers=AUTO)
+        return cls(process_group, tasks, vec_env)
 
     def scores(self, policy: Policy, episodes: int, seed: int) -> dict[str, float]:
-        """Success rate by task (mean return where it knows no success), the same on every process.
+        """Success rate by task (mean return where it reports no success), the same on every process.
 
         Args:
             policy: What to evaluate.

@@ -30,9 +30,9 @@ ATTEMPTS_PER_EPISODE = 8
 
 
 log = logging.getLogger(__name__)
-LOOK_EVERY = 5_000
-"""Env steps between two looks at the agent's return."""
-LOOK_EPISODES = 10
+EVALUATE_EVERY = 5_000
+"""Env steps between two evaluations of the agent."""
+EVALUATION_EPISODES = 10
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ class TrainedExpert:
 
     Attributes:
         max_steps: Env steps of training at most.
-        until: Mean return over :data:`LOOK_EPISODES` deterministic episodes at which training ends.
+        until: Mean return over :data:`EVALUATION_EPISODES` deterministic episodes at which training ends.
         horizon: Env steps of an episode; None takes the task's own.
     """
 
@@ -183,12 +183,12 @@ def collect_trained(env: str, episodes: int, expert: TrainedExpert, *, seed: int
     """
     env_id = canonical_id(env)
     vec_env = make_vec_env(env_id, 1, seed=episode_seeds(DEMONSTRATIONS, seed), horizon=expert.horizon)
-    look = _Look(env_id, expert)
+    stop = StopOnReturn(env_id, expert)
     agent = SAC("MlpPolicy", vec_env, seed=seed, device="cpu")
-    agent.learn(expert.max_steps, callback=look)
-    if not look.reached and np.isfinite(expert.until):
+    agent.learn(expert.max_steps, callback=stop)
+    if not stop.reached and np.isfinite(expert.until):
         raise UserError(
-            f"SAC reached a mean return of {look.best:.1f} on {env_id} in {expert.max_steps} env steps, "
+            f"SAC reached a mean return of {stop.best:.1f} on {env_id} in {expert.max_steps} env steps, "
             f"expert.until={expert.until:g} was asked for. Ask for less, or give it more expert.steps."
         )
     vec_env.seed(episode_seeds(DEMONSTRATIONS, seed) + 1_000)
@@ -198,8 +198,8 @@ def collect_trained(env: str, episodes: int, expert: TrainedExpert, *, seed: int
     return Trajectories.from_episodes(kept, env_id=env_id, source=source)
 
 
-class _Look(BaseCallback):
-    """Ends training when the return is high enough."""
+class StopOnReturn(BaseCallback):
+    """Ends training when the mean return of an evaluation reaches the threshold."""
 
     def __init__(self, env_id: str, expert: TrainedExpert) -> None:
         super().__init__()
@@ -210,10 +210,10 @@ class _Look(BaseCallback):
         self._vec_env = make_vec_env(self.env_id, 1, horizon=self.expert.horizon)
 
     def _on_step(self) -> bool:
-        if self.num_timesteps % LOOK_EVERY:
+        if self.num_timesteps % EVALUATE_EVERY:
             return True
         self._vec_env.seed(episode_seeds(DEMONSTRATIONS, 0) + 5_000)
-        mean, _ = evaluate_policy(self.model, self._vec_env, LOOK_EPISODES, warn=False)
+        mean, _ = evaluate_policy(self.model, self._vec_env, EVALUATION_EPISODES, warn=False)
         log.info("SAC after %d env steps: mean return %.1f", self.num_timesteps, mean)
         self.best = max(self.best, float(np.mean(mean)))
         self.reached = self.best >= self.expert.until

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from eva_rl.agents.policy import Policy
 from eva_rl.data.trajectories import Episode
 
 _Step = tuple[NDArray[np.float32], float, bool, bool, bool]
@@ -22,7 +21,7 @@ class EpisodeRecorder:
 
     Args:
         observations: (n, obs), what ``reset()`` returned.
-        reports_success: Whether ``info["is_success"]`` means anything.
+        reports_success: Whether every step tells of success; where the infos are the first to tell, it is noticed.
     """
 
     def __init__(self, observations: NDArray[np.float32], reports_success: bool) -> None:
@@ -54,6 +53,7 @@ class EpisodeRecorder:
         for i, (done, info) in enumerate(zip(dones, infos, strict=True)):
             truncated = bool(info.get("TimeLimit.truncated", False))
             terminated = bool(done) and not truncated
+            self._reports_success |= "is_success" in info
             success = bool(info.get("is_success", False))
             self._steps[i].append((actions[i].copy(), float(rewards[i]), terminated, truncated, success))
             self._observations[i].append(np.array(info["terminal_observation"] if done else observations[i]))
@@ -80,46 +80,3 @@ class EpisodeRecorder:
             truncations=np.array(truncations),
             successes=np.array(successes) if self._reports_success else None,
         )
-
-
-class ActionRecorder:
-    """A policy that remembers the actions it took since it was last reset.
-
-    Args:
-        policy: Acts.
-    """
-
-    def __init__(self, policy: Policy) -> None:
-        self._policy = policy
-        self._taken: list[NDArray[np.float32]] = []
-
-    @property
-    def observation_dim(self) -> int:
-        """Numbers in one observation."""
-        return self._policy.observation_dim
-
-    @property
-    def action_dim(self) -> int:
-        """Numbers in one action."""
-        return self._policy.action_dim
-
-    @property
-    def actions(self) -> NDArray[np.float32]:
-        """(N, act), of all environments."""
-        return np.concatenate(self._taken) if self._taken else np.zeros((0, self.action_dim), np.float32)
-
-    def reset(self, env_ids: Sequence[str]) -> None:
-        """Forget all histories and actions."""
-        self._policy.reset(env_ids)
-        self._taken = []
-
-    def act(
-        self,
-        observations: NDArray[np.float32],
-        rewards: NDArray[np.float32],
-        episode_starts: NDArray[np.bool_],
-    ) -> NDArray[np.float32]:
-        """Act as the policy does."""
-        actions = self._policy.act(observations, rewards, episode_starts)
-        self._taken.append(actions.copy())
-        return actions

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from stable_baselines3.common.vec_env import DummyVecEnv
 
-from eva_rl.envs import make_vec_env
+from eva_rl.envs import TaskVecEnv, make_vec_env
 from eva_rl.rollouts.episodes import EpisodeRecord, play_episodes
 from tests.conftest import make_policy
 
@@ -27,7 +27,7 @@ class CountingEnv(gym.Env[Any, Any]):
 
     def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
         self._episode, self._step = self._episode + 1, 0
-        return np.zeros(1, np.float32), {"episode_seed": 10 + self._episode}
+        return np.zeros(1, np.float32), {}
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         self._step += 1
@@ -54,11 +54,16 @@ class Notes:
         return np.zeros_like(observations)
 
 
+def counting_envs(*lengths: Sequence[int]) -> TaskVecEnv:
+    box = (CountingEnv.observation_space, CountingEnv.action_space)
+    makers = [partial(CountingEnv, each) for each in lengths]
+    return TaskVecEnv(makers, ["counting"] * len(lengths), box, range(10, 10 + len(lengths)), len(lengths))
+
+
 def test_episodes_are_counted_and_seen_exactly() -> None:
     notes = Notes()
-    vec_env = DummyVecEnv([lambda: CountingEnv([2, 4]), lambda: CountingEnv([3])])
     finished: list[EpisodeRecord] = []
-    records = play_episodes(notes, vec_env, ["a", "b"], 2, finished.append)
+    records = play_episodes(notes, counting_envs([2, 4], [3]), ["a", "b"], 4, finished.append)
     assert [(r.env_id, r.length, r.episode_return) for r in records] == [
         ("a", 2, 3.0),
         ("b", 3, 6.0),
@@ -71,29 +76,65 @@ def test_episodes_are_counted_and_seen_exactly() -> None:
         (True, False, 2),
         (True, True, 2),
     ]
-    assert [r.episode_seed for r in records] == [10, 10, 11, 11]
-    assert sorted(map(id, finished)) == sorted(map(id, records))
+    assert [r.episode_seed for r in records] == [10, 11, 12, 13]
+    assert sorted(finished, key=lambda r: r.episode_seed) == records
+    assert [r.env_id for r in finished] == ["a", "b", "b", "a"]
     assert notes.seen == [
         ([0, 0], [0, 0], [True, True]),
         ([1, 1], [1, 1], [False, False]),
-        ([0, 2], [2, 2], [True, False]),  # the first observation of a's next episode, never its last one
-        ([1, 0], [1, 3], [False, True]),
-        ([2, 1], [2, 1], [False, False]),
-        ([3, 2], [3, 2], [False, False]),
+        ([2, 2], [2, 2], [False, False]),  # a has ended and waits
+        ([0, 0], [0, 0], [True, True]),
+        ([1, 1], [1, 1], [False, False]),
+        ([2, 2], [2, 2], [False, False]),
+        ([3, 3], [3, 3], [False, False]),
     ]
+
+
+def test_no_more_episodes_than_asked_for_are_played() -> None:
+    """Environments that are not needed in the last round rest."""
+    records = play_episodes(Notes(), counting_envs([2], [3], [4]), ["a", "b", "c"], 4)
+    assert [(r.env_id, r.episode_seed) for r in records] == [("a", 10), ("b", 11), ("c", 12), ("a", 13)]
+
+
+def test_an_episode_that_is_stopped_at_success_is_the_same_up_to_there() -> None:
+    """The waiting environment stays in the batch, so that the others' actions are the same to the bit."""
+    whole, stopped = (
+        play_episodes(Notes(), counting_envs([5], [2]), ["a", "b"], 2, stop_at_success=stop) for stop in (False, True)
+    )
+    assert [(r.success, r.first_success) for r in whole] == [(r.success, r.first_success) for r in stopped]
+    assert [(r.length, r.stopped) for r in whole] == [(5, False), (2, False)]
+    assert [(r.length, r.stopped) for r in stopped] == [(3, True), (2, False)]
+
+
+def test_actions_of_environments_that_wait_are_not_handed_on() -> None:
+    taken: list[int] = []
+    play_episodes(Notes(), counting_envs([1], [3]), ["a", "b"], 2, on_actions=lambda rows: taken.append(len(rows)))
+    assert taken == [2, 1, 1]
 
 
 @pytest.mark.parametrize("window", ["cached", "full"])
 def test_the_number_of_environments_does_not_change_an_episode(window: str) -> None:
-    """With a context of one step both windows show the same, so batching alone is tested."""
+    """Episodes begin together, so that a context has the same length at the same step of every episode."""
     results = []
-    for n in (1, 3):
-        policy = make_policy(11, 3, context_length=1)
+    for n in (1, 3, 6):
+        policy = make_policy(11, 3)
         policy.window = "full" if window == "full" else "cached"
         vec_env = make_vec_env("Hopper-v5", n, seed=20)
-        records = play_episodes(policy, vec_env, ["Hopper-v5"] * n, 3 // n)
+        records = play_episodes(policy, vec_env, ["Hopper-v5"] * n, 6)
         vec_env.close()
         results.append(records)
-    assert [r.episode_seed for r in results[0]] == [r.episode_seed for r in results[1]] == [20, 21, 22]
-    assert [r.length for r in results[0]] == [r.length for r in results[1]]
-    np.testing.assert_allclose(*([r.episode_return for r in rs] for rs in results), rtol=1e-3)
+    for other in results[1:]:
+        assert [r.episode_seed for r in results[0]] == [r.episode_seed for r in other] == list(range(20, 26))
+        assert [r.length for r in results[0]] == [r.length for r in other]
+        np.testing.assert_allclose(*([r.episode_return for r in rs] for rs in (results[0], other)), rtol=1e-3)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_worker_processes_give_the_same_episodes_to_the_bit(workers: int) -> None:
+    results = []
+    for number in (0, workers):
+        vec_env = make_vec_env("push-v3", 5, seed=3, horizon=12, workers=number)
+        results.append(play_episodes(make_policy(), vec_env, ["push-v3"] * 5, 7))
+        assert vec_env.num_workers == number
+        vec_env.close()
+    assert results[0] == results[1]

@@ -63,16 +63,30 @@ def test_experts_succeed_and_records_agree_with_a_plain_loop() -> None:
 
 def test_short_episodes_are_not_over_represented() -> None:
     """Hopper falls after different numbers of steps; every environment plays the same number of episodes."""
-    policy = make_policy(11, 3)
-    vec_env = envs.make_vec_env("Hopper-v5", 3)
-    vec_env.seed(5)
-    records = play_episodes(policy, vec_env, ["Hopper-v5"] * 3, 4)
+    policy, vec_env = make_policy(11, 3), envs.make_vec_env("Hopper-v5", 3, seed=5)
+    records = play_episodes(policy, vec_env, ["Hopper-v5"] * 3, 12)
     assert [r.episode_seed for r in records] == list(range(5, 17))
     assert len({r.length for r in records}) > 1
-    alone = envs.make_vec_env("Hopper-v5", 1)
-    alone.seed(5)
-    by_one = play_episodes(policy, alone, ["Hopper-v5"], 3)
-    assert [r.length for r in by_one] == [r.length for r in records[:3]]
+
+
+def test_stopping_at_success_measures_success_alone() -> None:
+    expert = ExpertPolicy("metaworld/reach-v3")
+    whole, stopped = (
+        evaluate_policy(expert, "reach-v3", episodes=3, seed=7, stop_at_success=stop) for stop in (False, True)
+    )
+    assert [e.first_success for e in whole.episodes] == [e.first_success for e in stopped.episodes]
+    assert stopped.success_rate == whole.success_rate == 1
+    assert stopped.metrics() == {"eval/success_rate": 1.0}
+    assert np.isnan(stopped.mean_reward)
+    assert stopped.record()["episodes"][0]["episode_return"] is None
+    assert "ended at the first success" in stopped.protocol
+    assert {"eval/mean_reward", "eval/success_at_end"} <= whole.metrics().keys()
+
+
+def test_returns_are_measured_where_nothing_was_stopped() -> None:
+    found = evaluate_policy(make_policy(), "push-v3", episodes=2, horizon=4, stop_at_success=True)
+    assert found.success_rate == 0
+    assert found.metrics() == evaluate_policy(make_policy(), "push-v3", episodes=2, horizon=4).metrics()
 
 
 def test_environments_can_be_used_again() -> None:

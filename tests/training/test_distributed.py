@@ -27,7 +27,7 @@ from eva_rl.data import Trajectories, WindowSampler, read_episodes, write_episod
 from eva_rl.data.samplers import ShardedSampler
 from eva_rl.distributed import ProcessGroup
 from eva_rl.errors import UserError
-from eva_rl.rollouts.evaluation import TaskLook, evaluate_together, shared_envs
+from eva_rl.rollouts.evaluation import MultiTaskValidator, evaluate_distributed, shared_envs
 from eva_rl.training.bc import BCOptions, train_bc
 from eva_rl.training.checkpoint import Checkpoints
 from eva_rl.training.losses import clone_loss, microbatches, num_action_elements, summed_action_loss
@@ -66,14 +66,14 @@ def look(episodes: int) -> dict[str, Any]:
     process_group, policy = ProcessGroup.current(), make_policy()
     vec_env = shared_envs(process_group, "reach-v3", episodes, 20)
     play = partial(eva_rl.evaluate_policy, policy, "reach-v3", horizon=20, vec_env=vec_env)
-    result = evaluate_together(process_group, play, episodes=episodes)
+    result = evaluate_distributed(process_group, play, episodes=episodes)
     return {"episodes": result.episodes, "protocol": result.protocol}
 
 
 def look_at_tasks() -> dict[str, float]:
     """Success of an expert-like policy on three tasks, each on one process."""
     tasks = ["metaworld/reach-v3", "metaworld/push-v3", "metaworld/window-close-v3"]
-    return TaskLook.of(ProcessGroup.current(), tasks).scores(make_policy(), 1, 7)
+    return MultiTaskValidator.of(ProcessGroup.current(), tasks).scores(make_policy(), 1, 7)
 
 
 def worker(rank: int, world: int, folder: str, work: Any) -> None:

@@ -1,0 +1,127 @@
+"""Environments that a user brings: named by their module, with arguments, without a time limit, with success."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from eva_rl import envs
+from eva_rl.cli.parsing import parse
+from eva_rl.envs.names import split_options, with_options
+from eva_rl.envs.registry import DEFAULT_HORIZON, task_ids
+from eva_rl.errors import UnknownNameError, UserError
+from eva_rl.evaluate import main as evaluate_main
+from eva_rl.finetune.command import finetune
+from eva_rl.rollouts.evaluation import evaluate_policy
+from tests.conftest import make_policy
+
+OWN = "tests.envs.own_envs:Own"
+
+
+class Drives:
+    """Goes right at full speed."""
+
+    observation_dim, action_dim = 2, 1
+
+    def reset(self, env_ids: object) -> None:
+        pass
+
+    def act(self, observations, rewards, episode_starts):
+        return np.full((len(observations), 1), 1.0, np.float32)
+
+
+def test_an_environment_without_a_limit_ends_where_the_protocol_says() -> None:
+    spec, env = envs.env_spec(f"{OWN}Point-v0"), envs.make_env(f"{OWN}Point-v0")
+    assert spec.horizon == DEFAULT_HORIZON
+    assert f"at most {DEFAULT_HORIZON} env steps" in spec.protocol
+    env.reset(seed=0)
+    ends = [env.step(np.zeros(1, np.float32))[3] for _ in range(DEFAULT_HORIZON)]
+    assert ends == [False] * (DEFAULT_HORIZON - 1) + [True]
+    assert envs.env_spec(f"{OWN}Point-v2").horizon == 30
+    assert envs.env_spec(f"{OWN}Point-v2", 7).horizon == 7
+
+
+def test_a_module_names_its_environment_as_in_gymnasium() -> None:
+    assert envs.canonical_id(f"{OWN}Point-v0") == f"{OWN}Point-v0"
+    assert envs.canonical_id(f"{OWN}Point") == f"{OWN}Point-v2", "the latest version, as gymnasium.make takes it"
+    with pytest.raises(UnknownNameError, match=r"OwnPoint-v0"):
+        envs.canonical_id(f"{OWN}Piont-v0")
+    with pytest.raises(UserError, match=r"module nosuch could not be imported \(ModuleNotFoundError"):
+        envs.canonical_id("nosuch:Env-v0")
+
+
+def test_a_command_takes_a_module_arguments_and_a_goal() -> None:
+    config = parse("evaluate", [f"env={OWN}Point-v0", "env.kwargs={goal:2.5,key:is_success}"])
+    assert task_ids(config.env.id) == [f"{OWN}Point-v0?goal=2.5&key=is_success"]
+    observation, _ = envs.make_env(config.env.id).reset(seed=0)
+    assert observation[1] == 2.5
+    assert finetune  # its import makes the command known
+    config = parse("finetune", ["env=push-v3", "env.goal=7"])
+    assert envs.canonical_id(config.env.id) == "metaworld/push-v3?goal=7"
+
+
+@pytest.mark.parametrize("value", [3, 2.5, True, None, "text", "a+b&c=d", [1, 2], {"a": 1}, "3"])
+def test_arguments_survive_their_name(value: object) -> None:
+    assert split_options(with_options("Env-v0", {"key": value})) == ("Env-v0", {"key": value})
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_worker_processes_know_the_module_and_the_arguments(workers: int) -> None:
+    vec_env = envs.make_vec_env(f"{OWN}Point-v0?goal=4", 3, workers=workers)
+    assert np.asarray(vec_env.reset())[:, 1].tolist() == [4, 4, 4]
+    vec_env.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "cause"),
+    [
+        ("Needy-v0", "missing 1 required positional argument: 'must'"),
+        ("Missing-v0", "FileNotFoundError: no robot.xml here"),
+        ("Point-v0?speed=3", "unexpected keyword argument 'speed'"),
+    ],
+)
+def test_one_message_for_whatever_a_constructor_raises(name: str, cause: str) -> None:
+    with pytest.raises(UserError, match=cause) as caught:
+        envs.env_spec(OWN + name)
+    assert f"{OWN}{name} could not be made" in str(caught.value)
+    assert "env.kwargs=" in str(caught.value)
+    assert caught.value.__cause__ is not None
+    assert envs.env_spec(f"{OWN}Needy-v0?must=3").observation_dim == 2
+
+
+@pytest.mark.parametrize("options", ["?goal=1", "?goal=1&key=is_success", "?goal=1&only_at_end=true"])
+def test_success_in_the_infos_gives_a_success_rate(options: str) -> None:
+    found = evaluate_policy(Drives(), f"{OWN}Point-v0{options}", episodes=2, horizon=20)
+    assert found.reports_success
+    assert found.metrics()["eval/success_rate"] == 1
+    never = evaluate_policy(Drives(), f"{OWN}Point-v0?goal=-9", episodes=2, horizon=20)
+    assert never.success_rate == 0
+    silent = evaluate_policy(make_policy(11, 3), "Hopper-v5", episodes=1, horizon=5)
+    assert "eval/success_rate" not in silent.metrics()
+
+
+def test_metaworlds_groups_are_task_sets() -> None:
+    assert len(task_ids("mt10")) == 10
+    assert len(task_ids("mt25")) == 25
+    assert (len(task_ids("ml10-train")), len(task_ids("ml10-test")), len(task_ids("ml10"))) == (10, 5, 15)
+    assert (len(task_ids("ML45_train")), len(task_ids("ml45-test"))) == (45, 5)
+    assert not set(task_ids("ml10-train")) & set(task_ids("ml10-test"))
+    assert task_ids("mt10?goal=3")[0] == "metaworld/reach-v3?goal=3"
+
+
+def test_one_goal_for_all_episodes() -> None:
+    fixed, free = envs.make_env("push-v3?goal=5"), envs.make_env("push-v3")
+    goals = [fixed.reset(seed=seed)[0][-3:].tolist() for seed in (1, 2, None)]
+    assert goals == [free.reset(seed=5)[0][-3:].tolist()] * 3
+    assert "the goal of seed 5" in envs.env_spec("push-v3?goal=5").protocol
+    with pytest.raises(UserError, match=r"env\.goal=-1"):
+        envs.canonical_id("push-v3?goal=-1")
+
+
+def test_the_command_says_what_is_wrong(policy_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert evaluate_main([f"policy={policy_folder}", f"env={OWN}Needy-v0"]) == 2
+    shown = capsys.readouterr().err
+    assert "env.kwargs=" in shown
+    assert "Episodes" not in shown, "nothing has begun"

@@ -1,0 +1,144 @@
+"""Environments that fail: one message with the environment, the env step and the cause, in every loop."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+
+from eva_rl import envs
+from eva_rl.errors import EnvironmentFailedError
+from eva_rl.rollouts.evaluation import evaluate_policy
+from tests.conftest import make_policy
+
+GOOD = np.zeros(3, np.float32)
+
+
+class Faulty(gym.Env[Any, Any]):
+    """Does something that no environment may do, at its start or at env step 3."""
+
+    observation_space = gym.spaces.Box(-1, 1, (3,), np.float32)
+    action_space = gym.spaces.Box(-1, 1, (2,), np.float32)
+
+    def __init__(self, fault: str) -> None:
+        self._fault, self._step = fault, 0
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+        self._step = 0
+        result: Any = (GOOD, {})
+        if self._fault.startswith("reset_"):
+            result = RESETS[self._fault]()
+        return result
+
+    def step(self, action: Any) -> Any:
+        self._step += 1
+        if self._step < 3 or self._fault not in STEPS:
+            return GOOD, 0.0, False, False, {}
+        return STEPS[self._fault]()
+
+
+def raises(error: BaseException) -> Any:
+    def act() -> Any:
+        raise error
+
+    return act
+
+
+RESETS = {
+    "reset_raises": raises(RuntimeError("no licence")),
+    "reset_old_interface": lambda: GOOD,
+    "reset_nan": lambda: (np.full(3, np.nan), {}),
+}
+STEPS: dict[str, Any] = {
+    "raises": raises(ZeroDivisionError("by zero")),
+    "exits": raises(OSError("device lost")),
+    "asserts": raises(AssertionError("torque")),
+    "old_interface": lambda: (GOOD, 0.0, False, {}),
+    "wrong_shape": lambda: (np.zeros(4), 0.0, False, False, {}),
+    "texts": lambda: (np.array(["a", "b", "c"]), 0.0, False, False, {}),
+    "ragged": lambda: ([1.0, None, 2.0], 0.0, False, False, {}),
+    "nan_observation": lambda: (np.array([0, np.nan, 0]), 0.0, False, False, {}),
+    "too_large": lambda: (np.array([0, 1e300, 0]), 0.0, False, False, {}),
+    "nan_reward": lambda: (GOOD, float("nan"), False, False, {}),
+    "infinite_reward": lambda: (GOOD, -np.inf, False, False, {}),
+    "no_reward": lambda: (GOOD, None, False, False, {}),
+    "two_rewards": lambda: (GOOD, np.zeros(2), False, False, {}),
+    "flag_none": lambda: (GOOD, 0.0, None, False, {}),
+    "info_none": lambda: (GOOD, 0.0, False, False, None),
+}
+CAUSES = {
+    "raises": "ZeroDivisionError: by zero",
+    "exits": "OSError: device lost",
+    "asserts": "AssertionError: torque",
+    "old_interface": "expected 5, got 4",
+    "wrong_shape": r"shape \(4,\)",
+    "reset_raises": "RuntimeError: no licence",
+    "two_rewards": r"shape \(2,\)",
+}
+gym.register("Faulty-v0", entry_point=Faulty)
+
+
+def play(vec_env: envs.TaskVecEnv, steps: int) -> None:
+    vec_env.reset()
+    for _ in range(steps):
+        vec_env.step(np.zeros((vec_env.num_envs, *vec_env.action_space.shape), np.float32))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("fault", [*STEPS, *RESETS])
+def test_a_failing_environment_is_one_message(fault: str, workers: int) -> None:
+    vec_env = envs.make_vec_env(f"Faulty-v0?fault={fault}", 2, seed=5, workers=workers)
+    with pytest.raises(EnvironmentFailedError, match=CAUSES.get(fault, ".")) as caught:
+        play(vec_env, 3)
+    vec_env.close()
+    where = "at the start" if fault.startswith("reset_") else "in env step 3"
+    assert f"Faulty-v0?fault={fault} failed {where} of the episode seeded 5: " in str(caught.value)
+
+
+def test_a_healthy_one_passes() -> None:
+    vec_env = envs.make_vec_env("Faulty-v0?fault=none", 1, horizon=4)
+    vec_env.reset()
+    dones = [bool(vec_env.step(np.zeros((1, 2), np.float32))[2][0]) for _ in range(4)]
+    assert dones == [False, False, False, True]
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("env", ["push-v3", "Hopper-v5"])
+def test_an_action_that_is_not_finite_is_the_policys_fault(env: str, bad: float) -> None:
+    """Meta-World clips a NaN action away without a word, so that a broken policy would be given a success rate."""
+    spec = envs.env_spec(env)
+    policy = make_policy(spec.observation_dim, spec.action_dim)
+    policy.network.action_head.bias.data[0] = bad
+    policy.network.action_head.weight.data[0] = bad
+    with pytest.raises(EnvironmentFailedError, match=r"the policy's action is not finite") as caught:
+        evaluate_policy(policy, env, episodes=2, horizon=3)
+    assert spec.env_id in str(caught.value)
+
+
+def test_a_worker_that_is_killed_is_one_message() -> None:
+    vec_env = envs.make_vec_env("Hopper-v5", 3, workers=2)
+    vec_env.reset()
+    os.kill(vec_env.processes[1].pid, signal.SIGKILL)
+    with pytest.raises(EnvironmentFailedError, match=r"Hopper-v5 .*worker process \d+ ended by signal SIGKILL"):
+        play(vec_env, 3)
+    vec_env.close()
+    assert not any(process.is_alive() for process in vec_env.processes)
+
+
+def test_workers_end_with_their_parent_and_with_the_environments() -> None:
+    vec_env = envs.make_vec_env("Hopper-v5", 2, workers=2)
+    vec_env.reset()
+    processes = vec_env.processes
+    vec_env.close()
+    assert [process.exitcode for process in processes] == [0, 0]
+
+
+def test_messages_are_short_and_name_the_environment_first() -> None:
+    error = EnvironmentFailedError("X-v0", "in env step 3 of the episode seeded 1", "a reward is not finite: nan")
+    expected = "The environment X-v0 failed in env step 3 of the episode seeded 1: a reward is not finite: nan."
+    assert re.fullmatch(re.escape(expected), str(error))
