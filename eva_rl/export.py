@@ -1,4 +1,4 @@
-"""``python -m eva_rl.export``: a policy as a folder for others, and on the Hugging Face hub."""
+"""``python -m eva_rl.export``: a policy as a folder or file for others, and on the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -11,46 +11,59 @@ from tempfile import TemporaryDirectory
 import torch
 
 from eva_rl.adapters import load_policy
+from eva_rl.adapters.extensions import WEIGHTS_FILE as ADAPTER_WEIGHTS
+from eva_rl.adapters.folders import ADAPTER_FILES, ADAPTER_FOLDER
 from eva_rl.adapters.model_card import model_card, pretrained_card
 from eva_rl.agents import DecisionTransformerPolicy
-from eva_rl.agents.huggingface import export_huggingface
-from eva_rl.agents.policy_folder import HUB_ID, find_policy, write_policy_files
+from eva_rl.agents.huggingface import COMPANION_FILE, CONFIG_FILE, PICKLE_FILE, export_huggingface
+from eva_rl.agents.policy_folder import HUB_ID, POLICY_FILE, WEIGHTS_FILE, find_policy, write_policy_files
 from eva_rl.cli.command import run_command
 from eva_rl.cli.console import console
 from eva_rl.cli.loading import open_policy
 from eva_rl.cli.parsing import register
 from eva_rl.configs.groups import PolicyOptions
 from eva_rl.errors import UserError
-from eva_rl.files import write_folder
+from eva_rl.files import copy_files, sha256, write_folder
 from eva_rl.options import group, one_of, option
 
 HELP = """
-Write a policy as a folder, with its adapter or merged, for eva-rl or for transformers; push it to the hub.
+Write a policy as a folder, with its adapter or merged, for eva-rl or for transformers, or as one ONNX file; push it to
+the hub.
 
 Examples:
   python -m eva_rl.export policy=runs/push to=merged out=exported/push
   python -m eva_rl.export policy=runs/push to=huggingface out=exported/push-hf
+  python -m eva_rl.export policy=runs/push to=onnx
   python -m eva_rl.export policy=runs/push to=adapter push=USER/push
 
 A pushed policy is used by its name: policy=USER/push.
 """
-TARGETS = ("adapter", "merged", "huggingface")
-CARD_FILE = "README.md"
+TARGETS = ("adapter", "merged", "huggingface", "onnx")
+CARD_FILE, ONNX_SUFFIX, ONNX_FILE = "README.md", ".onnx", "policy.onnx"
+FOLDER_FILES = (
+    *(POLICY_FILE, WEIGHTS_FILE, CONFIG_FILE, COMPANION_FILE, PICKLE_FILE, CARD_FILE),
+    *(f"{ADAPTER_FOLDER}/{name}" for name in (*ADAPTER_FILES, CARD_FILE)),
+)
+"""All that is copied of a policy folder."""
 
 
 @dataclass
 class ExportConfig:
     """Config of ``python -m eva_rl.export``."""
 
-    to: str = option("merged", "adapter (as it is), merged (one set of weights), or huggingface (for transformers)")
-    out: str = option("", "new folder; empty writes none, where the policy is pushed")
+    to: str = option(
+        "merged", "adapter (as it is), merged (one set of weights), huggingface (for transformers), or onnx"
+    )
+    out: str = option(
+        "", "new folder, or FILE.onnx; empty writes none where the policy is pushed, and NAME.onnx for onnx"
+    )
     push: str = option("", "USER/NAME of a repository on the Hugging Face hub; made if it is not there")
     private: bool = option(False, "make the repository private")
     policy: PolicyOptions = group(PolicyOptions, "what to export")
 
     def __post_init__(self) -> None:
         one_of(TARGETS, to=self.to)
-        if not (self.out or self.push):
+        if not (self.out or self.push or self.to == "onnx"):
             raise UserError("Nowhere to write: name a folder with out=, or a hub repository with push=USER/NAME.")
         if self.push and not HUB_ID.fullmatch(self.push):
             raise UserError(f"push={self.push}: expected USER/NAME.")
@@ -62,14 +75,20 @@ register("export", ExportConfig, {})
 def export(config: ExportConfig) -> None:
     """Write the folder, and push it where asked to."""
     with TemporaryDirectory() as temporary:
-        out = Path(config.out).expanduser() if config.out else Path(temporary) / "policy"
+        named = config.out or ("" if config.push else Path(config.policy.path).name + ONNX_SUFFIX)
+        out = Path(named).expanduser() if named else Path(temporary) / "policy"
         if out.exists():
             raise UserError(f"{out} exists and is not overwritten. Name another out=, or remove it.")
-        write_exported(out, config)
-        if config.out:
+        pushed = out
+        if config.to == "onnx":
+            pushed = Path(temporary) / "pushed"
+            out = write_onnx(out, pushed, config)
+        else:
+            write_exported(out, config)
+        if named:
             console.print(f"Policy: {out}", soft_wrap=True)
         if config.push:
-            console.print(f"Pushed: {push_folder(out, config.push, config.private)}", soft_wrap=True)
+            console.print(f"Pushed: {push_folder(pushed, config.push, config.private)}", soft_wrap=True)
 
 
 def write_exported(out: Path, config: ExportConfig) -> None:
@@ -103,11 +122,54 @@ def copy_policy(name_or_path: str, out: Path) -> None:
     policy = load_policy(folder)
 
     def write(aside: Path) -> None:
-        shutil.copytree(folder, aside, dirs_exist_ok=True)
+        copy_files(folder, aside, FOLDER_FILES, _hub_store(folder))
         if not (aside / CARD_FILE).exists():
             (aside / CARD_FILE).write_text(card_of(policy, name_or_path, "adapter"))
 
     write_folder(out, write)
+
+
+def _hub_store(folder: Path) -> Path | None:
+    """Where the hub's cache keeps the files that a downloaded folder links to."""
+    repository = folder.absolute().parent.parent
+    return repository / "blobs" if folder.parent.name == "snapshots" else None
+
+
+def write_onnx(out: Path, folder: Path, config: ExportConfig) -> Path:
+    """Write the policy as one ONNX file, after acting with it beside torch.
+
+    Args:
+        out: The file; its suffix may be left out.
+        folder: A new folder, for what is pushed: the file and its model card.
+        config: What to export.
+
+    Returns:
+        The file.
+
+    Raises:
+        UserError: See :func:`eva_rl.agents.onnx.export_onnx`.
+    """
+    from eva_rl.agents.onnx import export_onnx  # needs an extra
+
+    path = out if out.suffix == ONNX_SUFFIX else out.with_name(out.name + ONNX_SUFFIX)
+    if path.exists():
+        raise UserError(f"{path} exists and is not overwritten. Name another out=, or remove it.")
+    policy = open_policy(config.policy, torch.device("cpu"))
+    hashes = {"base_sha256": policy.adapters.base_sha256, "adapter_sha256": _adapter_digest(config.policy.path)}
+    policy.adapters.merge_and_unload()
+    facts = policy.metadata.get("finetuning") or {}
+    difference = export_onnx(policy, path, {"policy": config.policy.path, **hashes, "protocol": facts.get("protocol")})
+    console.print(f"Acts as torch does: its actions differ by at most {difference:.1e} of half their range.")
+    folder.mkdir()
+    shutil.copyfile(path, folder / ONNX_FILE)
+    (folder / CARD_FILE).write_text(card_of(policy, config.policy.path, "onnx"))
+    return path
+
+
+def _adapter_digest(name_or_path: str) -> str:
+    """SHA-256 of the adapter's weights; "" without one."""
+    weights = find_policy(name_or_path) / ADAPTER_FOLDER / ADAPTER_WEIGHTS
+    return sha256(weights) if weights.exists() else ""
 
 
 def card_of(policy: DecisionTransformerPolicy, name: str, form: str) -> str:

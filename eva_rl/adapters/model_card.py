@@ -26,6 +26,7 @@ FORMS = {
     "merged": "The adapter is merged into `model.safetensors`.",
     "huggingface": "The adapter is merged; `transformers.DecisionTransformerModel.from_pretrained` reads the folder. "
     "Inputs are scaled as `eva_rl.json` says.",
+    "onnx": "`policy.onnx` holds the network, its adapter merged, with normaliser and bounds; onnxruntime runs it.",
     "full": "`model.safetensors` holds the trained policy.",
 }
 

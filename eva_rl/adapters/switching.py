@@ -54,6 +54,11 @@ class Adapters:
         self._active: str | None = None
 
     @property
+    def base_sha256(self) -> str:
+        """Digest of the base weights, which an adapter is made for."""
+        return self._base
+
+    @property
     def names(self) -> tuple[str, ...]:
         """Of the adapters that were added."""
         return tuple(self._origins)

@@ -182,7 +182,7 @@ def test_wrong_exports(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
         ([f"out={folder}/base"], ["exists and is not overwritten"]),
         ([], ["Nowhere to write", "out=", "push="]),
         (["push=only-a-name"], ["expected USER/NAME"]),
-        ([f"out={tmp_path}/x", "to=onnx"], ["'onnx'", "merged"]),
+        ([f"out={tmp_path}/x", "to=onxx"], ["'onxx'", "'onnx'"]),
         ([f"out={tmp_path}/x", "policy=nowhere"], ["'nowhere'"]),
     ):
         assert export.main([f"policy={folder}/reach", *asked]) == 2

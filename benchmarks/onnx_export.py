@@ -1,0 +1,56 @@
+"""An exported policy beside the policy it was made from: success on the same goals, and milliseconds an action.
+
+python benchmarks/onnx_export.py policy=mt40 env=push-v3 episodes=50
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import torch
+
+from eva_rl import evaluate_policy, load_policy
+from eva_rl.agents import Policy
+from eva_rl.agents.onnx import OnnxPolicy, export_onnx
+from eva_rl.envs import canonical_id
+
+ACTIONS = 500
+
+
+def milliseconds(policy: Policy, clock: Callable[[], float]) -> float:
+    """Mean time of an action in one environment, after a first context."""
+    policy.reset([""])
+    observation, reward = np.zeros((1, policy.observation_dim), np.float32), np.zeros(1, np.float32)
+    for step in range(ACTIONS + 50):
+        if step == 50:
+            began = clock()
+        policy.act(observation, reward, np.array([step == 0]))
+    return 1000 * (clock() - began) / ACTIONS
+
+
+def main() -> None:
+    """Print the table."""
+    torch.set_num_threads(1)
+    options = dict(word.split("=", 1) for word in sys.argv[1:])
+    task = canonical_id(options.get("env", "push-v3"))
+    policy = load_policy(options.get("policy", "mt40"), merge=True)
+    with TemporaryDirectory() as folder:
+        difference = export_onnx(policy, Path(folder) / "policy.onnx")
+        exported = OnnxPolicy(Path(folder) / "policy.onnx")
+    print(f"{task}: actions differ by at most {difference:.1e} of half their range")
+    print("| | success | mean return | ms an action | CPU ms an action |")
+    print("|---|---|---|---|---|")
+    for name, one in (("torch", policy), ("onnxruntime", exported)):
+        found = evaluate_policy(one, task, episodes=int(options.get("episodes", "50")))
+        success = f"{found.success_rate:.2f}" if found.reports_success else "-"
+        wall, used = milliseconds(one, time.perf_counter), milliseconds(one, time.process_time)
+        print(f"| {name} | {success} | {found.mean_reward:.2f} | {wall:.2f} | {used:.2f} |")
+
+
+if __name__ == "__main__":
+    main()
