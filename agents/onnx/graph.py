@@ -108,8 +108,8 @@ def _infos(config: DecisionTransformerConfig, names: Sequence[str]) -> list[Any]
     from onnx import TensorProto, helper
 
     H, d = config.num_heads, config.hidden_size // config.num_heads
-    memory = [config.num_layers, "batch", H, "tokens", d]
-    longer = [*memory[:3], "tokens_and_new", d]
+    memory: list[int | str] = [config.num_layers, "batch", H, "tokens", d]
+    longer: list[int | str] = [*memory[:3], "tokens_and_new", d]
     shapes: dict[str, list[int | str]] = {
         "observations": ["batch", "steps", config.observation_dim],
         "previous_actions": ["batch", "steps", config.action_dim],

@@ -74,11 +74,12 @@ class _Episode:
 
     def __init__(self, session: Any, about: dict[str, Any], target: float) -> None:
         self._session, self._about, self._target = session, about, target
+        self._memory: list[NDArray[np.float32]] = []
+        self._steps: list[tuple[Any, ...]] = []
 
     def act(self, observation: NDArray[np.float32], reward: float, start: bool) -> NDArray[np.float32]:
         if start:
-            self._to_go, self._seen = self._target, 0
-            self._steps: list[tuple[Any, ...]] = []
+            self._to_go, self._seen, self._steps = self._target, 0, []
             self._action: NDArray[np.float32] = np.zeros(len(self._about["action_low"]), np.float32)
             reward = 0.0
         self._to_go -= float(reward)

@@ -32,7 +32,7 @@ def save_adapted(folder: Path, seed: int = 1, method: str = "lora") -> None:
     adapter = attach_adapter(policy, method, rank=2, total_updates=8)
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in policy.network.named_parameters():
-        if ".lora_B" in name:
+        if ".lora_B" in name or ".lora_E" in name:
             parameter.data.normal_(generator=generator)
     save_adapted_policy(folder, policy, adapter, "card")
 
