@@ -84,7 +84,7 @@ def main() -> None:
     found: dict[int, list[float]] = {number: [] for number in options.processes}
     for _ in range(options.turns):
         for number in options.processes:
-            result = options.out.with_suffix(f".{number}")
+            result = options.out.with_name(f"{options.out.name}.{number}")
             launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={number}"]
             given = ["--size", options.size, "--batch", str(options.batch), "--updates", str(options.updates)]
             subprocess.run([*launcher, __file__, *given, "--result", str(result)], check=True)

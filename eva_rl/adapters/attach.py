@@ -196,10 +196,10 @@ def _lora_config(
     ranks: Mapping[str, int] = {name: min(rank, limit) for name, limit in limits.items()}
     if eva is not None:
         rank, scale = eva.options.rank, eva.options.alpha / eva.options.rank
-        ranks = {name: r for name, r in eva.rank_pattern.items() if name in limits}
+        ranks = {name: r for name, r in eva.ranks.items() if name in limits}
     alphas: Mapping[str, float] = {name: scale * r for name, r in ranks.items()}
     if eva is not None:
-        alphas = {name: eva.alpha_pattern[name] for name in ranks}
+        alphas = {name: eva.alphas[name] for name in ranks}
     if method.rslora:  # divides by the root of a layer's rank: the same scale everywhere needs a root here, too
         alphas = {name: value * (rank / ranks[name]) ** 0.5 for name, value in alphas.items()}
     own = [name for name in ranks if eva is not None or ranks[name] != rank]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from eva_rl.errors import UserError
 from eva_rl.eva.gain import SecondMoment
 from eva_rl.eva.moments import Method
 from eva_rl.eva.options import EvaOptions
+from eva_rl.files import read_json, write_file
 
 Stopped = Literal["converged", "max_batches", "data exhausted", "listening ended"]
 
@@ -110,14 +112,32 @@ class EvaResult:
         return sum(layer.trainable_parameters for layer in self.layers.values())
 
     @property
-    def rank_pattern(self) -> dict[str, int]:
-        """Rank by layer; layers of rank 0 are left out, they get no adapter."""
+    def ranks(self) -> dict[str, int]:
+        """Rank by layer name; layers of rank 0 are left out, they get no adapter."""
         return {name: layer.rank for name, layer in self.layers.items() if layer.rank}
 
     @property
-    def alpha_pattern(self) -> dict[str, float]:
-        """LoRA alpha by layer, for the layers in `rank_pattern`."""
+    def alphas(self) -> dict[str, float]:
+        """LoRA's alpha by layer name, for the layers in `ranks`."""
         return {name: layer.lora_alpha for name, layer in self.layers.items() if layer.rank}
+
+    @property
+    def target_modules(self) -> str:
+        """PEFT's `target_modules` for the layers in `ranks`: a regular expression that matches no other layer."""
+        return "|".join(re.escape(_in_base_model(name)) for name in self.ranks)
+
+    @property
+    def rank_pattern(self) -> dict[str, int]:
+        """PEFT's `rank_pattern`, each key a regular expression that matches one layer.
+
+        A plain name would also match the layers whose names end like it.
+        """
+        return {_exactly(name): rank for name, rank in self.ranks.items()}
+
+    @property
+    def alpha_pattern(self) -> dict[str, float]:
+        """PEFT's `alpha_pattern`, with the keys of `rank_pattern`."""
+        return {_exactly(name): alpha for name, alpha in self.alphas.items()}
 
     def state_dict(self, prefix: str = "") -> dict[str, Tensor]:
         """Components by layer name, with rank-0 layers as (0, D).
@@ -136,7 +156,7 @@ class EvaResult:
             "converged": self.converged,
             "seconds": self.seconds,
             "budget": self.budget,
-            "assigned": sum(self.rank_pattern.values()),
+            "assigned": sum(self.ranks.values()),
             "trainable_parameters": self.trainable_parameters,
             "methods": {str(layer.width): layer.method for layer in self.layers.values()},
             "skipped": list(self.skipped),
@@ -147,21 +167,20 @@ class EvaResult:
         """Write `path`.safetensors (components) and `path`.json (the report)."""
         from safetensors.torch import save_file
 
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({k: v.contiguous() for k, v in self.state_dict().items()}, path.with_suffix(".safetensors"))
-        path.with_suffix(".json").write_text(json.dumps(self.to_report(), indent=1))
+        components = {name: value.contiguous() for name, value in self.state_dict().items()}
+        write_file(_beside(path, ".safetensors"), lambda aside: save_file(components, aside))
+        write_file(_beside(path, ".json"), lambda aside: aside.write_text(json.dumps(self.to_report(), indent=1)))
 
     @classmethod
     def load(cls, path: str | Path) -> EvaResult:
         """Read what `save` wrote."""
         from safetensors.torch import load_file
 
-        path = Path(path)
-        if not path.with_suffix(".json").is_file():
-            raise UserError(f"{path.with_suffix('.json')} does not exist: expected a path given to EvaResult.save().")
-        report = json.loads(path.with_suffix(".json").read_text())
-        components = load_file(path.with_suffix(".safetensors"))
+        file = _beside(path, ".json")
+        if not file.is_file():
+            raise UserError(f"{file} does not exist: expected a path given to EvaResult.save().")
+        report = read_json(file)
+        components = load_file(_beside(path, ".safetensors"))
         layers = {name: _layer(values, components[name]) for name, values in report["layers"].items()}
         return cls(
             layers,
@@ -176,6 +195,22 @@ class EvaResult:
     def ended(self, stopped: Stopped, seconds: float) -> EvaResult:
         """The same result with the reason for its end."""
         return replace(self, stopped=stopped, seconds=seconds)
+
+
+def _beside(path: str | Path, ending: str) -> Path:
+    """`path` with an ending added; a dot in its name begins none, and either of the two file names stands for both."""
+    path = Path(path)
+    name = path.stem if path.suffix in (".safetensors", ".json") else path.name
+    return path.with_name(name + ending)
+
+
+def _in_base_model(name: str) -> str:
+    """A layer's name as PEFT sees it, also where the components were computed on a PeftModel."""
+    return name.removeprefix("base_model.model.")
+
+
+def _exactly(name: str) -> str:
+    return "^" + re.escape(_in_base_model(name))
 
 
 _NUMBERS = ("lora_alpha", "width", "outputs", "input_group", "method", "rows", "note")

@@ -74,7 +74,7 @@ class Job:
         The process holds a lock for as long as it lives, also where whoever started it was killed.
         """
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        with self.log.with_suffix(".lock").open("ab") as lock, self.log.open("ab") as log:
+        with self.log.with_name(self.log.name + ".lock").open("ab") as lock, self.log.open("ab") as log:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

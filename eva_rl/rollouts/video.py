@@ -139,7 +139,7 @@ def write_video(path: Path, frames: Sequence[Frame]) -> list[Path]:
     write_file(path, lambda aside: imageio.mimsave(aside, list(frames), format="GIF", duration=duration, loop=0))
     if importlib.util.find_spec("imageio_ffmpeg") is None:
         return [path]
-    film = path.with_suffix(".mp4")
+    film = path.with_name(path.name.removesuffix(".gif") + ".mp4")
     encoded = iio.imwrite(
         "<bytes>", np.stack(frames), plugin="FFMPEG", extension=".mp4", fps=FRAMES_PER_SECOND, macro_block_size=2
     )

@@ -70,7 +70,7 @@ def test_rslora_keeps_its_scale_when_ranks_differ(reach_demonstrations: Trajecto
     policy, adapter = attached("eva_rslora", reach_demonstrations, rho=2.0)
     assert adapter.eva is not None
     assert len({layer.rank for layer in adapter.eva.layers.values()}) > 1
-    for name in adapter.eva.rank_pattern:
+    for name in adapter.eva.ranks:
         assert policy.network.get_submodule(name).scaling["default"] == pytest.approx(4 / 4**0.5)
 
 

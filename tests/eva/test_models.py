@@ -146,7 +146,7 @@ def test_pefts_own_initialisation_takes_the_result(found: tuple[nn.Module, Batch
     peft = get_peft_model(model, config, low_cpu_mem_usage=True)
     initialize_lora_eva_weights(peft, eva_state_dict=result.state_dict("base_model.model."))
     torch.testing.assert_close(outputs(peft, batch), before, atol=0, rtol=0)
-    assert len(set(result.rank_pattern.values())) > 1
+    assert len(set(result.ranks.values())) > 1
     for name, layer in result.layers.items():
         module = peft.base_model.model.get_submodule(name)
         if not layer.rank:
@@ -167,14 +167,14 @@ def test_patterns_and_a_copy_initialise_every_lora(
     config = LoraConfig(
         r=4,
         lora_alpha=2,
-        target_modules=list(result.rank_pattern),
-        rank_pattern={"^" + name.replace(".", r"\."): rank for name, rank in result.rank_pattern.items()},
-        alpha_pattern={"^" + name.replace(".", r"\."): alpha for name, alpha in result.alpha_pattern.items()},
+        target_modules=result.target_modules,
+        rank_pattern=result.rank_pattern,
+        alpha_pattern=result.alpha_pattern,
         fan_in_fan_out=True,
         **extra,
     )
     peft = get_peft_model(model, config)
-    for name, rank in result.rank_pattern.items():
+    for name, rank in result.ranks.items():
         weight = peft.base_model.model.get_submodule(name).lora_A["default"].weight
         assert weight.shape[0] == rank
         weight.data.copy_(result.layers[name].components)
@@ -184,7 +184,7 @@ def test_patterns_and_a_copy_initialise_every_lora(
 def test_adalora_takes_the_directions_and_starts_unchanged(found: tuple[nn.Module, Batch, eva.EvaResult]) -> None:
     model, batch, result = found
     before = outputs(model, batch)
-    names = list(result.rank_pattern)
+    names = list(result.ranks)
     config = AdaLoraConfig(
         init_r=8,
         target_r=4,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from eva_rl import eva
@@ -36,8 +38,8 @@ def data(count: int = 3) -> list[Tensor]:
 
 def test_rho_one_keeps_ranks_uniform_but_for_narrow_layers() -> None:
     result = eva.compute(Three(), data(), rank=4)
-    assert result.rank_pattern == {"steep": 4, "flat": 4, "narrow": 2}
-    assert result.alpha_pattern == {"steep": 1.0, "flat": 1.0, "narrow": 0.5}
+    assert result.ranks == {"steep": 4, "flat": 4, "narrow": 2}
+    assert result.alphas == {"steep": 1.0, "flat": 1.0, "narrow": 0.5}
     assert result.trainable_parameters == 4 * 25 + 4 * 26 + 2 * 9
 
 
@@ -52,7 +54,7 @@ def test_budget_goes_to_the_best_components(score: str) -> None:
         everything += [(float(v), name) for v in variances / (paper if divisor is None else divisor)]
     best = [name for _, name in sorted(everything, reverse=True)[:9]]
     assert {name: layer.rank for name, layer in result.layers.items()} == {n: best.count(n) for n in result.layers}
-    assert sum(result.rank_pattern.values()) == result.budget == 9
+    assert sum(result.ranks.values()) == result.budget == 9
     assert {layer.lora_alpha / layer.rank for layer in result.layers.values() if layer.rank} == {2.0}
 
 
@@ -64,8 +66,8 @@ def test_scores_are_the_two_formulas() -> None:
 
 def test_rank_zero_drops_a_layer() -> None:
     result = eva.compute(Three(), data(), targets=["steep", "flat"], rank=1, rho=2.0, keep_scale=False, tau=1.0)
-    assert result.rank_pattern == {"steep": 2}
-    assert result.alpha_pattern == {"steep": 1.0}
+    assert result.ranks == {"steep": 2}
+    assert result.alphas == {"steep": 1.0}
     assert result.layers["flat"].components.shape == (0, 20)
     assert result.state_dict("base_model.model.")["base_model.model.flat"].shape == (0, 20)
 
@@ -82,7 +84,7 @@ def test_layers_that_share_an_input_stand_each_for_themselves() -> None:
 
     result = eva.compute(Shared(), data(), rank=2, rho=2.0, tau=1.0)
     assert result.layers["q"].input_group == result.layers["k"].input_group
-    assert result.rank_pattern == {"q": 3, "k": 3}  # two copies of each steep direction, out of 3 * 2
+    assert result.ranks == {"q": 3, "k": 3}  # two copies of each steep direction, out of 3 * 2
     assert torch.equal(result.layers["q"].components, result.layers["k"].components)
 
 
@@ -134,3 +136,47 @@ def test_report_and_round_trip(tmp_path: Path) -> None:
     assert all(torch.equal(again.layers[n].components, layer.components) for n, layer in result.layers.items())
     with pytest.raises(UserError, match="does not exist"):
         eva.EvaResult.load(tmp_path / "other")
+
+
+class Names(nn.Module):
+    """`proj` inside `block.proj`, and a name that fits another one's if its dot may be any letter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj, self.xproj = nn.Linear(20, 5), nn.Linear(20, 5)
+        self.block = nn.ModuleDict({"proj": nn.Linear(20, 5), "h": nn.ModuleDict({"1": nn.Linear(20, 5)})})
+        self.blockxproj = nn.Linear(20, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.proj(x * torch.logspace(0, -3, 20)) + self.block["proj"](x) + self.block["h"]["1"](x * x)
+        return y + self.xproj(x * torch.logspace(0, -0.5, 20)) + self.blockxproj(x * torch.logspace(0, -1, 20))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_patterns_match_one_layer_each_in_plain_peft(compiled: bool) -> None:
+    model = Names()
+    seen = torch.compile(model, backend="eager") if compiled else model
+    result = eva.compute(seen, data(), rank=4, rho=4.0, alpha=8.0, tau=1.0)
+    assert len(set(result.ranks.values())) > 2
+    for targets in (result.target_modules, list(result.ranks)):
+        config = LoraConfig(r=4, lora_alpha=8, target_modules=targets)
+        config.rank_pattern, config.alpha_pattern = result.rank_pattern, result.alpha_pattern
+        peft = get_peft_model(copy.deepcopy(model), config)
+        found = {n: m for n, m in peft.get_base_model().named_modules() if hasattr(m, "lora_A") and n in result.ranks}
+        assert {name: module.r["default"] for name, module in found.items()} == result.ranks
+        assert {name: module.scaling["default"] for name, module in found.items()} == dict.fromkeys(result.ranks, 2.0)
+    only = eva.compute(seen, data(), targets=["proj"], rank=4)
+    alone = get_peft_model(copy.deepcopy(model), LoraConfig(r=4, target_modules="proj"))
+    assert [name for name, module in alone.named_modules() if hasattr(module, "lora_A")] == ["base_model.model.proj"]
+    assert set(only.ranks) == {"proj", "block.proj"}
+
+
+def test_results_whose_names_differ_after_a_dot_are_two_files(tmp_path: Path) -> None:
+    first, second = (eva.compute(Three(), data(1), rank=3, rho=rho) for rho in (1.5, 1.25))
+    first.save(tmp_path / "push_rho1.5")
+    second.save(str(tmp_path / "push_rho1.25"))
+    assert {path.name for path in tmp_path.iterdir()} == {
+        f"push_rho{rho}.{ending}" for rho in ("1.5", "1.25") for ending in ("json", "safetensors")
+    }
+    assert eva.EvaResult.load(tmp_path / "push_rho1.5").options.rho == 1.5
+    assert eva.EvaResult.load(tmp_path / "push_rho1.25.safetensors").options.rho == 1.25
