@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -25,6 +26,8 @@ CHECK_TOLERANCE = 1e-3
 
 
 Array = NDArray[np.float64]
+Spectrum: TypeAlias = tuple[Stack, Tensor, Tensor, Tensor, Tensor]
+"""A stack with eigenvalues (G, K), total variance, rows and variance of rounding noise, (G,) each."""
 
 
 def eigenpairs(stack: Stack, part: Part, options: EvaOptions, start: Tensor | None, tolerance: float) -> Half:
@@ -49,15 +52,14 @@ def minor_pairs(stack: Stack, options: EvaOptions) -> Half:
     return Half(matrices, *minor(matrices, options.components(stack.width)))
 
 
-def distribute_ranks(
-    parts: Sequence[tuple[Stack, Tensor, Tensor, Tensor]], order: Sequence[str], options: EvaOptions
-) -> dict[str, int]:
-    """Distribute the budget over the layers in `order`, from each stack's eigenvalues (G, K), total (G,), rows (G,)."""
+def distribute_ranks(parts: Sequence[Spectrum], order: Sequence[str], options: EvaOptions) -> dict[str, int]:
+    """Distribute the budget over the layers in `order`, from the spectra of each stack."""
     candidates: dict[str, list[float]] = {}
-    for stack, values, totals, counts in parts:
-        numbers = zip(stack.members, values.cpu().numpy(), totals.tolist(), counts.tolist(), strict=True)
-        for names, eigenvalues, total, rows in numbers:
-            count = len(eigenvalues) if options.variant == "minor" else redistribution.usable(eigenvalues, total)
+    for stack, *tensors in parts:
+        values, *scalars = (tensor.cpu().numpy() for tensor in tensors)
+        for names, eigenvalues, total, rows, noise in zip(stack.members, values, *scalars, strict=True):
+            minor = options.variant == "minor"
+            count = len(eigenvalues) if minor else redistribution.usable(eigenvalues, total, noise)
             scored = redistribution.scores(eigenvalues, total, rows, options.score)[:count].tolist()
             candidates.update(dict.fromkeys(names, scored))
     return redistribution.distribute({name: candidates[name] for name in order}, options.rank * len(order))
@@ -105,6 +107,7 @@ class Estimator:
                 first.values + second.values,
                 first.matrices.total + second.matrices.total,
                 first.matrices.rows + second.matrices.rows,
+                first.matrices.noise + second.matrices.noise,
             )
             for stack, (first, second) in zip(stacks, halves, strict=True)
         ]
@@ -123,7 +126,7 @@ class Estimator:
         """
         every = [self._all_rows(stack) for stack in stacks]
         spectra = [
-            (stack, half.values, half.matrices.total, half.matrices.rows)
+            (stack, half.values, half.matrices.total, half.matrices.rows, half.matrices.noise)
             for stack, half in zip(stacks, every, strict=True)
         ]
         by_layer = distribute_ranks(spectra, self._order(stacks), self.options)

@@ -16,21 +16,19 @@ from torch import Tensor
 from eva_rl.errors import UserError
 from eva_rl.eva.gram import Gram, Stack, gram
 
-# Squared singular values of a factor below this share of the largest are rounding noise.
-_FACTOR_NOISE = 1e-12
-
 
 @dataclass(frozen=True)
 class SecondMoment:
     """S = E[x x^T] over the rows x of a layer's input, uncentred, in float64.
 
-    Exact where the engine kept exact moments. From a sketch it is the leading part, U diag(values) U^T, plus the
-    remaining variance spread evenly over all directions outside of U, so that the trace is exact.
+    Exact where the engine kept exact moments. From a sketch it is the leading part, U diag(values) U^T, and a flat tail
+    in all other directions, such that the trace is exact.
 
     Attributes:
         dense: (D, D), or None for a sketch.
         directions: U (D, C), orthonormal, of a sketch.
         values: (C,), variance along each.
+        tail: Variance of each direction outside of U.
         trace: E|x|^2.
         rows: Number of rows, of all processes.
     """
@@ -38,6 +36,7 @@ class SecondMoment:
     dense: Tensor | None
     directions: Tensor
     values: Tensor
+    tail: float
     trace: float
     rows: int
 
@@ -56,19 +55,13 @@ class SecondMoment:
         if self.dense is not None:
             return self.dense @ v
         inside = self.directions.mT @ v
-        return self.directions @ (self.values[:, None] * inside) + self._residual * (v - self.directions @ inside)
+        return self.directions @ (self.values[:, None] * inside) + self.tail * (v - self.directions @ inside)
 
     def projected(self, a: Tensor) -> Tensor:
         """M = A S A^T (R, R), the second moment of A x, for A (R, D)."""
         rows = a.detach().to(self.directions)
         m = rows @ (self @ rows.mT)
         return (m + m.mT) / 2
-
-    @property
-    def _residual(self) -> float:
-        """Variance of each direction outside of U."""
-        outside = self.width - self.directions.shape[1]
-        return max(self.trace - float(self.values.sum()), 0.0) / outside if outside > 0 else 0.0
 
 
 def gain(a: Tensor, moment: SecondMoment) -> float:
@@ -105,8 +98,21 @@ def _second_moment(matrices: Gram, index: int) -> SecondMoment:
     trace, matrix = float(matrices.total[index]) / max(rows, 1), matrices.matrix[index] / max(rows, 1) ** 0.5
     if matrices.dense:
         dense = matrix / max(rows, 1) ** 0.5
-        return SecondMoment(dense, dense[:, :0], dense[0, :0], trace, int(rows))
+        return SecondMoment(dense, dense[:, :0], dense[0, :0], 0.0, trace, int(rows))
     directions, sigma, _ = torch.linalg.svd(matrix, full_matrices=False)
-    values = sigma.square()
-    kept = int((values > _FACTOR_NOISE * values[:1]).sum())
-    return SecondMoment(None, directions[:, :kept], values[:kept], trace, int(rows))
+    tail, kept = _flat_tail(sigma.square(), directions.shape[0], trace)
+    return SecondMoment(None, directions[:, :kept], sigma.square()[:kept], tail, trace, int(rows))
+
+
+def _flat_tail(values: Tensor, width: int, trace: float) -> tuple[float, int]:
+    """The level to which the smallest of `width` values, descending and then 0, are raised to sum up to the trace.
+
+    Returns:
+        The level, and how many values stand above it.
+    """
+    known = values.cumsum(0)
+    for kept in range(len(values), 0, -1):
+        level = max(trace - float(known[kept - 1]), 0.0) / max(width - kept, 1)
+        if float(values[kept - 1]) >= level:
+            return level, kept
+    return trace / width, 0

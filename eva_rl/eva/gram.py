@@ -14,6 +14,10 @@ from eva_rl.errors import UserError
 from eva_rl.eva.hooks import InputGroup
 from eva_rl.eva.moments import Method, Sums
 
+NOISE_FLOOR = 1e-7
+"""Directions with less of the variance than this are rounding noise of float32 products around the shift, not data."""
+ROUNDING_FLOOR = 1e-12
+"""The same as a share of the uncentred second moment: float32 rounds x itself by up to 6e-8 x."""
 Part = Literal["first", "second", "all"]
 
 
@@ -26,12 +30,14 @@ class Gram:
         dense: Which of the two.
         total: (G,) trace of the full matrix, also of what a factor leaves out.
         rows: (G,) rows behind it.
+        noise: (G,) variance below which a direction is rounding noise of float32 products.
     """
 
     matrix: Tensor
     dense: bool
     total: Tensor
     rows: Tensor
+    noise: Tensor
 
     @property
     def width(self) -> int:
@@ -60,11 +66,14 @@ def gram(sums: Sums, part: Part, center: bool) -> Gram:
     dense = sums.method == "moments"
     linear, square, count = (_select(tensor, part) for tensor in (sums.linear, sums.square, sums.count))
     core = _select(sums.core, part) if dense or part != "all" else torch.cat(sums.core.unbind(1), dim=-1)
-    if not center:
-        return Gram(core, dense, square, count)
     mean = linear / count.clamp(min=1).sqrt()[:, None]  # sqrt(n) m, so that its square is n m m^T
+    spread = (square - mean.square().sum(-1)).clamp(min=0)
+    noise = torch.maximum(NOISE_FLOOR * spread, ROUNDING_FLOOR * square)
+    if not center:
+        return Gram(core, dense, square, count, noise)
     core = core - mean[:, :, None] * mean[:, None, :] if dense else downdate(core, mean)
-    return Gram(core, dense, (square - mean.square().sum(-1)).clamp(min=0), count)
+    # an input that is constant but for rounding has no variance to share out
+    return Gram(core, dense, torch.where(spread > noise, spread, 0.0), count, noise)
 
 
 def _select(tensor: Tensor, part: Part) -> Tensor:

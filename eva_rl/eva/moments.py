@@ -127,7 +127,7 @@ class Shifted(Accumulator):
     @abstractmethod
     def _add_product(self, half: int, x: Tensor) -> None: ...
 
-    def _center_of_shift(self) -> Tensor:
+    def center_of_shift(self) -> Tensor:
         """c, (D,)."""
         return torch.zeros_like(self.linear[0]) if self.shift is None else self.shift.to(self.linear)
 
@@ -155,7 +155,7 @@ class Moments(Shifted):
 
     def sums(self) -> Sums:  # noqa: D102 - the base says it
         core = self.core.triu() + self.core.triu(1).mT
-        c, n = self._center_of_shift(), self.count[:, None]
+        c, n = self.center_of_shift(), self.count[:, None]
         # sum x x^T = shifted + c s^T + s c^T + n c c^T, with s the sum of the shifted rows
         crossed = self.linear[:, :, None] * c + c[:, None] * (self.linear + n * c)[:, None, :]
         core = core + crossed

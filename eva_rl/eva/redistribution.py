@@ -9,8 +9,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 Score = Literal["ratio", "paper"]
-# Directions with less of the total than this are rounding noise of float32 products, not data.
-NOISE_FLOOR = 1e-7
 
 
 def scores(eigenvalues: NDArray[np.float64], total: float, rows: float, score: Score) -> NDArray[np.float64]:
@@ -30,9 +28,9 @@ def scores(eigenvalues: NDArray[np.float64], total: float, rows: float, score: S
     return np.asarray(eigenvalues / (max(rows - 1, 1) * np.sqrt(eigenvalues).sum()))
 
 
-def usable(eigenvalues: NDArray[np.float64], total: float) -> int:
-    """How many leading components the data supports at all."""
-    return int((eigenvalues > NOISE_FLOOR * total).sum()) if total > 0 else 0
+def usable(eigenvalues: NDArray[np.float64], total: float, noise: float) -> int:
+    """How many leading components the data supports at all: those above the variance of rounding noise."""
+    return int((eigenvalues > noise).sum()) if total > 0 else 0
 
 
 def distribute(candidates: Mapping[str, Sequence[float]], budget: int) -> dict[str, int]:

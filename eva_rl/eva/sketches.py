@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from eva_rl.eva.gram import downdate, nystrom
-from eva_rl.eva.moments import Accumulator, Shifted, Sums, full_product
+from eva_rl.eva.moments import Shifted, Sums, full_product
 
 # The test matrix is refined whenever the rows have doubled, until there are this many rows per column.
 ROWS_PER_COLUMN = 16
@@ -58,18 +58,10 @@ class Sketch(Shifted):
         self._refined_at = self._seen + x.shape[0]
 
     def sums(self) -> Sums:  # noqa: D102 - the base says it
-        c, n = self._center_of_shift(), self.count[:, None]
-        linear = self.linear + n * c
-        square = self.square + 2 * (self.linear @ c) + self.count * (c @ c)
-        # around the mean m the scatter is F F^T - n d d^T with d = m - c; around zero it is n m m^T more
-        root = n.clamp(min=1).sqrt()
-        scatter = downdate(nystrom(self.core, self.omega.to(self.core)), self.linear / root)
-        return Sums(
-            "sketch", torch.cat([scatter, (linear / root)[:, :, None]], dim=-1), linear, square, self.count.clone()
-        )
+        return _unshifted(self, nystrom(self.core, self.omega.to(self.core)))
 
 
-class StreamingSvd(Accumulator):
+class StreamingSvd(Shifted):
     """A truncated factor F (D, C) of S for each half, merged with each batch by warm-started subspace iteration.
 
     The rows [F^T; X] are projected on C directions; what falls outside is forgotten, as in sequential
@@ -90,17 +82,8 @@ class StreamingSvd(Accumulator):
         self.factor = [torch.zeros_like(basis)] * 2
         self.seen = [False, False]
 
-    def update(  # noqa: D102 - the base says it
-        self, half: int, rows: Tensor, keep: Tensor | None = None, *, owned: bool = False
-    ) -> None:
-        if rows.shape[0] == 0:
-            return
-        x = rows.float()
-        if keep is not None:
-            x = torch.where(keep[:, None], x, 0.0)
-        self.linear[half] += x.sum(0)
-        self.square[half] += x.square().sum()
-        self.count[half] += x.shape[0] if keep is None else keep.sum()
+    def _add_product(self, half: int, x: Tensor) -> None:
+        self.square[half] += torch.linalg.vector_norm(x).square()
         # values that are not finite are found in the sums; here they would only make the decomposition raise
         stacked = torch.cat([self.factor[half].mT, x.nan_to_num(0.0, 0.0, 0.0)])
         basis = self.basis[half]
@@ -113,8 +96,20 @@ class StreamingSvd(Accumulator):
         self.seen[half] = True
 
     def sums(self) -> Sums:  # noqa: D102 - the base says it
-        core = torch.stack(self.factor).to(self.dtype)
-        return Sums("svd", core, self.linear.clone(), self.square.clone(), self.count.clone())
+        return _unshifted(self, torch.stack(self.factor).to(self.dtype))
+
+
+def _unshifted(sums: Shifted, factor: Tensor) -> Sums:
+    """Raw sums from a factor F (2, D, C) around the shift c.
+
+    Around the mean m the scatter is F F^T - n d d^T with d = m - c; around zero it is n m m^T more.
+    """
+    c, n = sums.center_of_shift(), sums.count[:, None]
+    linear = sums.linear + n * c
+    square = sums.square + 2 * (sums.linear @ c) + sums.count * (c @ c)
+    root = n.clamp(min=1).sqrt()
+    core = torch.cat([downdate(factor, sums.linear / root), (linear / root)[:, :, None]], dim=-1)
+    return Sums(sums.method, core, linear, square, sums.count.clone())
 
 
 def gaussian(width: int, columns: int, seed: int) -> Tensor:

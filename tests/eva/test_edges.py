@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 
 import pytest
@@ -182,3 +183,55 @@ def test_everything_is_undone_when_the_forward_raises() -> None:
     assert after == before == [(True, 0, 0)] * 3 + [(False, 0, 0)]
     assert [p.requires_grad for p in model.parameters()] == [False, True, True, True]
     assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("method", ["moments", "sketch", "svd"])
+@pytest.mark.parametrize("value", [1.0, 0.1, 1234.5])
+def test_centring_leaves_nothing_of_a_constant_input(method: str, value: float) -> None:
+    class Beside(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.constant, self.varying = nn.Linear(60, 3), nn.Linear(60, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.varying(x) + self.constant(torch.full_like(x, value) * (1 + 1e-7 * x.sign()))
+
+    g = torch.Generator().manual_seed(0)
+    data = [torch.randn(37, 60, generator=g) for _ in range(3)]
+    result = eva.compute(Beside(), data, rank=4, rho=2.0, center=True, method=method, tau=1.0)
+    assert result.layers["constant"].rank == 0
+    assert result.layers["constant"].explained_variance_ratio.max() == 0
+    assert float(result.layers["varying"].explained_variance_ratio.sum()) <= 1 + 1e-6
+
+
+@pytest.mark.parametrize("method", ["moments", "sketch", "svd"])
+@pytest.mark.parametrize("center", [True, False])
+def test_a_mean_far_from_zero_hides_no_variance(method: str, center: bool) -> None:
+    g = torch.Generator().manual_seed(0)
+    mix = torch.linalg.qr(torch.randn(60, 60, generator=g))[0] * torch.logspace(0, -2, 60)
+    data = [torch.randn(200, 60, generator=g) @ mix.T + 3000 for _ in range(4)]
+    found = eva.compute(nn.Linear(60, 2), data, rank=8, center=center, method=method, tau=1.0).layers[""]
+    rows = torch.cat(data).double()
+    truth = exact(torch.cat(data), center)
+    spread = rows - rows.mean(0)
+    captured = (spread @ found.components.double().T).square().sum()
+    best = (spread @ truth.directions[:8].T).square().sum()
+    assert captured > 0.98 * best
+
+
+def test_reasons_for_silence() -> None:
+    attention, x = nn.TransformerEncoderLayer(8, 2, 12, batch_first=True), torch.randn(3, 4, 8)
+    with pytest.raises(UserError, match=r"out_proj'\. It belongs to torch\.nn\.MultiheadAttention.*linear1"):
+        eva.compute(attention, [x], targets=["out_proj", "linear1"], rank=2)
+    with pytest.raises(UserError, match=r"MultiheadAttention, which reads the weight"):
+        eva.compute(attention, [x], targets=["out_proj"], rank=2)
+    model = Unused()
+    with pytest.raises(UserError, match=r"the model ran 2 times without calling 'idle'"):
+        eva.compute(model, [torch.randn(8, 4)] * 2, targets=["idle"], rank=2)
+    copied = copy.deepcopy(model)
+    with pytest.raises(UserError, match=r"2 batches were taken, but forward= ran another model.*not a copy of it"):
+        eva.compute(model, [torch.randn(8, 4)] * 2, forward=lambda _, batch: copied(batch), rank=2)
+    with eva.listen(model) as statistics:
+        copied(torch.randn(8, 4))
+    with pytest.raises(UserError, match="run this very model, not a copy"):
+        statistics.result(rank=2)
