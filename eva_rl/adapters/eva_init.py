@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -67,7 +68,7 @@ def compute_eva(
     """
     if rollouts is None:
         assert batches is not None, "batches, rollouts or both"
-        options |= {"keep_moments": keep_moments, "max_batches": max_batches}
+        options |= {"keep_moments": keep_moments, "max_batches": max_batches, "mask": _mask}
         return compute(policy.network, batches, targets=list(targets), **options)
     asked = EvaOptions(**options)
     began = time.perf_counter()
@@ -117,7 +118,7 @@ def _accumulate(
 ) -> None:
     """Run the batches, and the rollouts where there are some."""
     for batch in batches:
-        with statistics.masked(batch.attention_mask):
+        with statistics.masked(partial(_mask, batch)):
             policy.network(batch)
         statistics.finish_forward()
     if rollouts is not None:
@@ -125,12 +126,17 @@ def _accumulate(
             _act(policy, rollouts, statistics)
 
 
+def _mask(batch: WindowBatch, layer: str) -> Tensor | None:
+    """Given by layer, as it is for all: the network's layers see the batch first, also where B = T."""
+    return batch.attention_mask
+
+
 @contextmanager
 def _record_full_windows(policy: DecisionTransformerPolicy, statistics: ActivationStatistics) -> Iterator[None]:
     """Full windows, whose padding does not count."""
 
     def mask(windows: WindowBatch) -> None:
-        statistics.mask = windows.attention_mask
+        statistics.mask = partial(_mask, windows)
 
     window, policy.window, policy.on_window = policy.window, "full", mask
     try:

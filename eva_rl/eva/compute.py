@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from eva_rl.distributed import TorchGroup
 from eva_rl.errors import UserError
-from eva_rl.eva.hooks import default_mask
+from eva_rl.eva.masks import Mask, MaskOf, is_mapping, takes_layer
 from eva_rl.eva.moments import Method
 from eva_rl.eva.options import MAX_BATCHES, Criterion, EvaOptions, StorageOptions, Variant
 from eva_rl.eva.redistribution import Score
@@ -21,7 +22,6 @@ from eva_rl.eva.result import EvaResult, Stopped
 from eva_rl.eva.statistics import ActivationStatistics
 
 Forward = Callable[[nn.Module, Any], Any]
-MaskOf = Callable[[Any], Tensor | None]
 
 MIN_BATCHES = 2
 # Checks after 2, 3, 5, 8, 12, 18, ... batches: their cost stays a fixed share of the forwards'.
@@ -68,7 +68,9 @@ def compute(  # noqa: PLR0913 - the one call that most users make; the names are
         max_batches: Bound on the batches, per process.
         center: Subtract the mean of the rows first.
         forward: Called as forward(model, batch); by default model(**batch), model(*batch) or model(batch).
-        mask: Called as mask(batch), gives (B, T) or None; by default the batch's `attention_mask`.
+        mask: Called as mask(batch), gives (B, T), masks by layer or module name, or None; or, with two parameters, as
+            mask(batch, layer) while that layer is being called, and gives a mask of the layer's own leading shape or
+            (B, T). By default the batch's `attention_mask`, and `decoder_attention_mask` of an encoder-decoder.
         method: How second moments are kept.
         score: What components of different layers are compared by.
         variant: An ablation of the paper.
@@ -90,7 +92,7 @@ def compute(  # noqa: PLR0913 - the one call that most users make; the names are
     storage = StorageOptions(method, round(rank * rho), memory_budget, seed, exact=keep_moments)
     began = time.perf_counter()
     with evaluating(model), ActivationStatistics(model, targets, storage, group) as statistics:
-        feed = _Feed(statistics, iter(batches), forward or default_forward, mask or default_mask)
+        feed = _Feed(statistics, iter(batches), forward or default_forward, mask)
         stopped = _run(feed, max_batches, options)
         result = statistics.evaluate(options).ended(stopped, time.perf_counter() - began)
         return replace(result, moments=statistics.second_moments()) if keep_moments else result
@@ -135,7 +137,7 @@ class _Feed:
     statistics: ActivationStatistics
     source: Iterator[Any]
     forward: Forward
-    mask: MaskOf
+    mask: MaskOf | None
     error: Exception | None = None
 
     def take(self) -> bool:
@@ -144,7 +146,8 @@ class _Feed:
             batch = next(self.source, _END)
             if batch is _END:
                 return False
-            with self.statistics.masked(self.mask(batch)):
+            self.statistics.batches_taken += 1
+            with self.statistics.masked(self._mask(batch)):
                 self.forward(self.statistics.model, batch)
             self.statistics.finish_forward()
             self.statistics.check_finite()
@@ -153,6 +156,15 @@ class _Feed:
                 raise
             self.error = error
         return True
+
+    def _mask(self, batch: Any) -> Mask:
+        given = self.mask
+        if given is None:
+            return self.statistics.default_mask(batch)
+        if takes_layer(given):
+            return functools.partial(given, batch)
+        mask: Mask = given(batch)
+        return mask
 
 
 def _run(feed: _Feed, max_batches: int, options: EvaOptions) -> Stopped:
@@ -178,8 +190,8 @@ def _run(feed: _Feed, max_batches: int, options: EvaOptions) -> Stopped:
 def default_forward(model: nn.Module, batch: Any) -> Any:
     """model(**batch) for a mapping, model(*batch) for a tuple or list, else model(batch)."""
     device = next((parameter.device for parameter in model.parameters()), None)
-    if isinstance(batch, Mapping):
-        return model(**{name: _moved(value, device) for name, value in batch.items()})
+    if is_mapping(batch):
+        return model(**{name: _moved(batch[name], device) for name in batch.keys()})  # noqa: SIM118 - not every batch iterates over names
     if isinstance(batch, tuple | list):
         return model(*(_moved(value, device) for value in batch))
     return model(_moved(batch, device))

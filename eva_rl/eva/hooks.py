@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,10 +13,45 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from eva_rl.errors import UserError
+from eva_rl.eva.masks import (
+    EncoderDecoderMask,
+    Mask,
+    MasksByLayer,
+    RowMask,
+    StepMask,
+    batch_first,
+    default_mask,
+    encoder_and_decoder,
+    is_encoder_decoder,
+    masks_of_halves,
+)
 from eva_rl.eva.moments import Accumulator, Sums
-from eva_rl.eva.targets import Layer
+from eva_rl.eva.provenance import CallStack, tensors
+from eva_rl.eva.targets import Layer, without_wrappers
 
 AccumulatorFactory = Callable[[int, torch.device], Accumulator]
+Version = tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class _Input:
+    """A tensor as a layer received it: later changes in place make another version of it."""
+
+    tensor: Tensor
+    address: int
+    version: Version
+    keep: Tensor | None
+
+    def same(self, other: _Input) -> bool:
+        """Whether both are the same rows of the same values."""
+        x, y = self.tensor, other.tensor
+        here = x is y or (
+            self.address == other.address
+            and not x.is_nested
+            and not y.is_nested
+            and (x.shape, x.stride(), x.dtype) == (y.shape, y.stride(), y.dtype)
+        )
+        return here and self.version == other.version and _same_rows(self.keep, other.keep)
 
 
 @dataclass
@@ -28,19 +63,26 @@ class InputGroup:
         leader: The layer whose calls feed the accumulator.
         accumulators: One, or several if the layer was called several times in the forward that discovered it.
         calls: Number of updates so far.
-        pointers: Addresses of the leader's inputs in the forward in progress.
+        received: The leader's inputs in the forward in progress: address, version and rows that count.
     """
 
     width: int
     leader: str
     accumulators: list[Accumulator]
     calls: int = 1
-    pointers: set[int] = field(default_factory=set)
+    received: list[tuple[int, Version, Tensor | None]] = field(default_factory=list)
 
     def sums(self) -> Sums:
         """Everything seen, as raw sums."""
         first, *rest = [accumulator.sums() for accumulator in self.accumulators]
         return sum(rest, start=first)
+
+    def has_received(self, given: _Input) -> bool:
+        """Whether the leader was given the same in this forward."""
+        return any(
+            (address, version) == (given.address, given.version) and _same_rows(keep, given.keep)
+            for address, version, keep in self.received
+        )
 
 
 @dataclass
@@ -50,7 +92,7 @@ class _Discovery:
     Tensors are referenced until the forward ends, so that no two of them can share an address by reuse of memory.
     """
 
-    inputs: list[tuple[Tensor, int, Accumulator]] = field(default_factory=list)
+    inputs: list[tuple[_Input, Accumulator]] = field(default_factory=list)
     calls: dict[str, list[int]] = field(default_factory=dict)
 
 
@@ -58,7 +100,8 @@ class Listener:
     """Listens to the inputs of `layers` of `model`.
 
     A forward begins and ends with a call of `model` itself; if only parts of it are called, it ends when a layer is
-    called again.
+    called again. Calls inside a backward pass repeat an earlier forward (activation checkpointing) and do not count.
+    Compiled modules run eagerly meanwhile, because compiled code calls no hooks that were registered later.
 
     Args:
         model: The model whose calls delimit a forward.
@@ -72,45 +115,63 @@ class Listener:
         self.groups: list[InputGroup] = []
         self.group_of: dict[str, InputGroup] = {}
         self.batches = 0
+        self.model_calls = 0
         self._factory = factory
-        self._mask: Mask | None = None
+        self._given: Mask = None
+        self._mask: RowMask | None = None
+        self._layouts: dict[str, str] = {}
+        self._stack = CallStack()
+        self._states: list[Tensor] = []
         self._discovery = _Discovery()
         self._called: set[str] = set()
         self._inside = False
-        self._handles: list[RemovableHandle] = []
+        self._undo = ExitStack()
 
     @property
-    def mask(self) -> Tensor | None:
-        """(B, T): which steps of the next forwards count; None counts every row."""
-        return None if self._mask is None else self._mask.steps
+    def mask(self) -> Mask:
+        """Which rows of the next forwards count: (B, T) of time steps, or by layer; None counts every row.
+
+        By layer it is a dictionary (see `masks.by_name`) or a function that is called with a layer's name while the
+        layer is being called; its masks have the leading shape of the layer's input, or (B, T).
+        """
+        return self._given
 
     @mask.setter
-    def mask(self, steps: Tensor | None) -> None:
-        self._mask = None if steps is None else Mask(steps)
+    def mask(self, mask: Mask) -> None:
+        self._given, self._mask = mask, self._row_mask(mask)
 
     @contextmanager
-    def masked(self, steps: Tensor | None) -> Iterator[None]:
-        """Count only the True steps (B, T) of the forwards inside the block."""
-        before = self._mask
-        self.mask = steps
+    def masked(self, mask: Mask) -> Iterator[None]:
+        """Count only some rows of the forwards inside the block; see `mask`."""
+        before = self._given, self._mask
+        self.mask = mask
         try:
             yield
         finally:
-            self._mask = before
+            self._given, self._mask = before
+
+    def default_mask(self, batch: Any) -> Mask:
+        """The mask that a batch brings: `attention_mask`, and a decoder's where there is one."""
+        return masks_of_halves(batch) if is_encoder_decoder(self.model) else default_mask(batch)
 
     def __enter__(self) -> Listener:
-        self._handles = [
-            self.model.register_forward_pre_hook(self._begin),
-            self.model.register_forward_hook(self._end, always_call=True),
-        ]
+        halves = encoder_and_decoder(self.model)
+        handles = [self.model.register_forward_pre_hook(self._begin)]
+        handles += self._stack.attach(self.model, lambda: self._mask is None or _in_backward())
+        projection = getattr(without_wrappers(self.model), "enc_to_dec_proj", None)
+        for module in () if halves is None else (halves[0], projection):
+            if module is not None:
+                handles.append(module.register_forward_hook(self._keep_states))
         for layer in self.layers.values():
-            self._handles.append(layer.module.register_forward_pre_hook(self._hook(layer), with_kwargs=True))
+            handles.append(layer.module.register_forward_pre_hook(self._hook(layer), with_kwargs=True))
+        handles.append(self.model.register_forward_hook(self._end, always_call=True))
+        for handle in handles:
+            self._undo.callback(RemovableHandle.remove, handle)
+        self._undo.enter_context(torch.compiler.set_stance("force_eager"))
         return self
 
     def __exit__(self, *exception: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        self._undo.close()
         self.finish_forward()
 
     def finish_forward(self) -> None:
@@ -120,16 +181,19 @@ class Listener:
         for name, calls in self._discovery.calls.items():
             group = by_calls.get(tuple(calls))
             if group is None:
-                parts = [self._discovery.inputs[i][2] for i in calls]
+                parts = [self._discovery.inputs[i][1] for i in calls]
                 group = InputGroup(self.layers[name].width, name, parts)
                 by_calls[tuple(calls)] = group
                 self.groups.append(group)
             self.group_of[name] = group
-        self._unshare_accumulators(list(by_calls.values()))
+        with torch.inference_mode(False):
+            self._unshare_accumulators(list(by_calls.values()))
         for group in self.groups:
-            group.pointers.clear()
+            group.received.clear()
         self._discovery = _Discovery()
         self._called.clear()
+        self._states.clear()
+        self._stack.clear()
         self._inside = False
 
     def _unshare_accumulators(self, groups: list[InputGroup]) -> None:
@@ -140,20 +204,51 @@ class Listener:
             if len(parts) > 1 or uses[id(parts[0])] > 1:
                 parts.append(self._factory(group.width, parts[0].linear.device))
 
+    def _row_mask(self, mask: Mask) -> RowMask | None:
+        if mask is None or isinstance(mask, Tensor):
+            steps = None if mask is None else self._steps(mask)
+            return None if steps is None or steps.complete else steps
+        if not isinstance(mask, tuple):
+            return MasksByLayer(mask, self._steps)
+        encoder, decoder = (None if steps is None else self._steps(steps) for steps in mask)
+        if all(steps is None or steps.complete for steps in (encoder, decoder)):
+            return None
+        halves = encoder_and_decoder(self.model)
+        if halves is None:
+            raise UserError(
+                "The batch has a mask for a decoder, but the model has no modules named encoder and decoder. Give "
+                "masks by layer: mask=lambda batch: {'name of a module': mask, ...}."
+            )
+        inside = {id(module) for module in halves[0].modules()}, {id(module) for module in halves[1].modules()}
+        return EncoderDecoderMask(encoder, decoder, inside, lambda: self._states)
+
+    def _steps(self, mask: Tensor) -> StepMask:
+        return StepMask(mask, self._layouts, self._stack, batch_first(self.model))
+
     def _begin(self, *_: object) -> None:
+        if _in_backward():
+            return
         if self._called:
             self.finish_forward()
+        self.model_calls += 1
         self._inside = True
 
     def _end(self, *_: object) -> None:
-        self.finish_forward()
+        if not _in_backward():
+            self.finish_forward()
+
+    def _keep_states(self, _: nn.Module, args: object, output: Any) -> None:
+        if not _in_backward():
+            self._states += tensors(output)
 
     def _hook(self, layer: Layer) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def listen(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if _in_backward():
+                return
             x = args[0] if args else next(iter(kwargs.values()))
             # sums made inside inference mode could not be updated outside of it
             with torch.inference_mode(False), torch.no_grad():
-                self._record(layer, x.detach())
+                self._record(layer, x)
 
         return listen
 
@@ -161,123 +256,80 @@ class Listener:
         if not self._inside and layer.name in self._called:
             self.finish_forward()
         self._called.add(layer.name)
+        keep = None if self._mask is None else self._mask.rows(layer, x)
+        given = _Input(x, _address(x), _version(x), keep)
         group = self.group_of.get(layer.name)
         if group is None:
-            self._discover(layer, x)
+            self._discover(layer, given)
         elif group.leader == layer.name:
-            group.pointers.add(x.data_ptr())
-            self._feed(group.accumulators[-1], x, layer.name, group.calls)
+            group.received.append((given.address, given.version, keep))
+            _feed(group.accumulators[-1], given, group.calls)
             group.calls += 1
-        elif x.data_ptr() not in group.pointers:
+        elif not group.has_received(given):
             raise UserError(
                 f"Layers {group.leader!r} and {layer.name!r} received one tensor in the first forward and different "
                 "ones later. Ask for them in separate runs (targets=)."
             )
 
-    def _discover(self, layer: Layer, x: Tensor) -> None:
+    def _discover(self, layer: Layer, given: _Input) -> None:
         found = self._discovery
-        version = _version(x)
         calls = found.calls.setdefault(layer.name, [])
-        for index, (other, seen_version, _) in enumerate(found.inputs):
-            if _same(x, other) and version == seen_version:
+        for index, (other, _) in enumerate(found.inputs):
+            if given.same(other):
                 calls.append(index)
                 return
-        accumulator = self._factory(layer.width, x.device)
+        accumulator = self._factory(layer.width, given.tensor.device)
         calls.append(len(found.inputs))
-        found.inputs.append((x, version, accumulator))
-        self._feed(accumulator, x, layer.name, 0)
-
-    def _feed(self, accumulator: Accumulator, x: Tensor, name: str, turn: int) -> None:
-        flat = x.reshape(-1, x.shape[-1])
-        for half, rows in _halves(x.shape, turn):
-            if self._mask is None:
-                accumulator.update(half, flat[rows])
-            elif x.device.type == "cpu":
-                # without an accelerator to keep busy, leaving rows out is cheaper than adding zeros
-                indices = self._mask.indices(x.shape, name, rows)
-                part = flat[rows] if indices is None else flat.index_select(0, indices)
-                accumulator.update(half, part, owned=indices is not None)
-            else:
-                accumulator.update(half, flat[rows], self._mask.rows(x.shape, name).to(x.device)[rows])
+        found.inputs.append((given, accumulator))
+        _feed(accumulator, given, 0)
 
 
-def _halves(shape: torch.Size, turn: int) -> list[tuple[int, slice]]:
+def _feed(accumulator: Accumulator, given: _Input, turn: int) -> None:
+    x = given.tensor.detach()
+    flat = torch.cat(x.unbind()) if x.is_nested else x.reshape(-1, x.shape[-1])
+    for half, rows in _halves(x, turn):
+        if given.keep is None:
+            accumulator.update(half, flat[rows])
+        elif x.device.type == "cpu":
+            # without an accelerator to keep busy, leaving rows out is cheaper than adding zeros
+            kept = given.keep[rows].to(x.device)
+            complete = bool(kept.all())
+            accumulator.update(half, flat[rows] if complete else flat[rows][kept], owned=not complete)
+        else:
+            accumulator.update(half, flat[rows], given.keep.to(x.device)[rows])
+
+
+def _halves(x: Tensor, turn: int) -> list[tuple[int, slice]]:
     """Cut the rows of an activation between samples; a lone sample goes to the halves by turns."""
-    rows = shape[:-1].numel()
-    samples = shape[0] if len(shape) > 1 else 1
+    if x.is_nested:
+        lengths = [len(part) for part in x.unbind()]
+        rows, samples = sum(lengths), len(lengths)
+        cut = sum(lengths[: (samples + turn % 2) // 2])
+    else:
+        rows, samples = x.shape[:-1].numel(), x.shape[0] if x.ndim > 1 else 1
+        cut = (samples + turn % 2) // 2 * (rows // max(samples, 1))
     if samples < 2:
         return [(turn % 2, slice(0, rows))]
-    cut = (samples + turn % 2) // 2 * (rows // samples)
     return [(0, slice(0, cut)), (1, slice(cut, rows))]
 
 
-def _same(x: Tensor, other: Tensor) -> bool:
-    return x is other or (
-        x.data_ptr() == other.data_ptr()
-        and x.shape == other.shape
-        and x.stride() == other.stride()
-        and x.dtype == other.dtype
-    )
+def _same_rows(keep: Tensor | None, other: Tensor | None) -> bool:
+    return keep is other or (keep is not None and other is not None and torch.equal(keep, other))
 
 
-def _version(x: Tensor) -> int:
-    return 0 if x.is_inference() else x._version
+def _address(x: Tensor) -> int:
+    return int((x.values() if x.is_nested else x).data_ptr())
 
 
-def default_mask(batch: Any) -> Tensor | None:
-    """The `attention_mask` key or attribute of a batch, where it has a (B, T) one."""
-    mask = batch.get("attention_mask") if isinstance(batch, dict) else getattr(batch, "attention_mask", None)
-    return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+def _version(x: Tensor) -> Version:
+    """Tells a tensor from itself after a change in place; by its content where changes are not counted."""
+    if not x.is_inference():
+        return (float(x._version),)
+    flat = (x.values() if x.is_nested else x).reshape(-1).double()
+    ramp = torch.linspace(1, 2, len(flat), device=flat.device, dtype=flat.dtype)
+    return float(flat.nan_to_num().sum()), float(flat.nan_to_num() @ ramp)
 
 
-class Mask:
-    """A (B, T) mask and its expansions to the row counts of the layers that saw the same forward.
-
-    Args:
-        steps: (B, T), bool or 0-1: which time steps count.
-    """
-
-    def __init__(self, steps: Tensor) -> None:
-        if steps.ndim != 2:
-            raise UserError(f"A mask has to be (batch, time), got the shape {tuple(steps.shape)}.")
-        self.steps = steps != 0
-        self._expanded: dict[tuple[int, ...], Tensor] = {}
-        self._indices: dict[tuple[tuple[int, ...], int], Tensor | None] = {}
-
-    def rows(self, shape: torch.Size, name: str) -> Tensor:
-        """The mask (N,) of the rows of an activation of `shape` (..., D).
-
-        A layer that sees c tokens per time step, as (B, c * T, D) or as (B * c * T, D), takes each step's entry c
-        times in a row; (B, D) takes the samples that have any step.
-
-        Raises:
-            UserError: The shape does not belong to this mask.
-        """
-        key = tuple(shape[:-1])
-        if key not in self._expanded:
-            self._expanded[key] = self._expand(key, name)
-        return self._expanded[key]
-
-    def indices(self, shape: torch.Size, name: str, rows: slice) -> Tensor | None:
-        """Numbers of the rows that count among `rows`, for `index_select`; None if all do. Waits for the device."""
-        key = (tuple(shape[:-1]), rows.start)
-        if key not in self._indices:
-            part = self.rows(shape, name)[rows]
-            self._indices[key] = None if bool(part.all()) else part.nonzero()[:, 0] + rows.start
-        return self._indices[key]
-
-    def _expand(self, shape: tuple[int, ...], name: str) -> Tensor:
-        B, T = self.steps.shape
-        if len(shape) >= 2 and shape[0] == B and shape[-1] % T == 0:
-            tokens = self.steps.repeat_interleave(shape[-1] // T, dim=1)
-            middle = tokens.view(B, *[1] * (len(shape) - 2), shape[-1])
-            return middle.expand(shape).reshape(-1)
-        if len(shape) == 1 and shape[0] == B:
-            return self.steps.any(1)
-        if len(shape) == 1 and shape[0] % (B * T) == 0:
-            return self.steps.repeat_interleave(shape[0] // (B * T), dim=1).reshape(-1)
-        raise UserError(
-            f"Layer {name!r} sees activations of shape {(*shape, 'D')}, which do not fit a mask of {B} samples of {T} "
-            f"steps: expected ({B}, c * {T}, D), ({B} * c * {T}, D) or ({B}, D). Give another mask= (a function of the "
-            "batch), or mask=lambda batch: None to count every row."
-        )
+def _in_backward() -> bool:
+    """Whether autograd is at work, which runs forwards again that were checkpointed."""
+    return torch._C._current_graph_task_id() != -1

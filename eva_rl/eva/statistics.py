@@ -21,6 +21,12 @@ from eva_rl.eva.result import EvaResult
 from eva_rl.eva.sketches import Sketch, StreamingSvd, gaussian
 from eva_rl.eva.targets import find_layers
 
+_ATTENTION = (
+    "It belongs to torch.nn.MultiheadAttention, which reads the weight of out_proj and keeps query, key and value in "
+    "one parameter without calling a layer: EVA cannot see their inputs. Leave them out of targets=; linear1 and "
+    "linear2 beside them can be adapted."
+)
+
 
 class ActivationStatistics(Listener):
     """Sums over the inputs of a model's layers, fed by whatever runs the model inside the `with` block.
@@ -44,6 +50,7 @@ class ActivationStatistics(Listener):
         super().__init__(model, find_layers(model, targets), self._make)
         self.storage = storage or StorageOptions()
         self.process_group = ProcessGroup.current(group)
+        self.batches_taken = 0
         self._named = targets is not None
         self._used = 0
         self._sketched = False
@@ -150,15 +157,41 @@ class ActivationStatistics(Listener):
     def _reduced(self) -> list[Stack]:
         stacked = stacks(self.groups, self.group_of, self.process_group)
         if not stacked:
-            raise UserError("No target layer was called: no batch came, or the model did not run while listening.")
+            raise UserError(f"No target layer was called: {self._why_silent()}")
         return stacked
 
     def _never_called(self, stacked: list[Stack]) -> list[str]:
         called = {name for stack in stacked for names in stack.members for name in names}
         missing = [name for name in self.layers if name not in called]
         if missing and self._named:
-            raise UserError(
-                f"{len(missing)} target layers were never called, the first is {missing[0]!r}. Leave them out of "
-                "targets=, or give batches that reach them."
+            why = (
+                _ATTENTION
+                if self._inside_attention(missing[0])
+                else "Leave them out of targets=, or give batches that reach them."
             )
+            raise UserError(f"{len(missing)} target layers were never called, the first is {missing[0]!r}. {why}")
         return missing
+
+    def _why_silent(self) -> str:
+        """What to do when no layer was heard."""
+        if self.model_calls and all(self._inside_attention(name) for name in self.layers):
+            return _ATTENTION
+        if self.model_calls:
+            return (
+                f"the model ran {self.model_calls} times without calling {next(iter(self.layers))!r} or another of "
+                f"{len(self.layers)} targets. Name layers whose forward the model calls (targets=); functions that "
+                "read a layer's weight, scripted modules and CUDA graphs call none."
+            )
+        if self.batches_taken:
+            return (
+                f"{self.batches_taken} batches were taken, but forward= ran another model than the one that was given. "
+                "Give compute the model that forward= calls, not a copy of it."
+            )
+        return (
+            "no batch came, and the model did not run while listening. Give batches, or run this very model, not a "
+            "copy, inside the with block."
+        )
+
+    def _inside_attention(self, name: str) -> bool:
+        """Whether a layer belongs to torch's nn.MultiheadAttention, which does not call it."""
+        return type(self.layers[name].module).__name__ == "NonDynamicallyQuantizableLinear"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -16,6 +17,15 @@ _EMBEDDING_OR_HEAD = re.compile(
     r"(embed|embedding|embeddings|wte|wpe|lm_head|embed_out|head|heads|score|classifier|predict|predictions|pooler)"
     r"(_.*)?"
 )
+_WRAPPERS = {
+    "OptimizedModule": "_orig_mod",
+    "DistributedDataParallel": "module",
+    "DataParallel": "module",
+    "AveragedModel": "module",
+    "FullyShardedDataParallel": "_fsdp_wrapped_module",
+    "CheckpointWrapper": "_checkpoint_wrapped_module",
+}
+"""By class, the attribute under which torch's wrappers keep the module."""
 _ADAPTER_PARTS = (".lora_A.", ".lora_B.", ".lora_magnitude_vector.", ".modules_to_save.")
 
 
@@ -24,7 +34,8 @@ class Layer:
     """A Linear or Hugging Face Conv1D layer.
 
     Args:
-        name: Its name in `model.named_modules()`, without PEFT's `.base_layer`.
+        name: Its name in `model.named_modules()`, without what wrappers (torch.compile, DistributedDataParallel,
+            ...) and PEFT (`.base_layer`) add.
         module: The layer itself.
         width: Number of input features, D.
         outputs: Number of output features.
@@ -63,13 +74,40 @@ def find_layers(model: nn.Module, targets: str | Sequence[str] | None = None) ->
     return [layer for layer in known if layer.name in chosen]
 
 
+def without_wrappers(model: nn.Module) -> nn.Module:
+    """The model inside torch.compile, DistributedDataParallel and their like, and inside PEFT's."""
+    while (attribute := _WRAPPERS.get(type(model).__name__)) is not None:
+        model = getattr(model, attribute)
+    peft: Any = model
+    return peft.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _wrapped(model: nn.Module) -> list[str]:
+    """Names of modules that a wrapper holds, innermost first."""
+    found = [
+        f"{name}.{_WRAPPERS[type(module).__name__]}" if name else _WRAPPERS[type(module).__name__]
+        for name, module in model.named_modules()
+        if type(module).__name__ in _WRAPPERS
+    ]
+    return found[::-1]
+
+
+def _clean(name: str, wrapped: list[str]) -> str:
+    """A layer's name in the model without wrappers."""
+    for inner in wrapped:
+        if name == inner or name.startswith(inner + "."):
+            name = inner.rpartition(".")[0] + name.removeprefix(inner)
+    return name.removeprefix(".")
+
+
 def _linear_layers(model: nn.Module) -> Iterable[Layer]:
+    wrapped = _wrapped(model)
     for name, module in model.named_modules():
         if any(part in f".{name}." for part in _ADAPTER_PARTS):
             continue
         shape = _shape(module)
         if shape is not None:
-            yield Layer(name.removesuffix(".base_layer"), module, *shape)
+            yield Layer(_clean(name, wrapped).removesuffix(".base_layer"), module, *shape)
 
 
 def _shape(module: nn.Module) -> tuple[int, int] | None:

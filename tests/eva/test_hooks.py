@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from eva_rl import eva
 from eva_rl.errors import UserError
@@ -163,3 +167,130 @@ def test_more_components_than_the_sketch_holds_are_refused() -> None:
         layer(torch.randn(50, 40))
     with pytest.raises(UserError, match="components=8 or more"):
         statistics.result(rank=8)
+
+
+class Residual(nn.Module):
+    """`h += f(h)`, as models do that save memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x.clone()
+        h += self.a(h)
+        h += self.b(h)
+        return self.c(h) + self.c(h)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_tensor_that_changed_in_place_is_another_input(mode: Callable[[], AbstractContextManager[None]]) -> None:
+    torch.manual_seed(0)
+    model, data = Residual(), [torch.randn(9, 6) for _ in range(3)]
+    rows: list[Tensor] = []
+    handle = model.b.register_forward_pre_hook(lambda _, args: rows.append(args[0].clone()))
+    with mode(), eva.listen(model) as statistics:
+        for x in data:
+            model(x)
+    handle.remove()
+    result = statistics.result(rank=3)
+    assert groups(result) == [{"a"}, {"b"}, {"c"}]
+    assert result.layers["c"].rows == 2 * 27
+    assert_matches(result.layers["b"], exact(torch.cat(rows), False))
+
+
+def test_inputs_stay_shared_in_inference_mode_until_one_changes() -> None:
+    class Late(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 6)
+
+        def forward(self, x: Tensor, change: bool) -> Tensor:
+            h = x.clone()
+            y = self.a(h)
+            if change:
+                h += y
+            return self.b(h) + y
+
+    with torch.inference_mode(), eva.listen(Late()) as statistics:
+        statistics.model(torch.randn(5, 6), False)
+        statistics.model(torch.randn(5, 6), False)
+        assert groups(statistics.result(rank=2)) == [{"a", "b"}]
+        with pytest.raises(UserError, match="'a' and 'b' received one tensor in the first forward"):
+            statistics.model(torch.randn(5, 6), True)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_recomputed_forwards_count_once_and_with_their_mask(reentrant: bool) -> None:
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.twice = nn.Linear(6, 6), nn.Linear(6, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(lambda h: self.twice(torch.tanh(self.inner(h))), x, use_reentrant=reentrant)
+
+    torch.manual_seed(0)
+    model, mask = Checkpointed(), torch.arange(5) < torch.arange(1, 5)[:, None]
+    data = [torch.randn(4, 5, 6, requires_grad=True) for _ in range(3)]
+    with eva.listen(model) as statistics:
+        for x in data:
+            with statistics.masked(mask):
+                loss = model(x).square().sum()
+            loss.backward()
+    assert all(p.grad is not None for p in model.parameters()), "the layers were run again for their gradients"
+    result = statistics.result(rank=3)
+    assert statistics.batches == 3
+    assert [layer.rows for layer in result.layers.values()] == [30, 30]
+    assert_matches(result.layers["inner"], exact(torch.cat([x.detach()[mask] for x in data]), False))
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_nested_tensors_of_torchs_encoder_hold_the_rows_that_count(given: bool) -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True)
+    model, plain = nn.TransformerEncoder(layer, 2).eval(), nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    plain.load_state_dict(model.state_dict())
+    x, mask = torch.randn(5, 7, 8), torch.arange(7) < torch.tensor([7, 3, 5, 1, 4])[:, None]
+    run = lambda model, batch: model(batch, src_key_padding_mask=~mask)  # noqa: E731
+    masks = {"mask": lambda batch: mask} if given else {}
+    nested = eva.compute(model, [x], forward=run, targets=["linear1", "linear2"], rank=4, **masks)
+    padded = eva.compute(plain, [x], forward=run, targets=["linear1", "linear2"], rank=4, mask=lambda batch: mask)
+    for name, found in nested.layers.items():
+        assert found.rows == padded.layers[name].rows == 20
+        torch.testing.assert_close(found.singular_values, padded.layers[name].singular_values, rtol=1e-4, atol=1e-4)
+    if given:
+        with pytest.raises(UserError, match=r"nested tensor of 5 samples.*enable_nested_tensor=False"):
+            eva.compute(model, [x], forward=run, targets=["linear1"], mask=lambda batch: ~mask)
+
+
+def compiled(model: nn.Module) -> nn.Module:
+    whole = torch.compile(model, backend="eager")
+    whole(torch.randn(4, 6))  # hooks registered from here on are ignored by the compiled code
+    return whole
+
+
+def compiled_in_place(model: nn.Module) -> nn.Module:
+    model.compile(backend="eager")
+    model(torch.randn(4, 6))
+    return model
+
+
+def compiled_inside(model: nn.Module) -> nn.Module:
+    return nn.Sequential(compiled(model))
+
+
+def parallel(model: nn.Module) -> nn.Module:
+    return nn.DataParallel(model)
+
+
+@pytest.mark.parametrize("wrap", [compiled, compiled_in_place, compiled_inside, parallel])
+def test_wrapped_models_are_heard_under_the_names_of_the_model_inside(wrap: Callable[[nn.Module], nn.Module]) -> None:
+    torch.manual_seed(0)
+    plain, data = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2)), [torch.randn(8, 6) for _ in range(2)]
+    expected = eva.compute(plain, data, rank=2)
+    result = eva.compute(wrap(plain), data, targets=["0.0" if wrap is compiled_inside else "0", "2"], rank=2)
+    prefix = "0." if wrap is compiled_inside else ""
+    assert list(result.layers) == [prefix + "0", prefix + "2"]
+    for name, layer in expected.layers.items():
+        torch.testing.assert_close(result.layers[prefix + name].components, layer.components)
