@@ -4,7 +4,7 @@ Knows torch models, nothing of policies, environments or PEFT. See docs/eva.md.
 """
 
 from eva_rl.eva.compute import compute, listen
-from eva_rl.eva.gain import SecondMoment, effective_rank, gain
+from eva_rl.eva.gram import SecondMoment, effective_rank, gain
 from eva_rl.eva.options import EvaOptions, StorageOptions
 from eva_rl.eva.result import EvaResult, LayerResult
 from eva_rl.eva.statistics import ActivationStatistics

@@ -12,8 +12,7 @@ from torch import nn
 from eva_rl.distributed import ProcessGroup, TorchGroup
 from eva_rl.errors import UnknownNameError, UserError
 from eva_rl.eva.estimator import Estimator
-from eva_rl.eva.gain import SecondMoment, second_moments
-from eva_rl.eva.gram import Stack, stacks
+from eva_rl.eva.gram import SecondMoment, Stack, second_moments, stacks
 from eva_rl.eva.hooks import Listener
 from eva_rl.eva.moments import Accumulator, Moments
 from eva_rl.eva.options import EvaOptions, StorageOptions, moment_bytes
