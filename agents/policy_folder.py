@@ -18,7 +18,7 @@ from eva_rl.agents.huggingface.options import ImportOptions, download
 from eva_rl.agents.policy import DecisionTransformerPolicy
 from eva_rl.agents.policy_record import FORMAT, FORMAT_VERSION, policy_record, read_record
 from eva_rl.agents.weights import check_size, check_weights, read_safetensors
-from eva_rl.errors import UnknownNameError
+from eva_rl.errors import UnknownNameError, UserError
 from eva_rl.files import check_files, sealed, write_folder, write_json
 
 __all__ = ["FORMAT", "FORMAT_VERSION", "find_policy", "load_base_policy", "policy_record", "read_policy", "save_policy"]
@@ -83,6 +83,10 @@ def read_policy(path: Path, options: ImportOptions | None = None) -> DecisionTra
         return read_original(path, options or ImportOptions())
     if not (path / POLICY_FILE).is_file() and (path / CONFIG_FILE).is_file():
         return read_huggingface(path, options or ImportOptions())
+    if options is not None and (given := options.normalisation()):
+        raise UserError(
+            f"{path} has a normalisation of its own; {', '.join(given)} are for imported policies. Leave out."
+        )
     record, config, scaling, conditioning = read_record(path / POLICY_FILE)
     check_files(record, path, [WEIGHTS_FILE], path / POLICY_FILE)
     return DecisionTransformerPolicy(

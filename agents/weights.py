@@ -9,8 +9,9 @@ import zipfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -86,22 +87,51 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     Raises:
         UserError: The file holds something else, which would run code while it is read, or is damaged.
     """
+    return read_checkpoint(path)[0]
+
+
+def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Read a state dict, or the one inside a training checkpoint, with the reader that takes nothing but arrays.
+
+    Returns:
+        The weights, and the statistics of observations that lie beside them, as keys of ``ImportOptions``.
+
+    Raises:
+        UserError: The file holds something else, which would run code while it is read, or is damaged.
+    """
     try:
         size = regular_size(path)
         _check_pickle(path, size)
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(_ARRAYS):
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
     except _NOT_TENSORS as error:
         raise UserError(
             f"{path} is not a plain file of tensors ({first_line(error)}). Only state dicts are read from "
             "pickles. Load it where it came from, and write its state_dict() with safetensors.torch.save_file."
         ) from error
-    if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
+    around = loaded if isinstance(loaded, dict) else {}
+    weights = next((around[key] for key in STATE_KEYS if isinstance(around.get(key), dict)), loaded)
+    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
         raise UserError(f"{path} holds no state dict (names to tensors). Save model.state_dict() alone.")
-    if sum(value.numel() * value.element_size() for value in loaded.values()) > 2 * size:
+    statistics = {ours: torch.as_tensor(around[name]) for name, ours in STATISTICS.items() if name in around}
+    if sum(value.numel() * value.element_size() for value in (*weights.values(), *statistics.values())) > 2 * size:
         raise UserError(
-            f"{path} has {size:,} bytes, and its tensors claim more: they repeat themselves. It is damaged."
+            f"{path} has {size:,} bytes, and its tensors claim more: they repeat their numbers. Save copies."
         )
-    return loaded
+    return dict(weights), statistics
+
+
+STATE_KEYS = ("model_state_dict", "model_state", "state_dict", "model")
+"""Where training checkpoints keep the network."""
+STATISTICS = {"state_mean": "observation_mean", "state_std": "observation_std"}
+_RECONSTRUCT: Any = np.zeros(1).__reduce__()[0]
+_ARRAYS: list[Any] = [
+    *(_RECONSTRUCT, (_RECONSTRUCT, "numpy.core.multiarray._reconstruct")),
+    np.ndarray,
+    np.dtype,
+    *(type(np.dtype(kind)) for kind in (np.float32, np.float64, np.int64, np.int32, np.uint32)),
+]
+"""NumPy arrays, which checkpoints keep statistics and the states of generators in."""
 
 
 def _check_pickle(path: Path, size: int) -> None:
@@ -134,7 +164,8 @@ def _check_globals(file: IO[bytes]) -> None:
 _LEGACY_PICKLES = 4
 """Before PyTorch 1.6: a magic number, the protocol, the system and the objects."""
 _GLOBALS = re.compile(
-    r"collections OrderedDict|torch\._utils _rebuild_(tensor_v2|parameter)"
+    r"collections OrderedDict|numpy(\._?core\.multiarray)? (_reconstruct|ndarray|dtype)|_codecs encode"
+    r"|torch\._utils _rebuild_(tensor_v2|parameter)"
     r"|torch (Double|Float|Half|BFloat16|Bool|Byte|Long|Int|Short|Char)Storage|torch\.storage \w+Storage"
 )
 _NOT_TENSORS = (

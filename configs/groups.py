@@ -102,6 +102,15 @@ class PolicyOptions:
     target_return: float | None = option(None, "target return; null takes the demonstrations' or the policy's own")
     context_length: int | None = option(None, "env steps an imported policy was trained to see; null takes 20")
     allow_pickle: bool = option(False, "read imported weights from a torch.save file, admitting tensors alone")
+    observations_from: str = option(
+        "",
+        "data whose mean and std normalise an imported policy's observations, as data= takes them; finetune: data for "
+        "its own demonstrations",
+    )
+    observation_mean: list[float] | None = option(None, "of an imported policy's training data; [0] for zeros")
+    observation_std: list[float] | None = option(None, "of an imported policy's training data; [1] for ones")
+    return_scale: float | None = option(None, "divides an imported policy's returns; null takes 1000")
+    num_heads: int | None = option(None, "attention heads of imported bare weights; null takes their project's")
 
 
 @dataclass

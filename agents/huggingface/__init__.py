@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,14 @@ from eva_rl.agents.huggingface.layout import (
     to_huggingface,
 )
 from eva_rl.agents.huggingface.options import ImportOptions, scaling_and_target
+from eva_rl.agents.huggingface.state_dicts import StateDict, recognise
 from eva_rl.agents.policy import DecisionTransformerPolicy
 from eva_rl.agents.policy_record import policy_record, read_record
 from eva_rl.agents.weights import (
     PICKLE_SUFFIXES,
     check_size,
     check_weights,
+    read_checkpoint,
     read_safetensors,
     read_state_dict,
     value_problems,
@@ -70,33 +73,38 @@ def read_huggingface(folder: Path, options: ImportOptions) -> DecisionTransforme
 
 
 def read_original(path: Path, options: ImportOptions) -> DecisionTransformerPolicy:
-    """Load a state dict of the original Decision Transformer (kzl/decision-transformer, gym), without a config.
+    """Load a state dict without a config: the original Decision Transformer's, online-dt's or CORL's.
 
     Args:
         path: A safetensors file, or with ``options.allow_pickle`` one of ``torch.save``.
-        options: Everything but the shapes; heads and activation have the original's defaults.
+        options: Everything but the shapes; heads and activation have their project's defaults.
 
     Raises:
-        UserError: The file is of another kind, a pickle without leave, or does not fit.
+        UserError: The file is of another kind, a pickle without permission, or does not fit.
     """
+    known: Mapping[str, Any] = {}
     if path.suffix == ".safetensors":
         weights = read_safetensors(path)
     elif path.suffix not in PICKLE_SUFFIXES:
         raise UserError(f"{path} is no policy. Expected a folder, or a .safetensors file of a Decision Transformer.")
     elif options.allow_pickle:
-        weights = read_state_dict(path)
+        weights, known = read_checkpoint(path)
     else:
         raise UserError(
             f"{path} is a pickle, which is not read unasked. Write its state_dict() with safetensors.torch.save_file, "
-            "or pass options=ImportOptions(allow_pickle=True) to read the tensors, and nothing else, in it."
+            "or read the tensors, and nothing else, in it: policy.allow_pickle=true, in Python "
+            "options=ImportOptions(allow_pickle=True)."
         )
-    weights = {re.sub(r"^transformer\.", "encoder.", name): value for name, value in weights.items()}
-    full = complete_config(_config_of_shapes(weights, options, path), str(path))
-    facts = options.merged_with({})
-    return _build(weights, architecture(full, int(facts["context_length"]), str(path)), full, facts, path)
+    found = recognise(weights, str(path))
+    full = complete_config(_config_of_shapes(found, options, path), str(path))
+    facts = options.merged_with(known)
+    config = architecture(full, int(facts["context_length"]), str(path))
+    return _build(found.weights, config, full, facts, path, found.log_std_head)
 
 
-def _config_of_shapes(weights: Mapping[str, Tensor], options: ImportOptions, path: Path) -> dict[str, Any]:
+def _config_of_shapes(found: StateDict, options: ImportOptions, path: Path) -> dict[str, Any]:
+    weights = found.weights
+    given = {"n_head": options.num_heads, "activation_function": options.activation}
     try:
         hidden, state = weights["embed_state.weight"].shape
         return {
@@ -106,9 +114,9 @@ def _config_of_shapes(weights: Mapping[str, Tensor], options: ImportOptions, pat
             "hidden_size": hidden,
             "max_ep_len": weights["embed_timestep.weight"].shape[0],
             "n_layer": len([name for name in weights if re.fullmatch(r"encoder\.h\.\d+\.ln_1\.weight", name)]),
-            "n_head": options.num_heads,
             "n_inner": weights["encoder.h.0.mlp.c_fc.weight"].shape[1],
-            "activation_function": options.activation,
+            **found.defaults,
+            **{key: value for key, value in given.items() if value is not None},
         }
     except (KeyError, IndexError, ValueError) as error:
         raise UserError(f"{path} is no Decision Transformer: {error} is missing or misshapen.") from error
@@ -120,6 +128,7 @@ def _build(
     full: Mapping[str, Any],
     facts: Mapping[str, Any],
     path: Path,
+    log_std_head: Mapping[str, Tensor] | None = None,
 ) -> DecisionTransformerPolicy:
     check_size(config, path, "its config")
     used = {name: value for name, value in weights.items() if not UNUSED.fullmatch(name)}
@@ -132,6 +141,10 @@ def _build(
         raise UserError(f"{path}: {POSITIONS} has shape {tuple(positions.shape)}, expected (n, {config.hidden_size}).")
     state = from_huggingface({name: value.float() for name, value in used.items()}, config.num_layers)
     absorb_quirks(state, full, None if positions is None else positions[0].float())
+    if log_std_head:
+        config = replace(config, stochastic=True)
+        state |= {name: value.float() for name, value in log_std_head.items()}
+        check_weights(state, DecisionTransformer.empty(config).state_dict(), str(path), "its config")
     scaling, conditioning = scaling_and_target(facts, config, str(path))
     network = DecisionTransformer.with_weights(config, state)
     metadata = facts.get("metadata") or {"imported_from": path.parent.name}

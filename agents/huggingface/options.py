@@ -26,15 +26,15 @@ class ImportOptions:
 
     Attributes:
         context_length: Env steps that the network was trained to see at most; None says 20, as all gym checkpoints.
-        observation_mean: (obs,), subtracted from observations.
-        observation_std: (obs,), divides them afterwards.
+        observation_mean: (obs,), subtracted from observations; one number stands for all.
+        observation_std: (obs,), divides them afterwards; one number stands for all.
         return_scale: Divides returns and rewards; None says 1000.
         target_return: What to ask for, unscaled.
         env_id: The task that the policy was trained for.
-        action_low: (act,), None says -1.
-        action_high: (act,), None says 1.
-        num_heads: Attention heads, for bare state dicts; a config knows them.
-        activation: Of the MLPs, for bare state dicts.
+        action_low: (act,), or one number for all; None says -1.
+        action_high: (act,), or one number for all; None says 1.
+        num_heads: Attention heads, for bare state dicts; None says 1, for online-dt's 4. A config knows them.
+        activation: Of the MLPs, for bare state dicts; None says relu, for CORL's gelu.
         allow_pickle: Whether a bare state dict may be read from a file of ``torch.save``; even then nothing but
             tensors is read from it.
     """
@@ -47,9 +47,14 @@ class ImportOptions:
     env_id: str | None = None
     action_low: Sequence[float] | None = None
     action_high: Sequence[float] | None = None
-    num_heads: int = 1
-    activation: str = "relu"
+    num_heads: int | None = None
+    activation: str | None = None
     allow_pickle: bool = False
+
+    def normalisation(self) -> list[str]:
+        """What was given of the normalisation, which policies of this package have of their own."""
+        names = ("observation_mean", "observation_std", "return_scale")
+        return [name for name in names if getattr(self, name) is not None]
 
     def merged_with(self, known: Mapping[str, Any]) -> dict[str, Any]:
         """What was given, over what is known otherwise, over the defaults."""
@@ -71,13 +76,14 @@ def scaling_and_target(
     if missing:
         raise UserError(
             f"{where} does not say its {', '.join(missing)}, without which it cannot act. Give them: "
-            "load_policy(..., options=ImportOptions(observation_mean=..., observation_std=..., target_return=...)). "
-            "Mean and std are those of the training observations (data.observations.mean(0), data.observations"
-            ".std(0)); zeros and ones say that it was trained without normalisation."
+            "policy.observation_mean=[...] policy.observation_std=[...] policy.target_return=..., or take mean and std "
+            "from data: policy.observations_from=SOURCE; in Python load_policy(..., options=ImportOptions("
+            "observation_mean=..., observation_std=..., target_return=...)). They are the training observations'; [0] "
+            "and [1] say that it was trained without normalisation."
         )
     given = {
-        "observation_mean": _listed(facts["observation_mean"]),
-        "observation_std": _listed(facts["observation_std"]),
+        "observation_mean": _listed(facts["observation_mean"], 0.0, config.observation_dim),
+        "observation_std": _listed(facts["observation_std"], 1.0, config.observation_dim),
         "return_scale": facts["return_scale"],
         "action_low": _listed(facts.get("action_low"), -1.0, config.action_dim),
         "action_high": _listed(facts.get("action_high"), 1.0, config.action_dim),
@@ -88,11 +94,10 @@ def scaling_and_target(
     return scaling, Conditioning(**CONDITIONING.of(wanted_returns, where))
 
 
-def _listed(values: Any, default: float = 0.0, count: int = 0) -> list[float]:
-    """Numbers of any array-like as a list, or ``count`` times the default."""
-    if values is None:
-        return [default] * count
-    listed: list[float] = np.asarray(values, np.float64).tolist()
+def _listed(values: Any, default: float, count: int) -> list[float]:
+    """Numbers of any array-like as a list; one number, or the default in place of none, ``count`` times."""
+    array = np.asarray(default if values is None else values, np.float64).ravel()
+    listed: list[float] = (np.repeat(array, count) if array.size == 1 else array).tolist()
     return listed
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from eva_rl.adapters import AdaptedPolicy, load_policy
+from eva_rl.agents import DecisionTransformerPolicy
 from eva_rl.agents.huggingface.options import ImportOptions
 from eva_rl.configs.groups import DataOptions, PolicyOptions
 from eva_rl.data import Trajectories, concatenate, load_dataset, read_episodes, select_episodes, write_episodes
@@ -47,10 +48,51 @@ def open_policy(
     Raises:
         UserError: See :func:`eva_rl.adapters.load_policy`.
     """
+    mean, std = _normalisation(options)
     imported = ImportOptions(
-        context_length=options.context_length, target_return=options.target_return, allow_pickle=options.allow_pickle
+        context_length=options.context_length,
+        observation_mean=mean,
+        observation_std=std,
+        return_scale=options.return_scale,
+        target_return=0.0 if _from_demonstrations(options) else options.target_return,
+        num_heads=options.num_heads,
+        allow_pickle=options.allow_pickle,
     )
     return load_policy(options.path, device, imported, merge=merge, adapters=adapters)
+
+
+FROM_DEMONSTRATIONS = "data"
+"""Of ``policy.observations_from``: the run's own demonstrations."""
+MIN_STD = 1e-6
+"""Added to standard deviations, as the original Decision Transformer does."""
+
+
+def _from_demonstrations(options: PolicyOptions) -> bool:
+    return options.observations_from == FROM_DEMONSTRATIONS and options.target_return is None
+
+
+def _normalisation(options: PolicyOptions) -> tuple[Sequence[float] | None, Sequence[float] | None]:
+    """Mean and standard deviation of an imported policy's observations, where they are given."""
+    if not options.observations_from:
+        return options.observation_mean, options.observation_std
+    if options.observation_mean is not None or options.observation_std is not None:
+        raise UserError("policy.observations_from and policy.observation_mean or _std: expected one of them.")
+    if options.observations_from == FROM_DEMONSTRATIONS:
+        return [0.0], [1.0]  # until there are demonstrations: normalise_by
+    return _statistics(load_dataset(options.observations_from, allow_pickle=options.allow_pickle))
+
+
+def _statistics(data: Trajectories) -> tuple[list[float], list[float]]:
+    mean, std = (getattr(data.observations, name)(0, dtype=np.float64) for name in ("mean", "std"))
+    return mean.tolist(), (std + MIN_STD).tolist()
+
+
+def normalise_by(policy: DecisionTransformerPolicy, data: Trajectories, options: PolicyOptions) -> None:
+    """Give an imported policy the normalisation of demonstrations, and their target return unless one was given."""
+    mean, std = (torch.tensor(values, dtype=torch.float32, device=policy.device) for values in _statistics(data))
+    policy.scaling = replace(policy.scaling, observation_mean=mean, observation_std=std)
+    if _from_demonstrations(options):
+        policy.conditioning = replace(policy.conditioning, target_return=target_return(data))
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,16 @@ from eva_rl.adapters import GRADIENTS, find_method
 from eva_rl.agents import DecisionTransformerPolicy
 from eva_rl.agents.stochastic import make_stochastic
 from eva_rl.cli.console import counting_progress
-from eva_rl.cli.loading import AUTO, EXPERT, NONE, load_task_data, open_policy, resolve_policy
+from eva_rl.cli.loading import (
+    AUTO,
+    EXPERT,
+    FROM_DEMONSTRATIONS,
+    NONE,
+    load_task_data,
+    normalise_by,
+    open_policy,
+    resolve_policy,
+)
 from eva_rl.cli.machine import prepare_machine
 from eva_rl.cli.profiling import Phases
 from eva_rl.cli.run_dir import open_run
@@ -137,6 +146,8 @@ def open_session(config: FinetuneConfig) -> Session:
     if isinstance(config.algo, ODTAlgo):
         make_stochastic(policy, config.algo.initial_std)
     source = data_source(config)
+    if source == NONE and config.policy.observations_from == FROM_DEMONSTRATIONS:
+        raise UserError("policy.observations_from=data: there are none (data=none). Name a source of data instead.")
     check_method(config.algo, find_method(config.adapter.method))
     _check_activations(config, source != NONE)
     run_dir = open_run("finetune", config)
@@ -146,6 +157,8 @@ def open_session(config: FinetuneConfig) -> Session:
         with process_group.main_process_first():
             data = load_task_data(spec.env_id, options, run_dir / "data", config.env.horizon)
         policy.check_dimensions(data.observation_dim, data.action_dim, data.source)
+        if config.policy.observations_from == FROM_DEMONSTRATIONS:
+            normalise_by(policy, data, config.policy)
     _ask(policy, config, data, spec.env_id)
     sampler = None if data is None else make_sampler(policy, data, config)
     vec_env = shared_envs(process_group, spec.env_id, config.eval.episodes, config.env.horizon)

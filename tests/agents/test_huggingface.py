@@ -197,7 +197,7 @@ def test_unknown_normalisation_is_asked_for(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"does not say its observation_mean, observation_std, without"):
         load_base_policy(folder)
     with pytest.raises(UserError, match="lengths"):
-        load_base_policy(folder, options=replace(OPTIONS, observation_std=[1.0]))
+        load_base_policy(folder, options=replace(OPTIONS, observation_std=[1.0, 1.0]))
 
 
 @pytest.mark.parametrize(
