@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import gymnasium as gym
 import minari
 import numpy as np
 import pytest
+from minari.data_collector import EpisodeBuffer
 
 from eva_rl.cli.loading import expert_source, load_task_data
 from eva_rl.configs.groups import DataOptions
@@ -112,3 +114,37 @@ def test_weights_of_success_and_return_multiply() -> None:
     assert after is not None
     np.testing.assert_allclose(both, drawn * after)
     assert len(np.unique(both)) == 4
+
+
+class TwoParts(gym.Env):  # type: ignore[type-arg]
+    """Observations of two parts, in an order that is not the alphabet's."""
+
+    action_space = gym.spaces.Box(-1, 1, (2,), np.float32)
+
+    def __init__(self, render_mode: str | None = None) -> None:
+        parts = [(name, gym.spaces.Box(-9, 9, (2,), np.float64)) for name in ("where", "goal")]
+        self.observation_space = gym.spaces.Dict(parts)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:minari")
+def test_the_parts_of_observations_lie_as_in_the_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(gym.registry, "TwoParts-v0", gym.envs.registration.EnvSpec("TwoParts-v0", TwoParts))
+    for name, order in (("same-v0", ("where", "goal")), ("other-v0", ("goal", "where"))):
+        space = gym.spaces.Dict([(key, gym.spaces.Box(-9, 9, (2,), np.float64)) for key in order])
+        rows = {"where": np.zeros((3, 2)), "goal": np.ones((3, 2))}
+        ends = np.array([False, True])
+        buffer = EpisodeBuffer(
+            id=0,
+            observations=rows,
+            actions=np.zeros((2, 2), np.float32),
+            rewards=np.zeros(2),
+            terminations=~ends & False,
+            truncations=ends,
+        )
+        minari.create_dataset_from_buffers(name, [buffer], observation_space=space, action_space=TwoParts.action_space)
+    same = load_task_data("TwoParts-v0", DataOptions(source="minari:same-v0"), tmp_path)
+    assert same.observations[0].tolist() == [0, 0, 1, 1]
+    with pytest.raises(UserError, match=r"as goal,where, TwoParts-v0 as where,goal\. Add \?keys=where,goal"):
+        load_task_data("TwoParts-v0", DataOptions(source="minari:other-v0"), tmp_path)
+    turned = load_task_data("TwoParts-v0", DataOptions(source="minari:other-v0?keys=where,goal"), tmp_path)
+    assert differences(turned, same) == []

@@ -17,6 +17,7 @@ from eva_rl.configs.groups import DataOptions, PolicyOptions
 from eva_rl.data import Trajectories, concatenate, load_dataset, read_episodes, select_episodes, write_episodes
 from eva_rl.data.selection import target_return
 from eva_rl.envs import EnvSpec, canonical_id, env_spec
+from eva_rl.envs.observations import observation_keys
 from eva_rl.errors import UserError
 from eva_rl.rollouts.experts import ActionNoise, collect_expert
 
@@ -195,8 +196,22 @@ def check_fit(data: Trajectories, spec: EnvSpec) -> None:
             f"{expected[0]} and {expected[1]}. Name other demonstrations with data=, or the task they were made in "
             f"with env={data.env_id or '...'}."
         )
+    _check_order(data, spec)
     if data.env_id and data.env_id != spec.env_id:
         log.warning("%s: demonstrations of %s are used for %s.", data.source, data.env_id, spec.env_id)
+
+
+def _check_order(data: Trajectories, spec: EnvSpec) -> None:
+    """Refuse data whose Dict observations are laid side by side in another order than the task's."""
+    said = data.metadata.get("observation_keys")
+    if not said:
+        return
+    expected = ",".join(observation_keys(spec.env_id))
+    if expected and said != expected:
+        raise UserError(
+            f"{data.source} lays the parts of an observation side by side as {said}, {spec.env_id} as {expected}. Add "
+            f"?keys={expected} to the source, where those are the same parts, or name other demonstrations with data=."
+        )
 
 
 def _demonstrated(env: str, options: DataOptions, folder: Path, horizon: int | None) -> Trajectories:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import mmap
 import posixpath
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ MAX_COMPRESSION = 1100
 """An array is at most so many times larger than what its file stores of it: deflate reaches 1032."""
 MAX_LINKS = 8
 """Soft links that one name may lead through, and virtual data sets."""
+HEAP = b"GCOL\x01\0\0\0"
+"""How a heap of texts of variable length begins, which alone of HDF5's structures has no checksum in new files."""
 MAX_ATTRIBUTE = 4096
 """Numbers of an array-valued attribute that are read."""
 
@@ -42,6 +45,7 @@ class HdfFile:
         self._arrays: dict[str, h5py.Dataset] = {}
         self._addresses: dict[int, str] = {}
         self._left = MAX_COMPRESSION * path.stat().st_size
+        self._heaps_checked = False
         if not h5py.is_hdf5(path):
             kind = kind_of_file(path)
             raise UserError(
@@ -131,8 +135,10 @@ class HdfFile:
             found = (self._file[group] if group else self._file).attrs
             if key not in found:
                 return ""
-            shape = found.get_id(key).shape or ()
-            readable = not shape or (found.get_id(key).dtype.kind in "fiub" and math.prod(shape) <= MAX_ATTRIBUTE)
+            shape, kind = found.get_id(key).shape or (), found.get_id(key).dtype.kind
+            if kind == "O":
+                self._check_heaps()
+            readable = not shape or (kind in "fiub" and math.prod(shape) <= MAX_ATTRIBUTE)
             return str(found[key]) if readable else ""
 
     def attributes(self) -> dict[str, str]:
@@ -144,6 +150,28 @@ class HdfFile:
         with self.source().reading():
             names = [str(name) for name in self._file.attrs]
         return {name: self.attribute(name) for name in names}
+
+    def _check_heaps(self) -> None:
+        """Refuse heaps of texts in whose damage the HDF5 library walks for ever: by steps of no length.
+
+        Layout: section III.E, "Global Heap", of https://docs.hdfgroup.org/hdf5/v1_14/_f_m_t3.html.
+        """
+        if self._heaps_checked:
+            return
+        self._heaps_checked = True
+        with self.path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            begin = content.find(HEAP)
+            while begin >= 0:
+                end = begin + int.from_bytes(content[begin + 8 : begin + 16], "little")
+                place = begin + 16
+                while place + 16 <= min(end, len(content)):
+                    size = int.from_bytes(content[place + 8 : place + 16], "little")
+                    free_space = content[place : place + 2] == b"\0\0"
+                    step = size if free_space else 16 + -(-size // 8) * 8
+                    if step == 0:
+                        raise UserError(f"{self.path}: its texts are damaged. Download or write it again.")
+                    place += step
+                begin = content.find(HEAP, begin + 8)
 
     def _member(self, key: str, links: int = MAX_LINKS) -> Any:
         """A group or an array, or None where there is none.
