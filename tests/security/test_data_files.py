@@ -247,9 +247,9 @@ def shared_lists(depth: int) -> bytes:
 
 
 def copies() -> bytes:
-    """Makes a list of 100,000 parts, and 100,000 copies of it."""
-    first = b"cbuiltins\nlist\nq\x00](" + b"N" * 100_000 + b"eq\x01"
-    return pickled(b"]", first, *[b"h\x00h\x01\x85R"] * 100_000)
+    """Makes a list of 20,000 parts, and 20,000 copies of it."""
+    first = b"cbuiltins\nlist\nq\x00](" + b"N" * 20_000 + b"eq\x01"
+    return pickled(b"]", first, *[b"h\x00h\x01\x85R"] * 20_000)
 
 
 def repeated_rows() -> bytes:
@@ -282,7 +282,7 @@ PICKLES = {
     "itself": holds_itself(),
     "deep": pickled(b"]" * 20_000 + b"a" * 19_999),
     "long text beside short ones": pickle.dumps(
-        {"observations": ["x" * 20_000, *["y"] * 100_000], "actions": [1.0], "rewards": [1.0]}
+        {"observations": ["x" * 20_000, *["y"] * 20_000], "actions": [1.0], "rewards": [1.0]}
     ),
 }
 
