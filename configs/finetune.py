@@ -7,7 +7,7 @@ from functools import partial
 from typing import ClassVar, get_args
 
 from eva_rl.adapters import METHODS, PROJECTIONS, SOURCES, find_method
-from eva_rl.configs.algorithms import ALGORITHMS
+from eva_rl.configs.algorithms import ALGORITHMS, BCAlgo
 from eva_rl.configs.groups import (
     AlgoOptions,
     CheckpointOptions,
@@ -17,6 +17,7 @@ from eva_rl.configs.groups import (
     PolicyOptions,
     TrainOptions,
 )
+from eva_rl.errors import UserError
 from eva_rl.eva.options import MAX_BATCHES, EvaOptions, Variant
 from eva_rl.eva.redistribution import Score
 from eva_rl.options import Options, group, option
@@ -74,14 +75,35 @@ class AdapterOptions(Options):
 
 
 @dataclass
+class FinetuneEvalOptions(EvalOptions):
+    """Evaluation on held-out episodes, and on held-out demonstrations."""
+
+    at: list[int] = option(
+        [], "gradient steps of cloning at which to evaluate on the held-out episodes, too: [10,20,40]"
+    )
+    demonstrations: int = option(
+        0, "held-out expert demonstrations on which to measure the cloning loss; 0 for none", low=0, high=1000
+    )
+
+
+@dataclass
 class FinetuneConfig(TrainOptions):
     """Config of ``python -m eva_rl.finetune``."""
 
+    shared: str = option("", "folder for work that runs have in common: demonstrations, evaluation before, EVA pass")
+    study: str = option("", "SHA-256 of the study file that the run belongs to; set by the benchmark")
     video: bool = option(False, "record one episode before and after, side by side; takes time, and a renderer")
     env: EnvOptions = group(EnvOptions, "the new task")
     policy: PolicyOptions = group(partial(PolicyOptions, path="auto"), "what to start from")
     data: DataOptions = group(partial(DataOptions, source="auto"), "demonstrations")
     adapter: AdapterOptions = group(AdapterOptions, "what is trained")
     algo: AlgoOptions = group(AlgoOptions, "how it is trained: " + ", ".join(ALGORITHMS))
-    eval: EvalOptions = group(EvalOptions, "evaluation")
+    eval: FinetuneEvalOptions = group(FinetuneEvalOptions, "evaluation")
     checkpoint: CheckpointOptions = group(CheckpointOptions, "checkpoints")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.eval.at and not isinstance(self.algo, BCAlgo):
+            raise UserError(f"eval.at={self.eval.at} counts gradient steps of algo=bc, not of algo={self.algo.name}.")
+        if any(not 0 < update <= self.algo.final_step for update in self.eval.at):
+            raise UserError(f"eval.at={self.eval.at}: expected gradient steps from 1 to {self.algo.final_step}.")

@@ -2,43 +2,40 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from functools import cached_property
-from itertools import product
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from yaml import YAMLError
-
 from eva_rl.adapters import find_method
+from eva_rl.benchmark.grid import Cell, Place, check, comparison_cells, setting_name, tuning_cells
+from eva_rl.benchmark.plan import plan_table, read_pilot
+from eva_rl.benchmark.study import METHOD, Study, names_of, read_study, seeds_of, tasks_of
+from eva_rl.benchmark.tuning import Chosen, choose
 from eva_rl.cli.command import run_command
 from eva_rl.cli.console import console
-from eva_rl.cli.loading import open_policy, resolve_policy
-from eva_rl.cli.parsing import parse, register
-from eva_rl.cli.run_dir import CONFIG_FILE, SUMMARY_FILE, changed_settings
-from eva_rl.cli.values import quoted, split_list, unquoted
-from eva_rl.configs.finetune import FinetuneConfig
-from eva_rl.envs import env_spec
-from eva_rl.envs.registry import task_ids
+from eva_rl.cli.parsing import register
 from eva_rl.errors import UserError
-from eva_rl.finetune.adapter import check_adapter
 from eva_rl.launch.jobs import Job, LaunchOptions
 from eva_rl.launch.launching import launch, list_failed
-from eva_rl.options import between, option
+from eva_rl.options import option
 from eva_rl.report import command as report
-from eva_rl.seeding import MAX_SEED
+from eva_rl.report.page import terminal_table
 
 HELP = """
 Fine-tune every method on every task with every seed, and compare them: independent runs in
-OUT/<task>/<method>/seed_<n>/, and a report in OUT/report/. The same command
-continues where it was interrupted: finished runs are skipped.
+OUT/<task>/<method>/seed_<n>/, a small record of each in RECORDS/, and a report in OUT/report/. The same command
+continues where it was interrupted: runs that have a record are skipped, also on another machine.
 
-Every key of python -m eva_rl.finetune can be given, with finetune. before it. Demonstrations are collected for
-each seed and shared by all methods.
+A study file decides beforehand on tasks, methods with settings of their own, seeds, budgets, endpoint, margin and
+tuning; plan=true shows what it costs and what it can detect. Every key of python -m eva_rl.finetune can be given, with
+finetune. before it. Demonstrations are collected for each seed and shared by all methods.
 
 Examples:
+  python -m eva_rl.benchmark study=study.yaml plan=true
+  python -m eva_rl.benchmark study=study.yaml records=results out=runs/study
   python -m eva_rl.benchmark tasks=cw10 methods=[lora,eva,dora,eva_dora,full] seeds=5 out=runs/cw10
   python -m eva_rl.benchmark tasks=push-v3+reach-v3 methods=eva+lora seeds=[3,4] finetune.algo.updates=400
   python -m eva_rl.benchmark tasks=cw10 set=[algo=bc_then_odt,algo.env_steps=50000] jobs=8 threads=2
@@ -48,50 +45,56 @@ Examples:
 OWN_KEYS = {
     "env": "tasks=", "env.id": "tasks=", "adapter": "methods=", "adapter.method": "methods=", "seed": "seeds=",
     "data.seed": "seeds=", "run_dir": "out=", "threads": "threads=", "resume": "nothing; runs always continue",
+    "study": "study=", "shared": "out=", "eval.at": "budgets: in a study file",
 }  # fmt: skip
 """Keys of finetune that the benchmark decides on itself, and by what."""
 PASSED = "finetune."
+STUDY_FILE = "study.yaml"
 
 
 @dataclass
-class BenchmarkConfig(LaunchOptions):
-    """Config of ``python -m eva_rl.benchmark``."""
+class BenchmarkOptions:
+    """What is compared."""
 
+    study: str = option("", "study file (YAML), in place of tasks, methods and seeds")
     tasks: Any = option("cw10", "cw10, mt40, mt50, tasks joined by +, or a [list]")
     methods: Any = option("lora+eva+dora+eva_dora+full", "adapter methods joined by +, or a [list]")
     seeds: Any = option(5, "how many seeds, from 0 on, or a [list] of them")
-    out: str = option("benchmark", "folder for everything; continue in it by typing the same command")
     set: list[str] = field(
         default_factory=list,
         metadata={"help": "what every run gets: [algo.updates=400]; same as finetune.algo.updates=400"},
     )
+    out: str = option("benchmark", "folder for everything; continue in it by typing the same command")
+    records: str = option("", "folder of the records of finished runs, to be committed; empty for OUT/records")
+    plan: bool = option(False, "only show runs, core-hours and the smallest difference that can be detected")
+    pilot: str = option("", "plan: finished runs or records from which the spread over seeds is taken")
+
+
+@dataclass
+class BenchmarkConfig(LaunchOptions, BenchmarkOptions):
+    """Config of ``python -m eva_rl.benchmark``."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.grid()
 
-    def grid(self) -> tuple[list[str], list[str], list[int]]:
-        """Canonical tasks, methods and seeds.
+    def grid(self) -> Study:
+        """The study of a grid that was typed, or of the study file.
 
         Raises:
-            UserError: One of them does not exist.
+            UserError: A task, method or seed does not exist.
         """
-        tasks = [task for name in _names(self.tasks) for task in task_ids(name)]
-        methods = [find_method(name).name for name in _names(self.methods)]
-        return list(dict.fromkeys(tasks)), list(dict.fromkeys(methods)), _seeds(self.seeds)
+        if self.study:
+            return read_study(Path(self.study).expanduser())
+        methods = {name: {METHOD: name} for name in (find_method(name).name for name in names_of(self.methods))}
+        return Study(tasks_of(self.tasks), methods, seeds_of(self.seeds))
 
-
-def _names(value: Any) -> list[str]:
-    return [str(name) for name in value] if isinstance(value, list) else str(value).split("+")
-
-
-def _seeds(value: Any) -> list[int]:
-    numbers: list[Any] = value if isinstance(value, list) else list(range(value)) if isinstance(value, int) else []
-    if not numbers or not all(isinstance(number, int) for number in numbers):
-        raise UserError(f"seeds={value}: expected a number of seeds, or a list such as seeds=[0,1,2].")
-    for number in numbers:
-        between(0, MAX_SEED, seeds=number)
-    return list(dict.fromkeys(numbers))
+    @property
+    def place(self) -> Place:
+        """Where everything lies."""
+        out = Path(self.out).expanduser().resolve()
+        records = Path(self.records).expanduser().resolve() if self.records else out / "records"
+        return Place(out, records, self.threads, self.set)
 
 
 def arguments(typed: Sequence[str]) -> list[str]:
@@ -100,87 +103,55 @@ def arguments(typed: Sequence[str]) -> list[str]:
     rest = []
     for word in typed:
         if word.startswith("set="):
-            gathered += [unquoted(entry) for entry in split_list(word.removeprefix("set="))]
+            gathered += split_list(word.removeprefix("set="))
         elif word.startswith(PASSED):
             gathered.append(word.removeprefix(PASSED))
         else:
             rest.append(word)
-    return [*rest, f"set=[{','.join(map(quoted, gathered))}]"] if gathered else rest
+    quoted = ",".join("'" + word.replace("\\", "\\\\").replace("'", "\\'") + "'" for word in gathered)
+    return [*rest, f"set=[{quoted}]"] if gathered else rest
+
+
+def split_list(text: str) -> list[str]:
+    """Entries of ``[a=1,b=[2,3]]``: commas inside of brackets or quotes do not separate."""
+    inner = text[1:-1] if text.startswith("[") and text.endswith("]") else text
+    found = re.findall(r"(?:'[^']*'|\"[^\"]*\"|\[[^\]]*\]|\{[^}]*\}|[^,])+", inner)
+    return [re.sub(r"""^(['"])(.*)\1$""", r"\2", entry.strip()) for entry in found]
 
 
 register("benchmark", BenchmarkConfig, {}, arguments)
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One run of the grid.
-
-    Attributes:
-        task: Canonical name.
-        method: Adapter method.
-        seed: Of training and of demonstrations.
-        config: The benchmark's.
-    """
-
-    task: str
-    method: str
-    seed: int
-    config: BenchmarkConfig
-
-    @property
-    def name(self) -> str:
-        """Where it lies, below the benchmark's folder."""
-        return f"{self.task.removeprefix('metaworld/').replace('/', '-')}/{self.method}/seed_{self.seed}"
-
-    @property
-    def run_dir(self) -> Path:
-        """Its run directory."""
-        return Path(self.config.out).expanduser().resolve() / self.name
-
-    @property
-    def finished(self) -> bool:
-        """Whether it has ended well before."""
-        return (self.run_dir / SUMMARY_FILE).exists()
-
-    @property
-    def overrides(self) -> list[str]:
-        """What finetune gets."""
-        own = [f"env={self.task}", f"adapter={self.method}", f"seed={self.seed}", f"data.seed={self.seed}"]
-        return [*own, f"threads={self.config.threads}", f"run_dir={self.run_dir}", *self.config.set]
-
-    @cached_property
-    def finetune(self) -> FinetuneConfig:
-        """Its config, checked."""
-        found: FinetuneConfig = parse("finetune", self.overrides)
-        return found
-
-    def job(self) -> Job:
-        """What is launched."""
-        log = self.run_dir.parents[2] / "logs" / f"{self.name.replace('/', '-')}.log"
-        command = ("eva_rl.finetune", *self.overrides)
-        return Job(self.name, command, log, self.run_dir / SUMMARY_FILE, self.config.threads)
-
-
 def benchmark(config: BenchmarkConfig) -> None:
-    """Check everything; run what is not finished, one seed of all methods and tasks after the other; report."""
-    check_overrides(config.set)
-    tasks, methods, seeds = config.grid()
-    cells = [Cell(*place, config) for seed in seeds for place in product(tasks, methods, [seed])]
-    check(cells)
-    out = Path(config.out).expanduser().resolve()
-    left = [cell for cell in cells if not cell.finished]
-    console.print(
-        f"{len(tasks)} tasks, {len(methods)} methods, {len(seeds)} seeds: {len(cells)} runs, "
-        f"{len(cells) - len(left)} of them finished before. {out}",
-        soft_wrap=True,
-    )
-    failed = launch([cell.job() for cell in left], len(cells) - len(left), config, out / "logs" / "launcher")
-    if len(failed) < len(cells):
-        finished = [str(cell.run_dir) for cell in cells if cell.run_dir.exists()]
-        report.report(report.ReportConfig(runs=finished, out=str(out / "report"), title="Benchmark"))
-    list_failed(failed)
-    if failed:
-        raise UserError(f"{len(failed)} of {len(cells)} runs failed. Fix the cause and rerun the command to resume.")
+    """Check everything; tune; run what is not finished; report."""
+    check_overrides([*config.set, *_keys_of(config.grid())])
+    study, place = config.grid(), config.place
+    tuned = tuning_cells(study, place)
+    first: Chosen = {method: study.candidates(method)[0] for method in study.methods}
+    check([*tuned, *(comparison_cells(study, place, first) if not tuned else [])])
+    if config.plan:
+        show_plan(config, study, len(tuned), len(comparison_cells(study, place, first)))
+        return
+    if study.digest:
+        keep_study(Path(config.study).expanduser(), place.out)
+    chosen = first
+    if tuned:
+        run_cells(tuned, config, "Tuning")
+        chosen = choose(study, tuned)
+        for method in study.methods:
+            console.print(f"Tuned {method}: {setting_name(chosen[method]) or 'nothing to tune'}", soft_wrap=True)
+    tested = comparison_cells(study, place, chosen)
+    check(tested)
+    try:
+        run_cells(tested, config, "Test")
+    finally:
+        write_report([*tuned, *tested], config, study)
+
+
+def _keys_of(study: Study) -> list[str]:
+    """The settings of a study, as overrides without their values, to be checked."""
+    several = [study.settings, *study.methods.values(), *study.tune.values()]
+    return [f"{key}=" for settings in several for key in settings if key != METHOD]
 
 
 def check_overrides(overrides: Sequence[str]) -> None:
@@ -197,41 +168,55 @@ def check_overrides(overrides: Sequence[str]) -> None:
             raise UserError(f"{PASSED}{key}: a benchmark decides on that by {OWN_KEYS[key]}.")
 
 
-def check(cells: Sequence[Cell]) -> None:
-    """Raise unless every run can start: its config, task, policy and adapter, and what was in its folder before.
+def keep_study(path: Path, out: Path) -> None:
+    """Keep a copy of the study file beside its runs."""
+    out.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(path, out / STUDY_FILE)
+
+
+def show_plan(config: BenchmarkConfig, study: Study, tuning_runs: int, test_runs: int) -> None:
+    """Print what the study costs and what it can detect."""
+    table = plan_table(study, read_pilot(config.pilot, study.endpoint), tuning_runs, test_runs, config.threads)
+    console.print(terminal_table(table))
+    console.print(table.note, markup=False, soft_wrap=True)
+
+
+def run_cells(cells: Sequence[Cell], config: BenchmarkConfig, phase: str) -> None:
+    """Run what has no record yet, and leave a record of each run that ends.
 
     Raises:
-        UserError: Naming the first run that cannot.
+        UserError: Some runs failed.
     """
-    device = torch.device("cpu")
-    for cell in cells:
-        check_unchanged(cell)
-        if cell.seed == cells[0].seed:
-            config = cell.finetune
-            spec = env_spec(config.env.id, config.env.horizon)
-            policy = open_policy(resolve_policy(config.policy, spec.env_id), device, merge=True)
-            policy.check_dimensions(spec.observation_dim, spec.action_dim, spec.env_id)
-            check_adapter(policy, config.adapter)
+    out = config.place.out
+    left = [cell for cell in cells if not cell.keep()]
+    by_name = {cell.name: cell for cell in left}
+    console.print(
+        f"{phase}: {len(cells)} runs, {len(cells) - len(left)} of them finished before. {out}", soft_wrap=True
+    )
+
+    def ended(job: Job) -> None:
+        by_name[job.name].keep()
+
+    failed = launch([cell.job() for cell in left], len(cells) - len(left), config, out / "logs" / "launcher", ended)
+    lost = [job for job in failed if not by_name[job.name].keep()]
+    list_failed(lost)
+    if lost:
+        raise UserError(f"{len(lost)} of {len(cells)} runs failed. Fix the cause and rerun the command to resume.")
 
 
-def check_unchanged(cell: Cell) -> None:
-    """Raise where a run was begun with other settings, so that no report mixes two benchmarks.
-
-    Raises:
-        UserError: Naming the settings.
-    """
-    path = cell.run_dir / CONFIG_FILE
-    if not path.exists() or not (cell.finished or (cell.run_dir / "checkpoint").exists()):
+def write_report(cells: Sequence[Cell], config: BenchmarkConfig, study: Study) -> None:
+    """Report on the records there are; runs without one are listed."""
+    places = [cell.record if cell.record.exists() else cell.run_dir for cell in cells]
+    if not any(cell.record.exists() for cell in cells if not cell.tuning):
         return
-    try:
-        changed = changed_settings(cell.run_dir, asdict(cell.finetune))
-    except (OSError, ValueError, YAMLError) as error:
-        raise UserError(f"{path} cannot be read: {error}. Remove the folder and rerun the same command.") from error
-    if changed:
-        raise UserError(
-            f"{cell.run_dir} was made with other settings of {', '.join(changed)}. Use the same settings to continue, "
-            "or name another out=."
-        )
+    options = report.ReportConfig(
+        runs=[str(place) for place in places if place.exists()],
+        out=str(config.place.out / "report"),
+        title="Study" if study.digest else "Benchmark",
+        endpoint=study.endpoint,
+        margin=study.margin,
+    )
+    report.report(options)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from eva_rl.files import write_json
 from eva_rl.report.reading import UPDATES, Row
@@ -13,13 +14,14 @@ MOST_POINTS = 200
 """Points of the learning curve that a record keeps; of more, every second is left out until they fit."""
 
 
-def write_record(path: Path, run_dir: Path, name: str) -> None:
+def write_record(path: Path, run_dir: Path, name: str, about: Mapping[str, Any] | None = None) -> None:
     """Write the record of a finished run.
 
     Args:
         path: Where to.
         run_dir: The run directory.
         name: The run's name within its benchmark.
+        about: ``method``, the name that the study gives it, and ``tuning``, the settings tried, or None.
 
     Raises:
         UserError: The run is damaged.
@@ -27,6 +29,7 @@ def write_record(path: Path, run_dir: Path, name: str) -> None:
     run, _ = read_run(run_dir)
     goals = sorted(run.goals)
     body = {
+        "about": dict(about or {"method": run.method, "tuning": None}),
         "config": read_config(run_dir / "config.yaml"),
         "summary": run.summary,
         "episodes": {

@@ -27,13 +27,13 @@ PARTIAL = re.compile(r"\..+\.[0-9a-f]{8}\.partial")
 """What a write that a crash cut off leaves behind, see :mod:`eva_rl.files`."""
 FREE_BYTES = 200 * 2**20
 """A run that would start with less room on its disk is refused."""
-FREE_TO_CHANGE = {"run_dir", "resume", "threads", "device", "checkpoint", "tracker", "video"}
+FREE_TO_CHANGE = {"run_dir", "shared", "resume", "threads", "device", "checkpoint", "tracker", "video"}
 """Keys in which a continued run may differ from its first part."""
 FREE_IN_GROUPS = {"accumulate", "compile"}
 """The same, within groups: what fits a machine and changes no result."""
 
 
-NOT_SHOWN = {"run_dir", "resume", "threads", "device", "tracker", "video", "checkpoint"}
+NOT_SHOWN = {"run_dir", "shared", "study", "resume", "threads", "device", "tracker", "video", "checkpoint"}
 """Settings that say nothing about a result."""
 SHORT = {"adapter": "adapter.method", "algo": "algo.name", "env": "env.id", "rank": "adapter.rank", "seed": "seed"}
 """Settings by which runs are told apart most often."""

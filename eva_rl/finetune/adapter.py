@@ -69,8 +69,20 @@ def listened_to(config: FinetuneConfig, has_data: bool) -> str:
     return source
 
 
-def attach(policy: DecisionTransformerPolicy, sampler: WindowSampler | None, config: FinetuneConfig) -> AttachedAdapter:
-    """Compute from data what the method starts from, and attach the adapter."""
+def attach(
+    policy: DecisionTransformerPolicy,
+    sampler: WindowSampler | None,
+    config: FinetuneConfig,
+    find_eva: Callable[[Callable[[], EvaResult]], EvaResult] = lambda compute: compute(),
+) -> AttachedAdapter:
+    """Compute from data what the method starts from, and attach the adapter.
+
+    Args:
+        policy: What is adapted.
+        sampler: Windows of the demonstrations, or None.
+        config: Of the run.
+        find_eva: Calls the EVA pass that it is given, or returns what another run found.
+    """
     options, needs = config.adapter, find_method(config.adapter.method).needs
     return attach_adapter(
         policy,
@@ -80,7 +92,7 @@ def attach(policy: DecisionTransformerPolicy, sampler: WindowSampler | None, con
         dropout=options.dropout,
         targets=options.targets,
         rank_caps=options.rank_caps,
-        eva=_compute_eva(policy, sampler, config) if needs == DIRECTIONS else None,
+        eva=find_eva(lambda: _compute_eva(policy, sampler, config)) if needs == DIRECTIONS else None,
         moments=_moments(policy, sampler, config) if needs == MOMENTS else None,
         backward=_backward(policy, sampler, config) if needs == GRADIENTS else None,
         total_updates=config.algo.total_updates,

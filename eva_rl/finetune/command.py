@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from eva_rl.adapters import count_parameters
 from eva_rl.cli.command import run_command
@@ -16,6 +17,7 @@ from eva_rl.finetune.adapter import attach
 from eva_rl.finetune.phases import resume_step, train
 from eva_rl.finetune.results import compare_snapshots, finish, report_eva, snapshot
 from eva_rl.finetune.session import open_session
+from eva_rl.finetune.shared import evaluate_before, shared_eva
 from eva_rl.launch.multirun import multirun
 from eva_rl.tracking.tracker import open_tracker
 from eva_rl.training.failures import failures_kept
@@ -40,16 +42,17 @@ def finetune(config: FinetuneConfig) -> None:
     """Evaluate, initialise and attach the adapter, train, evaluate again, save."""
     session = open_session(config)
     phases = session.phases
-    before = session.evaluate("Before")
-    before_snapshot = snapshot(session)
+    before, actions = evaluate_before(session)
+    before_snapshot = snapshot(session, actions)
     phases.end("evaluate_before")
-    adapter = attach(session.policy, session.sampler, config)
+    loss_before = session.cloning_loss()
+    adapter = attach(session.policy, session.sampler, config, partial(shared_eva, session))
     phases.end("adapter")
     resumed = resume_step(session)
     hyperparameters = shown(config) | {f"settings/{k}": n for k, n in count_parameters(session.policy.network).items()}
     with open_tracker(session.run_dir, resumed, config.tracker, hyperparameters) as tracker:
         if resumed is None:
-            tracker.log(before.metrics() | before.metrics("eval_before"), 0)
+            tracker.log(before.metrics() | before.metrics("eval_before") | loss_before, 0)
         if adapter.eva is not None and resumed is None and ProcessGroup.current().is_main:
             report_eva(session, adapter.eva, tracker)
         tracker.watch(session.policy.network, config.algo.final_step)
@@ -57,13 +60,15 @@ def finetune(config: FinetuneConfig) -> None:
             steps = train(session, adapter, tracker)
         phases.end("train")
         after = session.evaluate("After")
-        after_snapshot = snapshot(session)
+        after_snapshot = snapshot(session, session.actions)
+        steps |= session.cloning_loss()
         phases.end("evaluate_after")
         if ProcessGroup.current().is_main:
             finish(
                 session, adapter, (before, after), {**steps, **memory, "processes": ProcessGroup.current().world_size}
             )
-        tracker.log(after.metrics(), config.algo.final_step)  # last, so that no continued run can log it twice
+        loss = {key: steps[key] for key in loss_before}
+        tracker.log(after.metrics() | loss, config.algo.final_step)  # last, so that no continued run can log it twice
         compare_snapshots(session, tracker, before_snapshot, after_snapshot)
         tracker.finished({**before.metrics("eval_before"), **after.metrics()})
     session.close()

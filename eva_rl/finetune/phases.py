@@ -80,6 +80,7 @@ def clone(session: Session, adapter: AttachedAdapter, algo: BCAlgo, log: Log) ->
             log=bar.also(log),
             evaluate=session.validate,
             eval_every=config.eval.every,
+            eval_at=config.eval.at,
             checkpoints=Checkpoints(session.checkpoint_dir, config.checkpoint.every, config.checkpoint.seconds),
             extension=adapter.extension,
         )

@@ -26,6 +26,7 @@ from eva_rl.rollouts.evaluation import EvaluationResult, described_return
 from eva_rl.rollouts.video import Clip, record_clip, side_by_side, write_video
 from eva_rl.tracking import Tracker
 from eva_rl.tracking.figures import action_figure, rank_figure, spectrum_figure
+from eva_rl.tracking.tracker import read_metrics
 
 if TYPE_CHECKING:
     from eva_rl.finetune.session import Session
@@ -79,6 +80,7 @@ def finish(
     before, after = results
     policy, run_dir = session.policy, session.run_dir
     summary = _summary(session, results) | dict(steps) | {"seconds": session.phases.seconds}
+    summary |= _of_study(session)
     policy.env_id = after.env_id
     policy.metadata |= {"finetuned_on": after.env_id, "method": summary["method"], "protocol": after.protocol}
     policy.metadata["finetuning"] = card_facts(summary)
@@ -106,6 +108,21 @@ def _summary(session: Session, results: tuple[EvaluationResult, EvaluationResult
         **count_parameters(session.policy.network),
         "data": None if session.data is None else _about(session.data),
     }
+
+
+def _of_study(session: Session) -> dict[str, Any]:
+    """What only runs of a study have: evaluations by number of updates, shared work by key, the study file's digest."""
+    config = session.config
+    rows = read_metrics(session.run_dir) if config.eval.at else []
+    found = {
+        str(row["step"]): held_out for row in rows if row["step"] in config.eval.at and (held_out := _held_out(row))
+    }
+    parts = {"eval_at": found, "shared": session.shared, "study": config.study}
+    return {key: value for key, value in parts.items() if value}
+
+
+def _held_out(row: Mapping[str, Any]) -> dict[str, float]:
+    return {key: value for key, value in row.items() if key.startswith("eval/")}
 
 
 def _about(data: Trajectories) -> dict[str, Any]:
@@ -155,13 +172,13 @@ class PolicySnapshot:
     clip: Clip | None
 
 
-def snapshot(session: Session) -> PolicySnapshot:
+def snapshot(session: Session, actions: NDArray[np.float32]) -> PolicySnapshot:
     """How the policy acts after an evaluation; records a video of one episode if ``video=true``.
 
     Raises:
         UserError: There is no renderer on this machine.
     """
-    config, actions = session.config, session.actions
+    config = session.config
     if not config.video or not ProcessGroup.current().is_main:
         return PolicySnapshot(actions, None)
     every = max(2, session.spec.horizon // FRAMES)

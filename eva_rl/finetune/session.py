@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from eva_rl.adapters import GRADIENTS, find_method
@@ -30,6 +31,7 @@ from eva_rl.cli.run_dir import open_run
 from eva_rl.cli.saving import data_references
 from eva_rl.configs.algorithms import ODTAlgo, OnlineAlgo, check_method
 from eva_rl.configs.finetune import FinetuneConfig
+from eva_rl.configs.groups import DataOptions
 from eva_rl.data import Trajectories, WindowSampler
 from eva_rl.data.selection import sampling_weights, target_return
 from eva_rl.distributed import ProcessGroup
@@ -37,8 +39,13 @@ from eva_rl.envs import EnvSpec, env_spec
 from eva_rl.envs.vector import TaskVecEnv
 from eva_rl.errors import UserError
 from eva_rl.finetune.adapter import check_adapter, listened_to
+from eva_rl.finetune.locations import alone, data_folder
 from eva_rl.rollouts.evaluation import EvaluationResult, evaluate_distributed, evaluate_policy, shared_envs
-from eva_rl.seeding import VALIDATION
+from eva_rl.seeding import MAX_SEED, VALIDATION
+from eva_rl.training.losses import clone_loss
+
+HELD_OUT_WINDOWS, HELD_OUT_BATCHES = 256, 4
+"""Windows on which the held-out cloning loss is measured."""
 
 
 @dataclass
@@ -55,6 +62,7 @@ class Session:
         sampler: Windows of the demonstrations, or None.
         vec_env: Environments of the held-out episodes.
         phases: Seconds spent.
+        held_out: Windows of demonstrations that are not trained on, or None.
         cloned: The held-out evaluation between cloning and learning online; None where there is no such point.
     """
 
@@ -68,8 +76,10 @@ class Session:
     vec_env: TaskVecEnv
     phases: Phases
     cloned: EvaluationResult | None = None
+    held_out: WindowSampler | None = None
 
     def __post_init__(self) -> None:
+        self.shared: dict[str, str] = {}
         self._actions: list[NDArray[np.float32]] = []
 
     @property
@@ -109,15 +119,30 @@ class Session:
                 stop_at_success=bool(self.config.eval.stop_at_success),
             )
 
-    def validate(self, _: int = 0) -> dict[str, float]:
-        """Metrics of validation episodes, which no report sees; they end at their first success unless told not to."""
-        options = self.config.eval
-        found = self.play(
-            episodes=options.quick_episodes,
-            purpose=VALIDATION,
-            stop_at_success=options.stop_at_success is not False,
-        )
-        return found.metrics("validation")
+    def validate(self, update: int = 0) -> dict[str, float]:
+        """Metrics on validation episodes, which no report sees; at the updates of ``eval.at`` also on held-out ones."""
+        options, metrics = self.config.eval, {}
+        if update in options.at:
+            held_out = self.play(episodes=options.episodes, stop_at_success=bool(options.stop_at_success))
+            metrics = held_out.metrics() | self.cloning_loss()
+        if not options.at or (options.every and update % options.every == 0):
+            found = self.play(
+                episodes=options.quick_episodes,
+                purpose=VALIDATION,
+                stop_at_success=options.stop_at_success is not False,
+            )
+            metrics |= found.metrics("validation")
+        return metrics
+
+    def cloning_loss(self) -> dict[str, float]:
+        """The loss on demonstrations that are not trained on; empty where there are none (``eval.demonstrations``)."""
+        if self.held_out is None:
+            return {}
+        policy = self.policy
+        with torch.no_grad():
+            batches = (self.held_out.sample(HELD_OUT_WINDOWS, step, policy.device) for step in range(HELD_OUT_BATCHES))
+            losses = [clone_loss(policy.network, batch).item() for batch in batches]
+        return {"eval/cloning_loss": sum(losses) / len(losses)}
 
     def close(self) -> None:
         """Close the environments."""
@@ -155,7 +180,7 @@ def open_session(config: FinetuneConfig) -> Session:
     if source != NONE:
         options = replace(config.data, source=source)
         with process_group.main_process_first():
-            data = load_task_data(spec.env_id, options, run_dir / "data", config.env.horizon)
+            data = _load_data(config, options, spec.env_id, run_dir)
         policy.check_dimensions(data.observation_dim, data.action_dim, data.source)
         if config.policy.observations_from == FROM_DEMONSTRATIONS:
             normalise_by(policy, data, config.policy)
@@ -163,7 +188,35 @@ def open_session(config: FinetuneConfig) -> Session:
     sampler = None if data is None else make_sampler(policy, data, config)
     vec_env = shared_envs(process_group, spec.env_id, config.eval.episodes, config.env.horizon)
     phases.end("data")
-    return Session(config, spec, policy, named.path, run_dir, data, sampler, vec_env, phases)
+    held_out = _held_out(policy, config, spec.env_id, run_dir)
+    return Session(config, spec, policy, named.path, run_dir, data, sampler, vec_env, phases, held_out=held_out)
+
+
+def _load_data(config: FinetuneConfig, options: DataOptions, env_id: str, run_dir: Path) -> Trajectories:
+    """Demonstrations; collected ones lie where other runs of a study find them, too."""
+    folder = data_folder(config, options, env_id, run_dir)
+    with alone(folder):
+        return load_task_data(env_id, options, folder, config.env.horizon)
+
+
+def _held_out(
+    policy: DecisionTransformerPolicy, config: FinetuneConfig, env_id: str, run_dir: Path
+) -> WindowSampler | None:
+    """Windows of demonstrations of a seed that no run trains on, the same for all runs of a task.
+
+    Raises:
+        UserError: The runs train on that seed.
+    """
+    if not config.eval.demonstrations:
+        return None
+    if config.data.seed == MAX_SEED:
+        raise UserError(f"data.seed={MAX_SEED} is the seed of the held-out demonstrations. Use another one.")
+    options = replace(config.data, source=EXPERT, episodes=config.eval.demonstrations, seed=MAX_SEED)
+    options = replace(options, top=1.0, first=0, max_return=None)
+    folder = data_folder(config, options, env_id, run_dir / "held_out")
+    with alone(folder):
+        data = load_task_data(env_id, options, folder, config.env.horizon)
+    return make_sampler(policy, data, replace(config, seed=0))
 
 
 def _check_activations(config: FinetuneConfig, has_data: bool) -> None:

@@ -93,7 +93,13 @@ def _collect(state: State, retries: int) -> None:
             state.failed.append(job)
 
 
-def launch(jobs: Sequence[Job], done: int, options: LaunchOptions, folder: Path) -> list[Job]:
+def launch(
+    jobs: Sequence[Job],
+    done: int,
+    options: LaunchOptions,
+    folder: Path,
+    ended: Callable[[Job], None] | None = None,
+) -> list[Job]:
     """Run jobs to their end, behind one line of progress.
 
     Args:
@@ -101,6 +107,7 @@ def launch(jobs: Sequence[Job], done: int, options: LaunchOptions, folder: Path)
         done: Runs that were finished before.
         options: How.
         folder: For what a launcher itself writes.
+        ended: Called with each run that has ended well.
 
     Returns:
         Those that failed.
@@ -117,9 +124,15 @@ def launch(jobs: Sequence[Job], done: int, options: LaunchOptions, folder: Path)
         with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as progress:
             bar = progress.add_task("", total=done + len(jobs), completed=done, shown="")
 
+            told: set[Job] = set()
+
             def tell(state: State) -> None:
-                ended = done + len(state.finished) + len(state.failed)
-                progress.update(bar, completed=ended, shown=in_words(state))
+                for job in state.finished:
+                    if ended is not None and job not in told:
+                        ended(job)
+                told.update(state.finished)
+                completed = done + len(state.finished) + len(state.failed)
+                progress.update(bar, completed=completed, shown=in_words(state))
 
             return run_all(jobs, launcher, options.retries, tell).failed
     finally:

@@ -19,9 +19,10 @@ from eva_rl.cli.parsing import register
 from eva_rl.cli.values import quoted
 from eva_rl.errors import UserError
 from eva_rl.files import write_file, write_folder
-from eva_rl.options import between, option, positive
+from eva_rl.options import between, one_of, option, positive
 from eva_rl.report.comparison import Analysis, Resampling, analyse
-from eva_rl.report.curves import AXES, Curve, curves_of
+from eva_rl.report.csv_curves import CSV_PREFIX, read_csv_curves
+from eva_rl.report.curves import AXES, Curve, curves_of, without_curve
 from eva_rl.report.figures import (
     aggregate_figure,
     curve_figure,
@@ -31,10 +32,10 @@ from eva_rl.report.figures import (
     style,
     task_figure,
 )
-from eva_rl.report.methods import group_tasks
+from eva_rl.report.methods import TaskGroup, group_tasks
 from eva_rl.report.page import Picture, Section, markdown, page, terminal_table
 from eva_rl.report.reading import one_line
-from eva_rl.report.runs import Problem, Run, find_runs, read_runs
+from eva_rl.report.runs import Problem, Run, find_runs, read_runs, select
 from eva_rl.report.tables import (
     CSV_COLUMNS,
     Table,
@@ -44,8 +45,12 @@ from eva_rl.report.tables import (
     records,
     run_table,
     task_table,
+    verdict_records,
+    verdict_table,
     write_csv,
 )
+from eva_rl.report.tuning import tuning_sections
+from eva_rl.report.verdicts import ENDPOINTS, verdicts
 from eva_rl.report.warnings import warnings_of
 from eva_rl.seeding import MAX_SEED
 
@@ -57,10 +62,14 @@ Examples:
   python -m eva_rl.report runs/eva-0 runs/eva-1 runs/lora-0 runs/lora-1 out=report
   python -m eva_rl.report 'runs/push-*' out=report
   python -m eva_rl.report out/cw10
+  python -m eva_rl.report results/records endpoint=area margin=0.05
+  python -m eva_rl.report csv:tdmpc2/results out=published
 """
 PAGE, TEXT, CSV, RUNS_CSV, CURVES_CSV = "report.html", "report.md", "report.csv", "runs.csv", "curves.csv"
 PARTS = {PAGE, TEXT, CSV, RUNS_CSV, CURVES_CSV, "figures"}
 RUN_COLUMNS = ("method", "task", "seed", "score", "value", "before", "folder")
+VERSIONS = {"eva-rl": "eva-rl", "torch": "torch", "Machine": "machine"}
+"""What the first lines name of ``versions.json``."""
 CURVE_COLUMNS = ("score", "axis", "method", "place", "value", "low", "high")
 
 
@@ -70,16 +79,24 @@ class ReportConfig:
 
     runs: list[str] = field(
         default_factory=list,
-        metadata={"help": "run directories, folders that hold some, or patterns; no key is needed"},
+        metadata={
+            "help": "run directories, records, folders that hold some, patterns, or csv:FOLDER for learning curves in "
+            "FOLDER/METHOD/TASK.csv with the columns step, success or reward, seed; no key is needed"
+        },
     )
     out: str = option("report", "folder for the report; an earlier report there is replaced")
     title: str = option("Comparison of fine-tuning methods", "heading")
+    endpoint: str = option("final", "what methods are compared by: " + ", ".join(ENDPOINTS))
+    margin: float | None = option(None, "difference below which methods count as equivalent; null tests none")
     replicates: int = option(2_000, "bootstrap resamples")
     confidence: float = option(0.95, "of the intervals")
     seed: int = option(0, "of the resampling")
 
     def __post_init__(self) -> None:
         positive(replicates=self.replicates)
+        one_of(tuple(ENDPOINTS), endpoint=self.endpoint)
+        if self.margin is not None:
+            positive(margin=self.margin)
         between(0.5, 0.999, confidence=self.confidence)
         between(0, MAX_SEED, seed=self.seed)
 
@@ -101,7 +118,8 @@ def report(config: ReportConfig) -> None:
             "No runs. Name run directories, or a folder that holds some: python -m eva_rl.report runs out=report"
         )
     out = check_out(config.out)
-    runs, problems = read_runs(find_runs(config.runs))
+    found, problems = read_places(config.runs)
+    runs = [run for run in found if run.tuning is None]
     if not runs:
         reasons = "; ".join(f"{p.place}: {p.kind}, {p.reason}" for p in problems[:3])
         raise UserError(f"None of {len(problems)} runs is finished and sound ({reasons}). Continue them first.")
@@ -109,17 +127,35 @@ def report(config: ReportConfig) -> None:
     groups = [analyse(group, resampling) for group in group_tasks(runs)]
     curves = [curves_of(analysis.group, resampling) for analysis in groups]
     with style():
-        sections = [s for pair in zip(groups, curves, strict=True) for s in sections_of(*pair, problems)]
+        sections = [s for pair in zip(groups, curves, strict=True) for s in sections_of(*pair, problems, config)]
+        sections += tuning_sections(found, runs, config.endpoint)
         sections.append(runs_section(groups, problems))
 
         def fill(folder: Path) -> None:
             write(folder, config.title, lead(runs, config), sections)
-            write_csv(folder / CSV, CSV_COLUMNS, [row for analysis in groups for row in records(analysis)])
+            rows = [row for analysis in groups for row in records(analysis)]
+            for analysis in groups:
+                rows += verdict_records(analysis.group, config.endpoint, config.margin)
+            write_csv(folder / CSV, CSV_COLUMNS, rows)
             write_csv(folder / RUNS_CSV, RUN_COLUMNS, [row for analysis in groups for row in run_records(analysis)])
             write_csv(folder / CURVES_CSV, CURVE_COLUMNS, list(curve_records(groups, curves)))
 
         write_folder(out, fill)
     show(out, groups, problems)
+
+
+def read_places(places: Sequence[str]) -> tuple[list[Run], list[Problem]]:
+    """The runs in folders, and those of learning curves that others published."""
+    runs: list[Run] = []
+    problems: list[Problem] = []
+    folders = [place for place in places if not place.startswith(CSV_PREFIX)]
+    if folders:
+        runs, problems = read_runs(find_runs(folders))
+    for place in places:
+        if place.startswith(CSV_PREFIX):
+            more, lost = read_csv_curves(Path(place.removeprefix(CSV_PREFIX)).expanduser())
+            runs, problems = [*runs, *more], [*problems, *lost]
+    return select(runs, problems)
 
 
 def check_out(name: str) -> Path:
@@ -150,13 +186,43 @@ def lead(runs: Sequence[Run], config: ReportConfig) -> str:
     tasks, seeds = {run.task for run in runs}, {run.seed for run in runs}
     policies = ", ".join(sorted({str(run.summary.get("policy")) for run in runs}))
     return (
-        f"{len(runs)} finished runs, {len(tasks)} tasks, {len(seeds)} seeds, starting from {policies}. Intervals: "
-        f"{config.confidence:.0%}, {config.replicates} resamples, seed {config.seed}. Each row is a method at one rank "
-        "and one set of settings."
+        f"{plural(len(runs), 'finished run')}, {plural(len(tasks), 'task')}, {plural(len(seeds), 'seed')}, starting "
+        f"from {policies}. {_conditions(runs)}Intervals: {config.confidence:.0%}, {config.replicates} resamples, seed "
+        f"{config.seed}. Each row is a method at one rank and one set of settings."
     )
 
 
-def sections_of(analysis: Analysis, curves: dict[str, list[Curve]], problems: Sequence[Problem]) -> list[Section]:
+def plural(number: int, noun: str) -> str:
+    """``1 task``, ``2 tasks``."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _conditions(runs: Sequence[Run]) -> str:
+    """Updates, demonstrations, study, versions and hardware, as far as the runs know them."""
+    studies = sorted({run.study for run in runs if run.study})
+    parts = [
+        _ranges("Updates", [run.summary.get("updates") for run in runs]),
+        _ranges("Demonstrations", [dict(run.summary.get("data") or {}).get("episodes") for run in runs]),
+        f"Study file: SHA-256 {', '.join(studies)}. " if studies else "",
+        *(_names(title, [run.versions.get(key) for run in runs]) for title, key in VERSIONS.items()),
+    ]
+    return "".join(parts)
+
+
+def _ranges(title: str, values: Sequence[object]) -> str:
+    known = sorted({int(value) for value in values if isinstance(value, int | float)})
+    shown = f"{known[0]}" if len(known) == 1 else f"{known[0]} to {known[-1]}" if known else ""
+    return f"{title}: {shown}. " if known else ""
+
+
+def _names(title: str, values: Sequence[str | None]) -> str:
+    known = sorted({value for value in values if value})
+    return f"{title}: {', '.join(known)}. " if known else ""
+
+
+def sections_of(
+    analysis: Analysis, curves: dict[str, list[Curve]], problems: Sequence[Problem], config: ReportConfig
+) -> list[Section]:
     """The sections on one group of tasks."""
     name = _file_name(analysis.group.title)
     compared, several = bool(analysis.aggregates), len(analysis.comparisons) > 0
@@ -177,12 +243,17 @@ def sections_of(analysis: Analysis, curves: dict[str, list[Curve]], problems: Se
             tables=[aggregate_table(analysis)] if compared else [],
             pictures=summary,
         ),
+        *(
+            [Section("Verdicts", tables=verdict_tables(analysis.group, config.endpoint, config.margin))]
+            if several
+            else []
+        ),
         Section("Comparisons", tables=[comparison_table(analysis)] if several else [], pictures=[*pairs, *profile]),
         Section("Tasks", tables=[task_table(analysis)], pictures=[by_task]),
-        Section("Learning curves", pictures=learned),
+        Section("Learning curves", text=without_curve(analysis.group, curves), pictures=learned),
         Section("Cost", tables=[cost_table(analysis.group)]),
     ]
-    return [section for section in found if section.tables or section.pictures or section.warnings]
+    return [section for section in found if section.tables or section.pictures or section.warnings or section.text]
 
 
 def _file_name(title: str) -> str:
@@ -233,6 +304,14 @@ def curve_records(groups: Sequence[Analysis], curves: Sequence[dict[str, list[Cu
                 for place, value, low, high in zip(curve.places, e.value, e.low, e.high, strict=True):
                     named = {"score": analysis.group.title, "axis": AXES[axis], "method": curve.label}
                     yield named | {"place": place, "value": value, "low": low, "high": high}
+
+
+def verdict_tables(group: TaskGroup, endpoint: str, margin: float | None) -> list[Table]:
+    """The verdicts by the endpoint that was decided on, and by the others that were measured."""
+    others = [name for name in ENDPOINTS if name != endpoint]
+    tables = [(verdicts(group, endpoint, margin), endpoint, margin)]
+    tables += [(verdicts(group, name), name, None) for name in others]
+    return [verdict_table(found, name, used, name == endpoint) for found, name, used in tables if found]
 
 
 def show(out: Path, groups: Sequence[Analysis], problems: Sequence[Problem]) -> None:

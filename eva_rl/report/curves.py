@@ -51,8 +51,9 @@ class Curve:
 
 
 def points_of(run: Run, key: str) -> Points:
-    """The validation points of a run; where it has none, its evaluations before and after."""
-    for prefix in ("validation", "eval"):
+    """The held-out evaluations of a run while it learns (``eval.at``), else its validation points."""
+    held_out = len({row["step"] for row in run.rows if f"eval/{key}" in row}) > 2
+    for prefix in ("eval", "validation") if held_out else ("validation", "eval"):
         found = [place for row in _placed(run) if (place := _value(row, f"{prefix}/{key}")) is not None]
         if found:
             columns = np.array(sorted(found, key=lambda point: point[1:]), dtype=np.float64).T
@@ -80,6 +81,18 @@ def _value(placed: tuple[Row, float, float, float], key: str) -> tuple[float, ..
     row, *places = placed
     value = row.get(key, row.get(CLONING + key))
     return None if value is None else (float(value), *places)
+
+
+def without_curve(group: TaskGroup, curves: Mapping[str, Sequence[Curve]]) -> list[str]:
+    """Which methods have no learning curve, and why."""
+    shown = {curve.label for several in curves.values() for curve in several}
+    left_out = [method.label for method in group.methods if method.label not in shown]
+    if not left_out or not group.tasks:
+        return []
+    return [
+        f"No learning curve of {', '.join(left_out)}: some of their runs have fewer than two evaluations while "
+        "learning (eval.every, or budgets of a study), or no steps in common."
+    ]
 
 
 def curves_of(group: TaskGroup, resampling: Resampling) -> dict[str, list[Curve]]:

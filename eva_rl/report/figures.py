@@ -53,7 +53,14 @@ def aggregate_figure(analysis: Analysis) -> Figure:
         axes.set(title=name, ylim=(-0.6, len(labels) - 0.4), xlabel=analysis.group.title)
         axes.set_yticks(range(len(labels)), labels)
         axes.grid(axis="y", visible=False)
+        _whole_axis(axes, analysis)
     return figure
+
+
+def _whole_axis(axes: Axes, analysis: Analysis) -> None:
+    """Show rates from 0 to 1, so that small differences look small."""
+    if analysis.group.bounded:
+        axes.set_xlim(-0.02, 1.02)
 
 
 def improvement_figure(analysis: Analysis) -> Figure:
@@ -99,6 +106,7 @@ def task_figure(analysis: Analysis) -> Figure:
     axes.plot([], [], color=INK, lw=1, alpha=0.6, label="before fine-tuning")
     axes.set_yticks(range(len(tasks)), tasks)
     axes.set(ylim=(-0.6, len(tasks) - 0.4), xlabel=analysis.group.title)
+    _whole_axis(axes, analysis)
     axes.grid(axis="y", visible=False)
     _legend(axes, len(labels) + 1)
     return figure

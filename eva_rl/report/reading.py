@@ -115,8 +115,9 @@ def clean_summary(raw: Mapping[str, Any], path: Path) -> dict[str, Any]:
     for key, kind in (("env", str), ("method", str), ("seed", int)):
         if not isinstance(raw.get(key), kind) or isinstance(raw.get(key), bool) or raw[key] == "":
             raise UserError(f"{path}: {key}={one_line(raw.get(key))}, expected {kind.__name__}.")
-    if not is_number(raw.get("eval/mean_reward")):
-        raise UserError(f"{path}: eval/mean_reward={one_line(raw.get('eval/mean_reward'))}, expected a finite number.")
+    returns = raw.get("eval/mean_reward")  # not measured where episodes ended at their first success
+    if (not is_number(returns) and not (returns is None or _is_nan(returns))) or not _has_score(raw):
+        raise UserError(f"{path}: eval/mean_reward={one_line(returns)}, expected a finite number.")
     for key in ("eval/success_rate", "eval_before/success_rate"):
         if key in raw and not (is_number(raw[key]) and 0 <= raw[key] <= 1) and not _is_nan(raw[key]):
             raise UserError(f"{path}: {key}={one_line(raw[key])}, expected 0 to 1.")
@@ -128,6 +129,10 @@ def clean_summary(raw: Mapping[str, Any], path: Path) -> dict[str, Any]:
         key: {**numbers(own), **{str(k): one_line(v) for k, v in own.items() if isinstance(v, str)}}
         for key, own in groups.items()
     }
+
+
+def _has_score(raw: Mapping[str, Any]) -> bool:
+    return is_number(raw.get("eval/success_rate")) or is_number(raw.get("eval/mean_reward"))
 
 
 def _is_nan(value: object) -> bool:

@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,7 @@ class Run:
         rows: Of ``metrics.jsonl``.
         versions: Of the libraries, and the machine.
         study: SHA-256 of the study file that it belongs to; empty for none.
+        tuning: The settings that were tried, of a run of a tuning phase; None for a run that is compared.
     """
 
     folder: Path
@@ -67,6 +68,7 @@ class Run:
     rows: Sequence[Row]
     versions: Mapping[str, str] = field(default_factory=dict)
     study: str = ""
+    tuning: Mapping[str, Any] | None = None
 
     @property
     def place(self) -> str:
@@ -245,7 +247,10 @@ def _run(path: Path, body: Mapping[str, Any]) -> Run:
     }
     rows = [{key: float(value) for key, value in row.items() if is_number(value)} for row in body["curve"]]
     sound = [row for row in rows if {"step", "wall_time"} <= row.keys()]
-    return make_run(path, body["config"], summary, goals, sound, body["versions"])
+    run = make_run(path, body["config"], summary, goals, sound, body["versions"])
+    about = body["about"]
+    tuning = None if about["tuning"] is None else {one_line(k): one_line(v) for k, v in about["tuning"].items()}
+    return replace(run, method=one_line(about["method"]), tuning=tuning)
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -324,7 +329,7 @@ def _without_duplicates(runs: Sequence[Run], problems: list[Problem]) -> tuple[l
     """Of runs with one seed, task, method and settings, the first: a copy is no further evidence."""
     kept: dict[tuple[Any, ...], Run] = {}
     for run in runs:
-        key = (run.task, run.method, run.seed, run.settings)
+        key = (run.task, run.method, run.seed, run.settings, run.tuning is None)
         if key in kept:
             problems.append(Problem(run.folder, "left out", f"the same seed and settings as {kept[key].place}"))
         kept.setdefault(key, run)

@@ -15,6 +15,8 @@ from eva_rl.report import stats
 from eva_rl.report.comparison import Analysis, Comparison
 from eva_rl.report.methods import Method, TaskGroup
 from eva_rl.report.runs import Run
+from eva_rl.report.stats.equivalence import PairedMean
+from eva_rl.report.verdicts import ENDPOINTS, Verdict, verdicts
 
 CSV_COLUMNS = ("score", "table", "method", "versus", "task", "statistic", "value", "low", "high", "runs")
 COSTS = {
@@ -93,7 +95,7 @@ def comparison_table(analysis: Analysis) -> Table:
         [*columns, "goals", "p over goals", "significant"],
         rows,
         "p over runs: paired permutation test over seeds and tasks, about the methods; corrected by Holm's method for "
-        "the number of pairs, it decides. p over goals: about these trained policies alone, on the same goals.",
+        "the number of pairs. p over goals: about these trained policies alone, on the same goals.",
     )
 
 
@@ -109,6 +111,57 @@ def _comparison_row(c: Comparison) -> list[str]:
         "-" if c.p_goals is None else f"{c.p_goals:.3g}",
         "yes" if c.significant else "no",
     ]
+
+
+def verdict_table(found: Sequence[Verdict], endpoint: str, margin: float | None, decided: bool) -> Table:
+    """What is concluded about each pair by an endpoint."""
+    columns = ["pair", "difference", "pairs of runs", "p of a difference", "corrected"]
+    tested = margin is not None
+    rows = [
+        [
+            f"{v.first} - {v.second}",
+            number(float("nan")) if v.mean is None else _mean_with_interval(v.mean),
+            str(v.pairs),
+            f"{v.p_difference:.3g}",
+            f"{v.corrected[0]:.3g}",
+            *(
+                [f"{v.p_equivalence:.3g}" if v.p_equivalence is not None else "-", f"{v.corrected[1]:.3g}"]
+                if tested
+                else []
+            ),
+            v.text,
+        ]
+        for v in found
+    ]
+    equivalence = (
+        f" Equivalence: two one-sided t tests, margin {margin:g}." if tested else " No margin, no equivalence."
+    )
+    return Table(
+        f"By {ENDPOINTS[endpoint].title}" + ("" if decided else " (a further endpoint, corrected for itself)"),
+        [*columns, *(["p of equivalence", "corrected"] if tested else []), "verdict"],
+        rows,
+        "Difference: mean over tasks of pairs of one task and seed, Student's interval. Its p value: paired "
+        f"permutation test.{equivalence} All p values of an endpoint are corrected together (Holm, Shaffer).",
+    )
+
+
+def _mean_with_interval(mean: PairedMean) -> str:
+    low, high = mean.interval()
+    return f"{number(mean.mean)} [{number(low)}, {number(high)}]"
+
+
+def verdict_records(group: TaskGroup, endpoint: str, margin: float | None) -> Iterator[dict[str, Any]]:
+    """Rows of ``report.csv`` on the verdicts by an endpoint."""
+    for v in verdicts(group, endpoint, margin):
+        named: dict[str, Any] = {"score": group.title, "table": f"verdict by {endpoint}", "runs": v.pairs}
+        named |= {"method": v.first, "versus": v.second}
+        if v.mean is not None:
+            low, high = v.mean.interval()
+            yield named | {"statistic": "difference", "value": v.mean.mean, "low": low, "high": high}
+        yield named | {"statistic": "p of a difference, corrected", "value": v.corrected[0]}
+        if v.p_equivalence is not None:
+            yield named | {"statistic": "p of equivalence, corrected", "value": v.corrected[1]}
+        yield named | {"statistic": "verdict", "value": v.text}
 
 
 def task_table(analysis: Analysis) -> Table:

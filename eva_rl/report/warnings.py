@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from eva_rl.report.comparison import Analysis, overlapping
+from eva_rl.report.comparison import LEVEL, Analysis, overlapping
 from eva_rl.report.methods import RANK, TaskGroup, differing_settings
 from eva_rl.report.runs import Problem
 
@@ -38,6 +38,7 @@ def warnings_of(analysis: Analysis, problems: Sequence[Problem]) -> list[ReportW
         *_uninformative(analysis),
         *_unequal(group),
         *_settings(group),
+        *_studies(group),
     ]
     lost = [problem for problem in problems if problem.kind in {"unfinished", "damaged"}]
     if lost:
@@ -56,13 +57,30 @@ def _verdict(analysis: Analysis) -> Iterator[ReportWarning]:
     else:
         significant = [c for c in comparisons if c.significant]
         if not significant:
-            yield ReportWarning(
-                "No two methods differ significantly. Do not pick a winner from the tables.", severe=True
-            )
+            text = "No two methods differ significantly. Do not pick a winner from the tables."
+            yield ReportWarning(f"{text} {_reason(analysis)}", severe=True)
         elif len(significant) < len(comparisons):
             others = [f"{c.first} and {c.second}" for c in comparisons if not c.significant]
             yield ReportWarning(f"No significant difference between: {_listed(others)}.", severe=True)
         yield from _overlap(analysis)
+
+
+def _reason(analysis: Analysis) -> str:
+    """Why nothing is significant though intervals may lie apart."""
+    comparisons = analysis.comparisons
+    best, pairs = min(comparisons, key=lambda c: c.p_corrected), max(c.pairs for c in comparisons)
+    least = min(1.0, len(comparisons) * 2 / 2**pairs)
+    if least >= LEVEL:
+        return (
+            f"The reason: with {pairs} pairs of runs a permutation test cannot give a corrected p value below "
+            f"{least:.2g}, whatever the intervals look like. Add seeds or tasks."
+        )
+    apart = " Intervals of single methods ignore the pairs and the number of comparisons." if _apart(analysis) else ""
+    return f"The smallest corrected p value is {best.p_corrected:.2g} ({best.first} and {best.second}).{apart}"
+
+
+def _apart(analysis: Analysis) -> bool:
+    return len(overlapping(analysis)) < len(analysis.aggregates) - 1
 
 
 def _overlap(analysis: Analysis) -> Iterator[ReportWarning]:
@@ -123,6 +141,12 @@ def _unequal(group: TaskGroup) -> Iterator[ReportWarning]:
     ):
         if len(values) > len({value[:2] for value in values}):
             yield ReportWarning(f"Runs of one task and seed have different {what}: pairs are not quite alike.")
+
+
+def _studies(group: TaskGroup) -> Iterator[ReportWarning]:
+    runs = [run for method in group.methods for own in method.runs.values() for run in own]
+    if len({run.study for run in runs}) > 1:
+        yield ReportWarning("The runs belong to different study files, or some to none.", severe=True)
 
 
 def _settings(group: TaskGroup) -> Iterator[ReportWarning]:

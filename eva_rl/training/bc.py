@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -104,6 +104,7 @@ def train_bc(  # noqa: PLR0913 - three values, what it reports to, and what othe
     log: Log,
     evaluate: Callable[[int], Mapping[str, float]] | None = None,
     eval_every: int = 0,
+    eval_at: Collection[int] = (),
     checkpoints: Checkpoints | None = None,
     extension: Extension | None = None,
     process_group: ProcessGroup | None = None,
@@ -121,6 +122,7 @@ def train_bc(  # noqa: PLR0913 - three values, what it reports to, and what othe
         log: Takes metrics and the gradient step they belong to.
         evaluate: Returns validation metrics, which are logged; called on every process.
         eval_every: Gradient steps between two calls of ``evaluate``; 0 disables it.
+        eval_at: Further gradient steps after which it is called.
         checkpoints: Where and when to save; None keeps no checkpoint.
         extension: What the adapter's method adds to the loop, if anything.
         process_group: This process among the others; None takes torch.distributed's default group.
@@ -147,7 +149,8 @@ def train_bc(  # noqa: PLR0913 - three values, what it reports to, and what othe
         last = counters.update == options.updates
         if process_group.is_main and (counters.update % options.log_every == 0 or last or counters.update == 1):
             log(_metrics(loss, norm, run.optimizer, counters), counters.update)
-        if evaluate is not None and eval_every and counters.update % eval_every == 0 and not last:
+        due = counters.update in eval_at or (eval_every and counters.update % eval_every == 0)
+        if evaluate is not None and due and not last:
             policy.network.eval()
             metrics = evaluate(counters.update)
             if process_group.is_main:

@@ -46,10 +46,12 @@ def rows(path: Path) -> list[dict[str, str]]:
 
 def test_what_is_typed() -> None:
     config: BenchmarkConfig = parse("benchmark", ["tasks=cw10", "methods=[lora,eva]", "seeds=3"])
-    tasks, *others = config.grid()
-    assert (len(tasks), others) == (10, [["lora", "eva"], [0, 1, 2]])
+    study = config.grid()
+    assert (len(study.tasks), list(study.methods), study.seeds) == (10, ["lora", "eva"], [0, 1, 2])
     config = parse("benchmark", ["tasks=[push-v3,reach-v3+push-v3]", "methods=full+head", "seeds=[4,2]"])
-    assert config.grid() == (["metaworld/push-v3", "metaworld/reach-v3"], ["full", "head"], [4, 2])
+    study = config.grid()
+    assert study.tasks == ["metaworld/push-v3", "metaworld/reach-v3"]
+    assert (study.methods, study.seeds) == ({"full": {"adapter": "full"}, "head": {"adapter": "head"}}, [4, 2])
     config = parse(
         "benchmark",
         [

@@ -20,6 +20,7 @@ from eva_rl.report import command as report
 from eva_rl.report import stats
 from eva_rl.report.comparison import Resampling, analyse
 from eva_rl.report.curves import points_of
+from eva_rl.report.figures import aggregate_figure, task_figure
 from eva_rl.report.methods import group_tasks
 from eva_rl.report.runs import Run, find_runs, read_runs
 from eva_rl.report.warnings import warnings_of
@@ -178,6 +179,43 @@ def test_warnings_of_weak_data(tmp_path: Path) -> None:
     alone = texts(read(tmp_path / "eva" / "0"))
     assert "one seed" in alone
     assert "only one method" in alone
+
+
+def test_the_red_line_gives_its_reason(tmp_path: Path) -> None:
+    """Scores far apart, and still nothing significant: two seeds cannot be."""
+    for method, solved in (("eva", 40), ("lora", 10)):
+        for seed in range(2):
+            goals = [k < solved for k in range(50)]
+            make_run(tmp_path / method / str(seed), "reach-v3", goals, f"adapter={method}", f"seed={seed}")
+    runs = read(tmp_path)
+    assert "with 2 pairs of runs a permutation test cannot give a corrected p value below 0.5" in texts(runs)
+    (group,) = group_tasks(runs)
+    found = analyse(group, QUICK)
+    assert np.isnan(found.aggregates["eva"]["IQM"].low)  # two seeds with equal scores are no interval [0.8, 0.8]
+    assert report.main([str(tmp_path), f"out={tmp_path / 'report'}", "replicates=50"]) == 0
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert "[0.8" not in text
+    assert "Updates: " not in text  # these runs do not say
+
+
+def test_the_first_lines_name_the_conditions(tmp_path: Path) -> None:
+    make_run(tmp_path / "a", "reach-v3", [True, False])
+    path = tmp_path / "a" / "summary.json"
+    known = {"updates": 200, "data": {"episodes": 25, "source": "expert"}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | known))
+    (tmp_path / "a" / "versions.json").write_text(json.dumps({"torch": "2.13.0", "machine": "x86_64, 2 CPUs"}))
+    (tmp_path / "a" / "metrics.jsonl").unlink()
+    assert report.main([str(tmp_path / "a"), f"out={tmp_path / 'report'}", "replicates=50"]) == 0
+    text = (tmp_path / "report" / "report.md").read_text()
+    for shown in ("1 finished run, 1 task, 1 seed", "Updates: 200", "Demonstrations: 25", "torch: 2.13.0", "2 CPUs"):
+        assert shown in text
+    assert "No learning curve of eva" in text
+
+
+def test_rates_are_drawn_from_0_to_1(study: Path) -> None:
+    (group,) = group_tasks(read(study))
+    for figure in (aggregate_figure(analyse(group, QUICK)), task_figure(analyse(group, QUICK))):
+        assert {axes.get_xlim() for axes in figure.axes} == {(-0.02, 1.02)}
 
 
 def test_tasks_that_a_method_lacks_are_not_averaged(tmp_path: Path) -> None:

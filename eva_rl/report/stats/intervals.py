@@ -14,6 +14,8 @@ from eva_rl.report.stats.aggregates import Floats, Strata
 
 REPLICATES = 2_000
 CONFIDENCE = 0.95
+LEAST_DEGREES = 2
+"""Two runs of one task say nothing reliable of how runs vary: equal scores would give an interval of no width."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,7 @@ class Estimate:
 
     Attributes:
         value: Of the scores as they are, a number or (K,).
-        low: Lower end; NaN where some task has a single run, which says nothing of how runs vary.
+        low: Lower end; NaN where some task has a single run, or one task two, which says too little of how runs vary.
         high: Upper end.
     """
 
@@ -61,7 +63,7 @@ def bootstrap(
     if not sizes or min(sizes) == 0:
         raise ValueError("Every group needs at least one task, and every task at least one run.")
     value = statistic(*groups)
-    if min(sizes) == 1:
+    if min(sizes) == 1 or sum(sizes) - len(sizes) < LEAST_DEGREES * len(groups):
         unknown = np.full(np.shape(value), np.nan)
         return Estimate(value, unknown, unknown)
     rng = np.random.default_rng(seed)

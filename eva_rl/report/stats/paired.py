@@ -68,10 +68,18 @@ def mcnemar_test(first: ArrayLike, second: ArrayLike) -> float:
     return min(1.0, 2 * float(binom.cdf(fewer, differing, 0.5))) if differing else 1.0
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
-    """P values corrected for their number (Holm 1979): the chance of any false finding stays below the level."""
+def holm(p_values: Sequence[float], groups: Sequence[int] | None = None) -> list[float]:
+    """P values corrected for their number (Holm 1979): the chance of any false finding stays below the level.
+
+    Args:
+        p_values: One for each hypothesis.
+        groups: Hypotheses of one group exclude each other, so that at most one of each group is true: then each p value
+            is multiplied by the number of groups with hypotheses left, not of hypotheses (Shaffer 1986, procedure S2).
+            None takes each hypothesis for a group.
+    """
     order = np.argsort(p_values, kind="stable")
-    weights = len(order) - np.arange(len(order))
+    own = np.arange(len(order)) if groups is None else np.asarray(groups)
+    weights = np.array([len(set(own[order[rank:]])) for rank in range(len(order))])
     corrected = np.minimum(1.0, np.maximum.accumulate(np.asarray(p_values, np.float64)[order] * weights))
     result = np.empty(len(order))
     result[order] = corrected

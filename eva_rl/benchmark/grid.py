@@ -1,0 +1,236 @@
+"""The runs of a study: their settings, where they lie, and whether they are done."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from yaml import YAMLError
+
+from eva_rl.benchmark.records import write_record
+from eva_rl.benchmark.study import METHOD, Study
+from eva_rl.cli.loading import open_policy, resolve_policy
+from eva_rl.cli.parsing import parse
+from eva_rl.cli.run_dir import CONFIG_FILE, FREE_TO_CHANGE, SUMMARY_FILE, changed_settings
+from eva_rl.configs.finetune import FinetuneConfig
+from eva_rl.envs import env_spec
+from eva_rl.errors import UserError
+from eva_rl.files import write_json
+from eva_rl.finetune import command as _finetune  # noqa: F401 - registers its keys
+from eva_rl.finetune.adapter import check_adapter
+from eva_rl.launch.jobs import Job
+from eva_rl.launch.launching import last_words
+from eva_rl.report.reading import one_line
+from eva_rl.report.runs import Run, read_config, read_record
+
+DIVERGED = "diverged"
+NOT_FINITE = ("not finite", "the loss is nan", "the loss is inf")
+"""What a run says that diverged."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the runs of a benchmark lie, and what all of them get.
+
+    Attributes:
+        out: Folder of run directories, logs and the report.
+        records: Folder of the records.
+        threads: CPU threads of a run.
+        overrides: ``KEY=VALUE`` for every run.
+    """
+
+    out: Path
+    records: Path
+    threads: int
+    overrides: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a study.
+
+    Attributes:
+        study: The study.
+        place: Where it lies.
+        task: Canonical name.
+        method: Its name in the study.
+        seed: Of training and of demonstrations.
+        chosen: Settings that are tuned, or were chosen by tuning.
+        tuning: Whether it belongs to the tuning phase.
+    """
+
+    study: Study
+    place: Place
+    task: str
+    method: str
+    seed: int
+    chosen: Mapping[str, Any]
+    tuning: bool = False
+
+    @property
+    def name(self) -> str:
+        """Where it lies, below the folder of the study."""
+        task = self.task.removeprefix("metaworld/").replace("/", "-")
+        setting = f"/{setting_name(self.chosen)}" if self.tuning else ""
+        return f"{'tuning/' if self.tuning else ''}{task}/{self.method}{setting}/seed_{self.seed}"
+
+    @property
+    def run_dir(self) -> Path:
+        """Its run directory."""
+        return self.place.out / self.name
+
+    @property
+    def record(self) -> Path:
+        """Its record."""
+        return self.place.records / f"{self.name}.json"
+
+    @property
+    def log(self) -> Path:
+        """What it says."""
+        return self.place.out / "logs" / f"{self.name.replace('/', '-')}.log"
+
+    @property
+    def has_diverged(self) -> bool:
+        """Whether it ended because a loss was not finite, which counts as an answer while tuning."""
+        return self.record.with_suffix(f".{DIVERGED}").exists()
+
+    @property
+    def overrides(self) -> list[str]:
+        """What finetune gets, from the general to the particular."""
+        study = self.study
+        own = {key: value for key, value in study.methods[self.method].items() if key != METHOD}
+        budgets = {"algo.updates": study.budgets[-1], "eval.at": list(study.budgets)} if study.budgets else {}
+        settings = {**study.settings, **budgets, **own, **self.chosen}
+        first = [f"env={self.task}", f"adapter={study.methods[self.method][METHOD]}"]
+        named = [f"seed={self.seed}", f"data.seed={self.seed}", f"threads={self.place.threads}"]
+        named.append(f"shared={self.place.out / 'shared'}")
+        if study.digest:
+            named.append(f"study={study.digest}")
+        return [*first, *named, f"run_dir={self.run_dir}", *self.place.overrides, *map(override, settings.items())]
+
+    @cached_property
+    def finetune(self) -> FinetuneConfig:
+        """Its config, checked."""
+        found: FinetuneConfig = parse("finetune", self.overrides)
+        return found
+
+    def job(self) -> Job:
+        """What is launched."""
+        command = ("eva_rl.finetune", *self.overrides)
+        return Job(self.name, command, self.log, self.run_dir / SUMMARY_FILE, self.place.threads)
+
+    def keep(self) -> bool:
+        """Write the record of a run that has finished, or that diverged while tuning; whether there is one now."""
+        if self.record.exists() or (self.tuning and self.has_diverged):
+            return True
+        if (self.run_dir / SUMMARY_FILE).exists():
+            about = {"method": self.method, "tuning": dict(self.chosen) if self.tuning else None}
+            write_record(self.record, self.run_dir, self.name, about)
+            return True
+        reason = last_words(self.log)
+        if self.tuning and any(words in reason for words in NOT_FINITE):
+            write_json(self.record.with_suffix(f".{DIVERGED}"), {"name": self.name, "reason": one_line(reason)})
+            return True
+        return False
+
+    def result(self) -> Run | None:
+        """Its record; None where it diverged."""
+        return read_record(self.record) if self.record.exists() else None
+
+
+def override(setting: tuple[str, Any]) -> str:
+    """``KEY=VALUE`` as the command line takes it."""
+    key, value = setting
+    if value is None:
+        return f"{key}=null"
+    if isinstance(value, list):
+        return f"{key}=[{','.join(map(str, value))}]"
+    return f"{key}={str(value).lower() if isinstance(value, bool) else value}"
+
+
+def setting_name(chosen: Mapping[str, Any]) -> str:
+    """A name for folders and figures: ``learning_rate=0.001``."""
+    return ",".join(f"{key.rpartition('.')[2]}={value}" for key, value in chosen.items()).replace("/", "-")
+
+
+def tuning_cells(study: Study, place: Place) -> list[Cell]:
+    """The runs of the tuning phase: of every method that has more than one setting."""
+    several = {name: found for name in study.methods if len(found := study.candidates(name)) > 1}
+    return [
+        Cell(study, place, task, method, seed, chosen, tuning=True)
+        for seed in study.tuning_seeds
+        for task, method in product(study.tuning_tasks, several)
+        for chosen in several[method]
+    ]
+
+
+def comparison_cells(study: Study, place: Place, chosen: Mapping[str, Mapping[str, Any]]) -> list[Cell]:
+    """The runs of the test phase, one seed of all methods and tasks after the other."""
+    places = [(task, method, seed) for seed in study.seeds for task, method in product(study.tasks, study.methods)]
+    return [Cell(study, place, task, method, seed, chosen[method]) for task, method, seed in places]
+
+
+def check(cells: Sequence[Cell]) -> None:
+    """Raise unless every run can start: its config, task, policy and adapter, and what is there of it.
+
+    Raises:
+        UserError: Naming the first run that cannot.
+    """
+    device = torch.device("cpu")
+    checked = set()
+    for cell in cells:
+        check_unchanged(cell)
+        key = (cell.task, cell.method, setting_name(cell.chosen))
+        if key not in checked:
+            checked.add(key)
+            config = cell.finetune
+            spec = env_spec(config.env.id, config.env.horizon)
+            policy = open_policy(resolve_policy(config.policy, spec.env_id), device, merge=True)
+            policy.check_dimensions(spec.observation_dim, spec.action_dim, spec.env_id)
+            check_adapter(policy, config.adapter)
+
+
+def check_unchanged(cell: Cell) -> None:
+    """Raise where a run was made with other settings, so that no report mixes two studies.
+
+    Raises:
+        UserError: Naming the settings.
+    """
+    changed, where = [], cell.record
+    if cell.record.exists():
+        read_record(cell.record)
+        changed = _changed_record(cell)
+    elif (cell.run_dir / CONFIG_FILE).exists() and (
+        (cell.run_dir / SUMMARY_FILE).exists() or (cell.run_dir / "checkpoint").exists()
+    ):
+        changed, where = _changed_run(cell), cell.run_dir
+    if "study" in changed:
+        raise UserError(
+            f"{where} was made when the study file was another one. Restore the file that was decided on, or begin a "
+            "new study with another out=."
+        )
+    if changed:
+        raise UserError(
+            f"{where} was made with other settings of {', '.join(changed)}. Use the same settings to continue, "
+            "or name another out=."
+        )
+
+
+def _changed_run(cell: Cell) -> list[str]:
+    try:
+        read_config(cell.run_dir / CONFIG_FILE)
+        return changed_settings(cell.run_dir, asdict(cell.finetune))
+    except (OSError, ValueError, YAMLError) as error:
+        raise UserError(f"{cell.run_dir} cannot be read: {error}. Remove it and rerun the same command.") from error
+
+
+def _changed_record(cell: Cell) -> list[str]:
+    before = json.loads(cell.record.read_text())["config"]
+    now = json.loads(json.dumps(asdict(cell.finetune), default=str))
+    return [key for key in now if key in before and key not in FREE_TO_CHANGE and before[key] != now[key]]

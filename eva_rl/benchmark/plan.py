@@ -1,0 +1,90 @@
+"""``plan=true``: what a study costs and what it can detect, before anything is run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+
+from eva_rl.benchmark.study import Study
+from eva_rl.errors import UserError
+from eva_rl.report.methods import group_tasks
+from eva_rl.report.runs import Run, find_runs, read_runs
+from eva_rl.report.stats.equivalence import smallest_difference
+from eva_rl.report.tables import Table, number
+from eva_rl.report.verdicts import paired_differences
+
+ASSUMED_SPREAD = 0.2
+"""Standard deviation of success over seeds after few updates on few demonstrations; of a difference, times root two."""
+SEEDS = (3, 5, 10, 20, 40)
+
+
+@dataclass(frozen=True)
+class Pilot:
+    """What finished runs say beforehand.
+
+    Attributes:
+        spread: Standard deviation of the paired difference between two runs of one task and seed.
+        seconds: Of a run, median; NaN where it is not known.
+        source: Where that comes from.
+    """
+
+    spread: float
+    seconds: float
+    source: str
+
+
+def read_pilot(place: str, endpoint: str) -> Pilot:
+    """The spread and the duration of the runs of a pilot; an assumption where none is named.
+
+    Raises:
+        UserError: No two methods of it share two seeds on a task.
+    """
+    if not place:
+        return Pilot(2**0.5 * ASSUMED_SPREAD, float("nan"), f"assuming a spread of {ASSUMED_SPREAD} over seeds")
+    runs, _ = read_runs(find_runs([place]))
+    variances = [
+        float(np.var(task, ddof=1))
+        for group in group_tasks(runs)
+        for first, second in combinations(group.methods, 2)
+        for task in paired_differences(group, endpoint, first, second)
+        if len(task) > 1
+    ]
+    if not variances:
+        raise UserError(
+            f"pilot={place}: no two methods share two seeds on a task where the endpoint {endpoint} was measured, so "
+            "that its spread is not known. Name other runs, or none."
+        )
+    return Pilot(float(np.sqrt(np.mean(variances))), _seconds(runs), f"from {len(runs)} runs in {place}")
+
+
+def _seconds(runs: Sequence[Run]) -> float:
+    totals = [
+        sum(v for v in run.summary["seconds"].values() if isinstance(v, float))
+        for run in runs
+        if "seconds" in run.summary
+    ]
+    return float(np.median(totals)) if totals else float("nan")
+
+
+def plan_table(study: Study, pilot: Pilot, tuning_runs: int, test_runs: int, threads: int) -> Table:
+    """Runs, core-hours and the smallest difference that can be detected, for the study's seeds and for others."""
+    tasks, methods = len(study.tasks), len(study.methods)
+    comparisons = methods * (methods - 1) // 2
+    rows = []
+    for seeds in sorted({len(study.seeds), *SEEDS}):
+        runs = tuning_runs + test_runs // len(study.seeds) * seeds
+        hours = runs * pilot.seconds * threads / 3600
+        found = smallest_difference(pilot.spread, tasks, seeds, max(1, comparisons))
+        mark = " (this study)" if seeds == len(study.seeds) else ""
+        rows.append([f"{seeds}{mark}", str(runs), f"{hours:.1f}" if np.isfinite(hours) else "-", number(found)])
+    return Table(
+        f"{tasks} tasks, {methods} methods, {tuning_runs} tuning runs",
+        ["seeds", "runs", "core-hours", "smallest difference"],
+        rows,
+        f"Smallest difference: found with probability 0.8 by a paired test at level 0.05, corrected for {comparisons} "
+        f"pairs of methods; spread of a paired difference {pilot.spread:.3f} ({pilot.source}); - where so few pairs "
+        "cannot reach the level at all. Name finished runs with pilot=FOLDER for a better estimate.",
+    )

@@ -1,0 +1,189 @@
+"""The study file: tasks, methods, seeds, budgets, endpoint, margin and tuning, decided before anything is run."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from eva_rl.adapters import find_method
+from eva_rl.envs.registry import task_ids
+from eva_rl.errors import UnknownNameError, UserError
+from eva_rl.options import between
+from eva_rl.report.reading import is_number, read_yaml
+from eva_rl.report.verdicts import ENDPOINTS, FINAL
+from eva_rl.seeding import MAX_SEED
+
+Overrides = Mapping[str, Any]
+METHOD, TUNE = "adapter", "tune"
+"""Keys of a method that are no settings of a run: which adapter it is, and a tuning grid of its own."""
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is compared, and how.
+
+    Attributes:
+        tasks: Canonical names, of the test phase.
+        methods: By the name that tables show: settings of its own, ``adapter`` among them.
+        seeds: Of the test phase.
+        settings: What every run gets.
+        budgets: Numbers of updates at which success is measured within a run; the last one ends it.
+        endpoint: What is compared; a key of :data:`eva_rl.report.verdicts.ENDPOINTS`.
+        margin: Difference below which methods count as equivalent, in the endpoint's unit; None tests none.
+        tune: By method: the values to choose from, by key.
+        tuning_tasks: Canonical names; none of them is a test task.
+        tuning_seeds: None of them is a test seed.
+        digest: SHA-256 of the file; empty where there is none.
+    """
+
+    tasks: Sequence[str]
+    methods: Mapping[str, Overrides]
+    seeds: Sequence[int]
+    settings: Overrides = field(default_factory=dict)
+    budgets: Sequence[int] = ()
+    endpoint: str = FINAL
+    margin: float | None = None
+    tune: Mapping[str, Mapping[str, Sequence[Any]]] = field(default_factory=dict)
+    tuning_tasks: Sequence[str] = ()
+    tuning_seeds: Sequence[int] = ()
+    digest: str = ""
+
+    def candidates(self, method: str) -> list[dict[str, Any]]:
+        """The settings that a method is tuned over, in the order of the file; one empty entry where it is not tuned."""
+        grid = self.tune.get(method, {})
+        return [dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
+
+
+KEYS = tuple(f.name for f in fields(Study) if f.name != "digest")
+
+
+def read_study(path: Path) -> Study:
+    """Read a study file.
+
+    Raises:
+        UserError: It cannot be read; a key, task, method or endpoint does not exist; or tuning and test overlap.
+    """
+    raw = read_yaml(path)
+    for key in raw:
+        if key not in KEYS:
+            raise UnknownNameError("key", key, KEYS, f"in {path}.")
+    missing = [key for key in ("tasks", "methods", "seeds") if not raw.get(key)]
+    if missing:
+        raise UserError(f"{path} has no {', '.join(missing)}.")
+    methods = _methods(raw["methods"])
+    study = Study(
+        tasks=tasks_of(raw["tasks"]),
+        methods={name: {k: v for k, v in own.items() if k != TUNE} for name, own in methods.items()},
+        seeds=seeds_of(raw["seeds"]),
+        settings=_settings(raw.get("settings") or {}, "settings"),
+        budgets=_budgets(raw.get("budgets") or []),
+        endpoint=raw.get("endpoint", FINAL),
+        margin=_margin(raw.get("margin")),
+        tune=_grids(raw.get(TUNE) or {}, methods),
+        tuning_tasks=tasks_of(raw.get("tuning_tasks") or []),
+        tuning_seeds=seeds_of(raw["tuning_seeds"], "tuning_seeds") if raw.get("tuning_seeds") else [],
+        digest=hashlib.sha256(path.read_bytes()).hexdigest(),
+    )
+    check_study(study)
+    return study
+
+
+def check_study(study: Study) -> None:
+    """Raise unless tuning and test are apart, and what is to be measured is measured.
+
+    Raises:
+        UserError: Naming what overlaps or is missing.
+    """
+    if study.endpoint not in ENDPOINTS:
+        raise UnknownNameError("endpoint", str(study.endpoint), ENDPOINTS)
+    if study.endpoint in {"area", "updates_to_90"} and len(study.budgets) < 2:
+        raise UserError(f"endpoint: {study.endpoint} needs budgets, such as budgets: [10, 20, 40, 80].")
+    if any(study.tune.values()) and not (study.tuning_tasks and study.tuning_seeds):
+        raise UserError("tune: needs tuning_tasks and tuning_seeds, which the test phase does not use.")
+    for name in ("tasks", "seeds"):
+        both = sorted(set(getattr(study, name)) & set(getattr(study, f"tuning_{name}")))
+        if both:
+            raise UserError(
+                f"tuning_{name} and {name} share {', '.join(map(str, both))}: what is tuned on cannot be tested on. "
+                "Use others for tuning."
+            )
+    if study.budgets and study.settings.get("algo.updates", study.budgets[-1]) != study.budgets[-1]:
+        raise UserError(f"budgets end at {study.budgets[-1]}, and settings say algo.updates. Leave algo.updates out.")
+
+
+def tasks_of(value: Any) -> list[str]:
+    """Canonical tasks of a name, names joined by +, or a list of them."""
+    return list(dict.fromkeys(task for name in names_of(value) for task in task_ids(name)))
+
+
+def names_of(value: Any) -> list[str]:
+    """Entries of a list, or of names joined by +."""
+    return [str(name) for name in value] if isinstance(value, list) else str(value).split("+")
+
+
+def seeds_of(value: Any, name: str = "seeds") -> list[int]:
+    """Seeds of a number of them, or of a list.
+
+    Raises:
+        UserError: It is neither, or one is out of range.
+    """
+    listed: list[Any] = value if isinstance(value, list) else list(range(value)) if isinstance(value, int) else []
+    if not listed or not all(isinstance(number, int) and not isinstance(number, bool) for number in listed):
+        raise UserError(f"{name}={value}: expected a number of seeds, or a list such as {name}=[0,1,2].")
+    for number in listed:
+        between(0, MAX_SEED, **{name: number})
+    return list(dict.fromkeys(listed))
+
+
+def _methods(raw: Any) -> dict[str, dict[str, Any]]:
+    """Settings by name; a list names adapters without settings of their own."""
+    listed = {str(name): {} for name in raw} if isinstance(raw, list) else raw
+    if not isinstance(listed, Mapping):
+        raise UserError(f"methods: {raw}: expected a list of adapters, or a mapping of names to settings.")
+    found = {}
+    for name, own in listed.items():
+        settings = _settings(own or {}, f"methods: {name}", (TUNE,))
+        settings[METHOD] = find_method(str(settings.get(METHOD, name))).name
+        if not str(name).replace("_", "").replace("-", "").replace(".", "").isalnum():
+            raise UserError(f"methods: {name}: expected letters, digits, -, _ and . in the name, which names folders.")
+        found[str(name)] = settings
+    return found
+
+
+def _settings(raw: Any, where: str, groups: Sequence[str] = ()) -> dict[str, Any]:
+    if not isinstance(raw, Mapping):
+        raise UserError(f"{where}: {raw}: expected KEY: VALUE, for instance algo.learning_rate: 0.005.")
+    for key, value in raw.items():
+        if isinstance(value, Mapping) and key not in groups:
+            raise UserError(
+                f"{where}: {key}: write the whole key, for instance {key}.{next(iter(value), 'KEY')}: VALUE."
+            )
+    return {str(key): value for key, value in raw.items()}
+
+
+def _grids(shared: Any, methods: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, list[Any]]]:
+    """The tuning grid of each method: its own, or the common one without the keys that it sets itself."""
+    found = {}
+    for name, own in methods.items():
+        grid = _settings(own.get(TUNE, {k: v for k, v in _settings(shared, TUNE).items() if k not in own}), TUNE)
+        for key, values in grid.items():
+            if not isinstance(values, list) or not values:
+                raise UserError(f"tune: {key}: {values}: expected a list of values, such as [0.001, 0.003].")
+        found[name] = grid
+    return found
+
+
+def _budgets(raw: Any) -> list[int]:
+    if not isinstance(raw, list) or not all(isinstance(n, int) and n > 0 for n in raw) or raw != sorted(set(raw)):
+        raise UserError(f"budgets: {raw}: expected increasing numbers of updates, such as [10, 20, 40, 80].")
+    return raw
+
+
+def _margin(raw: Any) -> float | None:
+    if raw is not None and not (is_number(raw) and raw > 0):
+        raise UserError(f"margin: {raw}: expected a number above 0, in the unit of the endpoint.")
+    return None if raw is None else float(raw)

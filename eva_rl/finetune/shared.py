@@ -1,0 +1,91 @@
+"""Work that several runs of a study have in common, done by the first and read by the others (``shared=FOLDER``)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from eva_rl.agents.policy_folder import weights_digest
+from eva_rl.distributed import ProcessGroup
+from eva_rl.eva import EvaResult
+from eva_rl.files import read_json, write_file, write_folder, write_json
+from eva_rl.finetune.locations import alone, key_of
+from eva_rl.finetune.session import Session
+from eva_rl.rollouts.episodes import EpisodeRecord
+from eva_rl.rollouts.evaluation import EvaluationResult
+
+Actions = NDArray[np.float32]
+
+
+def evaluate_before(session: Session) -> tuple[EvaluationResult, Actions]:
+    """The held-out evaluation before training with the actions taken; the same for all methods of a study."""
+    config = session.config
+    if not config.shared or ProcessGroup.current().world_size > 1:
+        return session.evaluate("Before"), session.actions
+    key = key_of(
+        policy=weights_digest(session.policy.network.state_dict()),
+        target=session.policy.conditioning.of(session.spec.env_id),
+        scaling=repr(session.policy.scaling),
+        protocol=session.spec.protocol,
+        episodes=config.eval.episodes,
+        seed=config.eval.seed,
+        stop_at_success=config.eval.stop_at_success,
+        horizon=config.env.horizon,
+        threads=config.threads,
+        device=str(session.policy.device),
+    )
+    session.shared["before"] = key
+    path = Path(config.shared).expanduser() / "before" / key
+    with alone(path):
+        if not path.exists():
+            result = session.evaluate("Before")
+            write_folder(path, lambda aside: _save(aside, result, session.actions))
+        return _load(path)
+
+
+def _save(folder: Path, result: EvaluationResult, actions: Actions) -> None:
+    write_json(folder / "evaluation.json", {**asdict(result), "episodes": [asdict(e) for e in result.episodes]})
+    write_file(folder / "actions.npy", lambda aside: _save_array(aside, actions))
+
+
+def _save_array(path: Path, actions: Actions) -> None:
+    with path.open("wb") as file:  # by name, it would add a suffix
+        np.save(file, actions, allow_pickle=False)
+
+
+def _load(folder: Path) -> tuple[EvaluationResult, Actions]:
+    record: Mapping[str, Any] = read_json(folder / "evaluation.json")
+    episodes = tuple(EpisodeRecord(**episode) for episode in record["episodes"])
+    references = None if record["references"] is None else tuple(record["references"])
+    result = EvaluationResult(**{**record, "episodes": episodes, "references": references})
+    return result, np.load(folder / "actions.npy", allow_pickle=False)
+
+
+def shared_eva(session: Session, compute: Callable[[], EvaResult]) -> EvaResult:
+    """The EVA pass, which all runs with one policy, data and seed have in common."""
+    config, data = session.config, session.data
+    if not config.shared or ProcessGroup.current().world_size > 1:
+        return compute()
+    key = key_of(
+        policy=weights_digest(session.policy.network.state_dict()),
+        data=None if data is None else data.content_hash,
+        sampling=(config.data.after_success, config.data.weight_by),
+        env=session.spec.env_id,
+        horizon=config.env.horizon,
+        seed=config.seed,
+        pruned=config.adapter.method.endswith("adalora"),
+        threads=config.threads,
+        **{k: v for k, v in asdict(config.adapter).items() if k not in {"method", "dropout"}},
+    )
+    session.shared["eva"] = key
+    path = Path(config.shared).expanduser() / "eva" / key
+    with alone(path):
+        if not path.exists():
+            result = compute()
+            write_folder(path, lambda aside: result.save(aside / "eva"))
+        return EvaResult.load(path / "eva")

@@ -1,0 +1,61 @@
+"""Held-out success at several numbers of updates within a run, held-out cloning loss, and work that runs share."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from eva_rl.cli.parsing import parse
+from eva_rl.errors import UserError
+from eva_rl.finetune import command as finetune
+
+TINY = ["env=reach-v3", "data.episodes=2", "data.workers=1", "data.only_successes=false", "algo.batch_size=4"]
+TINY += ["eval.episodes=3", "eval.every=0", "env.horizon=30", "tracker=[]", "adapter.targets=[q_proj]"]
+
+
+def run(base: Path, folder: Path, *more: str) -> dict[str, Any]:
+    assert finetune.main([*TINY, f"policy={base}", f"run_dir={folder}", *more]) == 0
+    found: dict[str, Any] = json.loads((folder / "summary.json").read_text())
+    return found
+
+
+def rows(folder: Path) -> dict[int, dict[str, float]]:
+    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {row["step"]: row for row in found if "eval/success_rate" in row}
+
+
+def test_budgets_are_the_ends_of_shorter_looks_at_the_same_run(policy_folder: Path, tmp_path: Path) -> None:
+    """Evaluating on the way changes nothing of the end, and shared work is the same work."""
+    shared = f"shared={tmp_path / 'shared'}"
+    budgets = ["algo.updates=6", "eval.at=[2,4,6]", "eval.demonstrations=1", shared]
+    one = run(policy_folder, tmp_path / "one", "adapter=eva", *budgets)
+    plain = run(policy_folder, tmp_path / "plain", "adapter=eva", "algo.updates=6")
+    for key in ("eval/mean_reward", "eval/success_rate", "eval_before/mean_reward"):
+        assert one[key] == plain[key]
+    assert list(one["eval_at"]) == ["2", "4"]
+    curve = rows(tmp_path / "one")
+    assert sorted(curve) == [0, 2, 4, 6]
+    assert curve[2]["eval/mean_reward"] == one["eval_at"]["2"]["eval/mean_reward"] != curve[6]["eval/mean_reward"]
+    losses = [curve[step]["eval/cloning_loss"] for step in (0, 2, 4, 6)]
+    assert losses[-1] == one["eval/cloning_loss"]
+    assert len(set(losses)) == 4
+    other = run(policy_folder, tmp_path / "other", "adapter=lora", "study=abc", *budgets)
+    assert other["shared"]["before"] == one["shared"]["before"]
+    assert other["data"]["hash"] == one["data"]["hash"] == plain["data"]["hash"]
+    assert other["study"] == "abc"
+    again = run(policy_folder, tmp_path / "again", "adapter=eva", *budgets)  # reads all three
+    same = ("eval/mean_reward", "eval/cloning_loss", "eval_before/mean_reward", "shared", "eval_at")
+    assert {key: again[key] for key in same} == {key: one[key] for key in same}
+    made = {kind.name: [p.name for p in kind.iterdir() if p.is_dir()] for kind in (tmp_path / "shared").iterdir()}
+    assert {kind: len(found) for kind, found in made.items()} == {"data": 2, "before": 1, "eva": 1}
+
+
+@pytest.mark.parametrize("at", ["[0]", "[300]"])
+def test_budgets_lie_within_the_run(at: str) -> None:
+    with pytest.raises(UserError, match="expected gradient steps from 1 to 200"):
+        parse("finetune", [f"eval.at={at}"])
+    with pytest.raises(UserError, match="of algo=bc"):
+        parse("finetune", ["eval.at=[10]", "algo=odt"])

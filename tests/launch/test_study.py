@@ -1,0 +1,246 @@
+"""Studies: what a study file may say, that tuning and test stay apart, and that records alone continue one."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from eva_rl.agents.policy_folder import save_policy
+from eva_rl.benchmark import command as benchmark
+from eva_rl.benchmark.grid import Place, comparison_cells, tuning_cells
+from eva_rl.benchmark.records import write_record
+from eva_rl.benchmark.study import read_study
+from eva_rl.benchmark.tuning import choose
+from eva_rl.cli.parsing import parse
+from eva_rl.errors import UserError
+from eva_rl.files import write_json
+from tests.conftest import make_policy
+from tests.report.making_runs import make_run
+
+TINY = {
+    "data.episodes": 1, "data.workers": 1, "data.only_successes": False, "algo.batch_size": 4, "eval.episodes": 4,
+    "eval.every": 0, "env.horizon": 30, "tracker": [],
+}  # fmt: skip
+STUDY: dict[str, Any] = {
+    "tasks": ["reach-v3", "push-v3"],
+    "methods": {"lora": {}, "small": {"adapter": "eva", "adapter.rank": 2}, "head": {}},
+    "seeds": [0, 1],
+    "settings": TINY,
+    "budgets": [1, 2, 4],
+    "endpoint": "area",
+    "margin": 0.1,
+    "tune": {"algo.learning_rate": [0.001, 0.01]},
+    "tuning_tasks": ["drawer-open-v3"],
+    "tuning_seeds": [7],
+}
+
+
+def write(path: Path, **changes: Any) -> Path:
+    study = {key: value for key, value in {**STUDY, **changes}.items() if value is not None}
+    path.write_text(yaml.safe_dump(study, sort_keys=False))
+    return path
+
+
+def place(tmp_path: Path) -> Place:
+    return Place(tmp_path / "out", tmp_path / "records", 1)
+
+
+def test_what_a_study_file_decides(tmp_path: Path) -> None:
+    study = read_study(write(tmp_path / "study.yaml"))
+    tuned, tested = (
+        tuning_cells(study, place(tmp_path)),
+        comparison_cells(study, place(tmp_path), {m: {} for m in study.methods}),
+    )
+    assert (len(tuned), len(tested)) == (1 * 3 * 2 * 1, 2 * 3 * 2)
+    cell = next(cell for cell in tested if cell.method == "small")
+    config = cell.finetune
+    assert (config.adapter.method, config.adapter.rank, config.algo.final_step, config.eval.at) == (
+        "eva",
+        2,
+        4,
+        [1, 2, 4],
+    )
+    assert config.study == study.digest
+    assert tuned[1].name == "tuning/drawer-open-v3/lora/learning_rate=0.01/seed_7"
+    assert tuned[1].finetune.algo.learning_rate == 0.01  # type: ignore[attr-defined]
+    assert read_study(write(tmp_path / "other.yaml", margin=0.2)).digest != study.digest
+
+
+def test_a_method_has_a_grid_of_its_own(tmp_path: Path) -> None:
+    methods = {"full": {"tune": {"algo.learning_rate": [1e-4]}}, "lora": {}, "head": {"algo.learning_rate": 0.1}}
+    study = read_study(write(tmp_path / "study.yaml", methods=methods))
+    assert study.candidates("full") == [{"algo.learning_rate": 1e-4}]
+    assert [one["algo.learning_rate"] for one in study.candidates("lora")] == [0.001, 0.01]
+    assert study.candidates("head") == [{}]
+    assert {cell.method for cell in tuning_cells(study, place(tmp_path))} == {"lora"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tuning_tasks": ["push-v3"]}, "tuning_tasks and tasks share metaworld/push-v3"),
+        ({"tuning_seeds": [1, 2]}, "tuning_seeds and seeds share 1"),
+        ({"tuning_seeds": None}, "needs tuning_tasks and tuning_seeds"),
+        ({"methods": None}, "has no methods"),
+        ({"methods": {"lroa": {}}}, "Did you mean 'lora'"),
+        ({"methods": {"a/b": {"adapter": "lora"}}}, "names folders"),
+        ({"methods": {"lora": {"algo": {"learning_rate": 1}}}}, "algo.learning_rate: VALUE"),
+        ({"endpoint": "aera"}, "Did you mean 'area'"),
+        ({"budgets": [4, 2]}, "increasing"),
+        ({"budgets": None}, "needs budgets"),
+        ({"margin": -1}, "above 0"),
+        ({"tune": {"algo.learning_rate": 0.1}}, "a list of values"),
+        ({"sedes": 3}, "Did you mean 'seeds'"),
+        ({"settings": {"algo.updates": 9}}, "Leave algo.updates out"),
+    ],
+)
+def test_mistakes_in_a_study_file(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        read_study(write(tmp_path / "study.yaml", **changes))
+
+
+def finish(cell: Any, solved: float) -> None:
+    """Leave the record of a run that solved this share of its goals."""
+    folder = cell.place.out / "made" / cell.name
+    goals = [k < round(10 * solved) for k in range(10)]
+    make_run(
+        folder, cell.task, goals, *[word for word in cell.overrides if not word.startswith(("run_dir", "eval.epi"))]
+    )
+    write_record(
+        cell.record, folder, cell.name, {"method": cell.method, "tuning": dict(cell.chosen) if cell.tuning else None}
+    )
+
+
+def test_the_best_mean_is_chosen_and_divergence_never(tmp_path: Path) -> None:
+    changes = {"endpoint": "final", "tuning_seeds": [7, 8]}
+    study = read_study(write(tmp_path / "study.yaml", **changes))
+    cells = tuning_cells(study, place(tmp_path))
+    for cell in cells:
+        high = cell.chosen["algo.learning_rate"] == 0.01
+        if cell.method == "head" and high and cell.seed == 8:
+            write_json(cell.record.with_suffix(".diverged"), {"reason": "the loss is nan"})
+            continue
+        finish(cell, {"lora": 0.8 if high else 0.5, "small": 0.5, "head": 1.0 if high else 0.3}[cell.method])
+    chosen = choose(study, cells)
+    assert {name: own["algo.learning_rate"] for name, own in chosen.items()} == {
+        "lora": 0.01,
+        "small": 0.001,
+        "head": 0.001,
+    }
+
+
+def test_a_report_from_records_alone(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Every run has its record: nothing is run, and the report says what was tuned, tested and decided."""
+    changes = {"tasks": ["reach-v3"], "settings": {**TINY, "eval.episodes": 10}}
+    path = write(tmp_path / "study.yaml", endpoint="final", **changes)
+    study, where = read_study(path), place(tmp_path)
+    tuned = tuning_cells(study, where)
+    for cell in tuned:
+        finish(cell, 0.5 if cell.chosen["algo.learning_rate"] == 0.01 else 0.2)
+    for cell in comparison_cells(study, where, choose(study, tuned)):
+        finish(cell, {"lora": 0.9, "small": 0.5, "head": 0.1}[cell.method] + 0.05 * cell.seed)
+    shutil.rmtree(where.out)
+    argv = [f"study={path}", f"out={where.out}", f"records={where.records}"]
+    assert benchmark.main(argv) == 0
+    text = (where.out / "report" / "report.md").read_text()
+    assert study.digest in text
+    assert "## Verdicts" in text
+    assert "learning\\_rate=0.01" in text or "learning_rate=0.01" in text
+    assert "At an end of the grid" in text
+    assert "By score after the last update" in text
+    record = next(where.records.rglob("seed_0.json"))
+    changed = json.loads(record.read_text())
+    changed["summary"]["eval/success_rate"] = 1.0
+    record.write_text(json.dumps(changed))
+    assert benchmark.main(argv) == 2
+    assert "was changed" in capfd.readouterr().err
+    path.write_text(path.read_text().replace("margin: 0.1", "margin: 0.5"))
+    changed["summary"]["eval/success_rate"] = None
+    record.unlink()
+    assert benchmark.main(argv) == 2
+    assert "the study file was another one" in " ".join(capfd.readouterr().err.split())
+
+
+def test_a_plan_counts_and_says_what_can_be_seen(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    path = write(tmp_path / "study.yaml")
+    assert benchmark.main([f"study={path}", f"out={tmp_path / 'out'}", "plan=true"]) == 0
+    shown = " ".join(capfd.readouterr().err.split())
+    assert "6 tuning runs" in shown
+    assert re.search(r"2 \(this study\) │ +18 ", shown)
+    assert "assuming a spread of 0.2" in shown
+    assert not (tmp_path / "out").exists()
+    for method in ("eva", "lora"):
+        for seed in range(3):
+            make_run(
+                tmp_path / f"{method}{seed}",
+                "reach-v3",
+                [k <= seed for k in range(4)],
+                f"adapter={method}",
+                f"seed={seed}",
+            )
+    assert benchmark.main([f"study={path}", "plan=true", f"pilot={tmp_path}"]) == 2
+    assert "endpoint area was measured" in " ".join(capfd.readouterr().err.split())
+    write(path, endpoint="final")
+    assert benchmark.main([f"study={path}", "plan=true", f"pilot={tmp_path}"]) == 0
+    assert "from 6 runs" in " ".join(capfd.readouterr().err.split())
+
+
+def test_help_begins_with_what_is_compared(capsys: pytest.CaptureFixture[str]) -> None:
+    assert benchmark.main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.index("\n  tasks=") < shown.index("\n  seeds=") < shown.index("\n  launcher=")
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return [row for row in csv.DictReader(file) if row["table"] != "cost"]
+
+
+@pytest.mark.slow
+def test_killed_anywhere_a_study_continues_from_its_records_alone(tmp_path: Path) -> None:
+    """2 tasks, 3 methods, 2 rates, 2 seeds: killed while tuning and while testing, each time on another machine."""
+    base = tmp_path / "base"
+    save_policy(base, make_policy())
+    changes = {"settings": {**TINY, "policy": str(base)}, "tuning_tasks": ["drawer-open-v3", "reach-wall-v3"]}
+    path = write(tmp_path / "study.yaml", **changes, tuning_seeds=[7, 8])
+    records, whole = tmp_path / "records", tmp_path / "whole"
+    jobs = f"jobs={max(2, len(os.sched_getaffinity(0)))}"
+    for number, (machine, before) in enumerate({"first": 5, "second": 26}.items()):
+        argv = [
+            sys.executable,
+            "-m",
+            "eva_rl.benchmark",
+            f"study={path}",
+            f"out={tmp_path / machine}",
+            f"records={records}",
+        ]
+        process = subprocess.Popen([*argv, jobs], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while len(list(records.rglob("*.json"))) < before:
+            assert process.poll() is None
+            time.sleep(0.1)
+        process.send_signal((signal.SIGKILL, signal.SIGTERM)[number])
+        process.wait()
+        time.sleep(20)  # what a kill left running ends, or its folder is of no further use
+        shutil.rmtree(tmp_path / machine, ignore_errors=True)
+    assert benchmark.main([f"study={path}", f"out={tmp_path / 'third'}", f"records={records}", jobs]) == 0
+    assert benchmark.main([f"study={path}", f"out={whole}", jobs]) == 0
+    assert len(list(records.rglob("*.json"))) == 24 + 12
+    assert rows(tmp_path / "third/report/report.csv") == rows(whole / "report/report.csv")
+    keys = {
+        json.loads(p.read_text())["summary"]["shared"]["before"] for p in (whole / "records/reach-v3").rglob("*.json")
+    }
+    assert len(keys) <= 2  # one a data seed, whose demonstrations decide on the target return
+    assert len(list((whole / "shared" / "before").iterdir())) < 36
+    assert parse("finetune", [f"study={read_study(path).digest}"]).study == read_study(path).digest

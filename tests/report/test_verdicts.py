@@ -1,0 +1,95 @@
+"""Endpoints and verdicts: their values, their words, and how often they are wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats as scipy
+
+from eva_rl.report.methods import Method, TaskGroup
+from eva_rl.report.runs import Run
+from eva_rl.report.verdicts import area, held_out, updates_to_90, verdicts
+
+KEY = "success_rate"
+
+
+def run(method: str, task: str, seed: int, scores: dict[int, float]) -> Run:
+    rows = [{"step": float(step), "wall_time": 0.0, f"eval/{KEY}": score} for step, score in scores.items()]
+    summary: dict[str, Any] = {"env": task, "method": method, "seed": seed, f"eval/{KEY}": list(scores.values())[-1]}
+    return Run(Path(f"{method}/{task}/{seed}"), task, method, seed, (), summary, {}, rows)
+
+
+def group(scores: dict[str, np.ndarray]) -> TaskGroup:  # type: ignore[type-arg]
+    """Methods with final scores (tasks, seeds)."""
+    methods = [
+        Method(
+            m,
+            m,
+            {},
+            {f"t{t}": [run(m, f"t{t}", s, {100: float(x)}) for s, x in enumerate(row)] for t, row in enumerate(own)},
+        )
+        for m, own in scores.items()
+    ]
+    tasks = [f"t{t}" for t in range(len(next(iter(scores.values()))))]
+    return TaskGroup("success rate", KEY, tasks, [], methods)
+
+
+def test_endpoints_of_a_curve() -> None:
+    one = run("eva", "t", 0, {0: 0.0, 10: 0.4, 20: 1.0, 40: 0.8})
+    assert held_out(one, KEY).tolist() == [[0, 0], [10, 0.4], [20, 1], [40, 0.8]]
+    assert area(one, KEY) == pytest.approx((10 * 0.2 + 10 * 0.7 + 20 * 0.9) / 40)
+    assert updates_to_90(one, KEY) == pytest.approx(10 + 10 * 0.5 / 0.6)
+    assert updates_to_90(run("eva", "t", 0, {0: 0.0, 10: 0.4, 20: 0.8}), KEY) == 20  # never: the last update
+    assert updates_to_90(run("eva", "t", 0, {0: 0.95, 10: 0.4, 20: 0.8}), KEY) == 0
+    assert np.isnan(area(run("eva", "t", 0, {0: 0.0, 40: 0.8}), KEY))
+    assert np.isnan(updates_to_90(one, "mean_reward"))
+
+
+def test_verdicts_are_those_of_a_plain_computation() -> None:
+    rng = np.random.default_rng(0)
+    scores = {
+        "a": rng.uniform(0.5, 0.6, (1, 12)),
+        "b": rng.uniform(0.1, 0.2, (1, 12)),
+        "c": rng.uniform(0.5, 0.6, (1, 12)),
+    }
+    found = {(v.first, v.second): v for v in verdicts(group(scores), margin=0.1)}
+    for (first, second), v in found.items():
+        d = (scores[first] - scores[second])[0]
+        exact = scipy.permutation_test((d,), np.sum, permutation_type="samples", n_resamples=np.inf).pvalue
+        assert v.p_difference == pytest.approx(exact)
+        sides = [scipy.ttest_1samp(d, -0.1, alternative="greater"), scipy.ttest_1samp(d, 0.1, alternative="less")]
+        assert v.p_equivalence == pytest.approx(max(side.pvalue for side in sides))
+    assert [found[pair].text for pair in (("a", "b"), ("b", "c"), ("a", "c"))] == ["a better", "c better", "equivalent"]
+    assert {v.text for v in verdicts(group(scores))} == {"a better", "c better", "undecided"}
+
+
+def test_less_is_better_where_it_is() -> None:
+    curves = {"slow": {0: 0.0, 10: 0.1, 80: 1.0}, "fast": {0: 0.0, 10: 0.95, 80: 1.0}}
+    methods = [Method(m, m, {}, {"t": [run(m, "t", s, curve) for s in range(8)]}) for m, curve in curves.items()]
+    (found,) = verdicts(TaskGroup("success rate", KEY, ["t"], [], methods), "updates_to_90")
+    assert found.text == "fast better"
+    assert not verdicts(TaskGroup("success rate", KEY, ["t"], [], methods), "cloning_loss")
+
+
+@pytest.mark.parametrize(
+    ("means", "false"),
+    [
+        ((0.5, 0.5, 0.5), {"a better", "b better", "c better"}),  # no difference
+        ((0.5, 0.65, 0.5), {"equivalent"}),  # exactly the margin, and one true equivalence
+    ],
+)
+def test_a_verdict_of_a_study_is_false_in_five_of_a_hundred_at_most(means: tuple[float, ...], false: set[str]) -> None:
+    """Success of 50 goals with a spread between seeds: three methods, two tasks, six seeds."""
+    rng, wrong, studies = np.random.default_rng(1), 0, 400
+    for _ in range(studies):
+        rates = {m: np.clip(rng.normal(mean, 0.08, (2, 6)), 0, 1) for m, mean in zip("abc", means, strict=True)}
+        scores = {m: rng.binomial(50, own) / 50 for m, own in rates.items()}
+        found = verdicts(group(scores), margin=0.15)
+        if len(false) > 1:
+            wrong += any("better" in v.text for v in found)
+        else:
+            wrong += any(v.text == "equivalent" and "b" in {v.first, v.second} for v in found)
+    assert wrong / studies <= 0.05 + 0.02  # two standard errors
