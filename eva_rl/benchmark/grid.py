@@ -233,4 +233,11 @@ def _changed_run(cell: Cell) -> list[str]:
 def _changed_record(cell: Cell) -> list[str]:
     before = json.loads(cell.record.read_text())["config"]
     now = json.loads(json.dumps(asdict(cell.finetune), default=str))
-    return [key for key in now if key in before and key not in FREE_TO_CHANGE and before[key] != now[key]]
+    return [key for key in now if key in before and key not in FREE_TO_CHANGE and _differ(before[key], now[key])]
+
+
+def _differ(before: Any, now: Any) -> bool:
+    """Whether two settings, or groups of settings, differ in what both have; a later version may have more keys."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        return any(_differ(before[key], now[key]) for key in before.keys() & now.keys())
+    return bool(before != now)

@@ -244,3 +244,33 @@ def test_killed_anywhere_a_study_continues_from_its_records_alone(tmp_path: Path
     assert len(keys) <= 2  # one a data seed, whose demonstrations decide on the target return
     assert len(list((whole / "shared" / "before").iterdir())) < 36
     assert parse("finetune", [f"study={read_study(path).digest}"]).study == read_study(path).digest
+
+
+def documented() -> str:
+    text = (Path(__file__).parents[2] / "docs" / "comparing.md").read_text()
+    return re.findall(r"```yaml\n# study.yaml\n(.*?)```", text, re.S)[0]
+
+
+def test_the_documented_study_can_be_planned(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "study.yaml"
+    path.write_text(documented())
+    study = read_study(path)
+    assert [len(study.candidates(method)) for method in study.methods] == [3, 3, 3, 3]
+    assert benchmark.main([f"study={path}", "plan=true", f"out={tmp_path / 'out'}"]) == 0
+    assert "48 tuning runs" in " ".join(capfd.readouterr().err.split())
+
+
+@pytest.mark.slow
+def test_the_documented_study_runs(tmp_path: Path) -> None:
+    """Made tiny: the same keys with fewer methods, seeds and updates."""
+    base, path = tmp_path / "base", tmp_path / "study.yaml"
+    save_policy(base, make_policy())
+    study = yaml.safe_load(documented())
+    study["settings"] |= {**TINY, "policy": str(base), "eval.demonstrations": 1}
+    study |= {"seeds": [0, 1], "tuning_seeds": [100], "tuning_tasks": ["drawer-open-v3"], "budgets": [1, 2, 4]}
+    study |= {"tasks": ["reach-v3"], "methods": {name: study["methods"][name] for name in ("lora", "full")}}
+    path.write_text(yaml.safe_dump(study))
+    assert benchmark.main([f"study={path}", f"out={tmp_path / 'out'}", f"records={tmp_path / 'records'}"]) == 0
+    text = (tmp_path / "out" / "report" / "report.md").read_text()
+    assert "## Tuning" in text
+    assert "By cloning loss on held-out demonstrations" in text
