@@ -19,8 +19,10 @@ FORMAT = "eva-rl policy"
 FORMAT_VERSION = 1
 LARGEST_SIZE = 10**7
 """Largest number in an architecture; what it makes of them is held against the weights before anything is built."""
-STD = Number(1e-30, 1e30)
+STD = Number(1e-10, 1e10)
 """A standard deviation that can be divided by."""
+LARGEST_INPUT = 1e10
+"""Largest scaled mean or return: what a network makes of it, squared, is within float32."""
 
 _size, _number = Integer(1, LARGEST_SIZE), Number()
 ARCHITECTURE = Record(
@@ -109,8 +111,10 @@ def read_record(path: Path) -> tuple[dict[str, Any], DecisionTransformerConfig, 
     except UserError as error:
         raise UserError(f"{path}: architecture: {error}") from error
     scaling = InputScaling.create(**checked["scaling"])
+    conditioning = Conditioning(**checked["conditioning"])
     check_scaling(config, scaling, str(path))
-    return checked, config, scaling, Conditioning(**checked["conditioning"])
+    check_inputs(scaling, conditioning, str(path))
+    return checked, config, scaling, conditioning
 
 
 def check_scaling(config: DecisionTransformerConfig, scaling: InputScaling, where: str) -> None:
@@ -129,3 +133,19 @@ def check_scaling(config: DecisionTransformerConfig, scaling: InputScaling, wher
     if bool((scaling.action_half_range < 0).any()):
         index = int((scaling.action_half_range < 0).nonzero()[0])
         raise UserError(f"{where}: action_low[{index}] is above action_high[{index}]; expected low to be below high.")
+
+
+def check_inputs(scaling: InputScaling, conditioning: Conditioning, where: str) -> None:
+    """Raise unless scaled observations and returns are numbers that a network can compute with.
+
+    Raises:
+        UserError: Naming ``where`` and the number.
+    """
+    returns = [conditioning.target_return, *conditioning.per_env.values()]
+    found = {
+        "an observation mean over its std": float((scaling.observation_mean / scaling.observation_std).abs().max()),
+        "a target return over return_scale": max(map(abs, returns)) / scaling.return_scale,
+    }
+    for name, value in found.items():
+        if not value <= LARGEST_INPUT:
+            raise UserError(f"{where}: {name} is {value:.3g}; expected at most {LARGEST_INPUT:g}.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 import pickletools
 import re
@@ -23,6 +24,8 @@ from eva_rl.files import regular_size
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 """Types of weights that are read; integers and float8 hold a quantised network, whose scales are elsewhere."""
+LARGEST_WEIGHT = 1e4
+"""Far above what training gives, and what a few layers make of it is within float32."""
 SMALLEST_FLOAT = 2
 """Bytes."""
 LONGEST_CONTEXT = 4096
@@ -216,9 +219,10 @@ def value_problems(weights: Mapping[str, Tensor]) -> list[str]:
         for name, value in weights.items()
         if value.dtype not in FLOATS
     ]
-    problems += [
-        f"{name} holds numbers that are not finite"
-        for name, value in weights.items()
-        if value.dtype in FLOATS and not bool(value.float().isfinite().all())
-    ]
+    for name, value in weights.items():
+        if value.dtype in FLOATS and value.numel():
+            largest = float(value.float().abs().max())  # NaN if there is one
+            if not largest <= LARGEST_WEIGHT:
+                kind = f"up to {largest:.3g}, expected at most {LARGEST_WEIGHT:g}"
+                problems.append(f"{name} holds numbers {kind if math.isfinite(largest) else 'that are not finite'}")
     return problems

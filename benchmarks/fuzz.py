@@ -29,11 +29,15 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import fuzz_formats
+import fuzz_policies
 import h5py
 import numpy as np
-from fuzz_formats import FORMATS, Format
+from fuzz_formats import Format
 
 from eva_rl.errors import UserError
+
+FORMATS = fuzz_formats.FORMATS | fuzz_policies.FORMATS
 
 SECONDS, MEMORY = 30, 12 << 30
 OUTCOMES = ("equal", "refused", "different", "traceback", "hang", "crash")

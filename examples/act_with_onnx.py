@@ -6,30 +6,29 @@ import sys
 import numpy as np
 import onnxruntime
 
-NAMES = ("observations", "previous_actions", "previous_rewards", "returns_to_go", "timesteps", "keys", "values")
 
-
-class OnnxPolicy:
-    """Acts in one environment: start() before each episode, act() at each env step."""
-
+class OnnxPolicy:  # acts in one environment: start() before each episode, act() at each env step
     def __init__(self, path):
-        self.session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = 1
+        self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        self.names = [value.name for value in self.session.get_inputs()]
         self.about = json.loads(self.session.get_modelmeta().custom_metadata_map["eva_rl"])
 
     def start(self):
         self.to_go, self.steps, self.seen = self.about["target_return"], [], 0
-        self.action = np.zeros(len(self.about["action_low"]))
+        self.action = np.zeros_like(self.about["action_low"])
 
     def act(self, observation, reward=0.0):  # the reward that the env step before gave
         self.to_go -= reward
         self.steps.append((observation, self.action, [reward], [self.to_go], len(self.steps)))
         T, new, self.seen = self.about["context_length"], 1, self.seen + 1
-        if self.seen == 1 or self.seen > T:  # a full window: of the first step, or of the newer half of the context
+        if not 1 < self.seen <= T:  # a full window: of the first step, or of the newer half of the context
             new = self.seen = min(max(1, T // 2), len(self.steps))
             self.memory = [np.zeros(self.about["empty_memory"], np.float32)] * 2
         columns = [np.array([column], np.float32) for column in zip(*self.steps[-new:], strict=True)]
         inputs = [*columns[:4], columns[4].astype(np.int64), *self.memory]
-        (self.action,), *self.memory = self.session.run(None, dict(zip(NAMES, inputs, strict=True)))
+        (self.action,), *self.memory = self.session.run(None, dict(zip(self.names, inputs, strict=True)))
         return self.action
 
 

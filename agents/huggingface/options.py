@@ -11,7 +11,7 @@ import numpy as np
 
 from eva_rl.agents.decision_transformer import DecisionTransformerConfig
 from eva_rl.agents.policy import Conditioning
-from eva_rl.agents.policy_record import CONDITIONING, SCALING, check_scaling
+from eva_rl.agents.policy_record import CONDITIONING, SCALING, check_inputs, check_scaling
 from eva_rl.batch import InputScaling
 from eva_rl.errors import UserError
 
@@ -91,7 +91,9 @@ def scaling_and_target(
     scaling = InputScaling.create(**SCALING.of(given, where))
     check_scaling(config, scaling, where)
     wanted_returns = {"target_return": facts["target_return"], "per_env": facts.get("per_env", {})}
-    return scaling, Conditioning(**CONDITIONING.of(wanted_returns, where))
+    conditioning = Conditioning(**CONDITIONING.of(wanted_returns, where))
+    check_inputs(scaling, conditioning, where)
+    return scaling, conditioning
 
 
 def _listed(values: Any, default: float, count: int) -> list[float]:

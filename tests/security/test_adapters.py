@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from eva_rl.adapters import AdaptedPolicy, load_policy
 from eva_rl.errors import UserError
-from tests.security.making import acted, copied, leaves, put, reseal, save_adapted, save_plain, small_policy
+from tests.security.making import Actions, acted, copied, leaves, put, reseal, save_adapted, save_plain, small_policy
 
 METHODS = ("lora", "dora", "adalora")
 BASE = sorted(small_policy().network.state_dict())
@@ -100,9 +100,9 @@ def refused_and_harmless(adapters: dict[str, Path], folder: Path, message: str =
     with pytest.raises(UserError, match=message) as refused:
         policy.adapters.add("bad", folder)
     assert "\n" not in str(refused.value)
-    assert np.array_equal(acted(policy), good)
+    assert Actions(acted(policy)) == Actions(good)
     policy.adapters.use(None)
-    assert np.array_equal(acted(policy), base)
+    assert Actions(acted(policy)) == Actions(base)
     assert policy.adapters.names == ("good",)
 
 
@@ -110,7 +110,7 @@ def test_adapters_of_plain_peft_load(adapters: dict[str, Path]) -> None:
     base = acted(small_policy())
     for method in METHODS:
         policy = load_policy(adapters["base"], adapters={"a": adapters[method]})
-        assert np.array_equal(acted(policy), base)
+        assert Actions(acted(policy)) == Actions(base)
         policy.adapters.use("a")
         assert np.abs(acted(policy) - base).max() > 1e-3, method
 
@@ -193,7 +193,7 @@ def test_odd_values_anywhere_in_a_config(adapters: dict[str, Path], tmp_path: Pa
     refusal = "refused"
     try:
         policy = load_policy(adapters["base"], adapters={"odd": folder})
-        assert np.array_equal(acted(policy), acted(small_policy()))
+        assert Actions(acted(policy)) == Actions(acted(small_policy()))
         policy.adapters.use("odd")
         assert np.isfinite(acted(policy)).all()
     except UserError as error:
