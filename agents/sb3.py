@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from gymnasium.wrappers import NormalizeReward
 from numpy.typing import NDArray
-from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
+from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecNormalize
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
 
 from eva_rl.agents.policy import Policy
@@ -34,7 +35,19 @@ class PredictAdapter:
         self._steps = 0
 
     def listen(self, vec_env: VecEnv) -> VecEnv:
-        """Wrap an environment so that its rewards, as they are at this place of the stack, reach the policy."""
+        """Wrap an environment so that its rewards, as they are at this place of the stack, reach the policy.
+
+        Below a VecNormalize, that is an environment that holds one, the rewards are those before its scaling.
+
+        Raises:
+            UserError: The single environments scale their rewards by a running estimate (NormalizeReward), which
+                cannot be undone.
+        """
+        if _scales_rewards(vec_env):
+            raise UserError(
+                "The environments are wrapped in gymnasium's NormalizeReward: returns-to-go cannot be counted down "
+                "from scaled rewards. Make them without it, or use VecNormalize, whose original rewards are known."
+            )
         return _RewardListener(vec_env, self)
 
     def observe(self, rewards: NDArray[Any] | float) -> None:
@@ -93,11 +106,25 @@ class _RewardListener(VecEnvWrapper):
     def __init__(self, vec_env: VecEnv, adapter: PredictAdapter) -> None:
         super().__init__(vec_env)
         self._adapter = adapter
+        self._normalize = _innermost_normalize(vec_env)
 
     def reset(self) -> VecEnvObs:
         return self.venv.reset()
 
     def step_wait(self) -> VecEnvStepReturn:
         observations, rewards, dones, infos = self.venv.step_wait()
-        self._adapter.observe(rewards)
+        self._adapter.observe(rewards if self._normalize is None else self._normalize.get_original_reward())
         return observations, rewards, dones, infos
+
+
+def _innermost_normalize(vec_env: VecEnv) -> VecNormalize | None:
+    """The VecNormalize of a stack that sees rewards first."""
+    found, layer = None, vec_env
+    while isinstance(layer, VecEnvWrapper):
+        found = layer if isinstance(layer, VecNormalize) else found
+        layer = layer.venv
+    return found
+
+
+def _scales_rewards(vec_env: VecEnv) -> bool:
+    return any(vec_env.env_is_wrapped(NormalizeReward))

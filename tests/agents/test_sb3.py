@@ -5,7 +5,9 @@ from __future__ import annotations
 import gymnasium as gym
 import numpy as np
 import pytest
+from gymnasium.wrappers import NormalizeReward
 from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor, VecNormalize
 
 from eva_rl.agents import Conditioning, DecisionTransformerPolicy, PredictAdapter
 from eva_rl.envs import make_vec_env
@@ -77,3 +79,59 @@ def test_predict_rejects_what_would_go_wrong_in_silence() -> None:
         adapter.predict(np.zeros((2, 11), np.float32), first)
     with pytest.raises(UserError, match="FlattenObservation"):
         adapter.predict({"observation": np.zeros((2, 11))})
+
+
+@pytest.mark.parametrize("norm_obs", [True, False])
+def test_listening_around_vec_normalize_hears_the_original_rewards(norm_obs: bool) -> None:
+    plain = make_vec_env("Hopper-v5", 2, seed=5)
+    stack = VecMonitor(VecNormalize(VecNormalize(make_vec_env("Hopper-v5", 2, seed=5), norm_obs=norm_obs), gamma=0.9))
+    adapter = PredictAdapter(hopper_policy(), "Hopper-v5")
+    around = adapter.listen(stack)
+    plain.reset()
+    around.reset()
+    for _ in range(30):
+        actions = np.zeros((2, 3), np.float32)
+        _, expected, _, _ = plain.step(actions)
+        _, scaled, _, _ = around.step(actions)
+        np.testing.assert_allclose(adapter._rewards, expected, rtol=1e-5)
+    assert np.abs(scaled - expected).max() > 0.1, "the stack's own rewards are scaled"
+    plain.close()
+    around.close()
+
+
+def test_rewards_that_each_environment_scales_are_refused() -> None:
+    vec_env = DummyVecEnv([lambda: NormalizeReward(gym.make("Hopper-v5"))])
+    with pytest.raises(UserError, match=r"gymnasium's NormalizeReward.*VecNormalize"):
+        PredictAdapter(hopper_policy()).listen(vec_env)
+    vec_env.close()
+
+
+def vector_episodes(mode: gym.vector.AutoresetMode, late: bool) -> list[tuple[float, int]]:
+    """Episodes of the loop in docs/policies.md; with `late` starts follow an end by one step."""
+    make = [lambda: gym.make("Hopper-v5", max_episode_steps=9)] * 2
+    envs = gym.vector.SyncVectorEnv(make, autoreset_mode=mode)
+    adapter = PredictAdapter(hopper_policy(), "Hopper-v5")
+    observations, _ = envs.reset(seed=5)
+    state, starts, done = None, np.ones(2, bool), np.zeros(2, bool)
+    total, length, found = np.zeros(2), np.zeros(2, int), []
+    for _ in range(50):
+        actions, state = adapter.predict(observations, state, starts)
+        observations, rewards, terminated, truncated, _ = envs.step(actions)
+        adapter.observe(rewards)
+        if mode == gym.vector.AutoresetMode.NEXT_STEP:  # the step after an end is none of an episode
+            rewards, length = np.where(done, 0, rewards), length - done
+        total, length = total + rewards, length + 1
+        starts = done if late else terminated | truncated
+        done = terminated | truncated
+        found += [(round(float(total[i]), 3), int(length[i])) for i in np.flatnonzero(done)]
+        total, length = np.where(done, 0, total), np.where(done, 0, length)
+    envs.close()
+    return sorted(found[:8])
+
+
+def test_both_kinds_of_autoreset_play_the_same_episodes() -> None:
+    next_step, same_step = gym.vector.AutoresetMode.NEXT_STEP, gym.vector.AutoresetMode.SAME_STEP
+    right = vector_episodes(same_step, late=False)
+    assert len(right) == 8
+    assert vector_episodes(next_step, late=True) == right
+    assert vector_episodes(next_step, late=False) != right, "starts that come a step too early"
