@@ -12,18 +12,19 @@ from typing import TYPE_CHECKING, Any
 from eva_rl._version import __version__
 
 if TYPE_CHECKING:
-    from eva_rl.adapters import attach_adapter, load_policy
+    from eva_rl.adapters import attach_adapter, attach_eva, load_policy
     from eva_rl.data import load_dataset
     from eva_rl.rollouts.evaluation import evaluate_policy
 
 _HOMES = {
     "attach_adapter": "eva_rl.adapters",
+    "attach_eva": "eva_rl.adapters",
     "evaluate_policy": "eva_rl.rollouts.evaluation",
     "load_dataset": "eva_rl.data",
     "load_policy": "eva_rl.adapters",
 }
 
-__all__ = ["__version__", "attach_adapter", "evaluate_policy", "load_dataset", "load_policy"]
+__all__ = ["__version__", "attach_adapter", "attach_eva", "evaluate_policy", "load_dataset", "load_policy"]
 
 
 def __getattr__(name: str) -> Any:

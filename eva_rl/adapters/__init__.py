@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from eva_rl.lazy import lazy_names
 
 if TYPE_CHECKING:
+    from eva_rl.adapters.anywhere import attach_eva, targeted_layers
     from eva_rl.adapters.attach import AttachedAdapter, attach_adapter, base_weights, count_parameters
     from eva_rl.adapters.eva_init import SOURCES, Rollouts, compute_eva, second_moments
     from eva_rl.adapters.extensions import ADAPTER_NAME, initial_rank
@@ -32,6 +33,7 @@ __all__ = [
     "Rollouts",
     "adapter_bytes",
     "attach_adapter",
+    "attach_eva",
     "base_weights",
     "compute_eva",
     "count_parameters",
@@ -45,6 +47,7 @@ __all__ = [
     "second_moments",
     "subspace_overlap",
     "target_layers",
+    "targeted_layers",
 ]
 
 __getattr__ = lazy_names(
@@ -65,6 +68,7 @@ __getattr__ = lazy_names(
         "SOURCES": "eva_rl.adapters.eva_init",
         "adapter_bytes": "eva_rl.adapters.folders",
         "attach_adapter": "eva_rl.adapters.attach",
+        "attach_eva": "eva_rl.adapters.anywhere",
         "base_weights": "eva_rl.adapters.attach",
         "compute_eva": "eva_rl.adapters.eva_init",
         "count_parameters": "eva_rl.adapters.attach",
@@ -77,6 +81,7 @@ __getattr__ = lazy_names(
         "save_adapted_policy": "eva_rl.adapters.folders",
         "second_moments": "eva_rl.adapters.eva_init",
         "subspace_overlap": "eva_rl.adapters.refresh",
+        "targeted_layers": "eva_rl.adapters.anywhere",
         "target_layers": "eva_rl.adapters.layers",
     },
 )
