@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -167,7 +168,8 @@ class Listener:
         handles.append(self.model.register_forward_hook(self._end, always_call=True))
         for handle in handles:
             self._undo.callback(RemovableHandle.remove, handle)
-        self._undo.enter_context(torch.compiler.set_stance("force_eager"))
+        if "torch._dynamo" in sys.modules:  # else nothing is compiled, and importing it takes seconds
+            self._undo.enter_context(torch.compiler.set_stance("force_eager"))
         return self
 
     def __exit__(self, *exception: object) -> None:
