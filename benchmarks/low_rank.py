@@ -1,0 +1,121 @@
+"""CPU time of a gradient step: full fine-tuning, PEFT's low-rank layers, and the fused ones, interleaved in one run.
+
+    python benchmarks/low_rank.py --threads 1
+
+Every row trains the shipped ``mt40`` on the same random windows. The ratio is the median over rounds of a step's time
+over the full step's time of the same round, which other work on the machine disturbs least.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from statistics import median
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import eva_rl
+from eva_rl.adapters import attach_adapter
+from eva_rl.adapters.fused import unfuse
+from eva_rl.batch import WindowBatch
+from eva_rl.training.losses import clone_loss
+
+Step = Callable[[], None]
+GRADIENT_CLIP = 0.25
+
+
+def make_windows(batch_size: int, steps: int, device: str) -> WindowBatch:
+    """Random windows without padding."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.rand(batch_size, steps, *shape, generator=generator).to(device)
+
+    return WindowBatch(
+        observations=draw(39),
+        actions=2 * draw(4) - 1,
+        returns_to_go=draw(1),
+        timesteps=torch.arange(steps, device=device).repeat(batch_size, 1),
+        attention_mask=torch.ones(batch_size, steps, dtype=torch.bool, device=device),
+        rewards=draw(1),
+    )
+
+
+def make_step(method: str, batch: WindowBatch, options: argparse.Namespace, *, fused: bool) -> Step:
+    """A whole gradient step, as the training loop takes it."""
+    policy = eva_rl.load_policy("mt40", options.device)
+    attach_adapter(policy, method, rank=options.rank)
+    if not fused:
+        unfuse(policy.network)
+    network = policy.network.train()
+    parameters = [p for p in network.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3)
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(options.device, torch.bfloat16, enabled=options.precision == "bfloat16"):
+            loss = clone_loss(network, batch)
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(parameters, GRADIENT_CLIP)
+        optimizer.step()
+
+    return step
+
+
+def make_forward(batch: WindowBatch, options: argparse.Namespace) -> Step:
+    """The forward pass alone."""
+    network = eva_rl.load_policy("mt40", options.device).network
+
+    def forward() -> None:
+        with torch.no_grad(), torch.autocast(options.device, torch.bfloat16, enabled=options.precision == "bfloat16"):
+            clone_loss(network, batch)
+
+    return forward
+
+
+def seconds(step: Step, device: str) -> float:
+    """CPU seconds of a step; on a GPU wall seconds."""
+    clock = time.process_time if device == "cpu" else time.perf_counter
+    began = clock()
+    step()
+    if device != "cpu":
+        torch.cuda.synchronize()
+    return clock() - began
+
+
+def main() -> None:
+    """Time everything and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=20, help="env steps a window")
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--precision", default="float32", choices=("float32", "bfloat16"))
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    batch = make_windows(options.batch_size, options.steps, options.device)
+    rows: dict[str, Step] = {"full": make_step("full", batch, options, fused=True)}
+    for method in ("lora", "dora"):
+        rows[f"{method}, PEFT's layers"] = make_step(method, batch, options, fused=False)
+        rows[f"{method}, fused"] = make_step(method, batch, options, fused=True)
+    rows["forward alone"] = make_forward(batch, options)
+    times: dict[str, list[float]] = {name: [] for name in rows}
+    for round_ in range(options.rounds + 1):
+        for name, step in rows.items():
+            taken = seconds(step, options.device)
+            if round_:  # the first round warms up
+                times[name].append(taken)
+    table = Table("step", "ms, median", "over full", title=f"{options.batch_size} windows of {options.steps} env steps")
+    for name, taken_ in times.items():
+        ratio = median(one / full for one, full in zip(taken_, times["full"], strict=True))
+        table.add_row(name, f"{1e3 * median(taken_):.0f}", f"{ratio:.2f}")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
