@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar, get_args
 
-from eva_rl.adapters import METHODS, PROJECTIONS, SOURCES, find_method
+from eva_rl.adapters import METHODS, PROJECTIONS, SOURCES, check_gain, find_method
 from eva_rl.configs.algorithms import ALGORITHMS, BCAlgo
 from eva_rl.configs.groups import (
     AlgoOptions,
@@ -64,14 +64,31 @@ class AdapterOptions(Options):
     )
     variant: str | None = option(
         EvaOptions.variant,
-        "EVA: an ablation of the paper: whiten, rotate, permute or minor",
+        "EVA: an ablation of the paper: whiten, rotate, permute or minor; rotate also for lora, rslora and dora",
         choices=get_args(Variant),
+    )
+    gain: str = option(
+        "own",
+        "scale of A where B starts at zero: own, lora or eva (that of LoRA's or EVA's start), or a number, the mean "
+        "squared length of A x in every layer",
     )
     eva: EvaSourceOptions = group(EvaSourceOptions, "data of EVA, CorDA and LoRA-GA")
 
     def __post_init__(self) -> None:
-        find_method(self.method)
         super().__post_init__()
+        self.gain = str(self.gain)
+        check_gain(self.gain)
+        method = find_method(self.method)
+        if self.gain != "own" and not method.zero_b:
+            raise UserError(
+                f"adapter.gain={self.gain} rescales a start whose B is zero; adapter={method.name} has none. Use "
+                "adapter=eva, lora, rslora or dora and their kin, or adapter.gain=own."
+            )
+        if self.variant is not None and not (method.eva or (self.variant == "rotate" and method.zero_b)):
+            raise UserError(
+                f"adapter.variant={self.variant} changes EVA's directions; adapter={method.name} has none. Use "
+                "adapter=eva and its kin (rotate works for lora, rslora and dora, too)."
+            )
 
 
 @dataclass

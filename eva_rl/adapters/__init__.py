@@ -9,9 +9,10 @@ from eva_rl.lazy import lazy_names
 if TYPE_CHECKING:
     from eva_rl.adapters.anywhere import attach_eva, targeted_layers
     from eva_rl.adapters.attach import AttachedAdapter, attach_adapter, base_weights, count_parameters
-    from eva_rl.adapters.eva_init import SOURCES, Rollouts, compute_eva, second_moments
+    from eva_rl.adapters.eva_init import SOURCES, Rollouts, compute_eva, input_moments, second_moments
     from eva_rl.adapters.extensions import ADAPTER_NAME, initial_rank
     from eva_rl.adapters.folders import adapter_bytes, find_adapter, load_policy, save_adapted_policy
+    from eva_rl.adapters.gain import LayerStart, check_gain, measure_start, rotate, set_gain
     from eva_rl.adapters.layers import PROJECTIONS, rank_limits, target_layers
     from eva_rl.adapters.methods import DIRECTIONS, GRADIENTS, METHODS, MOMENTS, Method, find_method
     from eva_rl.adapters.refresh import Refresh, refresh_directions, subspace_overlap
@@ -28,6 +29,7 @@ __all__ = [
     "AdaptedPolicy",
     "Adapters",
     "AttachedAdapter",
+    "LayerStart",
     "Method",
     "Refresh",
     "Rollouts",
@@ -35,16 +37,21 @@ __all__ = [
     "attach_adapter",
     "attach_eva",
     "base_weights",
+    "check_gain",
     "compute_eva",
     "count_parameters",
     "find_adapter",
     "find_method",
     "initial_rank",
+    "input_moments",
     "load_policy",
+    "measure_start",
     "rank_limits",
     "refresh_directions",
+    "rotate",
     "save_adapted_policy",
     "second_moments",
+    "set_gain",
     "subspace_overlap",
     "target_layers",
     "targeted_layers",
@@ -59,6 +66,7 @@ __getattr__ = lazy_names(
         "AttachedAdapter": "eva_rl.adapters.attach",
         "DIRECTIONS": "eva_rl.adapters.methods",
         "GRADIENTS": "eva_rl.adapters.methods",
+        "LayerStart": "eva_rl.adapters.gain",
         "METHODS": "eva_rl.adapters.methods",
         "MOMENTS": "eva_rl.adapters.methods",
         "Method": "eva_rl.adapters.methods",
@@ -70,16 +78,21 @@ __getattr__ = lazy_names(
         "attach_adapter": "eva_rl.adapters.attach",
         "attach_eva": "eva_rl.adapters.anywhere",
         "base_weights": "eva_rl.adapters.attach",
+        "check_gain": "eva_rl.adapters.gain",
         "compute_eva": "eva_rl.adapters.eva_init",
         "count_parameters": "eva_rl.adapters.attach",
         "find_adapter": "eva_rl.adapters.folders",
         "find_method": "eva_rl.adapters.methods",
         "initial_rank": "eva_rl.adapters.extensions",
+        "input_moments": "eva_rl.adapters.eva_init",
         "load_policy": "eva_rl.adapters.folders",
+        "measure_start": "eva_rl.adapters.gain",
         "rank_limits": "eva_rl.adapters.layers",
         "refresh_directions": "eva_rl.adapters.refresh",
+        "rotate": "eva_rl.adapters.gain",
         "save_adapted_policy": "eva_rl.adapters.folders",
         "second_moments": "eva_rl.adapters.eva_init",
+        "set_gain": "eva_rl.adapters.gain",
         "subspace_overlap": "eva_rl.adapters.refresh",
         "targeted_layers": "eva_rl.adapters.anywhere",
         "target_layers": "eva_rl.adapters.layers",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from eva_rl.adapters.extensions import (
     schedule,
 )
 from eva_rl.adapters.fused import fuse
+from eva_rl.adapters.gain import LayerStart
 from eva_rl.adapters.layers import PROJECTIONS, capped, rank_limits
 from eva_rl.adapters.methods import DIRECTIONS, GRADIENTS, MOMENTS, Method, find_method
 from eva_rl.agents.policy import DecisionTransformerPolicy
@@ -44,12 +45,14 @@ class AttachedAdapter:
         model: PEFT's model around the policy's network; None for methods without an adapter.
         eva: Where its directions come from; None without EVA.
         extension: What the training loop has to do besides; None for most methods.
+        start: Gain and effective rank of each layer's A before training, where they were measured.
     """
 
     method: Method
     model: PeftModel | None
     eva: EvaResult | None
     extension: AdaLoraExtension | FrozenFactors | RewrittenBase | None = None
+    start: Mapping[str, LayerStart] = field(default_factory=dict)
 
 
 def attach_adapter(  # noqa: PLR0913 - PEFT's names for what a user may set

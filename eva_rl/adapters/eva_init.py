@@ -17,7 +17,7 @@ from torch import Tensor
 from eva_rl.agents.policy import DecisionTransformerPolicy, frozen
 from eva_rl.batch import WindowBatch
 from eva_rl.errors import UserError
-from eva_rl.eva import ActivationStatistics, EvaOptions, EvaResult, StorageOptions, compute
+from eva_rl.eva import ActivationStatistics, EvaOptions, EvaResult, SecondMoment, StorageOptions, compute
 
 SOURCES = ("trajectories", "rollouts", "mixed")
 
@@ -108,6 +108,28 @@ def second_moments(
         raise UserError(f"No data reached {silent[0]}. Give batches, rollouts or both.")
     sums = {name: statistics.group_of[name].sums() for name in targets}
     return {name: one.core.sum(0) / one.count.sum() for name, one in sums.items()}
+
+
+def input_moments(
+    policy: DecisionTransformerPolicy,
+    targets: Sequence[str],
+    batches: Iterable[WindowBatch] | None,
+    rollouts: Rollouts | None,
+    *,
+    max_batches: int,
+) -> dict[str, SecondMoment]:
+    """Second moments of the inputs of each target layer, for :func:`eva_rl.adapters.measure_start`.
+
+    Args:
+        policy: With no adapter attached.
+        targets: Layers, by full name.
+        batches: Scaled windows, or None.
+        rollouts: Where to act, or None.
+        max_batches: Batches taken at most.
+    """
+    with frozen(policy.network), ActivationStatistics(policy.network, list(targets)) as statistics:
+        _accumulate(policy, statistics, islice(batches or (), max_batches), rollouts)
+        return statistics.second_moments()
 
 
 def _accumulate(

@@ -53,6 +53,11 @@ class Method:
         return self.init == "mica"
 
     @property
+    def zero_b(self) -> bool:
+        """Whether B starts at zero, so that A can be rescaled or rotated without changing what the policy does."""
+        return self.adapter and self.init is True and not self.adalora
+
+    @property
     def embeds(self) -> bool:
         """Whether it can adapt lookup tables, besides matrices."""
         return self.init in {True, "mica"} and not self.eva and not self.adalora

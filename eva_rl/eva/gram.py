@@ -234,6 +234,14 @@ class SecondMoment:
         m = rows @ (self @ rows.mT)
         return (m + m.mT) / 2
 
+    def eigenvalues(self) -> Tensor:
+        """The eigenvalues of S, largest first, (D,) float64."""
+        if self.dense is not None:
+            exact: Tensor = torch.linalg.eigvalsh(self.dense).flip(0).clamp(min=0)
+            return exact
+        flat = self.values.new_full((self.width - len(self.values),), self.tail)
+        return torch.cat([self.values, flat])
+
 
 def gain(a: Tensor, moment: SecondMoment) -> float:
     """tr(A S A^T) = E|A x|^2 for A (R, D): the mean squared length of what A makes of the layer's input.

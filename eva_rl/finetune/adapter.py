@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import count, islice
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from eva_rl.adapters import (
     DIRECTIONS,
@@ -18,8 +19,12 @@ from eva_rl.adapters import (
     compute_eva,
     find_method,
     initial_rank,
+    input_moments,
+    measure_start,
     rank_limits,
+    rotate,
     second_moments,
+    set_gain,
     target_layers,
 )
 from eva_rl.agents import DecisionTransformerPolicy
@@ -31,9 +36,12 @@ from eva_rl.data.samplers import Sampler, ShardedSampler
 from eva_rl.distributed import ProcessGroup
 from eva_rl.envs import env_spec, make_vec_env
 from eva_rl.errors import UserError
-from eva_rl.eva import EvaResult
+from eva_rl.eva import EvaResult, SecondMoment
 from eva_rl.seeding import ROLLOUTS, episode_seeds
 from eva_rl.training.losses import clone_loss
+
+MEASURED_BATCHES = 4
+"""Batches from which gain and effective rank of a start are measured where nothing else depends on them."""
 
 
 def check_adapter(policy: DecisionTransformerPolicy, options: AdapterOptions) -> None:
@@ -83,8 +91,11 @@ def attach(
         config: Of the run.
         find_eva: Calls the EVA pass that it is given, or returns what another run found.
     """
-    options, needs = config.adapter, find_method(config.adapter.method).needs
-    return attach_adapter(
+    options, method = config.adapter, find_method(config.adapter.method)
+    found = find_eva(lambda: _compute_eva(policy, sampler, config)) if method.needs == DIRECTIONS else None
+    moments = None if found is None else found.moments
+    moments = _input_moments(policy, sampler, config) if moments is None else moments
+    adapter = attach_adapter(
         policy,
         options.method,
         rank=options.rank,
@@ -92,11 +103,41 @@ def attach(
         dropout=options.dropout,
         targets=options.targets,
         rank_caps=options.rank_caps,
-        eva=find_eva(lambda: _compute_eva(policy, sampler, config)) if needs == DIRECTIONS else None,
-        moments=_moments(policy, sampler, config) if needs == MOMENTS else None,
-        backward=_backward(policy, sampler, config) if needs == GRADIENTS else None,
+        eva=found,
+        moments=_moments(policy, sampler, config) if method.needs == MOMENTS else None,
+        backward=_backward(policy, sampler, config) if method.needs == GRADIENTS else None,
         total_updates=config.algo.total_updates,
     )
+    return adapter if adapter.model is None else _with_start(adapter, moments, config)
+
+
+def _with_start(
+    adapter: AttachedAdapter, moments: Mapping[str, SecondMoment], config: FinetuneConfig
+) -> AttachedAdapter:
+    """Rotate and rescale A as asked for, and measure what it makes of the inputs."""
+    model = adapter.model
+    assert model is not None
+    if config.adapter.variant == "rotate" and adapter.eva is None:  # EVA's own is part of its result
+        rotate(model, config.seed)
+    set_gain(model, moments, config.adapter.gain)
+    return replace(adapter, start=measure_start(model, moments))
+
+
+def _input_moments(
+    policy: DecisionTransformerPolicy, sampler: WindowSampler | None, config: FinetuneConfig
+) -> dict[str, SecondMoment]:
+    """Second moments of the target layers' inputs; of few batches, or none, where they only describe the start."""
+    options, measured_alone = config.adapter, config.adapter.gain == "own"
+    if not find_method(options.method).adapter or (measured_alone and sampler is None):
+        return {}
+    most = options.eva.max_batches
+    network = policy.network
+    matrices = [n for n in target_layers(network, options.targets) if isinstance(network.get_submodule(n), nn.Linear)]
+    with _sources(policy, sampler, config, ProcessGroup.current()) as (batches, rollouts):
+        given = None if measured_alone else rollouts
+        return input_moments(
+            policy, matrices, batches, given, max_batches=min(most, MEASURED_BATCHES) if measured_alone else most
+        )
 
 
 def _compute_eva(policy: DecisionTransformerPolicy, sampler: WindowSampler | None, config: FinetuneConfig) -> EvaResult:
@@ -119,6 +160,7 @@ def _compute_eva(policy: DecisionTransformerPolicy, sampler: WindowSampler | Non
             variant=options.variant,
             alpha=options.rank if options.alpha is None else options.alpha,
             seed=config.seed,
+            keep_moments=True,
         )
     console.print(
         f"EVA: {result.rows} rows in {result.batches} batches, {result.stopped}, {result.seconds:.1f} s; "

@@ -15,7 +15,7 @@ from eva_rl.configs.finetune import FinetuneConfig
 from eva_rl.distributed import ProcessGroup
 from eva_rl.finetune.adapter import attach
 from eva_rl.finetune.phases import resume_step, train
-from eva_rl.finetune.results import compare_snapshots, finish, report_eva, snapshot
+from eva_rl.finetune.results import compare_snapshots, finish, report_start, snapshot
 from eva_rl.finetune.session import open_session
 from eva_rl.finetune.shared import evaluate_before, shared_eva
 from eva_rl.launch.multirun import multirun
@@ -53,8 +53,8 @@ def finetune(config: FinetuneConfig) -> None:
     with open_tracker(session.run_dir, resumed, config.tracker, hyperparameters) as tracker:
         if resumed is None:
             tracker.log(before.metrics() | before.metrics("eval_before") | loss_before, 0)
-        if adapter.eva is not None and resumed is None and ProcessGroup.current().is_main:
-            report_eva(session, adapter.eva, tracker)
+        if adapter.start and resumed is None and ProcessGroup.current().is_main:
+            report_start(session, adapter, tracker)
         tracker.watch(session.policy.network, config.algo.final_step)
         with failures_kept(session.run_dir), peak_memory(session.policy.device) as memory:
             steps = train(session, adapter, tracker)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.table import Table
 
-from eva_rl.adapters import AttachedAdapter, adapter_bytes, count_parameters, save_adapted_policy
+from eva_rl.adapters import AttachedAdapter, LayerStart, adapter_bytes, count_parameters, save_adapted_policy
 from eva_rl.adapters.model_card import card_facts, model_card
 from eva_rl.cli.console import console
 from eva_rl.cli.run_dir import write_summary
@@ -40,12 +40,32 @@ FRAMES = 100
 """Frames of a video, about."""
 
 
-def report_eva(session: Session, result: EvaResult, tracker: Tracker) -> None:
-    """Write ``eva_report.json``, and show spectra and ranks."""
+def report_start(session: Session, adapter: AttachedAdapter, tracker: Tracker) -> None:
+    """Write ``eva_report.json``: gain and effective rank of the start, and what EVA found, with spectra and ranks."""
+    start = {"start": {name: asdict(layer) for name, layer in adapter.start.items()}}
+    tracker.log(start_metrics(adapter.start), 0)
+    if adapter.eva is not None:
+        _report_eva(session, adapter.eva, start, tracker)
+    else:
+        write_json(session.run_dir / "eva_report.json", start)
+
+
+def start_metrics(start: Mapping[str, LayerStart]) -> dict[str, float]:
+    """Means over layers."""
+    if not start:
+        return {}
+    layers = start.values()
+    return {
+        "eva/gain": sum(layer.gain for layer in layers) / len(layers),
+        "eva/effective_rank": sum(layer.effective_rank for layer in layers) / len(layers),
+    }
+
+
+def _report_eva(session: Session, result: EvaResult, start: Mapping[str, Any], tracker: Tracker) -> None:
     origin: dict[str, Any] = {"listened_to": listened_to(session.config, session.data is not None)}
     if session.data is not None:
         origin |= {"source": session.data.source, "hash": session.data.content_hash}
-    write_json(session.run_dir / "eva_report.json", {"data": origin, **result.to_report()})
+    write_json(session.run_dir / "eva_report.json", {"data": origin, **start, **result.to_report()})
     tracker.log(_eva_metrics(result), 0)
     spectra = {name: layer.explained_variance_ratio.tolist() for name, layer in result.layers.items()}
     tracker.figure("eva/spectrum", spectrum_figure(spectra), 0)
@@ -79,7 +99,8 @@ def finish(
     """
     before, after = results
     policy, run_dir = session.policy, session.run_dir
-    summary = _summary(session, results) | dict(steps) | {"seconds": session.phases.seconds}
+    summary = _summary(session, results) | dict(steps) | start_metrics(adapter.start)
+    summary["seconds"] = session.phases.seconds
     summary |= _of_study(session)
     policy.env_id = after.env_id
     policy.metadata |= {"finetuned_on": after.env_id, "method": summary["method"], "protocol": after.protocol}
@@ -151,6 +172,10 @@ def show(run_dir: Path, summary: dict[str, Any], evaluations: Mapping[str, Evalu
     trainable, total = summary["trainable_parameters"], summary["total_parameters"]
     seconds = ", ".join(f"{name} {value:.0f}" for name, value in summary["seconds"].items())
     console.print(f"Trained {trainable:,} of {total:,} parameters. Seconds: {seconds}.")
+    if "eva/gain" in summary:
+        console.print(
+            f"Start: gain {summary['eva/gain']:.3g}, effective rank {summary['eva/effective_rank']:.1f} (means)."
+        )
     console.print(f"Protocol: {summary['protocol']}.", soft_wrap=True)
     console.print(
         f"Policy:      {run_dir / 'policy'}\n"

@@ -1,0 +1,137 @@
+"""How strongly an adapter's start lets the first steps act, and how to put different starts on one scale.
+
+With B = 0 the first steps depend on A through M = A S A^T alone, S the second moment of the layer's inputs
+(:class:`eva_rl.eva.SecondMoment`). EVA's rows are orthonormal and lie where the inputs vary most, so that its gain
+tr M is tens to hundreds of times that of LoRA's random rows: at one learning rate the two differ by their scale before
+they differ by their directions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from eva_rl.adapters.extensions import ADAPTER_NAME
+from eva_rl.errors import UserError
+from eva_rl.eva import SecondMoment, effective_rank, gain
+from eva_rl.seeding import MAX_SEED
+
+OWN, LORA, EVA = GAINS = ("own", "lora", "eva")
+"""References by name, besides a number."""
+
+
+@dataclass(frozen=True)
+class LayerStart:
+    """What a layer's A makes of the layer's inputs before training.
+
+    Attributes:
+        gain: tr M = E|A x|^2.
+        effective_rank: (tr M)^2 / ||M||_F^2, from 1 to the layer's rank.
+    """
+
+    gain: float
+    effective_rank: float
+
+
+def measure_start(model: PeftModel, moments: Mapping[str, SecondMoment]) -> dict[str, LayerStart]:
+    """Gain and effective rank of every low-rank layer whose inputs were seen, by layer name.
+
+    Args:
+        model: With an adapter, not trained yet.
+        moments: Second moments of the layers' inputs; see :func:`eva_rl.adapters.compute_eva`'s ``keep_moments``.
+    """
+    return {
+        name: LayerStart(gain(a, moments[name]), effective_rank(a, moments[name]))
+        for name, a in input_factors(model)
+        if name in moments
+    }
+
+
+def input_factors(model: PeftModel) -> Iterator[tuple[str, nn.Parameter]]:
+    """The layers with their A (R, in), those of lookup tables left out."""
+    for name, module in model.get_base_model().named_modules():
+        factors: Any = getattr(module, "lora_A", None)
+        if factors is not None and ADAPTER_NAME in factors:
+            entry = factors[ADAPTER_NAME]
+            yield name, entry if isinstance(entry, nn.Parameter) else entry.weight
+
+
+def check_gain(value: str) -> None:
+    """Raise unless ``value`` is a reference by name or a number above zero.
+
+    Raises:
+        UserError: It is neither.
+    """
+    if value not in GAINS and not _number(value) > 0:
+        raise UserError(f"adapter.gain={value}: expected own, lora, eva, or a number above 0.")
+
+
+def _number(value: str) -> float:
+    try:
+        number = float(value)
+    except ValueError:
+        return 0.0
+    return number if np.isfinite(number) else 0.0
+
+
+def reference_gain(reference: str, moment: SecondMoment, rank: int) -> float:
+    """The gain tr(A S A^T) that a layer of this rank is to have.
+
+    Args:
+        reference: ``lora``: the mean over LoRA's random starts (PEFT's entries are uniform in +-1 / sqrt(in), of
+            variance 1 / (3 in)), rank tr(S) / (3 in). ``eva``: that of orthonormal rows along the leading directions,
+            the sum of the ``rank`` largest eigenvalues of S. Or a number, the gain itself.
+        moment: S.
+        rank: R.
+    """
+    if reference == LORA:
+        return rank * moment.trace / (3 * moment.width)
+    if reference == EVA:
+        return float(moment.eigenvalues()[:rank].sum())
+    return _number(reference)
+
+
+def set_gain(model: PeftModel, moments: Mapping[str, SecondMoment], reference: str) -> None:
+    """Rescale each layer's A to a reference gain; where B is zero the function stays what it was.
+
+    Args:
+        model: With an adapter whose B is zero; changed in place.
+        moments: Second moments of the layers' inputs.
+        reference: See :func:`reference_gain`; ``own`` changes nothing.
+
+    Raises:
+        UserError: A layer's inputs were not seen.
+    """
+    if reference == OWN:
+        return
+    for name, a in input_factors(model):
+        if name not in moments:
+            raise UserError(f"adapter.gain={reference}: the inputs of {name} were not seen. Use adapter.gain=own.")
+        own = gain(a, moments[name])
+        if own > 0:
+            wanted = reference_gain(reference, moments[name], a.shape[0])
+            with torch.no_grad():
+                a.mul_((wanted / own) ** 0.5)  # the gain grows with the square of A
+
+
+def rotate(model: PeftModel, seed: int) -> None:
+    """Multiply each layer's A by a random orthogonal matrix from the left: a null that changes nothing of substance.
+
+    Gain, effective rank and the space of directions stay; under plain gradient descent training would be the same.
+
+    Args:
+        model: With an adapter whose B is zero; changed in place.
+        seed: Of the matrices.
+    """
+    for index, (_, a) in enumerate(input_factors(model)):
+        rng = np.random.default_rng([seed % MAX_SEED, index])
+        q, r = np.linalg.qr(rng.standard_normal((a.shape[0], a.shape[0])))
+        orthogonal: Tensor = torch.from_numpy(q * np.sign(np.diag(r))).to(a)  # uniform (Mezzadri 2007)
+        with torch.no_grad():
+            a.copy_(orthogonal @ a)
