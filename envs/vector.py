@@ -64,6 +64,7 @@ class TaskVecEnv(VecEnv):
         self.arrays = StepArrays.over(self._memory, *self._sizes)
         self.arrays.next_seeds[:] = first_seeds
         self._hosts = self._start(makers, min(workers, n))
+        self._processes = [host.process for host in self._hosts if isinstance(host, WorkerProcess)]
         self._owners = [self._hosts[row % len(self._hosts)] for row in range(n)]
         super().__init__(n, observations, actions)
         self._all = self.block(range(n))
@@ -86,7 +87,7 @@ class TaskVecEnv(VecEnv):
     @property
     def processes(self) -> list[Any]:
         """The worker processes."""
-        return [host.process for host in self._hosts if isinstance(host, WorkerProcess)]
+        return self._processes
 
     def block(self, rows: Iterable[int]) -> EnvBlock:
         """Some of the environments, to be reset and stepped while others do something else."""
@@ -304,7 +305,8 @@ def _vec_env(names: Sequence[str], horizon: int | None, seed: int, stride: int, 
 
 def workers_that_pay(specs: Sequence[EnvSpec]) -> int:
     """As many workers as there are cores for this process, where one episode of each environment takes long enough."""
-    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = usable // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     seconds = sum(_step_seconds(spec.env_id) * spec.horizon for spec in specs)
     return min(cores, len(specs)) if cores > 1 and seconds > WORKER_COSTS else 0
 

@@ -27,6 +27,12 @@ class EnvironmentFailedError(UserError):
         self.args = (env_id, where, cause)  # what a copy in another process is made from
         self.cause = cause
 
+    def saved(self) -> EnvironmentFailedError:
+        """The same error of a run whose progress is saved."""
+        env_id, where, cause = self.args
+        more = "what was learned before is saved, and the same command continues from there"
+        return EnvironmentFailedError(env_id, where, f"{cause}; {more}")
+
     def __str__(self) -> str:
         env_id, where, cause = self.args
         return f"The environment {env_id} failed {where}: {cause}."

@@ -81,6 +81,8 @@ def record_clip(policy: Policy, env: str, *, seed: int = 0, horizon: int | None 
     environment = make_env(env, horizon=horizon, render_mode="rgb_array")
     try:
         return _play(policy, environment, canonical_id(env), episode_seeds(EVALUATION, seed), every)
+    except UserError:
+        raise
     except Exception as error:  # of the renderer, whose errors differ by backend
         if can_render():
             raise
@@ -139,12 +141,12 @@ def write_video(path: Path, frames: Sequence[Frame]) -> list[Path]:
     write_file(path, lambda aside: imageio.mimsave(aside, list(frames), format="GIF", duration=duration, loop=0))
     if importlib.util.find_spec("imageio_ffmpeg") is None:
         return [path]
-    film = path.with_name(path.name.removesuffix(".gif") + ".mp4")
+    video = path.with_name(path.name.removesuffix(".gif") + ".mp4")
     encoded = iio.imwrite(
         "<bytes>", np.stack(frames), plugin="FFMPEG", extension=".mp4", fps=FRAMES_PER_SECOND, macro_block_size=2
     )
-    write_file(film, lambda aside: aside.write_bytes(encoded))
-    return [path, film]
+    write_file(video, lambda aside: aside.write_bytes(encoded))
+    return [path, video]
 
 
 def can_render() -> bool:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from eva_rl.data.replay import TrajectoryReplay
+from eva_rl.errors import EnvironmentFailedError
 from eva_rl.training.bc import Log
 from eva_rl.training.checkpoint import Checkpoints, TrainState
 from eva_rl.training.collector import Collector, OnlineCounters, TaskEnvs
@@ -47,7 +49,8 @@ def train_online(
             None keeps no checkpoint.
 
     Raises:
-        NotFiniteError: A loss, a gradient, a reward or an observation is not finite.
+        NotFiniteError: A loss or a gradient is not finite.
+        EnvironmentFailedError: An environment failed; what was learned before is saved.
     """
     options, best = learner.options, _Best()
     counters = _resume(checkpoints, learner, replay, best) or OnlineCounters(next_seed=task.first_episode)
@@ -59,7 +62,8 @@ def train_online(
         began = time.perf_counter()
         if not collector.acting:
             collector.begin(counters)
-        collector.collect(learner, replay, counters)
+        with _saved_on_failure(collector, learner, replay, counters, checkpoints, best):
+            collector.collect(learner, replay, counters)
         metrics = _learn(learner, replay, counters)
         if refresh is not None and _due(counters, options.refresh_every, options.steps_per_iteration):
             metrics |= refresh(counters.update)
@@ -77,6 +81,26 @@ def train_online(
     if options.keep_best:
         best.restore(learner.parameters)
     return counters
+
+
+@contextmanager
+def _saved_on_failure(
+    collector: Collector,
+    learner: Learner,
+    replay: TrajectoryReplay,
+    counters: OnlineCounters,
+    checkpoints: Checkpoints | None,
+    best: _Best,
+) -> Iterator[None]:
+    """Save what was learned before an environment failed; a resumed run begins with the episodes after it."""
+    try:
+        yield
+    except EnvironmentFailedError as error:
+        if checkpoints is None:
+            raise
+        collector.truncate_episodes(replay, counters)
+        checkpoints.save(_state(counters, learner, replay, best))
+        raise error.saved() from error
 
 
 @dataclass

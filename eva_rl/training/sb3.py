@@ -17,6 +17,7 @@ from stable_baselines3.common.vec_env import VecMonitor
 from torch import Tensor
 
 from eva_rl.agents.policy import DecisionTransformerPolicy
+from eva_rl.errors import EnvironmentFailedError
 from eva_rl.options import MANY, option
 from eva_rl.training.bc import Log
 from eva_rl.training.checkpoint import Checkpoints, TrainState
@@ -153,6 +154,7 @@ def train_sb3(
 
     Raises:
         NotFiniteError: A parameter is not finite after a stretch; the checkpoint before it is as it was.
+        EnvironmentFailedError: An environment failed; what was learned before is saved.
     """
     model.set_logger(Logger(None, [_Forward(log)]))
     next_episode = _resume(model, checkpoints) or task.first_episode
@@ -164,11 +166,16 @@ def train_sb3(
         model._last_obs = None  # so that learn() resets the environments
         todo = min(stretch - model.num_timesteps % stretch, options.env_steps - model.num_timesteps)
         counter = _Episodes(env.num_envs)
-        model.learn(todo, callback=[counter, callback] if callback else counter, reset_num_timesteps=False)
+        failure = _learn(model, todo, [counter, callback] if callback else [counter])
         next_episode += env.num_envs * (1 + counter.most)
         if isinstance(model, OffPolicyAlgorithm):
             assert isinstance(model.replay_buffer, WindowReplayBuffer)
             model.replay_buffer.truncate_episodes()
+        if failure is not None and checkpoints is not None:
+            checkpoints.save(_state(model, next_episode))
+            raise failure.saved() from failure
+        if failure is not None:
+            raise failure
         _check_finite(model)
         model.policy.set_training_mode(False)
         if evaluate is not None and model.num_timesteps < options.env_steps:
@@ -176,6 +183,15 @@ def train_sb3(
         if checkpoints is not None:
             checkpoints.save(_state(model, next_episode))
     return {"updates": int(model._n_updates), "env_steps": int(model.num_timesteps)}
+
+
+def _learn(model: Model, env_steps: int, callbacks: list[BaseCallback]) -> EnvironmentFailedError | None:
+    """Let a model learn; returns the failure of an environment that ended it."""
+    try:
+        model.learn(env_steps, callback=callbacks, reset_num_timesteps=False)
+    except EnvironmentFailedError as failure:
+        return failure
+    return None
 
 
 class _Forward(KVWriter):

@@ -13,8 +13,8 @@ from eva_rl import envs, eva
 from eva_rl.adapters import Rollouts, compute_eva, target_layers
 from eva_rl.batch import WindowBatch
 from eva_rl.data import Trajectories, WindowSampler
-from eva_rl.envs.vector import NumberedEpisodes
 from tests.conftest import make_policy
+from tests.envs.numbered import NumberedEpisodes
 
 STEPS, NUM_ENVS, LAYER = 30, 3, "blocks.1.mlp.up_proj"
 

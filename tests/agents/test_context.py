@@ -183,3 +183,74 @@ def test_the_return_to_go_follows_the_rewards_and_the_episode() -> None:
         policy.act(np.zeros((1, OBS), np.float32), np.array([reward], np.float32), np.array([start]))
         seen.append(float(context._returns_to_go[0, context._end - 1, 0]) * SCALE)
     assert seen == pytest.approx([30, 25, 24, 30, 28])
+
+
+def test_plain_tensors_act_as_the_modules_do() -> None:
+    """The decoder of a CPU against the same policy through its modules, to rounding."""
+    decoded, called = make_policy(8), make_policy(8)
+    called.network.action_head.register_forward_hook(lambda *_: None)  # somebody listens: modules are called
+    expected, found = play(called), play(decoded)
+    assert called._context is not None
+    assert decoded._context is not None
+    assert called._context.decoder is None
+    assert decoded._context.decoder is not None
+    for one, other in zip(expected, found, strict=True):
+        np.testing.assert_allclose(one.actions, other.actions, atol=1e-6)
+
+
+class LowRank(torch.nn.Module):
+    """A linear layer with an adapter, as PEFT wraps one."""
+
+    def __init__(self, base: torch.nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.base = base.in_features, base
+        generator = torch.Generator().manual_seed(1)
+        self.a = torch.nn.Parameter(torch.randn(4, base.in_features, generator=generator) * 0.2)
+        self.b = torch.nn.Parameter(torch.randn(base.out_features, 4, generator=generator) * 0.2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.base(x) + x @ self.a.T @ self.b.T
+        return out
+
+
+class Curved(LowRank):
+    """No matrix can stand for it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(torch.tanh(x))
+
+
+def test_an_adapter_is_folded_into_a_copy_and_anything_else_is_called() -> None:
+    plain, adapted, curved = make_policy(8), make_policy(8), make_policy(8)
+    for policy, kind in ((adapted, LowRank), (curved, Curved)):
+        for block in policy.network.blocks:
+            block.attention.q_proj, block.mlp.up_proj = kind(block.attention.q_proj), kind(block.mlp.up_proj)
+    before = {name: value.clone() for name, value in adapted.network.state_dict().items()}
+    records = play(adapted, 60)
+    assert adapted._context is not None
+    assert adapted._context.decoder is not None
+    assert largest_difference(adapted, records) < 1e-5
+    assert np.abs(records[0].actions - play(plain, 60)[0].actions).max() > 1e-2
+    assert all(torch.equal(before[name], value) for name, value in adapted.network.state_dict().items())
+    assert all(parameter.requires_grad for parameter in adapted.network.parameters())
+    records = play(curved, 60)
+    assert curved._context is not None
+    assert curved._context.decoder is None
+    assert largest_difference(curved, records) < 1e-5
+
+
+def test_two_groups_have_histories_of_their_own() -> None:
+    policy, alone = make_policy(4), make_policy(4)
+    second = policy.with_own_history()
+    policy.reset(["x"])
+    second.reset(["x", "x"])
+    alone.reset(["x"])
+    rng = np.random.default_rng(0)
+    for step in range(9):
+        observation, start = rng.normal(size=(1, OBS)).astype(np.float32), np.array([step == 0])
+        found = policy.act(observation, np.ones(1, np.float32), start)
+        second.act(np.zeros((2, OBS), np.float32), np.zeros(2, np.float32), np.full(2, step == 0))
+        np.testing.assert_array_equal(found, alone.act(observation, np.ones(1, np.float32), start))
+    assert policy.with_own_history() is second
+    policy.with_target(7.0, "x")
+    assert policy.with_own_history().conditioning.of("x") == 7

@@ -119,7 +119,7 @@ def test_the_number_of_environments_does_not_change_an_episode(window: str) -> N
     for n in (1, 3, 6):
         policy = make_policy(11, 3)
         policy.window = "full" if window == "full" else "cached"
-        vec_env = make_vec_env("Hopper-v5", n, seed=20)
+        vec_env = make_vec_env("Hopper-v5", n, seed=20, horizon=40)
         records = play_episodes(policy, vec_env, ["Hopper-v5"] * n, 6)
         vec_env.close()
         results.append(records)

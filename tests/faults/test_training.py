@@ -1,0 +1,74 @@
+"""An environment that fails while a policy learns: what was learned before is saved, and a second start goes on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from stable_baselines3.common.vec_env import DummyVecEnv
+
+from eva_rl.data.replay import TrajectoryReplay
+from eva_rl.envs.checked import CheckedEnv
+from eva_rl.errors import EnvironmentFailedError
+from eva_rl.training.checkpoint import Checkpoints
+from eva_rl.training.collector import OnlineCounters, TaskEnvs
+from eva_rl.training.odt import ODTOptions, OnlineDecisionTransformer
+from eva_rl.training.online import train_online
+from eva_rl.training.sb3 import SACOptions, make_model, train_sb3
+from tests.training.problems import Bandit, make_learner
+
+ENV_STEPS = 96
+
+
+class Breaks(Bandit):
+    """Loses its device at its fortieth step."""
+
+    count = 0
+
+    def step(self, action: Any) -> Any:
+        type(self).count += 1
+        if type(self).count == 40:
+            raise OSError("device lost")
+        return super().step(action)
+
+
+def task() -> TaskEnvs:
+    return TaskEnvs(DummyVecEnv([lambda: CheckedEnv(Breaks(), "bandit")]), "problem", False)
+
+
+def learn_odt(folder: Path) -> OnlineCounters:
+    options = ODTOptions(batch_size=4, env_steps=ENV_STEPS, steps_per_iteration=16, checkpoint_every=1000)
+    learner = OnlineDecisionTransformer(make_learner(stochastic=True), options)
+    replay = TrajectoryReplay(500, 2, 1)
+    return train_online(learner, replay, task(), log=lambda *_: None, checkpoints=Checkpoints(folder))
+
+
+def test_what_was_learned_is_saved_and_continued(tmp_path: Path) -> None:
+    Breaks.count = 0
+    with pytest.raises(EnvironmentFailedError, match=r"bandit failed in env step \d .*OSError: device lost") as caught:
+        learn_odt(tmp_path)
+    assert "what was learned before is saved" in str(caught.value)
+    saved = Checkpoints(tmp_path).load()
+    assert saved is not None
+    assert 32 <= saved.step < ENV_STEPS
+    assert saved.record["update"] > 0
+    assert learn_odt(tmp_path).env_steps >= ENV_STEPS
+    assert Breaks.count < ENV_STEPS + 40, "the second start did not begin afresh"
+
+
+def test_stable_baselines3_saves_too(tmp_path: Path) -> None:
+    Breaks.count = 0
+    options = SACOptions(env_steps=ENV_STEPS, batch_size=8, learning_starts=8, replay_size=1000)
+    where = task()
+    with pytest.raises(EnvironmentFailedError, match="what was learned before is saved"):
+        train_sb3(
+            make_model(make_learner(), where, options),
+            where,
+            options,
+            log=lambda *_: None,
+            checkpoints=Checkpoints(tmp_path),
+        )
+    saved = Checkpoints(tmp_path).load()
+    assert saved is not None
+    assert 0 < saved.step < ENV_STEPS
