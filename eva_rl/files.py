@@ -225,6 +225,30 @@ def write_folder(path: Path, write: Callable[[Path], object]) -> None:
             shutil.rmtree(aside, ignore_errors=True)
 
 
+PARTIAL = re.compile(r"\..+\.[0-9a-f]{8}\.partial")
+REPLACED = re.compile(r"\.(.+)\.old")
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a killed process left unfinished in a folder, and put back what it was replacing."""
+    for aside in list(folder.rglob(".*.partial")):
+        if PARTIAL.fullmatch(aside.name) and not aside.is_symlink():
+            _remove(aside)
+    for old in list(folder.rglob(".*.old")):
+        replaced = REPLACED.fullmatch(old.name)
+        if replaced is None or old.is_symlink() or not old.is_dir():
+            continue
+        path = old.with_name(replaced[1])
+        _remove(old) if path.exists() else old.rename(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def _swap(aside: Path, path: Path) -> None:
     """Move a finished folder into place; a crash in between leaves the old one under a ``.old`` name."""
     old = path.with_name(f".{path.name}.old")

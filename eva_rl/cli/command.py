@@ -15,6 +15,7 @@ from eva_rl.cli.console import console
 from eva_rl.cli.help import print_help
 from eva_rl.cli.parsing import Config, parse
 from eva_rl.errors import UserError
+from eva_rl.interrupts import sigterm_like_ctrl_c
 
 MULTIRUN = {"--multirun", "-m"}
 """Flags that start one run for each combination of values, as with Hydra."""
@@ -61,7 +62,8 @@ def run_command(
                 raise UserError(f"--multirun sweeps finetune and pretrain, not {name}.")
             multirun(name, [word for word in overrides if word not in MULTIRUN])
         else:
-            main(parse(name, overrides))
+            with sigterm_like_ctrl_c():
+                main(parse(name, overrides))
     except UserError as error:
         where = f" (process {process})" if console.quiet else ""
         console.quiet = False

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import re
 import shutil
 import time
 from collections.abc import Mapping
@@ -19,17 +18,15 @@ from eva_rl.cli.machine import versions
 from eva_rl.cli.parsing import flat
 from eva_rl.distributed import ProcessGroup
 from eva_rl.errors import UserError
-from eva_rl.files import read_json, read_yaml, write_file, write_json
+from eva_rl.files import read_json, read_yaml, remove_leftovers, write_file, write_json
 
 CONFIG_FILE, SUMMARY_FILE = "config.yaml", "summary.json"
 LOCK_FILE = ".lock"
-PARTIAL = re.compile(r"\..+\.[0-9a-f]{8}\.partial")
-"""What a write that a crash cut off leaves behind, see :mod:`eva_rl.files`."""
 FREE_BYTES = 200 * 2**20
 """A run that would start with less room on its disk is refused."""
 FREE_TO_CHANGE = {"run_dir", "shared", "resume", "threads", "device", "checkpoint", "tracker", "video"}
 """Keys in which a continued run may differ from its first part."""
-FREE_IN_GROUPS = {"accumulate", "compile"}
+FREE_IN_GROUPS = {"accumulate", "compile", "log_every"}
 """The same, within groups: what fits a machine and changes no result."""
 
 
@@ -61,7 +58,7 @@ def _open(name: str, options: Any) -> Path:
         if not (run_dir / CONFIG_FILE).exists():
             raise UserError(f"{run_dir} is not empty and holds no run of eva-rl. Name another run_dir=.")
         lock(run_dir)
-        remove_partial(run_dir)
+        remove_leftovers(run_dir)
         _continue(run_dir, config, options.resume)
     _make(run_dir)
     lock(run_dir)
@@ -107,17 +104,6 @@ def _open_lock(path: Path) -> IO[str]:
         return path.open("a+", encoding="utf-8")
     except OSError as error:
         raise UserError(f"{path.parent} cannot be written: {error}. Name another run_dir=.") from error
-
-
-def remove_partial(run_dir: Path) -> None:
-    """Remove what writes left behind that a crash cut off."""
-    for path in list(run_dir.rglob(".*.partial")):
-        if not PARTIAL.fullmatch(path.name) or path.is_symlink():
-            continue
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
 
 
 def _continue(run_dir: Path, config: Mapping[str, Any], resume: str) -> None:
@@ -187,7 +173,7 @@ def read_summary(run_dir: Path) -> dict[str, Any]:
     return summary
 
 
-def shown(config: Any) -> dict[str, Any]:
+def flat_hyperparameters(config: Any) -> dict[str, Any]:
     """The settings of a run, flat; TensorBoard's table of runs shows the first five, in alphabetical order."""
     settings = {key: _text(value) for key, value in flat(asdict(config)) if key.partition(".")[0] not in NOT_SHOWN}
     short = {name: settings.pop(key) for name, key in SHORT.items() if key in settings}

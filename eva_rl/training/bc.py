@@ -16,6 +16,7 @@ from eva_rl.batch import WindowBatch
 from eva_rl.data.samplers import Sampler
 from eva_rl.distributed import ProcessGroup
 from eva_rl.errors import UserError
+from eva_rl.interrupts import interrupts_deferred
 from eva_rl.options import MANY, option
 from eva_rl.training.checkpoint import Checkpoints, TrainState
 from eva_rl.training.compiling import COMPILE_MODES, compiled
@@ -132,31 +133,37 @@ def train_bc(  # noqa: PLR0913 - three values, what it reports to, and what othe
 
     Raises:
         NotFiniteError: The loss or the gradient is not finite; the last checkpoint stays as it was.
+        KeyboardInterrupt: Ctrl-C, or SIGTERM in a command; the gradient step is finished and saved.
         UserError: Another process ended.
     """
     process_group, seed = process_group or ProcessGroup.current(), torch.initial_seed()
     run = _Run.begin(policy, options, checkpoints, extension, process_group)
     step = _Step(compiled(policy.network, options.compile), run, options, process_group, seed)
     counters = run.counters
+    saves = checkpoints if process_group.is_main and checkpoints and checkpoints.enabled else None
     while counters.update < options.updates:
-        began = time.perf_counter()
-        policy.network.train()
-        batch = sampler.sample(options.batch_size, counters.update, policy.device)
-        loss, norm = step.take(batch, counters.update)
-        counters.update += 1
-        counters.windows += options.batch_size
-        counters.seconds += time.perf_counter() - began
-        last = counters.update == options.updates
-        if process_group.is_main and (counters.update % options.log_every == 0 or last or counters.update == 1):
-            log(_metrics(loss, norm, run.optimizer, counters), counters.update)
-        due = counters.update in eval_at or (eval_every and counters.update % eval_every == 0)
-        if evaluate is not None and due and not last:
+        with interrupts_deferred() as interrupt:
+            began = time.perf_counter()
+            policy.network.train()
+            batch = sampler.sample(options.batch_size, counters.update, policy.device)
+            loss, norm = step.take(batch, counters.update)
+            counters.update += 1
+            counters.windows += options.batch_size
+            counters.seconds += time.perf_counter() - began
+            last = counters.update == options.updates
+            due = counters.update in eval_at or (eval_every > 0 and counters.update % eval_every == 0)
+            evaluating = evaluate is not None and due and not last
+            if process_group.is_main and (counters.update % options.log_every == 0 or last or counters.update == 1):
+                log(_metrics(loss, norm, run.optimizer, counters), counters.update)
+            if saves and interrupt.requested and not evaluating:  # else the resumed run would miss this evaluation
+                saves.save(run.state())
+        if evaluate is not None and evaluating:
             policy.network.eval()
             metrics = evaluate(counters.update)
             if process_group.is_main:
                 log(metrics, counters.update)
-        if checkpoints and process_group.is_main and checkpoints.due(counters.update, last):
-            checkpoints.save(run.state())
+        if saves and saves.due(counters.update, last):
+            saves.save(run.state())
     policy.network.eval()
     return counters
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from eva_rl.errors import UserError
 from eva_rl.files import FILES, SEAL, check_files, check_seal, read_json, sealed, sha256, write_folder, write_json
+from eva_rl.interrupts import interrupts_deferred
 from eva_rl.schema import DIGEST, Integer, MapOf, Record, Text
 
 log = logging.getLogger(__name__)
@@ -51,11 +52,19 @@ class Checkpoints:
         folder: Holds one folder for each checkpoint.
         every: Steps between two checkpoints; 0 for none by steps.
         seconds: Seconds between two checkpoints; 0 for none by time.
+        clock: Tells the time, in seconds.
     """
 
-    def __init__(self, folder: Path, every: int = 0, seconds: float = 0.0) -> None:
-        self.folder, self.every, self.seconds = folder, every, seconds
-        self._last, self._cost = time.monotonic(), 0.0
+    def __init__(
+        self, folder: Path, every: int = 0, seconds: float = 0.0, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.folder, self.every, self.seconds, self._clock = folder, every, seconds, clock
+        self._last, self._cost = clock(), 0.0
+
+    @property
+    def enabled(self) -> bool:
+        """Whether any checkpoint is ever due."""
+        return bool(self.every or self.seconds)
 
     def load(self) -> TrainState | None:
         """See :func:`load_latest_checkpoint`."""
@@ -63,20 +72,20 @@ class Checkpoints:
 
     def save(self, state: TrainState) -> None:
         """See :func:`save_checkpoint`."""
-        began = time.monotonic()
-        save_checkpoint(self.folder, state)
-        self._last = time.monotonic()
+        began = self._clock()
+        with interrupts_deferred():
+            save_checkpoint(self.folder, state)
+        self._last = self._clock()
         self._cost = self._last - began
 
     def due(self, step: int, last: bool = False) -> bool:
         """Whether to save after a step: at every ``every``-th, at the last, and when the time has come."""
-        if not (self.every or self.seconds):
-            return False
-        return last or bool(self.every and step % self.every == 0) or self.due_by_time()
+        by_steps = self.every > 0 and step % self.every == 0
+        return self.enabled and (last or by_steps or self.due_by_time())
 
     def due_by_time(self) -> bool:
         """Whether the time has come; large checkpoints wait, so that saving takes at most a twentieth of a run."""
-        return self.seconds > 0 and time.monotonic() - self._last >= max(self.seconds, MOST_OF_A_RUN * self._cost)
+        return self.seconds > 0 and self._clock() - self._last >= max(self.seconds, MOST_OF_A_RUN * self._cost)
 
 
 def save_checkpoint(folder: Path, state: TrainState, keep: int = KEEP) -> None:
