@@ -19,7 +19,7 @@ FOLDERS = {
 }
 LAYERS = [
     {"errors", "lazy", "_version"},
-    {"batch", "files", "schema", "seeding", "options", "distributed", "interrupts"},
+    {"batch", "files", "schema", "seeding", "options", "distributed"},
     {"agents", "envs", "data", "eva", "tracking"},
     {"adapters", "rollouts"},
     {"training"},

@@ -15,7 +15,6 @@ from eva_rl.cli.console import console
 from eva_rl.cli.help import print_help
 from eva_rl.cli.parsing import Config, parse
 from eva_rl.errors import UserError
-from eva_rl.interrupts import sigterm_like_ctrl_c
 
 MULTIRUN = {"--multirun", "-m"}
 """Flags that start one run for each combination of values, as with Hydra."""
@@ -62,6 +61,8 @@ def run_command(
                 raise UserError(f"--multirun sweeps finetune and pretrain, not {name}.")
             multirun(name, [word for word in overrides if word not in MULTIRUN])
         else:
+            from eva_rl.training.failures import sigterm_like_ctrl_c
+
             with sigterm_like_ctrl_c():
                 main(parse(name, overrides))
     except UserError as error:

@@ -16,10 +16,10 @@ from eva_rl.batch import WindowBatch
 from eva_rl.data.samplers import Sampler
 from eva_rl.distributed import ProcessGroup
 from eva_rl.errors import UserError
-from eva_rl.interrupts import interrupts_deferred
 from eva_rl.options import MANY, option
 from eva_rl.training.checkpoint import Checkpoints, TrainState
 from eva_rl.training.compiling import COMPILE_MODES, compiled
+from eva_rl.training.failures import interrupts_deferred
 from eva_rl.training.losses import (
     LOSSES,
     PRECISIONS,

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from eva_rl.errors import UserError
 from eva_rl.files import FILES, SEAL, check_files, check_seal, read_json, sealed, sha256, write_folder, write_json
-from eva_rl.interrupts import interrupts_deferred
 from eva_rl.schema import DIGEST, Integer, MapOf, Record, Text
+from eva_rl.training.failures import interrupts_deferred
 
 log = logging.getLogger(__name__)
 
