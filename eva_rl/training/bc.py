@@ -87,6 +87,12 @@ class Counters:
     windows: int = 0
     seconds: float = 0.0
 
+    def count(self, windows: int, seconds: float) -> None:
+        """Count a gradient step."""
+        self.update += 1
+        self.windows += windows
+        self.seconds += seconds
+
 
 def learning_rate(options: BCOptions, update: int) -> float:
     """Learning rate of gradient step ``update`` (from 0): linear warm-up, then a cosine."""
@@ -147,9 +153,7 @@ def train_bc(  # noqa: PLR0913 - three values, what it reports to, and what othe
             policy.network.train()
             batch = sampler.sample(options.batch_size, counters.update, policy.device)
             loss, norm = step.take(batch, counters.update)
-            counters.update += 1
-            counters.windows += options.batch_size
-            counters.seconds += time.perf_counter() - began
+            counters.count(options.batch_size, time.perf_counter() - began)
             last = counters.update == options.updates
             due = counters.update in eval_at or (eval_every > 0 and counters.update % eval_every == 0)
             evaluating = evaluate is not None and due and not last
