@@ -21,7 +21,7 @@ from eva_rl.cli.console import console, training_progress
 from eva_rl.cli.loading import Demonstrations, load_demonstrations
 from eva_rl.cli.machine import prepare_machine
 from eva_rl.cli.parsing import register
-from eva_rl.cli.run_dir import open_run, shown, write_summary
+from eva_rl.cli.run_dir import flat_hyperparameters, open_run, write_summary
 from eva_rl.configs.algorithms import BCAlgo
 from eva_rl.configs.groups import CheckpointOptions, DataOptions, EnvOptions, EvalOptions, TrainOptions
 from eva_rl.data import Trajectories, WindowSampler
@@ -37,6 +37,7 @@ from eva_rl.seeding import VALIDATION
 from eva_rl.tracking.tracker import open_tracker
 from eva_rl.training.bc import train_bc
 from eva_rl.training.checkpoint import Checkpoints
+from eva_rl.training.failures import failures_kept
 
 HELP = """
 Train a Decision Transformer by behaviour cloning on demonstrations of one or many tasks.
@@ -131,8 +132,10 @@ def pretrain(config: PretrainConfig) -> None:
 
     checkpoints = Checkpoints(run_dir / "checkpoint", config.checkpoint.every, config.checkpoint.seconds)
     resumed = checkpoints.load()
+    step, is_main = None if resumed is None else resumed.step, process_group.is_main
     with (
-        open_tracker(run_dir, None if resumed is None else resumed.step, config.tracker, shown(config)) as tracker,
+        failures_kept(run_dir),
+        open_tracker(run_dir, step, config.tracker, flat_hyperparameters(config), writes=is_main) as tracker,
         training_progress(config.algo.updates) as bar,
         prefetching(ShardedSampler(sampler, process_group), device) as ahead,
     ):
@@ -155,11 +158,15 @@ def pretrain(config: PretrainConfig) -> None:
         write_summary(
             run_dir, _summary(config, policy, joined, final, seconds) | {"processes": process_group.world_size}
         )
-    shown_scores = ", ".join(f"{key} {final[key]:.2f}" for key in MEANS if key in final)
-    console.print(f"{len(tasks)} tasks: {shown_scores}. Policy: {run_dir / 'policy'}", soft_wrap=True)
+    _announce(len(tasks), final, run_dir)
 
 
 MEANS = ("validation/success_rate", "validation/mean_reward")
+
+
+def _announce(num_tasks: int, final: Mapping[str, float], run_dir: Path) -> None:
+    shown_scores = ", ".join(f"{key} {final[key]:.2f}" for key in MEANS if key in final)
+    console.print(f"{num_tasks} tasks: {shown_scores}. Policy: {run_dir / 'policy'}", soft_wrap=True)
 
 
 def _validation_metrics(scores: Mapping[str, float]) -> dict[str, float]:

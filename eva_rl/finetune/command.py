@@ -9,7 +9,7 @@ from eva_rl.adapters import count_parameters
 from eva_rl.cli.command import run_command
 from eva_rl.cli.parsing import register
 from eva_rl.cli.profiling import peak_memory
-from eva_rl.cli.run_dir import shown
+from eva_rl.cli.run_dir import flat_hyperparameters
 from eva_rl.configs.algorithms import ALGORITHMS
 from eva_rl.configs.finetune import FinetuneConfig
 from eva_rl.distributed import ProcessGroup
@@ -49,8 +49,11 @@ def finetune(config: FinetuneConfig) -> None:
     adapter = attach(session.policy, session.sampler, config, partial(shared_eva, session))
     phases.end("adapter")
     resumed = resume_step(session)
-    hyperparameters = shown(config) | {f"settings/{k}": n for k, n in count_parameters(session.policy.network).items()}
-    with open_tracker(session.run_dir, resumed, config.tracker, hyperparameters) as tracker:
+    hyperparameters = flat_hyperparameters(config) | {
+        f"settings/{k}": n for k, n in count_parameters(session.policy.network).items()
+    }
+    writes = ProcessGroup.current().is_main
+    with open_tracker(session.run_dir, resumed, config.tracker, hyperparameters, writes=writes) as tracker:
         if resumed is None:
             tracker.log(before.metrics() | before.metrics("eval_before") | loss_before, 0)
         if adapter.start and resumed is None and ProcessGroup.current().is_main:
