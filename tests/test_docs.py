@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +14,7 @@ from pathlib import Path
 import gymnasium as gym
 import pytest
 
+from eva_rl.__main__ import main
 from eva_rl.finetune import command as finetune
 from eva_rl.tracking.tracker import read_metrics
 
@@ -79,12 +82,96 @@ def test_the_tutorial_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.slow
 def test_the_site_builds(tmp_path: Path) -> None:
-    pytest.importorskip("material", reason="needs pip install 'eva-rl[docs]'")
+    for package in ("material", "mkdocstrings"):
+        pytest.importorskip(package, reason="needs pip install 'eva-rl[docs]'")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-f", str(ROOT / "mkdocs.yml"), "-d", str(tmp_path)]
     built = subprocess.run(command, capture_output=True, text=True, check=False)
     assert built.returncode == 0, built.stderr
+    assert "load_policy" in (tmp_path / "api" / "policies.html").read_text()
     pages = {path.stem for path in tmp_path.glob("*.html")}
     assert pages >= {path.stem for path in DOCS.glob("*.md")}
     for path in tmp_path.glob("*.html"):
         outside = re.findall(r'<(?:link|script|img)[^>]+(?:href|src)="(https?://[^"]+)"', path.read_text())
         assert outside == [], f"{path.name} loads from elsewhere"
+
+
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
+
+
+def anchors(path: Path) -> set[str]:
+    """Anchors of a page's headings, as GitHub and MkDocs make them."""
+    headings = re.findall(r"^#+ (.+)$", path.read_text(), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_and_figures_are_there(page: Path) -> None:
+    for target in re.findall(r"\]\((?!https?://|mailto:)([^)\s]+)", page.read_text()):
+        name, _, anchor = target.partition("#")
+        linked = page.parent / name if name else page
+        assert linked.exists(), target
+        assert not anchor or anchor in anchors(linked), target
+        if linked.suffix in {".png", ".gif"}:
+            assert linked.stat().st_size > 1000, target
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    listed = re.findall(r"([\w/]+\.md)", (ROOT / "mkdocs.yml").read_text())
+    assert sorted(listed) == sorted(str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md"))
+
+
+def test_pictures_are_small() -> None:
+    pictures = [path for path in DOCS.rglob("*") if path.suffix in {".png", ".gif"}]
+    assert sum(path.stat().st_size for path in pictures) < 2 * 2**20
+
+
+ELSEWHERE = ("d4rl:", "minari:", "push=", "launcher=", "torchrun", "FILE", "--multirun", "--help")
+"""What a command needs that is not on every machine: other people's data, the hub, a cluster."""
+SMALL = {
+    "finetune": "env.horizon=24 data.episodes=2 data.workers=1 data.only_successes=false eval.episodes=1 eval.every=0 "
+    "threads=1",
+    "evaluate": "env.horizon=24 eval.episodes=1 threads=1",
+    "collect": "episodes=2 env.horizon=24 only_successes=false workers=1",
+    "pretrain": "env=reach-v3 env.horizon=24 data.episodes=2 data.workers=1 data.only_successes=false size.name=custom "
+    "size.hidden_size=32 size.num_layers=1 size.num_heads=2 algo.updates=2 eval.every=0 threads=1",
+    "doctor": "seconds=0.05",
+}
+CLONING, ONLINE = "algo.updates=2 algo.batch_size=4", "algo.env_steps=96 algo.num_envs=2"
+
+
+def documented_commands() -> list[str]:
+    """Each command of README and the guides that runs on any machine."""
+    found = []
+    for page in PAGES:
+        for line in re.findall(r"^(?:eva-rl|python -m eva_rl\.)\s*([a-z]+ ?.*=.*|doctor)$", page.read_text(), re.M):
+            command = line.split("  #")[0].strip()
+            if command.split()[0] in SMALL and not any(word in command for word in ELSEWHERE):
+                found.append(command)
+    return list(dict.fromkeys(found))
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("made") / "run"
+    words = f"env=push-v3 {CLONING} {SMALL['finetune']} run_dir={run_dir}"
+    assert finetune.main(words.split()) == 0
+    return run_dir
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", documented_commands())
+def test_documented_commands_run(
+    command: str, finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    name, *words = shlex.split(command)
+    for earlier in set(re.findall(r"(?:policy=|:)(runs/\w+)", command)):
+        shutil.copytree(finished_run, tmp_path / earlier)
+    if "data=demos.h5" in words:
+        shutil.copy(next((finished_run / "data").glob("*.h5")), "demos.h5")
+        words = [word.replace("env=stick-pull-v3", "env=push-v3") for word in words]
+    if name == "finetune":
+        words += (ONLINE if any(word.startswith("algo=") for word in words) else CLONING).split()
+        words = [word for word in words if word != "video=true"]
+    words = ["env=reach-v3" if word in {"env=mt40", "env=cw10"} else word for word in words]
+    assert main([name, *words, *SMALL[name].split()]) == 0

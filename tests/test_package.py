@@ -123,9 +123,3 @@ def test_commands_in_the_documentation_compose(file: str) -> None:
                 fixed, swept = combinations([o for o in typed if not o.startswith("multirun.")])[0]
                 typed = fixed + swept
             parse(name, typed)
-
-
-def test_relative_links_lead_somewhere() -> None:
-    for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
-        for target in re.findall(r"\]\((?!https?://|#|mailto:)([^)#]+)", path.read_text()):
-            assert (path.parent / target).exists(), f"{path.name}: {target}"

@@ -18,6 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from eva_rl.agents.policy import Policy
 from eva_rl.envs import canonical_id, make_env
+from eva_rl.envs.names import METAWORLD_PREFIX
 from eva_rl.errors import UserError
 from eva_rl.files import write_file
 from eva_rl.seeding import EVALUATION, episode_seeds
@@ -25,6 +26,12 @@ from eva_rl.seeding import EVALUATION, episode_seeds
 FRAMES_PER_SECOND = 20
 CAPTION_HEIGHT = 24
 GAP = 4
+MARGIN = 6
+CAPTION_SIZES = (13, 12, 11, 10, 9, 8)
+"""Sizes of the caption's letters, the first that fits."""
+METAWORLD_FRAME = (480, 480)
+METAWORLD_PART = (slice(150, 390), slice(120, 360))
+"""The table and the gripper: in the whole frame a puck is a few pixels."""
 
 Frame = NDArray[np.uint8]
 
@@ -36,22 +43,22 @@ class Clip:
     Attributes:
         frames: (height, width, 3) each.
         every: Env steps between two frames.
-        episode_return: Sum of the rewards.
+        returns: Sum of the rewards until each frame.
         first_success: Env step (from 0) of the first success; None where there was none, or where the task knows none.
     """
 
     frames: tuple[Frame, ...]
     every: int
-    episode_return: float
+    returns: tuple[float, ...]
     first_success: int | None
 
     def captioned(self, name: str) -> tuple[Frame, ...]:
-        """The frames below a line with a name, the return, and from then on the success."""
-        plain = f"{name}   return {self.episode_return:.0f}"
+        """The frames below a line with a name, the return so far, and from the first success on that."""
         solved = len(self.frames) if self.first_success is None else -(-(self.first_success + 1) // self.every)
+        texts = [f"{name}   return {so_far:.0f}" for so_far in self.returns]
         return tuple(
-            _below_caption(frame, f"{plain}   solved" if index >= solved else plain, index >= solved)
-            for index, frame in enumerate(self.frames)
+            _below_caption(frame, f"{text}   solved" if index >= solved else text, index >= solved)
+            for index, (frame, text) in enumerate(zip(self.frames, texts, strict=True))
         )
 
 
@@ -114,7 +121,7 @@ def record_episode(
         UserError: There is no renderer on this machine.
     """
     clip = record_clip(policy, env, seed=seed, horizon=horizon, every=every)
-    write_video(path, clip.captioned(canonical_id(env)))
+    write_video(path, clip.captioned(canonical_id(env).removeprefix(METAWORLD_PREFIX)))
     return len(clip.frames)
 
 
@@ -160,7 +167,8 @@ def _play(policy: Policy, env: Any, env_id: str, seed: int, every: int) -> Clip:
     observation, _ = env.reset(seed=seed)
     reward, total, start, done, step = 0.0, 0.0, True, False, 0
     first_success = None
-    frames = [_frame(env)]
+    part = METAWORLD_PART if env_id.startswith(METAWORLD_PREFIX) else None
+    frames, returns = [_frame(env, part)], [0.0]
     while not done:
         action = policy.act(observation[None], np.array([reward], np.float32), np.array([start]))[0]
         observation, reward, terminated, truncated, info = env.step(action)
@@ -168,19 +176,25 @@ def _play(policy: Policy, env: Any, env_id: str, seed: int, every: int) -> Clip:
             first_success = step
         total, start, done, step = total + float(reward), False, terminated or truncated, step + 1
         if step % every == 0 or done:
-            frames.append(_frame(env))
-    return Clip(tuple(frames), every, total, first_success)
+            frames.append(_frame(env, part))
+            returns.append(total)
+    return Clip(tuple(frames), every, tuple(returns), first_success)
 
 
-def _frame(env: Any) -> Frame:
-    """A frame at half its size."""
-    image = Image.fromarray(np.asarray(env.render(), np.uint8))
-    return np.asarray(image.reduce(2), np.uint8)
+def _frame(env: Any, part: tuple[slice, slice] | None) -> Frame:
+    """A part of a frame, or all of it at half its size."""
+    frame = np.asarray(env.render(), np.uint8)
+    if part is not None and frame.shape[:2] == METAWORLD_FRAME:
+        return frame[part].copy()
+    return np.asarray(Image.fromarray(frame).reduce(2), np.uint8)
 
 
 def _below_caption(frame: Frame, text: str, solved: bool) -> Frame:
     height, width, _ = frame.shape
     image = Image.new("RGB", (width, height + CAPTION_HEIGHT), "#14532d" if solved else "#1f2937")
     image.paste(Image.fromarray(frame), (0, CAPTION_HEIGHT))
-    ImageDraw.Draw(image).text((6, 4), text, fill="white", font=ImageFont.load_default(13))
+    draw = ImageDraw.Draw(image)
+    fonts = [ImageFont.load_default(size) for size in CAPTION_SIZES]
+    font = next((font for font in fonts if draw.textlength(text, font=font) <= width - 2 * MARGIN), fonts[-1])
+    draw.text((MARGIN, CAPTION_HEIGHT // 2), text, fill="white", font=font, anchor="lm")
     return np.asarray(image)

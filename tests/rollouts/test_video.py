@@ -14,7 +14,7 @@ from eva_rl.rollouts.video import CAPTION_HEIGHT, GAP, Clip, side_by_side, write
 
 def clip(frames: int, first_success: int | None = None) -> Clip:
     shades = [np.full((40, 60, 3), 10 * index, np.uint8) for index in range(frames)]
-    return Clip(tuple(shades), 2, 12.0, first_success)
+    return Clip(tuple(shades), 2, tuple(6.0 * index for index in range(frames)), first_success)
 
 
 def test_the_shorter_episode_waits() -> None:
@@ -31,6 +31,15 @@ def test_the_caption_turns_green_with_the_first_frame_after_success() -> None:
     assert colours[0] == colours[1] != colours[2] == colours[3]
     assert len({tuple(frame[0, -1]) for frame in clip(4).captioned("after")}) == 1
     assert clip(1).captioned("after")[0].shape == (40 + CAPTION_HEIGHT, 60, 3)
+
+
+def test_the_caption_shows_the_return_so_far_and_is_never_cut_off() -> None:
+    texts = clip(3).captioned("x")
+    assert not np.array_equal(texts[0][:CAPTION_HEIGHT], texts[2][:CAPTION_HEIGHT])
+    wide = np.zeros((10, 240, 3), np.uint8)
+    long = Clip((wide,), 2, (1234.0,), 0).captioned("button-press-topdown-wall-v3")[0]
+    assert (long[:CAPTION_HEIGHT, -6:] == long[0, -1]).all(), "a margin is left"
+    assert (long[:CAPTION_HEIGHT] != long[0, -1]).any()
 
 
 def test_gif_and_film(tmp_path: Path) -> None:
