@@ -100,6 +100,17 @@ class DecisionTransformerPolicy:
         self._context: RolloutContext | None = None
         self._second: DecisionTransformerPolicy | None = None
 
+    def __repr__(self) -> str:
+        """Size, dimensions, context, target return and task, in one line."""
+        config = self.network.config
+        parameters = sum(parameter.numel() for parameter in self.network.parameters())
+        task = self.env_id or f"{len(self.conditioning.per_env)} tasks"
+        return (
+            f"{type(self).__name__}({task}: {parameters / 1e6:.2f}M parameters, observations {self.observation_dim}, "
+            f"actions {self.action_dim}, context {config.context_length}, "
+            f"target return {self.conditioning.of(self.env_id):g})"
+        )
+
     def with_own_history(self) -> DecisionTransformerPolicy:
         """This policy with histories of its own, to act for a second group of environments; the same one each time."""
         second = self._second or copy.copy(self)

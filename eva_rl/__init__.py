@@ -1,7 +1,6 @@
 """Fine-tune pretrained Decision Transformer policies with adapters initialised with Explained Variance Adaptation.
 
-``load_policy``, ``load_dataset``, ``attach_adapter`` and ``evaluate_policy`` are imported when first used, so that
-``import eva_rl`` stays quick.
+Its functions are imported when first used, so that ``import eva_rl`` stays quick.
 """
 
 from __future__ import annotations
@@ -14,17 +13,27 @@ from eva_rl._version import __version__
 if TYPE_CHECKING:
     from eva_rl.adapters import attach_adapter, attach_eva, load_policy
     from eva_rl.data import load_dataset
+    from eva_rl.finetune.call import finetune_policy
     from eva_rl.rollouts.evaluation import evaluate_policy
 
 _HOMES = {
     "attach_adapter": "eva_rl.adapters",
     "attach_eva": "eva_rl.adapters",
     "evaluate_policy": "eva_rl.rollouts.evaluation",
+    "finetune_policy": "eva_rl.finetune.call",
     "load_dataset": "eva_rl.data",
     "load_policy": "eva_rl.adapters",
 }
 
-__all__ = ["__version__", "attach_adapter", "attach_eva", "evaluate_policy", "load_dataset", "load_policy"]
+__all__ = [
+    "__version__",
+    "attach_adapter",
+    "attach_eva",
+    "evaluate_policy",
+    "finetune_policy",
+    "load_dataset",
+    "load_policy",
+]
 
 
 def __getattr__(name: str) -> Any:

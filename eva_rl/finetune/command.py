@@ -15,7 +15,7 @@ from eva_rl.configs.finetune import FinetuneConfig
 from eva_rl.distributed import ProcessGroup
 from eva_rl.finetune.adapter import attach
 from eva_rl.finetune.phases import resume_step, train
-from eva_rl.finetune.results import compare_snapshots, finish, report_start, snapshot
+from eva_rl.finetune.results import compare_snapshots, finish, report_start, snapshot, warn_of_worse_data
 from eva_rl.finetune.session import open_session
 from eva_rl.finetune.shared import evaluate_before, shared_eva
 from eva_rl.launch.multirun import multirun
@@ -43,6 +43,7 @@ def finetune(config: FinetuneConfig) -> None:
     session = open_session(config)
     phases = session.phases
     before, actions = evaluate_before(session)
+    warn_of_worse_data(session.data, before)
     before_snapshot = snapshot(session, actions)
     phases.end("evaluate_before")
     loss_before = session.cloning_loss()

@@ -36,6 +36,8 @@ DASHBOARD = "#custom_scalars&_smoothingWeight=0"
 """The page of TensorBoard to begin with; its smoothing would bend curves of a few points."""
 
 
+WORSE = 0.9
+"""Share of the policy's own return below which even the best demonstration is worse than the policy."""
 FRAMES = 100
 """Frames of a video, about."""
 
@@ -156,6 +158,19 @@ def _about(data: Trajectories) -> dict[str, Any]:
     }
 
 
+def warn_of_worse_data(data: Trajectories | None, before: EvaluationResult) -> None:
+    """Warn where cloning the demonstrations would make a policy that is better than they are worse."""
+    if data is None or before.stopped_at_success or before.mean_reward <= 0:
+        return
+    if data.returns.max() < WORSE * before.mean_reward:
+        console.print(
+            f"[bold yellow]Warning:[/] the best demonstration has a return of {data.returns.max():.0f}, "
+            f"the policy {before.mean_reward:.0f} on average: cloning will make it worse. Use better data (data=), "
+            "or learn online: algo=odt_td3 data=none.",
+            soft_wrap=True,
+        )
+
+
 def show(run_dir: Path, summary: dict[str, Any], evaluations: Mapping[str, EvaluationResult]) -> None:
     """The table at the end, with a column for each evaluation."""
     after = evaluations["after"]
@@ -168,6 +183,9 @@ def show(run_dir: Path, summary: dict[str, Any], evaluations: Mapping[str, Evalu
             "success rate [95% interval]", *(f"{x:.2f}  [{low:.2f}, {high:.2f}]" for x, low, high in intervals)
         )
     table.add_row("mean return", *(described_return(result) for result in evaluations.values()))
+    scores = [result.metrics("").get("/normalized_score") for result in evaluations.values()]
+    if None not in scores:
+        table.add_row("normalised score (0-100)", *(f"{score:.1f}" for score in scores))
     console.print(table)
     trainable, total = summary["trainable_parameters"], summary["total_parameters"]
     seconds = ", ".join(f"{name} {value:.0f}" for name, value in summary["seconds"].items())

@@ -32,6 +32,46 @@ def spectrum_figure(spectra: Mapping[str, Sequence[float]]) -> Figure:
     return figure
 
 
+def overview_figure(rows: Sequence[Mapping[str, Any]]) -> Figure | None:
+    """The run at one look: success (or the return) on validation and held-out episodes, and the loss.
+
+    Args:
+        rows: Of ``metrics.jsonl``.
+
+    Returns:
+        None where nothing was evaluated.
+    """
+    success = any("eval/success_rate" in row for row in rows)
+    key = "success_rate" if success else "mean_reward"
+    series = {
+        "held out, before and after": _points(rows, f"eval/{key}"),
+        "validation, while training": _points(rows, f"validation/{key}"),
+    }
+    losses = _points(rows, "train/loss") or _points(rows, "bc/train/loss")
+    if not series["held out, before and after"]:
+        return None
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for (label, points), style in zip(series.items(), ("D", "o-"), strict=True):
+        if points:
+            left.plot(*zip(*points, strict=True), style, label=label, clip_on=False)
+    left.set(xlabel="step", title="Success rate" if success else "Return of an episode")
+    if success:
+        left.set_ylim(-0.03, 1.03)
+    if losses:
+        right.plot(*zip(*losses, strict=True), color="C2")
+        right.set(xlabel="step", title="Loss (of single batches)", yscale="log")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.margins(x=0.04)
+    left.legend(frameon=False, loc="lower right")
+    return figure
+
+
+def _points(rows: Sequence[Mapping[str, Any]], key: str) -> list[tuple[int, float]]:
+    return [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+
+
 def rank_figure(ranks: Mapping[str, int]) -> Figure:
     """Rank of every target layer: blocks down, kinds of projection across.
 

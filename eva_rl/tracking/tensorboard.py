@@ -26,8 +26,12 @@ TABLE = (
 """Metrics beside the hyperparameters."""
 LAYOUT = {
     "Result": {
-        "Success rate": ["Multiline", ["eval/success_rate", "validation/success_rate", "rollout/success_rate"]],
-        "Return of an episode": ["Multiline", ["eval/mean_reward", "validation/mean_reward", "rollout/ep_rew_mean"]],
+        "Success rate, held out, before and after": ["Multiline", ["^eval/success_rate"]],
+        "Success rate, validation, while training": ["Multiline", ["^validation/success_rate"]],
+        "Success rate, rollouts while learning": ["Multiline", ["^rollout/success_rate"]],
+        "Return, held out, before and after": ["Multiline", ["^eval/mean_reward"]],
+        "Return, validation, while training": ["Multiline", ["^validation/mean_reward"]],
+        "Return, rollouts while learning": ["Multiline", ["^rollout/ep_rew_mean"]],
     },
     "Training": {
         "Loss": ["Multiline", ["(bc/)?train/.*loss$"]],

@@ -19,7 +19,7 @@ from torch import nn
 
 from eva_rl.errors import UnknownNameError, UserError
 from eva_rl.files import write_file
-from eva_rl.tracking.figures import pixels
+from eva_rl.tracking.figures import overview_figure, pixels
 from eva_rl.tracking.layers import layer_norms
 from eva_rl.tracking.sinks import SERVICES, TENSORBOARD, TRACKERS, RunInfo, Sink
 
@@ -129,6 +129,9 @@ class Tracker:
 
     def finished(self, results: Mapping[str, Any]) -> None:
         """Show the run as finished, with those of the results that are numbers."""
+        overview = overview_figure(read_metrics(self.path.parent))
+        if overview is not None:
+            self.figure("overview", overview, self._last_step)
         numbers = {key: float(value) for key, value in results.items() if isinstance(value, int | float)}
         for sink in self._sinks:
             sink.finished(numbers)

@@ -17,7 +17,7 @@ from torch import nn
 from eva_rl.errors import UserError
 from eva_rl.rollouts.video import write_video
 from eva_rl.tracking import Resume, Tracker, check_trackers
-from eva_rl.tracking.figures import pixels, rank_figure, spectrum_figure
+from eva_rl.tracking.figures import overview_figure, pixels, rank_figure, spectrum_figure
 from eva_rl.tracking.layers import layer_norms, short_name
 from eva_rl.tracking.tracker import read_metrics
 
@@ -179,3 +179,24 @@ with Tracker(Path(sys.argv[1]), int(sys.argv[2]) or None, ("trackio",), {"rank":
     with sqlite3.connect(database) as connection:
         rows = connection.execute("SELECT step, metrics FROM metrics ORDER BY step").fetchall()
     assert [(step, json.loads(metrics)["train/loss"]) for step, metrics in rows] == [(s, s) for s in range(1, 7)]
+
+
+def test_a_finished_run_gets_an_overview(tmp_path: Path) -> None:
+    with Tracker(tmp_path, trackers=()) as tracker:
+        tracker.log({"eval/success_rate": 0.2}, 0)
+        tracker.log({"train/loss": 0.5, "validation/success_rate": 0.4}, 5)
+        tracker.log({"train/loss": 0.1, "validation/success_rate": 1.0, "eval/success_rate": 1.0}, 10)
+        tracker.finished({})
+    assert (tmp_path / "figures" / "overview.png").stat().st_size > 1000
+    figure = overview_figure(read_metrics(tmp_path))
+    assert figure is not None
+    success, loss = figure.axes
+    low, high = success.get_ylim()
+    assert low < 0
+    assert 1 < high < 1.1, "no room for a success rate beyond 1"
+    assert success.get_xlim()[0] < 0, "the point before training is inside"
+    assert {text.get_text() for text in success.get_legend().get_texts()} == {
+        "held out, before and after", "validation, while training",
+    }  # fmt: skip
+    assert list(loss.lines[0].get_ydata()) == [0.5, 0.1]
+    assert overview_figure([{"step": 1, "train/loss": 1.0}]) is None

@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import eva_rl
+from eva_rl.agents import DecisionTransformerPolicy
+from eva_rl.data import Episode, Trajectories
+from eva_rl.errors import UserError
+from eva_rl.finetune.results import warn_of_worse_data
+from eva_rl.rollouts.evaluation import EvaluationResult, evaluate_policy
+from tests.conftest import make_policy
+
+SMALL = {
+    "env.horizon": 24,
+    "algo.updates": 2,
+    "algo.batch_size": 4,
+    "adapter.rank": 2,
+    "adapter.targets": ["q_proj", "v_proj"],
+    "eval.episodes": 2,
+    "eval.every": 0,
+    "threads": 1,
+    "tracker": [],
+}
+
+
+def test_one_call_takes_objects(
+    policy: DecisionTransformerPolicy, reach_demonstrations: Trajectories, tmp_path: Path
+) -> None:
+    done = eva_rl.finetune_policy(policy, "reach-v3", reach_demonstrations, run_dir=tmp_path / "a b", settings=SMALL)
+    assert done.summary["env"] == "metaworld/reach-v3"
+    assert done.summary["data"]["episodes"] == 4
+    assert done.summary["trainable_parameters"] > 0
+    again = evaluate_policy(done.policy, "reach-v3", episodes=2, horizon=24)
+    assert again.success_rate == done.summary["eval/success_rate"]
+    with pytest.raises(UserError, match="holds a finished run"):
+        eva_rl.finetune_policy(policy, "reach-v3", reach_demonstrations, run_dir=done.run_dir, settings=SMALL)
+
+
+def test_policies_show_what_they_are() -> None:
+    shown = repr(make_policy())
+    assert shown.startswith("DecisionTransformerPolicy(metaworld/reach-v3: 0.0")
+    assert "observations 39, actions 4, context 6, target return 1000)" in shown
+
+
+def data_of(reward: float) -> Trajectories:
+    rewards = np.full(4, reward, np.float32)
+    ends = np.arange(4) == 3
+    episode = Episode(np.zeros((5, 39), np.float32), np.zeros((4, 4), np.float32), rewards, ends & False, ends)
+    return Trajectories.from_episodes([episode], env_id="metaworld/reach-v3", source="test")
+
+
+def test_data_that_are_worse_than_the_policy_are_said(
+    policy: DecisionTransformerPolicy, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before: EvaluationResult = evaluate_policy(policy, "reach-v3", episodes=1, horizon=24)
+    warn_of_worse_data(data_of(before.mean_reward / 40), before)
+    assert "cloning will make it worse" in " ".join(capsys.readouterr().err.split())
+    warn_of_worse_data(data_of(before.mean_reward), before)
+    warn_of_worse_data(None, before)
+    assert capsys.readouterr().err == ""
