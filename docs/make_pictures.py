@@ -1,6 +1,7 @@
 """Makes docs/pictures/push-v3.gif, the README's moving picture: ``python docs/make_pictures.py [RUN_DIR]``.
 
-Without RUN_DIR it runs the README's first command with ``video=true``. Rendering needs EGL or Debian's libosmesa6.
+Without RUN_DIR it makes a run like the README's first command, with smaller batches. Rendering needs EGL or Debian's
+libosmesa6.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from PIL import Image, ImageSequence
 
 from eva_rl.finetune import command as finetune
 
+SETTINGS = ("env=push-v3", "video=true", "algo.updates=150", "algo.batch_size=16", "eval.episodes=4", "eval.every=0")
 OUT = Path(__file__).parent / "pictures" / "push-v3.gif"
 COLOURS, KEEP, MILLISECONDS = 96, 2, 80
 """Colours of the palette; each so-manieth frame is kept, and shown for so long."""
@@ -21,7 +23,7 @@ COLOURS, KEEP, MILLISECONDS = 96, 2, 80
 def main(run_dir: Path) -> None:
     """Make the picture from a run, which is made where it is not there."""
     videos = run_dir / "videos"
-    if not videos.exists() and finetune.main(["env=push-v3", "video=true", f"run_dir={run_dir}"]):
+    if not videos.exists() and finetune.main([*SETTINGS, f"run_dir={run_dir}"]):
         raise SystemExit("the run failed")
     (video,) = videos.glob("*.gif")
     with Image.open(video) as film:
