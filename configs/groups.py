@@ -75,19 +75,25 @@ class DataOptions(Options):
 
 
 @dataclass
-class EvalOptions(Options):
+class HeldOutOptions(Options):
     """Evaluation on held-out episodes."""
 
     PREFIX: ClassVar[str] = "eval."
     episodes: int = option(50, "episodes, each with its own goal", above=0)
-    every: int = option(50, "validate every N gradient steps of training; 0 disables", low=0, high=MANY)
-    quick_episodes: int = option(10, "episodes of a validation", above=0)
     seed: int = option(0, "chooses the episodes; no demonstration shares one", low=0, high=MAX_SEED)
     stop_at_success: bool | None = option(
         None,
         "end an episode at its first success: same success rate, return and length not measured; null does so in "
         "validation and in benchmarks alone",
     )
+
+
+@dataclass
+class EvalOptions(HeldOutOptions):
+    """Evaluation on held-out episodes, and validation on others while training."""
+
+    every: int = option(50, "validate every N gradient steps of training; 0 disables", low=0, high=MANY)
+    quick_episodes: int = option(10, "episodes of a validation", above=0)
 
 
 @dataclass
@@ -143,12 +149,20 @@ class AlgoOptions(Options):
 
 
 @dataclass
-class RunOptions(Options):
+class MachineOptions(Options):
     """What the commands that use a network share."""
 
     seed: int = option(0, "seed of everything that has none of its own", low=0, high=MAX_SEED)
     device: str = option("auto", "auto, cpu, cuda or cuda:1")
-    threads: int = option(0, "CPU threads; 0 takes all cores", low=0, high=4096)
+    threads: int = option(
+        0, "CPU threads; 0 takes those that affinity, container quota and OMP_NUM_THREADS allow", low=0, high=4096
+    )
+
+
+@dataclass
+class RunOptions(MachineOptions):
+    """What the commands that make a run directory share."""
+
     run_dir: str = option("", "where everything is written; empty makes a new folder under runs/")
     resume: str = option("auto", "auto continues an unfinished run_dir, never refuses", choices=("auto", "never"))
 

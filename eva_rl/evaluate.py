@@ -18,7 +18,7 @@ from eva_rl.cli.console import console, counting_progress
 from eva_rl.cli.loading import open_policy
 from eva_rl.cli.machine import prepare_machine, versions
 from eva_rl.cli.parsing import register
-from eva_rl.configs.groups import EnvOptions, EvalOptions, PolicyOptions, RunOptions
+from eva_rl.configs.groups import EnvOptions, HeldOutOptions, MachineOptions, PolicyOptions
 from eva_rl.distributed import ProcessGroup
 from eva_rl.envs import canonical_id, env_spec
 from eva_rl.envs.registry import task_ids
@@ -51,7 +51,7 @@ class EvaluateEnvOptions(EnvOptions):
 
 
 @dataclass
-class EvaluateConfig(RunOptions):
+class EvaluateConfig(MachineOptions):
     """Config of ``python -m eva_rl.evaluate``."""
 
     out: str = option("", "JSON file for the result and every episode; empty writes none")
@@ -70,7 +70,7 @@ class EvaluateConfig(RunOptions):
     validation: bool = option(False, "play the validation episodes, for choices that a report must not see")
     env: EvaluateEnvOptions = group(EvaluateEnvOptions, "the tasks")
     policy: PolicyOptions = group(PolicyOptions, "what to evaluate")
-    eval: EvalOptions = group(EvalOptions, "evaluation")
+    eval: HeldOutOptions = group(HeldOutOptions, "evaluation")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any, ClassVar
@@ -23,7 +22,7 @@ from eva_rl.cli.machine import prepare_machine
 from eva_rl.cli.parsing import register
 from eva_rl.cli.run_dir import flat_hyperparameters, open_run, write_summary
 from eva_rl.configs.algorithms import BCAlgo
-from eva_rl.configs.groups import CheckpointOptions, DataOptions, EnvOptions, EvalOptions, TrainOptions
+from eva_rl.configs.groups import CheckpointOptions, DataOptions, EnvOptions, TrainOptions
 from eva_rl.data import Trajectories, WindowSampler
 from eva_rl.data.samplers import ShardedSampler, prefetching
 from eva_rl.data.selection import return_scale, sampling_weights
@@ -31,9 +30,9 @@ from eva_rl.distributed import ProcessGroup
 from eva_rl.envs import env_spec
 from eva_rl.envs.registry import task_ids
 from eva_rl.launch.multirun import multirun
-from eva_rl.options import Options, between, group, option
+from eva_rl.options import MANY, Options, between, group, option
 from eva_rl.rollouts.evaluation import MultiTaskValidator
-from eva_rl.seeding import VALIDATION
+from eva_rl.seeding import MAX_SEED, VALIDATION
 from eva_rl.tracking.tracker import open_tracker
 from eva_rl.training.bc import train_bc
 from eva_rl.training.checkpoint import Checkpoints
@@ -84,6 +83,16 @@ class SizeOptions(Options):
 
 
 @dataclass
+class ValidationOptions(Options):
+    """Validation while pretraining."""
+
+    PREFIX: ClassVar[str] = "eval."
+    episodes: int = option(1, "episodes of each task", above=0)
+    every: int = option(100, "validate every N gradient steps; 0 disables", low=0, high=MANY)
+    seed: int = option(0, "chooses the episodes; no demonstration shares one", low=0, high=MAX_SEED)
+
+
+@dataclass
 class PretrainConfig(TrainOptions):
     """Config of ``python -m eva_rl.pretrain``."""
 
@@ -95,7 +104,7 @@ class PretrainConfig(TrainOptions):
     data: DataOptions = group(DataOptions, "demonstrations")
     size: SizeOptions = group(SizeOptions, "network")
     algo: BCAlgo = group(BCAlgo, "training")
-    eval: EvalOptions = group(partial(EvalOptions, episodes=1, every=2500), "validation, on every task")
+    eval: ValidationOptions = group(ValidationOptions, "validation, on every task")
     checkpoint: CheckpointOptions = group(CheckpointOptions, "checkpoints")
 
     def __post_init__(self) -> None:

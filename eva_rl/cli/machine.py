@@ -12,13 +12,13 @@ import torch
 from eva_rl._version import __version__
 from eva_rl.cli.console import console
 from eva_rl.cli.threads import thread_limits
-from eva_rl.configs.groups import RunOptions
+from eva_rl.configs.groups import MachineOptions
 from eva_rl.distributed import init_distributed, is_torchrun, local_rank, local_world_size
 from eva_rl.errors import UserError
 from eva_rl.seeding import seed_everything
 
 
-def prepare_machine(options: RunOptions) -> torch.device:
+def prepare_machine(options: MachineOptions) -> torch.device:
     """Seed the global generators, set the CPU threads, choose the device, and meet the run's other processes.
 
     Raises:

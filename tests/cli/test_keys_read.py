@@ -1,0 +1,84 @@
+"""Each command shows the keys that it reads, and no others."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from eva_rl import collect, evaluate, export, pretrain
+from eva_rl.cli.parsing import parse
+from eva_rl.rollouts.experts import collect_expert  # noqa: F401 - imported before reading is recorded
+
+AT_ONCE = {"env.kwargs", "env.goal"}
+"""Read when the config is made: they become part of the task's name."""
+NOT_READING = ("dataclasses.py", "options.py", "omegaconf")
+"""Files that read every field, whatever a command does with it."""
+
+
+def groups(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    yield prefix, config
+    for f in fields(config):
+        if is_dataclass(value := object.__getattribute__(config, f.name)):
+            yield from groups(value, f"{prefix}{f.name}.")
+
+
+def record(config: Any, monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """Names of the keys that are read from now on."""
+    read: set[str] = set()
+    names = {id(group): prefix for prefix, group in groups(config)}
+
+    def get(instance: Any, name: str) -> Any:
+        caller = sys._getframe(1)
+        if id(instance) in names and not any(part in caller.f_code.co_filename for part in NOT_READING):
+            read.add(names[id(instance)] + name)
+        return object.__getattribute__(instance, name)
+
+    for kind in {type(group) for _, group in groups(config)}:
+        monkeypatch.setattr(kind, "__getattribute__", get, raising=False)
+    return read
+
+
+def keys(config: Any) -> set[str]:
+    return {
+        prefix + f.name
+        for prefix, group in groups(config)
+        for f in fields(group)
+        if not is_dataclass(object.__getattribute__(group, f.name))
+    }
+
+
+COLLECTED = ["env=reach-v3", "env.horizon=20", "data.episodes=2", "data.only_successes=false", "data.workers=1"]
+SMALL = ["algo.updates=2", "algo.batch_size=2", "size.hidden_size=16", "size.num_layers=1", "size.num_heads=2"]
+UNREAD = {"resume", "algo.name", "algo.final_learning_rate", "size.name", "data.allow_pickle", "data.skip_damaged"}
+"""Of pretraining: read for an unfinished run, a named size, the end of a longer training, and data from files."""
+COMMANDS: dict[str, tuple[Any, list[str], set[str]]] = {
+    "evaluate": (evaluate.evaluate, ["env=reach-v3", "env.horizon=12", "eval.episodes=1", "targets=[100,200]"], set()),
+    "export": (export.export, ["out=exported"], {"private"}),
+    "collect": (
+        collect.collect,
+        ["env=reach-v3", "env.horizon=20", "episodes=2", "only_successes=false", "workers=1", "out=x.h5"],
+        {"expert.steps", "expert.until"},
+    ),
+    "pretrain": (pretrain.pretrain, [*COLLECTED, *SMALL, "run_dir=run", "threads=1"], UNREAD),
+}
+"""What runs each command, on what, and the keys that only another choice reads."""
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_key_is_read(name: str, policy_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run, words, elsewhere = COMMANDS[name]
+    config = parse(name, words + [f"policy={policy_folder}"] * (name in {"evaluate", "export"}))
+    read = record(config, monkeypatch)
+    run(config)
+    assert keys(config) - read - AT_ONCE <= elsewhere
+
+
+def test_evaluate_shows_nothing_of_training() -> None:
+    shown = keys(parse("evaluate", []))
+    assert not shown & {"run_dir", "resume", "eval.every", "eval.quick_episodes"}
