@@ -97,6 +97,8 @@ class RolloutContext:
         Returns:
             (n, D).
         """
+        if self.decoder is not None:
+            self.decoder.refresh(self._network)
         device = self._steps.device.type
         with torch.autocast(device, torch.bfloat16, enabled=self._acting.precision == "bfloat16"):
             return self._features(observations, rewards, starts).float()

@@ -41,7 +41,7 @@ class _NotFoldableError(Exception):
 
 
 class CachedDecoder:
-    """A snapshot of a network's weights, and the keys and values of n environments.
+    """A network's weights as plain tensors, and the keys and values of n environments.
 
     Args:
         network: In evaluation mode; its weights are copied where an adapter changes them, else shared.
@@ -54,6 +54,22 @@ class CachedDecoder:
     def __init__(self, network: DecisionTransformer, num_envs: int) -> None:
         config = network.config
         self._config, self._activation = config, ACTIVATIONS[config.activation]
+        self._read(network)
+        heads, width = config.num_heads, config.hidden_size
+        shape = (num_envs, heads, config.context_length * config.tokens_per_step, width // heads)
+        weight = self._embed_norm[0]
+        self._keys = [weight.new_zeros(shape) for _ in self._layers]
+        self._values = [weight.new_zeros(shape) for _ in self._layers]
+        self.length = 0
+
+    def refresh(self, network: DecisionTransformer) -> None:
+        """Read the weights again where they have changed, as while a policy learns online; the cache stays."""
+        if _versions(network) != self._versions:
+            with torch.no_grad():
+                self._read(network)
+
+    def _read(self, network: DecisionTransformer) -> None:
+        config, self._versions = network.config, _versions(network)
         self._kinds = {
             kind: _linear(getattr(network, f"embed_{name}"))
             for kind, name in ((RETURN, "return"), (STATE, "state"), (ACTION, "action"), (REWARD, "reward"))
@@ -63,12 +79,6 @@ class CachedDecoder:
         self._embed_norm, self._final_norm = _norm(network.embed_norm), _norm(network.final_norm)
         self._layers = [_layer(block) for block in network.blocks]
         self._head = _linear(network.action_head)
-        heads, width = config.num_heads, config.hidden_size
-        shape = (num_envs, heads, config.context_length * config.tokens_per_step, width // heads)
-        weight = self._embed_norm[0]
-        self._keys = [weight.new_zeros(shape) for _ in self._layers]
-        self._values = [weight.new_zeros(shape) for _ in self._layers]
-        self.length = 0
 
     @classmethod
     def of(cls, network: DecisionTransformer, num_envs: int) -> CachedDecoder | None:
@@ -130,6 +140,11 @@ class CachedDecoder:
         x = x + F.linear(heads.transpose(1, 2).reshape(n, m, D), *layer.o_proj)
         hidden = self._activation(F.linear(_normalised(x, layer.mlp_norm), *layer.up_proj))
         return x + F.linear(hidden, *layer.down_proj)
+
+
+def _versions(network: nn.Module) -> list[int]:
+    """What changes with every in-place change of a parameter."""
+    return [0 if parameter.is_inference() else parameter._version for parameter in network.parameters()]
 
 
 def _layer(block: nn.Module) -> _Layer:

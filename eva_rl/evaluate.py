@@ -47,7 +47,9 @@ Examples:
 class EvaluateEnvOptions(EnvOptions):
     """The tasks."""
 
-    id: str = option("", "a task, tasks joined by +, or a task set; empty takes the policy's own; same as env=")
+    id: str = option(
+        "", "a task, tasks joined by +, or a group such as mt40 or cw10; empty takes the policy's own; same as env="
+    )
 
 
 @dataclass

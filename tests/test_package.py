@@ -118,7 +118,7 @@ def test_commands_in_the_documentation_compose(file: str) -> None:
         name, *overrides = line.split("#")[0].split()
         if name == "pretrain" or not any("--help" in o for o in overrides):
             command_module(name)
-            typed = [o.strip("'\"") for o in overrides if "=" in o]
+            typed = [o.strip("'\"") for o in overrides if "=" in o and not o.startswith("study=")]
             if "--multirun" in overrides:
                 fixed, swept = combinations([o for o in typed if not o.startswith("multirun.")])[0]
                 typed = fixed + swept

@@ -60,8 +60,8 @@ def check_adapter(policy: DecisionTransformerPolicy, options: AdapterOptions) ->
         )
 
 
-def listened_to(config: FinetuneConfig, has_data: bool) -> str:
-    """The activations that EVA looks at, with ``auto`` resolved.
+def activation_source(config: FinetuneConfig, has_data: bool) -> str:
+    """Where activations come from: ``adapter.eva.source`` with ``auto`` resolved.
 
     Raises:
         UserError: Trajectories are asked for where there are none.
@@ -204,9 +204,7 @@ def _sources(
     With ``process_group``, this process's part of them.
     """
     process_group = process_group or ProcessGroup()
-    options, source = config.adapter.eva, config.adapter.eva.source
-    if source == "auto":
-        source = "rollouts" if sampler is None else "trajectories"
+    options, source = config.adapter.eva, activation_source(config, sampler is not None)
     batches = None
     if source != "rollouts":
         batches = windows(policy, ShardedSampler(_trajectories(sampler, config), process_group), options.batch_size)

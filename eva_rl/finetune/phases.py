@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -11,19 +13,23 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from eva_rl.adapters import AttachedAdapter, compute_eva, refresh_directions
 from eva_rl.cli.console import training_progress
+from eva_rl.cli.profiling import peak_memory
 from eva_rl.configs.algorithms import BCAlgo, ODTAlgo, ODTTD3Algo, OnlineAlgo, PPOAlgo, TD3Algo
 from eva_rl.data.replay import TrajectoryReplay
 from eva_rl.data.samplers import ShardedSampler, prefetching
-from eva_rl.distributed import ProcessGroup
 from eva_rl.envs import close_vec_env, make_vec_env
 from eva_rl.files import write_file
+from eva_rl.finetune.adapter import attach
 from eva_rl.finetune.session import Session
+from eva_rl.finetune.shared import shared_eva
+from eva_rl.rollouts.evaluation import EvaluationResult
 from eva_rl.seeding import ONLINE, episode_seeds
 from eva_rl.tracking import Resume, Tracker
 from eva_rl.tracking.tracker import CLONING as CLONED
 from eva_rl.training.bc import Log, train_bc
 from eva_rl.training.checkpoint import Checkpoints, load_latest_checkpoint
 from eva_rl.training.collector import TaskEnvs
+from eva_rl.training.failures import failures_kept
 from eva_rl.training.learner import Learner, step_generators
 from eva_rl.training.odt import OnlineDecisionTransformer
 from eva_rl.training.odt_td3 import TD3DecisionTransformer
@@ -43,24 +49,54 @@ def resume_step(session: Session) -> Resume | None:
     return None if cloned is None else Resume(cloned.step, cloning=first_of_two)
 
 
-def train(session: Session, adapter: AttachedAdapter, tracker: Tracker) -> dict[str, float]:
-    """Train the policy's trainable parameters; returns the steps taken, for the summary."""
+def initialise_adapter(session: Session) -> AttachedAdapter:
+    """Attach the adapter, initialised from the session's data where its method needs some."""
+    adapter = attach(session.policy, session.sampler, session.config, partial(shared_eva, session))
+    session.phases.end("adapter")
+    return adapter
+
+
+@dataclass(frozen=True)
+class Training:
+    """What training took and gave.
+
+    Attributes:
+        costs: Steps taken, and what they cost, for the summary.
+        cloned: The held-out evaluation between cloning and learning online; None where there is no such point.
+    """
+
+    costs: Mapping[str, float]
+    cloned: EvaluationResult | None = None
+
+
+def train(session: Session, adapter: AttachedAdapter, tracker: Tracker) -> Training:
+    """Train the policy's trainable parameters; the batch of a failure is kept."""
+    with failures_kept(session.run_dir), peak_memory(session.policy.device) as memory:
+        training = _train(session, adapter, tracker)
+    session.phases.end("train")
+    processes = {"processes": session.process_group.world_size}
+    return replace(training, costs={**training.costs, **memory, **processes})
+
+
+def _train(session: Session, adapter: AttachedAdapter, tracker: Tracker) -> Training:
     algo = session.config.algo
     if isinstance(algo, BCAlgo):
-        return clone(session, adapter, algo, tracker.log)
+        return Training(clone(session, adapter, algo, tracker.log))
     assert isinstance(algo, OnlineAlgo)
-    steps: dict[str, float] = {}
-    if algo.bc.updates:
-        prefixed = _prefixed(tracker.log, CLONED)
-        steps = {f"{CLONED}{key}": value for key, value in clone(session, adapter, algo.bc, prefixed).items()}
-        session.phases.end("clone")
-        session.cloned = session.evaluate("Cloned")
-        steps |= session.cloned.metrics("eval_cloned")
-        session.phases.end("evaluate_cloned")
+    first = _clone_first(session, adapter, algo, tracker) if algo.bc.updates else Training({})
     if isinstance(algo, PPOAlgo | TD3Algo):
-        return steps | learn_sb3(session, algo, tracker)
+        return replace(first, costs={**first.costs, **learn_sb3(session, algo, tracker)})
     assert isinstance(algo, ODTAlgo | ODTTD3Algo)
-    return steps | learn(session, adapter, algo, tracker)
+    return replace(first, costs={**first.costs, **learn(session, adapter, algo, tracker)})
+
+
+def _clone_first(session: Session, adapter: AttachedAdapter, algo: OnlineAlgo, tracker: Tracker) -> Training:
+    """Clone the demonstrations before learning online, and evaluate between the two."""
+    costs = clone(session, adapter, algo.bc, _prefixed(tracker.log, CLONED))
+    session.phases.end("clone")
+    cloned, _ = session.evaluate("Cloned")
+    session.phases.end("evaluate_cloned")
+    return Training({f"{CLONED}{key}": value for key, value in costs.items()} | cloned.metrics("eval_cloned"), cloned)
 
 
 def _prefixed(log: Log, prefix: str) -> Log:
@@ -71,7 +107,7 @@ def clone(session: Session, adapter: AttachedAdapter, algo: BCAlgo, log: Log) ->
     """Behaviour cloning of the demonstrations."""
     config, policy = session.config, session.policy
     assert session.sampler is not None
-    draw = ShardedSampler(session.sampler, ProcessGroup.current())
+    draw = ShardedSampler(session.sampler, session.process_group)
     with training_progress(algo.updates) as bar, prefetching(draw, policy.device) as ahead:
         counters = train_bc(
             policy,

@@ -15,18 +15,19 @@ from rich.table import Table
 from eva_rl.adapters import AttachedAdapter, LayerStart, adapter_bytes, count_parameters, save_adapted_policy
 from eva_rl.adapters.model_card import card_facts, model_card
 from eva_rl.cli.console import console
-from eva_rl.cli.run_dir import write_summary
+from eva_rl.cli.run_dir import flat_hyperparameters, write_summary
 from eva_rl.data import Trajectories
-from eva_rl.distributed import ProcessGroup
 from eva_rl.eva import EvaResult
 from eva_rl.files import write_json
-from eva_rl.finetune.adapter import listened_to
+from eva_rl.finetune.adapter import activation_source
+from eva_rl.finetune.phases import Training, resume_step
 from eva_rl.finetune.session import Session
+from eva_rl.finetune.shared import evaluate_before
 from eva_rl.rollouts.evaluation import EvaluationResult, described_return
 from eva_rl.rollouts.video import Clip, record_clip, side_by_side, write_video
 from eva_rl.tracking import Tracker
 from eva_rl.tracking.figures import action_figure, rank_figure, spectrum_figure
-from eva_rl.tracking.tracker import read_metrics
+from eva_rl.tracking.tracker import open_tracker, read_metrics
 
 if TYPE_CHECKING:
     from eva_rl.finetune.session import Session
@@ -64,7 +65,7 @@ def start_metrics(start: Mapping[str, LayerStart]) -> dict[str, float]:
 
 
 def _report_eva(session: Session, result: EvaResult, start: Mapping[str, Any], tracker: Tracker) -> None:
-    origin: dict[str, Any] = {"listened_to": listened_to(session.config, session.data is not None)}
+    origin: dict[str, Any] = {"listened_to": activation_source(session.config, session.data is not None)}
     if session.data is not None:
         origin |= {"source": session.data.source, "hash": session.data.content_hash}
     write_json(session.run_dir / "eva_report.json", {"data": origin, **start, **result.to_report()})
@@ -85,23 +86,89 @@ def _eva_metrics(result: EvaResult) -> dict[str, float]:
     }
 
 
-def finish(
+@dataclass(frozen=True)
+class Evaluated:
+    """A held-out evaluation, and what is shown beside it.
+
+    Attributes:
+        result: The episodes.
+        snapshot: How the policy acted.
+        loss: Cloning loss on held-out demonstrations; empty where there are none.
+    """
+
+    result: EvaluationResult
+    snapshot: PolicySnapshot
+    loss: Mapping[str, float]
+
+
+def evaluate_first(session: Session) -> Evaluated:
+    """Evaluate the pretrained policy; runs of a study share this."""
+    result, actions = evaluate_before(session)
+    warn_of_worse_data(session.data, result)
+    found = Evaluated(result, snapshot(session, actions), session.cloning_loss())
+    session.phases.end("evaluate_before")
+    return found
+
+
+def evaluate_last(session: Session) -> Evaluated:
+    """Evaluate the fine-tuned policy."""
+    result, actions = session.evaluate("After")
+    found = Evaluated(result, snapshot(session, actions), session.cloning_loss())
+    session.phases.end("evaluate_after")
+    return found
+
+
+def open_record(session: Session, adapter: AttachedAdapter, before: Evaluated) -> Tracker:
+    """Open the tracker, where the run goes on or afresh with the evaluation before and the adapter's start."""
+    config, network, resumed = session.config, session.policy.network, resume_step(session)
+    counts = {f"settings/{name}": number for name, number in count_parameters(network).items()}
+    writes = session.process_group.is_main
+    hyperparameters = flat_hyperparameters(config) | counts
+    tracker = open_tracker(session.run_dir, resumed, config.tracker, hyperparameters, writes=writes)
+    if resumed is None:
+        tracker.log({**before.result.metrics(), **before.result.metrics("eval_before"), **before.loss}, 0)
+    if adapter.start and resumed is None and writes:
+        report_start(session, adapter, tracker)
+    tracker.watch(network, config.algo.final_step)
+    return tracker
+
+
+def write_results(
     session: Session,
     adapter: AttachedAdapter,
-    results: tuple[EvaluationResult, EvaluationResult],
-    steps: Mapping[str, float],
+    tracker: Tracker,
+    evaluations: tuple[Evaluated, Evaluated],
+    training: Training,
 ) -> None:
-    """Write the policy folder and the summary, and show where everything lies.
+    """Write the policy folder, the summary and the last points of the record, and show where everything lies.
 
     Args:
         session: The run.
         adapter: What was trained.
-        results: Before and after.
-        steps: ``updates``, and ``env_steps`` of an online run; and what they cost.
+        tracker: The record.
+        evaluations: Before and after.
+        training: What lies between them.
     """
-    before, after = results
+    before, after = evaluations
+    if session.process_group.is_main:
+        results = before.result, training.cloned, after.result
+        _write_policy_and_summary(session, adapter, results, {**training.costs, **after.loss})
+    # last, so that no continued run can log it twice
+    tracker.log({**after.result.metrics(), **after.loss}, session.config.algo.final_step)
+    compare_snapshots(session, tracker, before.snapshot, after.snapshot)
+    tracker.finished({**before.result.metrics("eval_before"), **after.result.metrics()})
+
+
+def _write_policy_and_summary(
+    session: Session,
+    adapter: AttachedAdapter,
+    results: tuple[EvaluationResult, EvaluationResult | None, EvaluationResult],
+    costs: Mapping[str, float],
+) -> None:
+    """Write the policy folder and the summary, and show where everything lies."""
+    before, cloned, after = results
     policy, run_dir = session.policy, session.run_dir
-    summary = _summary(session, results) | dict(steps) | start_metrics(adapter.start)
+    summary = _summary(session, (before, after)) | dict(costs) | start_metrics(adapter.start)
     summary["seconds"] = session.phases.seconds
     summary |= _of_study(session)
     policy.env_id = after.env_id
@@ -110,7 +177,7 @@ def finish(
     card = model_card(summary, "full" if adapter.model is None else "adapter")
     save_adapted_policy(run_dir / "policy", policy, adapter, card)
     summary["adapter_bytes"] = adapter_bytes(run_dir / "policy") or 4 * summary["trainable_parameters"]
-    evaluations = {"before": before, **({"cloned": session.cloned} if session.cloned else {}), "after": after}
+    evaluations = {"before": before, **({} if cloned is None else {"cloned": cloned}), "after": after}
     write_json(run_dir / "evaluation.json", {name: result.record() for name, result in evaluations.items()})
     write_summary(run_dir, summary)
     show(run_dir, summary, evaluations)
@@ -222,7 +289,7 @@ def snapshot(session: Session, actions: NDArray[np.float32]) -> PolicySnapshot:
         UserError: There is no renderer on this machine.
     """
     config = session.config
-    if not config.video or not ProcessGroup.current().is_main:
+    if not config.video or not session.process_group.is_main:
         return PolicySnapshot(actions, None)
     every = max(2, session.spec.horizon // FRAMES)
     clip = record_clip(session.policy, config.env.id, seed=config.eval.seed, horizon=config.env.horizon, every=every)

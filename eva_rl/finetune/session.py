@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -38,7 +38,7 @@ from eva_rl.distributed import ProcessGroup
 from eva_rl.envs import EnvSpec, env_spec
 from eva_rl.envs.vector import TaskVecEnv
 from eva_rl.errors import UserError
-from eva_rl.finetune.adapter import check_adapter, listened_to
+from eva_rl.finetune.adapter import activation_source, check_adapter
 from eva_rl.finetune.locations import alone, data_folder
 from eva_rl.rollouts.evaluation import EvaluationResult, evaluate_distributed, evaluate_policy, shared_envs
 from eva_rl.seeding import MAX_SEED, VALIDATION
@@ -48,9 +48,9 @@ HELD_OUT_WINDOWS, HELD_OUT_BATCHES = 256, 4
 """Windows on which the held-out cloning loss is measured."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Session:
-    """Everything that the phases of a run share.
+    """Everything that the phases of a run share; a context manager that closes the environments.
 
     Attributes:
         config: As it was given.
@@ -61,9 +61,10 @@ class Session:
         data: Demonstrations, or None.
         sampler: Windows of the demonstrations, or None.
         vec_env: Environments of the held-out episodes.
+        process_group: This process among those of the run.
         phases: Seconds spent.
         held_out: Windows of demonstrations that are not trained on, or None.
-        cloned: The held-out evaluation between cloning and learning online; None where there is no such point.
+        shared: Keys of the work that was shared with other runs of a study.
     """
 
     config: FinetuneConfig
@@ -74,18 +75,16 @@ class Session:
     data: Trajectories | None
     sampler: WindowSampler | None
     vec_env: TaskVecEnv
+    process_group: ProcessGroup
     phases: Phases
-    cloned: EvaluationResult | None = None
     held_out: WindowSampler | None = None
+    shared: dict[str, str] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        self.shared: dict[str, str] = {}
-        self._actions: list[NDArray[np.float32]] = []
+    def __enter__(self) -> Session:
+        return self
 
-    @property
-    def actions(self) -> NDArray[np.float32]:
-        """(N, act), of the last held-out evaluation."""
-        return np.concatenate(self._actions)
+    def __exit__(self, *_: object) -> None:
+        self.vec_env.close()
 
     @property
     def checkpoint_dir(self) -> Path:
@@ -105,19 +104,20 @@ class Session:
             references=None if self.data is None else data_references(self.data),
             vec_env=self.vec_env,
         )
-        return partial(evaluate_distributed, ProcessGroup.current(), play)
+        return partial(evaluate_distributed, self.process_group, play)
 
-    def evaluate(self, name: str) -> EvaluationResult:
-        """The held-out evaluation, behind a progress bar."""
+    def evaluate(self, name: str) -> tuple[EvaluationResult, NDArray[np.float32]]:
+        """The held-out evaluation, behind a progress bar; and the actions (N, act) that this process took in it."""
         episodes = self.config.eval.episodes
-        self._actions = []
-        with counting_progress(f"{name:8s}", ProcessGroup.current().local_count(episodes)) as advance:
-            return self.play(
+        actions: list[NDArray[np.float32]] = []
+        with counting_progress(f"{name:8s}", self.process_group.local_count(episodes)) as advance:
+            result = self.play(
                 episodes=episodes,
                 on_episode=advance,
-                on_actions=self._actions.append,
+                on_actions=actions.append,
                 stop_at_success=bool(self.config.eval.stop_at_success),
             )
+        return result, np.concatenate(actions)
 
     def validate(self, update: int = 0) -> dict[str, float]:
         """Metrics on validation episodes, which no report sees; at the updates of ``eval.at`` also on held-out ones."""
@@ -143,10 +143,6 @@ class Session:
             batches = (self.held_out.sample(HELD_OUT_WINDOWS, step, policy.device) for step in range(HELD_OUT_BATCHES))
             losses = [clone_loss(policy.network, batch).item() for batch in batches]
         return {"eval/cloning_loss": sum(losses) / len(losses)}
-
-    def close(self) -> None:
-        """Close the environments."""
-        self.vec_env.close()
 
 
 def open_session(config: FinetuneConfig) -> Session:
@@ -184,12 +180,12 @@ def open_session(config: FinetuneConfig) -> Session:
         policy.check_dimensions(data.observation_dim, data.action_dim, data.source)
         if config.policy.observations_from == FROM_DEMONSTRATIONS:
             normalise_by(policy, data, config.policy)
-    _ask(policy, config, data, spec.env_id)
+    set_target_return(policy, config, data, spec.env_id)
     sampler = None if data is None else make_sampler(policy, data, config)
     vec_env = shared_envs(process_group, spec.env_id, config.eval.episodes, config.env.horizon)
     phases.end("data")
     held_out = _held_out(policy, config, spec.env_id, run_dir)
-    return Session(config, spec, policy, named.path, run_dir, data, sampler, vec_env, phases, held_out=held_out)
+    return Session(config, spec, policy, named.path, run_dir, data, sampler, vec_env, process_group, phases, held_out)
 
 
 def _load_data(config: FinetuneConfig, options: DataOptions, env_id: str, run_dir: Path) -> Trajectories:
@@ -222,7 +218,7 @@ def _held_out(
 def _check_activations(config: FinetuneConfig, has_data: bool) -> None:
     method = find_method(config.adapter.method)
     if method.needs:
-        listened_to(config, has_data)
+        activation_source(config, has_data)
     if method.needs == GRADIENTS and not has_data:
         raise UserError(
             f"adapter={method.name} starts from the gradient of cloning, and there is nothing to clone. Name "
@@ -247,12 +243,14 @@ def data_source(config: FinetuneConfig) -> str:
     return config.data.source
 
 
-def _ask(policy: DecisionTransformerPolicy, config: FinetuneConfig, data: Trajectories | None, env_id: str) -> None:
-    """Decide on the return to ask for: the user's, the demonstrations', or the policy's own."""
-    asked = config.policy.target_return
-    if asked is None and data is not None:
-        asked = target_return(data)
-    policy.with_target(policy.conditioning.of(env_id) if asked is None else asked, env_id)
+def set_target_return(
+    policy: DecisionTransformerPolicy, config: FinetuneConfig, data: Trajectories | None, env_id: str
+) -> None:
+    """Set the target return: the user's, the demonstrations', or the policy's own."""
+    target = config.policy.target_return
+    if target is None and data is not None:
+        target = target_return(data)
+    policy.with_target(policy.conditioning.of(env_id) if target is None else target, env_id)
 
 
 def make_sampler(policy: DecisionTransformerPolicy, data: Trajectories, config: FinetuneConfig) -> WindowSampler:

@@ -11,7 +11,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eva_rl.agents.policy_folder import weights_digest
-from eva_rl.distributed import ProcessGroup
 from eva_rl.eva import EvaResult
 from eva_rl.files import read_json, write_file, write_folder, write_json
 from eva_rl.finetune.locations import alone, key_of
@@ -25,8 +24,8 @@ Actions = NDArray[np.float32]
 def evaluate_before(session: Session) -> tuple[EvaluationResult, Actions]:
     """The held-out evaluation before training with the actions taken; the same for all methods of a study."""
     config = session.config
-    if not config.shared or ProcessGroup.current().world_size > 1:
-        return session.evaluate("Before"), session.actions
+    if not config.shared or session.process_group.world_size > 1:
+        return session.evaluate("Before")
     key = key_of(
         policy=weights_digest(session.policy.network.state_dict()),
         target=session.policy.conditioning.of(session.spec.env_id),
@@ -43,8 +42,8 @@ def evaluate_before(session: Session) -> tuple[EvaluationResult, Actions]:
     path = Path(config.shared).expanduser() / "before" / key
     with alone(path):
         if not path.exists():
-            result = session.evaluate("Before")
-            write_folder(path, lambda aside: _save(aside, result, session.actions))
+            result, actions = session.evaluate("Before")
+            write_folder(path, lambda aside: _save(aside, result, actions))
         return _load(path)
 
 
@@ -69,7 +68,7 @@ def _load(folder: Path) -> tuple[EvaluationResult, Actions]:
 def shared_eva(session: Session, compute: Callable[[], EvaResult]) -> EvaResult:
     """The EVA pass, which all runs with one policy, data and seed have in common."""
     config, data = session.config, session.data
-    if not config.shared or ProcessGroup.current().world_size > 1:
+    if not config.shared or session.process_group.world_size > 1:
         return compute()
     key = key_of(
         policy=weights_digest(session.policy.network.state_dict()),

@@ -142,7 +142,7 @@ def test_a_second_adapter_is_refused(reach_demonstrations: Trajectories) -> None
 
 def test_every_method_is_documented() -> None:
     root = Path(__file__).parents[2]
-    for file in ("README.md", "docs/adapters.md"):
+    for file in ("docs/commands.md", "docs/adapters.md"):
         text = (root / file).read_text()
         for name in METHODS:
             assert f"`{name}`" in text or (f"`{name.removeprefix('eva_')}`" in text and "`eva_*`" in text), (file, name)

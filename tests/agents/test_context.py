@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -254,3 +255,17 @@ def test_two_groups_have_histories_of_their_own() -> None:
     assert policy.with_own_history() is second
     policy.with_target(7.0, "x")
     assert policy.with_own_history().conditioning.of("x") == 7
+
+
+@pytest.mark.parametrize("window", ["cached", "full"])
+def test_weights_that_change_between_steps_act_at_once(window: Literal["cached", "full"]) -> None:
+    """A policy that learns online acts by what it has learned, without a reset."""
+    policy = make_policy()
+    policy.window = window
+    policy.reset(["metaworld/reach-v3"] * 2)
+    observations, rewards = np.ones((2, 39), np.float32), np.zeros(2, np.float32)
+    policy.act(observations, rewards, np.ones(2, bool))
+    with torch.no_grad():
+        for parameter in policy.network.action_head.parameters():
+            parameter.zero_()
+    assert not policy.act(observations, rewards, np.zeros(2, bool)).any()

@@ -24,18 +24,22 @@ def hopper_policy() -> DecisionTransformerPolicy:
 
 def own_episodes(num_envs: int, episodes: int) -> list[tuple[float, int]]:
     vec_env = make_vec_env("Hopper-v5", num_envs, seed=5)
-    records = play_episodes(hopper_policy(), vec_env, ["Hopper-v5"] * num_envs, episodes)
+    policy = hopper_policy()
+    policy.window = "full"  # contexts that grow depend on which episodes go on side by side
+    records = play_episodes(policy, vec_env, ["Hopper-v5"] * num_envs, episodes)
     vec_env.close()
     return [(r.episode_return, r.length) for r in records]
 
 
 @pytest.mark.filterwarnings("ignore:Evaluation environment is not wrapped")
 def test_evaluate_policy_plays_the_same_episodes_as_we_do() -> None:
-    adapter = PredictAdapter(hopper_policy(), "Hopper-v5")
+    policy = hopper_policy()
+    policy.window = "full"
+    adapter = PredictAdapter(policy, "Hopper-v5")
     vec_env = adapter.listen(make_vec_env("Hopper-v5", 3, seed=5))
     returns, lengths = evaluate_policy(adapter, vec_env, n_eval_episodes=6, return_episode_rewards=True)  # type: ignore[arg-type]
     vec_env.close()
-    expected = sorted(own_episodes(3, 2))
+    expected = sorted(own_episodes(3, 6))
     assert sorted(lengths) == sorted(length for _, length in expected)
     np.testing.assert_allclose(sorted(returns), [r for r, _ in expected], rtol=1e-4)
 

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from eva_rl.envs.metaworld import METAWORLD_TASKS, MetaWorldTask, scripted_expert
+from eva_rl.envs.metaworld import MetaWorldTask, scripted_expert
+from eva_rl.envs.names import METAWORLD_TASKS
 from eva_rl.envs.sawyer import LeanSawyer, tolerance
 
 SOME = ("metaworld/push-v3", "metaworld/stick-pull-v3", "metaworld/door-open-v3")

@@ -11,7 +11,7 @@ FAULTY = """
 import sys
 sys.path.insert(0, {benchmarks!r})
 import fuzz, fuzz_formats
-fuzz_formats.FORMATS["careless"] = fuzz_formats.Format(
+fuzz.FORMATS["careless"] = fuzz_formats.Format(
     lambda folder: (folder / "a.txt").write_text("12"),
     lambda folder: str(int((folder / "a.txt").read_text())),
     ours=True,

@@ -132,7 +132,13 @@ def test_every_method_runs(method: str, base: Path, tmp_path: Path) -> None:
     summary = read(tmp_path / method / "summary.json")
     assert summary["method"] == method
     assert (tmp_path / method / "policy" / "adapter").exists() == METHODS[method].adapter
-    assert (tmp_path / method / "eva_report.json").exists() == METHODS[method].eva
+    report = tmp_path / method / "eva_report.json"
+    assert report.exists() == METHODS[method].adapter
+    if METHODS[method].adapter:
+        start = read(report)["start"]
+        assert len(start) == 12
+        assert all(layer["gain"] >= 0 for layer in start.values())
+        assert ("layers" in read(report)) == METHODS[method].eva
 
 
 def test_data_from_a_file(base: Path, tmp_path: Path) -> None:
@@ -148,13 +154,13 @@ def test_killed_and_continued_equals_uninterrupted(base: Path, finished: Path, t
     code = f"""
 import os, signal, sys
 from eva_rl.finetune import command as finetune
-from eva_rl.training import bc
-save = bc.save_checkpoint
+from eva_rl.training import checkpoint
+save = checkpoint.save_checkpoint
 def dying(folder, state, *rest):
     save(folder, state, *rest)
     if state.step == 4:
         os.kill(os.getpid(), signal.SIGKILL)
-bc.save_checkpoint = dying
+checkpoint.save_checkpoint = dying
 finetune.main({[f"policy={base}", f"run_dir={run_dir}", *SMALL]!r})
 """
     died = subprocess.run([sys.executable, "-c", code], timeout=300, check=False)
@@ -185,7 +191,7 @@ def test_a_misspelt_task(base: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
         ("adapter.rnk=4", ["rnk"]),
         ("adapter=evva", ["'evva'", "'eva'"]),
         ("algo.updates=0", ["algo.updates=0", "above 0"]),
-        ("algo.updates=many", ["many", "Integer"]),
+        ("algo.updates=many", ["many", "whole number"]),
         ("algo.loss=l3", ["algo.loss", "'l3'", "l1"]),
         ("device=tpu9", ["device=tpu9"]),
         ("policy=nowhere", ["'nowhere'"]),
