@@ -17,6 +17,7 @@ from eva_rl.agents.decision_transformer import TOKEN_ORDERS
 from eva_rl.agents.policy import Conditioning
 from eva_rl.agents.static_cache import static_step
 from eva_rl.batch import InputScaling, WindowBatch
+from tests.conftest import make_policy as small_policy
 
 OBS, ACT, TARGET, SCALE = 5, 2, 30.0, 10.0
 LENGTHS = (200, 37, 61, 5)
@@ -260,7 +261,7 @@ def test_two_groups_have_histories_of_their_own() -> None:
 @pytest.mark.parametrize("window", ["cached", "full"])
 def test_weights_that_change_between_steps_act_at_once(window: Literal["cached", "full"]) -> None:
     """A policy that learns online acts by what it has learned, without a reset."""
-    policy = make_policy()
+    policy = small_policy()
     policy.window = window
     policy.reset(["metaworld/reach-v3"] * 2)
     observations, rewards = np.ones((2, 39), np.float32), np.zeros(2, np.float32)

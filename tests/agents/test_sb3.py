@@ -10,6 +10,7 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor, VecNormalize
 
 from eva_rl.agents import Conditioning, DecisionTransformerPolicy, PredictAdapter
+from eva_rl.agents.context import Window
 from eva_rl.envs import make_vec_env
 from eva_rl.errors import UserError
 from eva_rl.rollouts.episodes import play_episodes
@@ -22,10 +23,10 @@ def hopper_policy() -> DecisionTransformerPolicy:
     return policy
 
 
-def own_episodes(num_envs: int, episodes: int) -> list[tuple[float, int]]:
+def own_episodes(num_envs: int, episodes: int, window: Window = "cached") -> list[tuple[float, int]]:
     vec_env = make_vec_env("Hopper-v5", num_envs, seed=5)
     policy = hopper_policy()
-    policy.window = "full"  # contexts that grow depend on which episodes go on side by side
+    policy.window = window
     records = play_episodes(policy, vec_env, ["Hopper-v5"] * num_envs, episodes)
     vec_env.close()
     return [(r.episode_return, r.length) for r in records]
@@ -34,12 +35,12 @@ def own_episodes(num_envs: int, episodes: int) -> list[tuple[float, int]]:
 @pytest.mark.filterwarnings("ignore:Evaluation environment is not wrapped")
 def test_evaluate_policy_plays_the_same_episodes_as_we_do() -> None:
     policy = hopper_policy()
-    policy.window = "full"
+    policy.window = "full"  # contexts that grow depend on which episodes go on side by side
     adapter = PredictAdapter(policy, "Hopper-v5")
     vec_env = adapter.listen(make_vec_env("Hopper-v5", 3, seed=5))
     returns, lengths = evaluate_policy(adapter, vec_env, n_eval_episodes=6, return_episode_rewards=True)  # type: ignore[arg-type]
     vec_env.close()
-    expected = sorted(own_episodes(3, 6))
+    expected = sorted(own_episodes(3, 6, "full"))
     assert sorted(lengths) == sorted(length for _, length in expected)
     np.testing.assert_allclose(sorted(returns), [r for r, _ in expected], rtol=1e-4)
 
