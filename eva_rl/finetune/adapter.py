@@ -127,17 +127,17 @@ def _input_moments(
     policy: DecisionTransformerPolicy, sampler: WindowSampler | None, config: FinetuneConfig
 ) -> dict[str, SecondMoment]:
     """Second moments of the target layers' inputs; of few batches, or none, where they only describe the start."""
-    options, measured_alone = config.adapter, config.adapter.gain == "own"
+    options, network, process_group = config.adapter, policy.network, ProcessGroup.current()
+    measured_alone = options.gain == "own"
     if not find_method(options.method).adapter or (measured_alone and sampler is None):
         return {}
     most = options.eva.max_batches
-    network = policy.network
     matrices = [n for n in target_layers(network, options.targets) if isinstance(network.get_submodule(n), nn.Linear)]
-    with _sources(policy, sampler, config, ProcessGroup.current()) as (batches, rollouts):
-        given = None if measured_alone else rollouts
-        return input_moments(
-            policy, matrices, batches, given, max_batches=min(most, MEASURED_BATCHES) if measured_alone else most
-        )
+    if measured_alone and sampler is not None:
+        batches = windows(policy, ShardedSampler(sampler, process_group), options.eva.batch_size)
+        return input_moments(policy, matrices, batches, None, max_batches=min(most, MEASURED_BATCHES))
+    with _sources(policy, sampler, config, process_group) as (found, rollouts):
+        return input_moments(policy, matrices, found, rollouts, max_batches=most)
 
 
 def _compute_eva(policy: DecisionTransformerPolicy, sampler: WindowSampler | None, config: FinetuneConfig) -> EvaResult:

@@ -42,7 +42,7 @@ def test_killed_at_random_moments(reach_demonstrations: Trajectories, tmp_path: 
     while killed < KILLS and not found.exists():
         process = context.Process(target=clone, args=(reach_demonstrations, folder, found))
         process.start()
-        process.join(moments.uniform(0, alone / 4))
+        process.join(moments.uniform(0, alone / 8))
         killed += process.is_alive()
         process.kill()
         process.join()
