@@ -209,6 +209,7 @@ def rows(path: Path) -> list[dict[str, str]]:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_killed_anywhere_a_study_continues_from_its_records_alone(tmp_path: Path) -> None:
     """2 tasks, 3 methods, 2 rates, 2 seeds: killed while tuning and while testing, each time on another machine."""
     base = tmp_path / "base"
@@ -261,6 +262,7 @@ def test_the_documented_study_can_be_planned(tmp_path: Path, capfd: pytest.Captu
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_documented_study_runs(tmp_path: Path) -> None:
     """Made tiny: the same keys with fewer methods, seeds and updates."""
     base, path = tmp_path / "base", tmp_path / "study.yaml"
