@@ -72,10 +72,10 @@ class _FusedLinears(torch.autograd.Function):
     def forward(ctx: Any, scales: tuple[float, ...], x: Tensor, *flat: Tensor | None) -> tuple[Tensor, ...]:
         layers = _layers(scales, flat)
         composed = [layer.composed() for layer in layers]
-        outputs, hidden = _outputs(x, layers, [weight.to(x.dtype) for weight, _ in composed])
+        weights = [weight.to(x.dtype) for weight, _ in composed]
+        outputs, hidden = _outputs(x, layers, weights)
         ctx.scales, ctx.gains = scales, [gain for _, gain in composed]
         outputs_kept = [y if gain is not None else None for y, (_, gain) in zip(outputs, composed, strict=True)]
-        weights = [weight.to(x.dtype) for weight, _ in composed]
         ctx.save_for_backward(x, hidden, *weights, *outputs_kept, *flat)
         ctx.set_materialize_grads(False)
         return outputs

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,10 +28,6 @@ from eva_rl.rollouts.video import Clip, record_clip, side_by_side, write_video
 from eva_rl.tracking import Tracker
 from eva_rl.tracking.figures import action_figure, rank_figure, spectrum_figure
 from eva_rl.tracking.tracker import open_tracker, read_metrics
-
-if TYPE_CHECKING:
-    from eva_rl.finetune.session import Session
-
 
 DASHBOARD = "#custom_scalars&_smoothingWeight=0"
 """The page of TensorBoard to begin with; its smoothing would bend curves of a few points."""
