@@ -151,13 +151,18 @@ def check_method(algo: AlgoOptions, method: Method) -> None:
     """Raise unless an algorithm can train an adapter's method.
 
     Raises:
-        UserError: The method prunes while it trains, and the algorithm is Stable-Baselines3's; or EVA's directions are
-            to be refreshed, and the method has none that stay.
+        UserError: The method prunes while it trains or has two learning rates, and the algorithm is
+            Stable-Baselines3's; or EVA's directions are to be refreshed, and the method has none that stay.
     """
     if isinstance(algo, SB3Algo) and method.adalora:
         raise UserError(
             f"adapter={method.name} prunes while it trains, in our own loops; algo={algo.name} is Stable-Baselines3's. "
             "Use adapter=eva, or algo=odt_td3."
+        )
+    if isinstance(algo, SB3Algo) and method.plus:
+        raise UserError(
+            f"adapter={method.name} gives B a learning rate of its own, in our own loops; algo={algo.name} is "
+            "Stable-Baselines3's. Use adapter=lora, or algo=odt_td3."
         )
     if isinstance(algo, ReplayOptions) and algo.refresh_every and (not method.eva or method.adalora):
         raise UserError(

@@ -25,7 +25,7 @@ from eva_rl.options import Options, group, option
 
 @dataclass
 class EvaSourceOptions(Options):
-    """The activations and gradients that EVA, CorDA and LoRA-GA start from."""
+    """The activations and gradients that EVA, CorDA, LoRA-GA and LoRA-One start from."""
 
     PREFIX: ClassVar[str] = "adapter.eva."
     source: str = option(
@@ -72,7 +72,7 @@ class AdapterOptions(Options):
         "scale of A where B starts at zero: own, lora or eva (that of LoRA's or EVA's start), or a number, the mean "
         "squared length of A x in every layer",
     )
-    eva: EvaSourceOptions = group(EvaSourceOptions, "data of EVA, CorDA and LoRA-GA")
+    eva: EvaSourceOptions = group(EvaSourceOptions, "data of EVA, CorDA, LoRA-GA and LoRA-One")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -41,7 +41,7 @@ def export_onnx(policy: DecisionTransformerPolicy, path: str | Path, about: Mapp
     onnx = onnx_module("onnx")
     onnx_module("onnxruntime")
     weights = policy.network.state_dict()
-    if any(".lora_" in name for name in weights):
+    if any(".base_layer." in name for name in weights):
         raise UserError("The policy has an adapter. Merge it first: policy.adapters.merge_and_unload().")
     facts = _facts(policy) | dict(about or {})
     scaling = policy.scaling.to("cpu")

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import logging
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
-from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, MissConfig, PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from eva_rl.adapters.extensions import (
     ADAPTER_NAME,
+    ADAPTER_PARTS,
     ORTHOGONALITY,
     AdaLoraExtension,
     FrozenFactors,
+    LoraPlus,
     RewrittenBase,
     initial_rank,
     schedule,
@@ -25,6 +25,7 @@ from eva_rl.adapters.fused import fuse
 from eva_rl.adapters.gain import LayerStart
 from eva_rl.adapters.layers import PROJECTIONS, capped, rank_limits
 from eva_rl.adapters.methods import DIRECTIONS, GRADIENTS, MOMENTS, Method, find_method
+from eva_rl.adapters.starts import Backward, prepare_corda, prepare_gradients, set_start
 from eva_rl.agents.policy import DecisionTransformerPolicy
 from eva_rl.errors import UserError
 from eva_rl.eva import EvaOptions, EvaResult
@@ -32,8 +33,7 @@ from eva_rl.eva import EvaOptions, EvaResult
 log = logging.getLogger(__name__)
 
 HEAD = "action_head."
-Backward = Callable[[], None]
-"""Runs forward and backward passes of the loss; gradients add up."""
+Extension = AdaLoraExtension | FrozenFactors | LoraPlus | RewrittenBase
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class AttachedAdapter:
     method: Method
     model: PeftModel | None
     eva: EvaResult | None
-    extension: AdaLoraExtension | FrozenFactors | RewrittenBase | None = None
+    extension: Extension | None = None
     start: Mapping[str, LayerStart] = field(default_factory=dict)
 
 
@@ -71,8 +71,8 @@ def attach_adapter(  # noqa: PLR0913 - PEFT's names for what a user may set
 ) -> AttachedAdapter:
     """Freeze a policy's network and make the method's own parameters trainable.
 
-    At first the policy acts as it did before. Methods that take their start out of the base weights leave others in
-    their place until the policy is saved: give the extension to the training loop, and save with
+    At first the policy acts as it did before, except with LoRA-One, whose start is a first step. Methods that take
+    their start out of the base weights leave others in their place until the policy is saved: give the extension to the training loop, and save with
     :func:`eva_rl.adapters.save_adapted_policy`. AdaLoRA begins with :func:`eva_rl.adapters.initial_rank` in each layer,
     which is the rank that EVA has to be computed with; its extension belongs in the training loop, too.
 
@@ -81,13 +81,13 @@ def attach_adapter(  # noqa: PLR0913 - PEFT's names for what a user may set
         method: A name in :data:`eva_rl.adapters.METHODS`.
         rank: Rank of each target layer; EVA's result brings its own ranks. No layer gets more than its weight has.
         alpha: LoRA's alpha; None takes the rank, so that the update is not scaled. Ignored for EVA, whose result
-            brings its own.
+            brings its own, and for MiSS, which has none.
         dropout: LoRA's dropout.
         targets: Names, or endings of names, of layers.
         rank_caps: Highest rank of some of them, by name or ending; the scale of the update stays that of ``rank``.
         eva: What ``eva_rl.eva.compute`` found; needed by the EVA methods, and by no other.
         moments: (in, in) by layer, what :func:`eva_rl.adapters.second_moments` found; needed by CorDA.
-        backward: Forward and backward passes of the loss; needed by LoRA-GA.
+        backward: Forward and backward passes of the loss; needed by LoRA-GA and LoRA-One.
         total_updates: Gradient steps to come, for AdaLoRA's schedule; other methods do without.
 
     Raises:
@@ -96,7 +96,7 @@ def attach_adapter(  # noqa: PLR0913 - PEFT's names for what a user may set
     """
     chosen = find_method(method)
     network = policy.network
-    if any(".lora_" in name for name, _ in network.named_parameters()):
+    if has_adapter(network):
         raise UserError("This policy has an adapter already. Merge it first, or start from the policy without it.")
     _check_data(chosen, {DIRECTIONS: eva, MOMENTS: moments, GRADIENTS: backward})
     if not chosen.adapter:
@@ -106,7 +106,9 @@ def attach_adapter(  # noqa: PLR0913 - PEFT's names for what a user may set
     limits = rank_limits(network, chosen, rank, targets, rank_caps)
     eva = None if eva is None else _complete(capped(eva, limits), limits)
     if chosen.adalora:
-        peft_config: LoraConfig = _adalora_config(list(limits), rank, alpha, dropout, total_updates)
+        peft_config: PeftConfig = _adalora_config(list(limits), rank, alpha, dropout, total_updates)
+    elif chosen.miss:
+        peft_config = MissConfig(r=rank, miss_dropout=dropout, target_modules=list(limits))
     else:
         peft_config = _lora_config(chosen, limits, rank, alpha, dropout, eva)
     model, extension = _attached(network, chosen, peft_config, moments, backward)
@@ -141,50 +143,40 @@ def _complete(eva: EvaResult, limits: Mapping[str, int]) -> EvaResult:
 def _attached(
     network: nn.Module,
     method: Method,
-    peft_config: LoraConfig,
+    peft_config: PeftConfig,
     moments: Mapping[str, Tensor] | None,
     backward: Backward | None,
-) -> tuple[PeftModel, AdaLoraExtension | FrozenFactors | RewrittenBase | None]:
+) -> tuple[PeftModel, Extension | None]:
     """PEFT's model, and what has to be kept of the weights from before."""
     originals = {}
     if method.rewrites:
         layers = peft_config.target_modules
         originals = {name: network.get_parameter(f"{name}.weight").detach().clone() for name in layers}
     if moments is not None:
-        _prepare_corda(network, peft_config, moments)
+        prepare_corda(network, peft_config, moments)
     if backward is not None:
-        _prepare_lora_ga(network, peft_config, backward)
+        prepare_gradients(network, peft_config, backward)
     model = get_peft_model(network, peft_config)
-    peft_config.corda_config = peft_config.lora_ga_config = None  # done; a saved adapter needs them no more
+    set_start(model, method.start)
+    if isinstance(peft_config, LoraConfig):
+        peft_config.corda_config = peft_config.lora_ga_config = None  # done; a saved adapter needs them no more
     if method.rewrites:
         return model, RewrittenBase(model, originals)
+    return model, extension_of(method, model)
+
+
+def extension_of(method: Method, model: PeftModel) -> Extension | None:
+    """What a method adds to the training loop, where it leaves the base weights alone.
+
+    Args:
+        method: The way to fine-tune.
+        model: PEFT's model, new or loaded.
+    """
     if method.freezes:
-        return model, FrozenFactors(model)
-    return model, AdaLoraExtension(model) if method.adalora else None
-
-
-def _prepare_corda(network: nn.Module, peft_config: LoraConfig, moments: Mapping[str, Tensor]) -> None:
-    """Hand PEFT the second moments, of mean diagonal 1: white inputs then give the weights' own singular triplets."""
-    from peft.tuners.lora.corda import preprocess_corda
-
-    def fill() -> None:
-        for name in peft_config.target_modules:
-            layer: Any = network.get_submodule(name)
-            moment = moments[name]
-            layer.sample_count = 1
-            layer.covariance_matrix = (moment / moment.diagonal().mean()).to(layer.weight)
-
-    if missing := [name for name in peft_config.target_modules if name not in moments]:
-        raise UserError(f"There are no second moments of {', '.join(missing[:3])}. Compute them with the same targets.")
-    preprocess_corda(network, peft_config, run_model=fill)
-
-
-def _prepare_lora_ga(network: nn.Module, peft_config: LoraConfig, backward: Backward) -> None:
-    from peft.tuners.lora.loraga import preprocess_loraga
-
-    with warnings.catch_warnings():  # layers that read the data themselves have no input to differentiate
-        warnings.filterwarnings("ignore", message=".*no inputs require gradients.*")
-        preprocess_loraga(network, peft_config, backward)
+        return FrozenFactors(model)
+    if method.plus:
+        return LoraPlus(model)
+    return AdaLoraExtension(model) if method.adalora else None
 
 
 def _lora_config(
@@ -267,6 +259,11 @@ def _init_lora_A(model: PeftModel, components: Mapping[str, Tensor]) -> None:  #
                 weight.copy_(directions)
 
 
+def has_adapter(network: nn.Module) -> bool:
+    """Whether an adapter of PEFT's sits in the network."""
+    return any(part in name for name, _ in network.named_parameters() for part in ADAPTER_PARTS)
+
+
 def base_weights(network: nn.Module, adapter: AttachedAdapter | None = None) -> dict[str, Tensor]:
     """Weights of the policy without its adapter, under the names they had before it was attached.
 
@@ -277,7 +274,7 @@ def base_weights(network: nn.Module, adapter: AttachedAdapter | None = None) -> 
     weights = {
         name.replace(".base_layer.", "."): value
         for name, value in network.state_dict().items()
-        if ".lora_" not in name and ".ranknum." not in name
+        if not any(part in name for part in ADAPTER_PARTS)
     }
     extension = None if adapter is None else adapter.extension
     return weights | extension.original_weights() if isinstance(extension, RewrittenBase) else weights

@@ -14,9 +14,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 WEIGHTS_FILE = "adapter_model.safetensors"
-
-
 ADAPTER_NAME = "default"
+ADAPTER_PARTS = (".lora_", ".miss_", ".ranknum.")
+"""What is in the names of an adapter's tensors and in no others."""
+LORA_PLUS_RATIO = 16.0
+"""Learning rate of B over that of A, lambda (arXiv 2402.12354, section 5)."""
 ORTHOGONALITY = 0.1
 """Weight of AdaLoRA's regulariser, gamma in the paper's equation 4 (arXiv 2303.10512)."""
 _STATISTICS = ("ipt", "exp_avg_ipt", "exp_avg_unc")
@@ -33,6 +35,25 @@ class _Quiet:
         return torch.zeros((), device=next(self.model.parameters()).device, requires_grad=True)
 
     def after_step(self, update: int) -> None:
+        """Nothing."""
+
+    def learning_rate_factor(self, name: str) -> float:
+        """One: all parameters learn at the same rate."""
+        return 1.0
+
+
+class LoraPlus(_Quiet):
+    """LoRA+ (arXiv 2402.12354): B learns faster than A."""
+
+    def learning_rate_factor(self, name: str) -> float:
+        """LORA_PLUS_RATIO for B, one for A."""
+        return LORA_PLUS_RATIO if ".lora_B." in name else 1.0
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Nothing."""
+        return {}
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Nothing."""
 
 
@@ -159,6 +180,10 @@ class AdaLoraExtension:
     def after_step(self, update: int) -> None:
         """Prune according to AdaLoRA's schedule; the gradients of gradient step ``update`` are still there."""
         self._model.base_model.update_and_allocate(update)
+
+    def learning_rate_factor(self, name: str) -> float:
+        """One: all parameters learn at the same rate."""
+        return 1.0
 
     def tensors(self) -> dict[str, Tensor]:
         """Importance statistics, and which ranks are kept, for a checkpoint."""

@@ -77,7 +77,7 @@ def _check_kinds(network: nn.Module, method: Method, layers: Sequence[str]) -> N
     if tables and not method.embeds:
         raise UserError(
             f"adapter={method.name} adapts matrices, {tables[0]} is a lookup table. Leave it out of adapter.targets, "
-            "or use adapter=lora, rslora, dora or mica."
+            "or use adapter=lora, rslora, dora, lora_plus or mica."
         )
 
 
@@ -93,6 +93,11 @@ def _checked(method: Method, rank: int, limits: dict[str, int]) -> dict[str, int
                 f"adapter={method.name} begins with rank {needed} in every layer and prunes from there; {narrow[0]} "
                 f"takes {limits[narrow[0]]} at most. Leave it out of adapter.targets, or lower adapter.rank."
             )
+    if method.miss and (narrow := [name for name, limit in limits.items() if limit < rank]):
+        raise UserError(
+            f"adapter=miss has one rank for all layers, adapter.rank={rank}; {narrow[0]} takes {limits[narrow[0]]} at "
+            "most. Leave it out of adapter.targets, or lower adapter.rank."
+        )
     if none := [name for name, limit in limits.items() if limit < 1]:
         raise UserError(f"adapter={method.name} finds no direction in {none[0]}. Leave it out of adapter.targets.")
     return limits

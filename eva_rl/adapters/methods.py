@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import peft
 from peft import LoraConfig
 
 from eva_rl.errors import UnknownNameError, UserError
@@ -25,6 +26,9 @@ class Method:
         rslora: Whether the scale is alpha over the square root of the rank.
         adalora: Whether ranks are pruned while training.
         init: PEFT's ``init_lora_weights``.
+        start: Our own start, on top of PEFT's, where PEFT has none (:func:`eva_rl.adapters.starts.set_start`).
+        plus: Whether B learns at a higher rate than A.
+        miss: Whether it is PEFT's MiSS, which shares a matrix between shards of the inputs.
     """
 
     name: str
@@ -36,16 +40,21 @@ class Method:
     rslora: bool = False
     adalora: bool = False
     init: bool | str = True
+    start: str = ""
+    plus: bool = False
+    miss: bool = False
 
     @property
     def needs(self) -> str:
         """What it computes from data before it starts: DIRECTIONS, MOMENTS, GRADIENTS or nothing."""
-        return DIRECTIONS if self.eva else {"corda": MOMENTS, "lora_ga": GRADIENTS}.get(str(self.init), "")
+        if self.eva:
+            return DIRECTIONS
+        return {"corda": MOMENTS, "lora_ga": GRADIENTS, "lora_one": GRADIENTS}.get(self.start or str(self.init), "")
 
     @property
     def rewrites(self) -> bool:
         """Whether it takes its start out of the base weights, which are then others than before."""
-        return self.init in {"pissa", "olora", "corda", "lora_ga"}
+        return self.init in {"pissa", "olora", "corda", "lora_ga"} or self.start == "milora"
 
     @property
     def freezes(self) -> bool:
@@ -55,12 +64,12 @@ class Method:
     @property
     def zero_b(self) -> bool:
         """Whether B starts at zero, so that A can be rescaled or rotated without changing what the policy does."""
-        return self.adapter and self.init is True and not self.adalora
+        return self.adapter and self.init is True and not (self.adalora or self.start or self.miss)
 
     @property
     def embeds(self) -> bool:
         """Whether it can adapt lookup tables, besides matrices."""
-        return self.init in {True, "mica"} and not self.eva and not self.adalora
+        return self.init == "mica" or (self.zero_b and not self.eva)
 
     def largest_rank(self, inputs: int, outputs: int) -> int:
         """The highest rank that a layer of this shape can have: that of its weight, or less."""
@@ -73,6 +82,8 @@ EVA, RSLORA = "Paischer et al. 2024, arXiv 2410.07170", "Kalajdzievski 2023, arX
 ADALORA = "Zhang et al. 2023, arXiv 2303.10512"
 PISSA, OLORA = "Meng et al. 2024, arXiv 2404.02948", "Büyükakyüz 2024, arXiv 2406.01775"
 CORDA, LORA_GA = "Yang et al. 2024, arXiv 2406.05223", "Wang et al. 2024, arXiv 2407.05000"
+LORA_ONE, LORA_PLUS = "Zhang et al. 2025, arXiv 2502.01235", "Hayou et al. 2024, arXiv 2402.12354"
+MILORA, MISS = "Wang et al. 2024, arXiv 2406.09044", "Kang and Yin 2024, arXiv 2409.15371"
 ORTHOGONAL, MICA = "datta0.github.io/posts/rethink-lora-init", "arXiv 2604.01694"
 
 METHODS = {
@@ -103,6 +114,10 @@ METHODS = {
             "lora_ga", "the leading directions of the loss's gradient, taken out and trained", LORA_GA, init="lora_ga"
         ),
         Method("mica", "A alone, read out along the weights' minor left singular vectors", MICA, init="mica"),
+        Method("lora_plus", "LoRA whose B learns 16 times as fast as its A", LORA_PLUS, plus=True),
+        Method("milora", "the weights' own minor singular triplets, taken out and trained", MILORA, start="milora"),
+        Method("lora_one", "LoRA from a first step along the loss's gradient", LORA_ONE, start="lora_one"),
+        Method("miss", "one small matrix for all shards of a layer's inputs", MISS, miss=True),
         Method("full", "every weight of the policy", "", adapter=False),
         Method("head", "the action head alone", "", adapter=False),
     )
@@ -118,11 +133,13 @@ def find_method(name: str) -> Method:
     """
     if name not in METHODS:
         raise UnknownNameError("adapter", name, METHODS)
-    if not _in_peft(METHODS[name].init):
+    if not _in_peft(METHODS[name]):
         raise UserError(f"The installed peft has no {name}. Install a newer one: pip install -U 'peft>=0.21.2'.")
     return METHODS[name]
 
 
-def _in_peft(init: bool | str) -> bool:
-    fields = LoraConfig.__dataclass_fields__
+def _in_peft(method: Method) -> bool:
+    fields, init = LoraConfig.__dataclass_fields__, "lora_ga" if method.needs == GRADIENTS else method.init
+    if method.miss:
+        return hasattr(peft, "MissConfig")
     return init is True or f"{init}_config" in fields or repr(init) in str(fields["init_lora_weights"].type)

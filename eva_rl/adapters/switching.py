@@ -12,7 +12,7 @@ from typing import Any
 from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
 
-from eva_rl.adapters.attach import AttachedAdapter, base_weights
+from eva_rl.adapters.attach import AttachedAdapter, base_weights, extension_of
 from eva_rl.adapters.fused import fuse
 from eva_rl.adapters.methods import METHODS
 from eva_rl.adapters.validation import CONFIG_FILE, ORIGIN_FILE, changed_weights, check_adapter, read_origin
@@ -200,7 +200,7 @@ class Adapters:
         if self._model is None or len(self._origins) != 1:
             raise UserError(f"Expected one adapter to train or save, the policy has {len(self._origins)}.")
         method = METHODS.get(next(iter(self._origins.values())).get("method", ""), METHODS["lora"])
-        return AttachedAdapter(method, self._model, None)
+        return AttachedAdapter(method, self._model, None, extension_of(method, self._model) if method.plus else None)
 
     def _off(self) -> bool:
         return any(getattr(module, "disable_adapters", False) for module in self._policy.network.modules())

@@ -28,7 +28,7 @@ _pattern = Text(
 _rank, _count = Integer(1, LARGEST_RANK), Integer(0)
 _empty: tuple[object, ...] = (None, False, {}, [], "")
 CONFIG = Record(
-    {"peft_type": OneOf(("LORA", "ADALORA")), "target_modules": ListOf(_name, least=1)},
+    {"peft_type": OneOf(("LORA", "ADALORA", "MISS")), "target_modules": ListOf(_name, least=1)},
     {
         "r": _rank,
         "lora_alpha": Number(-1e9, 1e9),
@@ -42,6 +42,9 @@ CONFIG = Record(
         "inference_mode": Boolean(),
         "auto_mapping": Optional(MapOf(Text())),
         **dict.fromkeys(("base_model_name_or_path", "revision", "task_type", "peft_version"), Optional(Text())),
+        "init_weights": OneOf((True, False)),
+        "mini_r": _rank,
+        "miss_dropout": Number(0, 1),
         "megatron_core": Optional(Text()),
         "qalora_group_size": Integer(),
         "init_r": _rank,
@@ -51,7 +54,7 @@ CONFIG = Record(
         **dict.fromkeys(("beta1", "beta2", "orth_reg_weight"), Number(0, 1e9)),
     },
 )
-"""What PEFT's LoRA and AdaLoRA do without rewriting the network. Other keys are admitted if they ask for nothing."""
+"""What LoRA, AdaLoRA and MiSS do without rewriting the network. Other keys are admitted if they ask for nothing."""
 ORIGIN = Record(
     {},
     {
@@ -120,7 +123,7 @@ def read_config(path: Path) -> dict[str, Any]:
     """An adapter's config, without the keys that ask for nothing.
 
     Raises:
-        UserError: It is no LoRA or AdaLoRA, or asks for what could change the base.
+        UserError: It is no LoRA, AdaLoRA or MiSS, or asks for what could change the base.
     """
     config = read_json(path)
     if isinstance(config, Mapping):
@@ -139,7 +142,7 @@ def base_layers(network: nn.Module) -> dict[str, nn.Linear | nn.Embedding]:
     return {
         name.removesuffix(".base_layer"): module
         for name, module in network.named_modules()
-        if isinstance(module, nn.Linear | nn.Embedding) and ".lora_" not in name
+        if isinstance(module, nn.Linear | nn.Embedding) and not any(part in name for part in (".lora_", ".miss_"))
     }
 
 
@@ -185,6 +188,8 @@ def _shapes(layer: nn.Linear | nn.Embedding, rank: int, config: Mapping[str, Any
             "lora_embedding_A": (rank, layer.num_embeddings),
             "lora_embedding_B": (layer.embedding_dim, rank),
         }
+    elif config["peft_type"] == "MISS":
+        return {"miss_block": (rank, layer.out_features)}
     elif config["peft_type"] == "ADALORA":
         shapes = {"lora_A": (rank, layer.in_features), "lora_B": (layer.out_features, rank), "lora_E": (rank, 1)}
     else:

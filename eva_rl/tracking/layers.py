@@ -7,7 +7,9 @@ import re
 import torch
 from torch import Tensor, nn
 
-PEFT_NAMES = re.compile(r"^base_model\.model\.|\.(default|weight)\b|\.modules_to_save\b|\blora_(?=[ABE]\b)")
+PEFT_NAMES = re.compile(
+    r"^base_model\.model\.|\.(default|weight)\b|\.modules_to_save\b|\blora_(?=[ABE]\b)|\bmiss_(?=block\b)"
+)
 """What PEFT's and torch's names of parameters have besides the layer and A, B or E."""
 
 

@@ -50,6 +50,9 @@ class Extension(Protocol):
     def after_step(self, update: int) -> None:
         """Called after the optimiser's step ``update`` (from 1), before the gradients are cleared."""
 
+    def learning_rate_factor(self, name: str) -> float:
+        """By how much a parameter's learning rate differs from the others'."""
+
     def tensors(self) -> dict[str, Tensor]:
         """State for a checkpoint."""
 
@@ -192,7 +195,8 @@ class _Run:
     ) -> _Run:
         """Begin, or resume from the latest checkpoint, at the same step with the same weights on every process."""
         parameters = {name: p for name, p in policy.network.named_parameters() if p.requires_grad}
-        run = cls(parameters, make_optimizer(parameters, options), extension, Counters())
+        factor = extension.learning_rate_factor if extension else None
+        run = cls(parameters, make_optimizer(parameters, options, factor), extension, Counters())
         state = checkpoints.load() if checkpoints else None
         if state is not None:
             assert checkpoints is not None

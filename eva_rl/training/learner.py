@@ -76,7 +76,8 @@ class Learner(ABC):
         self.parameters: Mapping[str, nn.Parameter] = {
             name: p for name, p in policy.network.named_parameters() if p.requires_grad
         }
-        self.optimizer = make_optimizer(self.parameters, options)
+        factor = extension.learning_rate_factor if extension else None
+        self.optimizer = make_optimizer(self.parameters, options, factor)
         self._trained: dict[str, tuple[Mapping[str, nn.Parameter], torch.optim.Optimizer]] = {}
         self.add(ACTOR, self.parameters, self.optimizer)
 

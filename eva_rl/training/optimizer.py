@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from eva_rl.batch import WindowBatch
 from eva_rl.options import MANY, Options, option
 from eva_rl.training.failures import NotFiniteError
+
+FACTOR = "learning_rate_factor"
 
 
 @dataclass
@@ -24,21 +26,37 @@ class OptimizerOptions(Options):
     gradient_clip: float = option(0.25, "largest norm of the gradient", above=0)
 
 
-def make_optimizer(parameters: Mapping[str, nn.Parameter], options: OptimizerOptions) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices only."""
-    matrices = [p for p in parameters.values() if p.ndim > 1]
-    vectors = [p for p in parameters.values() if p.ndim <= 1]
-    groups = [
-        {"params": matrices, "weight_decay": options.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=options.learning_rate)
+def make_optimizer(
+    parameters: Mapping[str, nn.Parameter],
+    options: OptimizerOptions,
+    learning_rate_factor: Callable[[str], float] | None = None,
+) -> torch.optim.AdamW:
+    """AdamW with weight decay on matrices only.
+
+    Args:
+        parameters: By name.
+        options: Hyperparameters.
+        learning_rate_factor: By how much the learning rate of a parameter of this name differs from the others';
+            None gives all the same.
+    """
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for name, parameter in parameters.items():
+        factor = learning_rate_factor(name) if learning_rate_factor else 1.0
+        groups.setdefault((factor, parameter.ndim > 1), []).append(parameter)
+    ordered = sorted(groups.items(), key=lambda item: (item[0][0], not item[0][1]))  # matrices first
+    return torch.optim.AdamW(
+        [
+            {"params": members, "weight_decay": options.weight_decay * decays, FACTOR: factor}
+            for (factor, decays), members in ordered
+        ],
+        lr=options.learning_rate,
+    )
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-    """Use a learning rate from the next step on."""
+    """Use a learning rate from the next step on; groups with a factor multiply it."""
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+        group["lr"] = learning_rate * group.get(FACTOR, 1.0)
 
 
 def checked_step(

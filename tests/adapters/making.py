@@ -8,7 +8,9 @@ from typing import Any
 
 from eva_rl import eva
 from eva_rl.adapters import (
+    GRADIENTS,
     METHODS,
+    MOMENTS,
     PROJECTIONS,
     AttachedAdapter,
     attach_adapter,
@@ -65,10 +67,10 @@ def attached(
     if kind.eva:
         ranks = {"rank": initial_rank(RANK)} if kind.adalora else {"rho": rho}
         found["eva"] = measure(policy, data, targets=targets, **ranks)
-    elif kind.init == "corda":
+    elif kind.needs == MOMENTS:
         layers = target_layers(policy.network, targets)
         found["moments"] = second_moments(policy, layers, batches(policy, data), None, max_batches=4)
-    elif kind.init == "lora_ga":
+    elif kind.needs == GRADIENTS:
         found["backward"] = backward(policy, data)
     return policy, attach_adapter(policy, method, **{"rank": RANK, "total_updates": UPDATES} | found | options)
 

@@ -6,12 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from eva_rl.adapters import METHODS, attach_adapter, initial_rank, load_policy, save_adapted_policy
+from eva_rl.agents import DecisionTransformerPolicy
+from eva_rl.batch import WindowBatch
 from eva_rl.data import Trajectories
 from eva_rl.errors import UserError
 from eva_rl.training.bc import BCOptions, train_bc
 from eva_rl.training.checkpoint import Checkpoints
+from eva_rl.training.losses import clone_loss
 from tests.adapters.making import REWRITING, UPDATES, attached, sampler, train
 from tests.conftest import make_policy
 
@@ -24,9 +28,21 @@ def test_actions_are_unchanged_at_first_and_change_with_training(
     batch = sampler(plain, reach_demonstrations).sample(16, 7)
     before = plain.network(batch)
     policy, adapter = attached(method, reach_demonstrations)
+    if method == "lora_one":
+        before = first_step_taken(plain, policy, before, batch)
     torch.testing.assert_close(policy.network.eval()(batch), before, atol=1e-5, rtol=0)
     train(policy, reach_demonstrations, adapter)
     assert (policy.network(batch) - before).abs().max() > 1e-4
+
+
+def first_step_taken(
+    plain: DecisionTransformerPolicy, policy: DecisionTransformerPolicy, before: Tensor, batch: WindowBatch
+) -> Tensor:
+    """LoRA-One starts a step ahead: other actions, a lower loss."""
+    found = policy.network.eval()(batch).detach()
+    assert (found - before).abs().max() > 1e-4
+    assert clone_loss(policy.network, batch) < clone_loss(plain.network, batch)
+    return found
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -41,7 +57,9 @@ def test_one_update_changes_only_what_may_change(method: str, reach_demonstratio
         assert len(changed) > len(before) / 2
     elif method == "head":
         assert changed == {"action_head.weight", "action_head.bias"}
-    elif method in (*REWRITING, "orthogonal"):
+    elif method == "miss":
+        assert {name.split(".")[-2] for name in changed} == {"miss_block"}
+    elif method in (*REWRITING, "orthogonal", "lora_one"):
         assert parts == {"A", "B"}
     elif METHODS[method].adalora:
         assert parts >= {"E"}
@@ -49,7 +67,7 @@ def test_one_update_changes_only_what_may_change(method: str, reach_demonstratio
     else:
         assert parts <= expected.get(method, {"B"}) | {"A"}  # weight decay and rounding move A a little
         assert parts >= expected.get(method, {"B"})
-    assert method in {"full", "head"} or all(".lora_" in name for name in changed)
+    assert method in {"full", "head", "miss"} or all(".lora_" in name for name in changed)
 
 
 def test_eva_directions_are_the_adapters(reach_demonstrations: Trajectories) -> None:
@@ -86,7 +104,7 @@ def test_adalora_really_prunes_and_starts_along_evas_directions(reach_demonstrat
     assert len(set(kept)) > 1, "some layers keep more than others"
 
 
-OFTEN = {"adalora", "corda", "dora", "lora_ga", "mica", "pissa"}
+OFTEN = {"adalora", "corda", "dora", "lora_ga", "lora_one", "lora_plus", "mica", "milora", "miss", "pissa"}
 
 
 @pytest.mark.parametrize("method", [m if m in OFTEN else pytest.param(m, marks=pytest.mark.slow) for m in METHODS])
@@ -120,7 +138,8 @@ def test_resumed_equals_uninterrupted(method: str, tmp_path: Path, reach_demonst
 
 
 @pytest.mark.parametrize(
-    ("method", "lacks"), [("eva", "EVA directions"), ("corda", "moments"), ("lora_ga", "gradients")]
+    ("method", "lacks"),
+    [("eva", "EVA directions"), ("corda", "moments"), ("lora_ga", "gradients"), ("lora_one", "gradients")],
 )
 def test_a_method_without_its_data_is_refused(method: str, lacks: str) -> None:
     with pytest.raises(UserError, match=f"needs .*{lacks}"):

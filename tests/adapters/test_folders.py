@@ -84,7 +84,7 @@ def test_plain_peft_in_a_new_process_acts_the_same(tmp_path: Path, reach_demonst
         assert (acted - before).abs().max() > 1e-4, method
 
 
-@pytest.mark.parametrize("method", ["lora", "eva_dora", "adalora", "pissa", "mica"])
+@pytest.mark.parametrize("method", ["lora", "eva_dora", "adalora", "pissa", "mica", "lora_plus", "miss"])
 def test_loaded_to_be_trained_and_saved_again(method: str, tmp_path: Path, reach_demonstrations: Trajectories) -> None:
     first = trained(method, reach_demonstrations, tmp_path / "first")
     policy = load_policy(tmp_path / "first", is_trainable=True)
@@ -92,7 +92,7 @@ def test_loaded_to_be_trained_and_saved_again(method: str, tmp_path: Path, reach
     assert adapter.method.name == method
     asking = {name for name, p in policy.network.named_parameters() if p.requires_grad}
     assert asking
-    assert all(".lora_" in name for name in asking)
+    assert all(".lora_" in name or ".miss_" in name for name in asking)
     train(policy, reach_demonstrations, adapter)
     expected = policy.network(windows(reach_demonstrations))
     assert (expected - first).abs().max() > 1e-4

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.tuners.miss.layer import MissLinear
 from torch import Tensor
 
 from eva_rl.adapters import METHODS
@@ -18,7 +19,7 @@ from eva_rl.training.losses import clone_loss
 from tests.adapters.making import attached, batches
 from tests.conftest import make_policy
 
-ADAPTERS = [name for name, method in METHODS.items() if method.adapter]
+ADAPTERS = [name for name, method in METHODS.items() if method.adapter and not method.miss]
 SHAPE = {"hidden_size": 16, "num_heads": 2}
 
 
@@ -58,6 +59,13 @@ def test_outputs_and_gradients_are_pefts(method: str, reach_demonstrations: Traj
     for name, gradient in expected.items():
         assert gradient.abs().max() > 0, name
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-5 * float(gradient.abs().max()))
+
+
+def test_miss_keeps_pefts_passes(reach_demonstrations: Trajectories) -> None:
+    """Its layers are none of LoRA's: nothing is fused, and the attention around them calls them."""
+    policy = trained_a_little("miss", reach_demonstrations)
+    assert unfuse(policy.network) == 0
+    assert {type(m) for m in policy.network.modules() if hasattr(m, "miss_block")} == {MissLinear}
 
 
 def losses(policy: DecisionTransformerPolicy, batch: WindowBatch, updates: int) -> list[float]:

@@ -19,7 +19,7 @@ from tests.adapters.test_folders import windows
 from tests.conftest import make_policy
 
 EDGES = [*PROJECTIONS, "action_head", "embed_return", "embed_state", "embed_action"]
-LINEAR = [name for name, method in METHODS.items() if method.adapter and not method.adalora]
+LINEAR = [name for name, method in METHODS.items() if method.adapter and not (method.adalora or method.miss)]
 
 
 def ranks(network: torch.nn.Module) -> dict[str, int]:
@@ -51,7 +51,7 @@ def test_no_rank_exceeds_its_layer(method: str, tmp_path: Path, reach_demonstrat
     torch.testing.assert_close(loaded.network(batch), policy.network(batch), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("method", ["lora", "rslora", "dora", "mica"])
+@pytest.mark.parametrize("method", ["lora", "rslora", "dora", "mica", "lora_plus"])
 def test_lookup_tables(method: str, tmp_path: Path, reach_demonstrations: Trajectories) -> None:
     batch, before = windows(reach_demonstrations), make_policy().network(windows(reach_demonstrations))
     policy, adapter = attached(method, reach_demonstrations, targets=["embed_timestep"])
@@ -74,6 +74,9 @@ def test_lookup_tables(method: str, tmp_path: Path, reach_demonstrations: Trajec
         ("orthogonal", 3, ["q_proj"], {}, "has to be even"),
         ("orthogonal", 4, ["embed_return"], {}, "no direction in embed_return"),
         ("lora_ga", 4, ["embed_return"], {}, "no direction in embed_return"),
+        ("miss", 8, ["action_head"], {}, "adapter.rank=8; action_head takes 4"),
+        ("miss", 4, ["q_proj"], {"q_proj": 2}, "one rank for all layers"),
+        ("lora_one", 4, ["embed_timestep"], {}, "lookup table"),
         ("adalora", 4, ["action_head"], {}, "begins with rank 6.*action_head takes 4"),
         ("adalora", 4, ["q_proj"], {"q_proj": 2}, "begins with rank 6"),
         ("lora", 4, ["q_proj"], {"quproj": 2}, "rank_caps.*'quproj' matches no layer.*q_proj"),
