@@ -2,8 +2,9 @@
 
     python benchmarks/low_rank.py --threads 1
 
-Every row trains the shipped ``mt40`` on the same random windows. The ratio is the median over rounds of a step's time
-over the full step's time of the same round, which other work on the machine disturbs least.
+Every row trains the same policy (the shipped ``mt40``, or random weights of another size) on the same random windows.
+The ratio is the median over rounds of a step's time over the full step's time of the same round, which other work on
+the machine disturbs least.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from statistics import median
 
 import torch
@@ -20,6 +22,7 @@ from rich.table import Table
 import eva_rl
 from eva_rl.adapters import attach_adapter
 from eva_rl.adapters.fused import unfuse
+from eva_rl.agents import SIZES, DecisionTransformer, DecisionTransformerPolicy
 from eva_rl.batch import WindowBatch
 from eva_rl.training.losses import clone_loss
 
@@ -44,9 +47,19 @@ def make_windows(batch_size: int, steps: int, device: str) -> WindowBatch:
     )
 
 
+def make_policy(options: argparse.Namespace) -> DecisionTransformerPolicy:
+    """The shipped policy, or its like of another size with random weights."""
+    policy = eva_rl.load_policy("mt40", options.device)
+    if options.size:
+        torch.manual_seed(0)
+        network = DecisionTransformer(replace(policy.network.config, **SIZES[options.size])).to(options.device)
+        policy = DecisionTransformerPolicy(network, policy.scaling, policy.conditioning, env_id=policy.env_id)
+    return policy
+
+
 def make_step(method: str, batch: WindowBatch, options: argparse.Namespace, *, fused: bool) -> Step:
     """A whole gradient step, as the training loop takes it."""
-    policy = eva_rl.load_policy("mt40", options.device)
+    policy = make_policy(options)
     attach_adapter(policy, method, rank=options.rank)
     if not fused:
         unfuse(policy.network)
@@ -67,7 +80,7 @@ def make_step(method: str, batch: WindowBatch, options: argparse.Namespace, *, f
 
 def make_forward(batch: WindowBatch, options: argparse.Namespace) -> Step:
     """The forward pass alone."""
-    network = eva_rl.load_policy("mt40", options.device).network
+    network = make_policy(options).network
 
     def forward() -> None:
         with torch.no_grad(), torch.autocast(options.device, torch.bfloat16, enabled=options.precision == "bfloat16"):
@@ -93,6 +106,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--steps", type=int, default=20, help="env steps a window")
+    parser.add_argument("--size", choices=SIZES, help="random weights of this size, in place of mt40")
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", default="float32", choices=("float32", "bfloat16"))
@@ -110,10 +124,11 @@ def main() -> None:
             taken = seconds(step, options.device)
             if round_:  # the first round warms up
                 times[name].append(taken)
-    table = Table("step", "ms, median", "over full", title=f"{options.batch_size} windows of {options.steps} env steps")
+    shape = f"{options.batch_size} windows of {options.steps} env steps"
+    table = Table("step", "ms, median", "over full", title=f"{options.size or 'mt40'}, {options.precision}: {shape}")
     for name, taken_ in times.items():
         ratio = median(one / full for one, full in zip(taken_, times["full"], strict=True))
-        table.add_row(name, f"{1e3 * median(taken_):.0f}", f"{ratio:.2f}")
+        table.add_row(name, f"{1e3 * median(taken_):.1f}", f"{ratio:.2f}")
     Console().print(table)
 
 

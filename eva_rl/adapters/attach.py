@@ -72,9 +72,10 @@ def attach_adapter(  # noqa: PLR0913 - PEFT's names for what a user may set
     """Freeze a policy's network and make the method's own parameters trainable.
 
     At first the policy acts as it did before, except with LoRA-One, whose start is a first step. Methods that take
-    their start out of the base weights leave others in their place until the policy is saved: give the extension to the training loop, and save with
-    :func:`eva_rl.adapters.save_adapted_policy`. AdaLoRA begins with :func:`eva_rl.adapters.initial_rank` in each layer,
-    which is the rank that EVA has to be computed with; its extension belongs in the training loop, too.
+    their start out of the base weights leave others in their place until the policy is saved: give the extension to
+    the training loop, and save with :func:`eva_rl.adapters.save_adapted_policy`. AdaLoRA begins with
+    :func:`eva_rl.adapters.initial_rank` in each layer, which is the rank that EVA has to be computed with; its
+    extension belongs in the training loop, too.
 
     Args:
         policy: Changed in place.

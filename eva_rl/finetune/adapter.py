@@ -226,7 +226,8 @@ def _trajectories(sampler: WindowSampler | None, config: FinetuneConfig) -> Wind
     if sampler is None:
         raise UserError(
             f"adapter={config.adapter.method} with adapter.eva.source={config.adapter.eva.source} needs trajectories, "
-            "and data= names none. Name some with data=, or use adapter.eva.source=rollouts (not for lora_ga and lora_one)."
+            "and data= names none. Name some with data=, or use adapter.eva.source=rollouts "
+            "(not for lora_ga and lora_one)."
         )
     return sampler
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from eva_rl.cli.threads import thread_limits
 from eva_rl.errors import UserError
-from eva_rl.launch.jobs import PATIENCE_SECONDS, RAY, SLURM, Job, Launcher, LaunchOptions, Running
+from eva_rl.launch.forked import PATIENCE_SECONDS
+from eva_rl.launch.jobs import RAY, SLURM, Job, Launcher, LaunchOptions, Running
 
 
 class RayLauncher:
@@ -148,7 +149,7 @@ class LocalLauncher:
 
     def start(self, job: Job) -> Running | None:
         """Start a run; None where an earlier launch still works on it."""
-        return job.start()
+        return job.start(forked=True)
 
     def close(self) -> None:
         """No resources to release."""

@@ -1,0 +1,96 @@
+"""Runs forked from a process that has imported everything once, so that a run of a study starts in an instant."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import runpy
+import signal
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from multiprocessing import forkserver, reduction
+from typing import Any
+
+PRELOADED = "eva_rl.launch.preload"
+"""What the fork server imports."""
+PATIENCE_SECONDS = 15.0
+"""What a run that is interrupted has to write its checkpoint."""
+
+
+class ForkedProcess:
+    """``python -m COMMAND`` in a fork of the server, which starts with the first of them.
+
+    The fork is a session of its own, as a process from a shell would be, and sees the environment given. Threads of
+    numerical libraries other than torch are those of the first run, whose environment the server was started with.
+
+    Args:
+        command: A module and its arguments.
+        environment: Environment variables.
+        lock: File descriptor that the run keeps open while it lives.
+        log: File descriptor of what it prints.
+    """
+
+    def __init__(self, command: tuple[str, ...], environment: dict[str, str], lock: int, log: int) -> None:
+        _start_server(environment)
+        context = multiprocessing.get_context("forkserver")
+        arguments = (command, environment, _Inherited(lock), _Inherited(log))
+        self._process = context.Process(target=_run, args=arguments)
+        self._process.start()
+
+    def poll(self) -> int | None:
+        """Exit status, None while it runs."""
+        return self._process.exitcode
+
+    def stop(self) -> None:
+        """Interrupt it, and kill it if that is not enough."""
+        if self.poll() is not None:
+            return
+        self._signal(signal.SIGINT)
+        self._process.join(PATIENCE_SECONDS)
+        self._signal(signal.SIGKILL)
+        self._process.join()
+
+    def _signal(self, number: signal.Signals) -> None:
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid or 0, number)
+
+
+def _start_server(environment: dict[str, str]) -> None:
+    """Start the fork server with an environment; nothing where it runs."""
+    before = dict(os.environ)
+    os.environ.update(environment)
+    try:
+        forkserver.set_forkserver_preload([PRELOADED])
+        forkserver.ensure_running()
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+class _Inherited:
+    """A file descriptor that a forked run gets, at whatever number it has there."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+
+    def __reduce__(self) -> tuple[Callable[[Any], int], tuple[Any]]:
+        return _detach, (reduction.DupFd(self._descriptor),)
+
+
+def _detach(duplicate: Any) -> int:
+    found: int = duplicate.detach()
+    return found
+
+
+def _run(command: tuple[str, ...], environment: dict[str, str], lock: int, log: int) -> None:
+    """What ``python -m COMMAND`` does, in a session of its own and with its output in the log."""
+    os.setsid()
+    os.set_inheritable(lock, False)
+    for descriptor in (1, 2):
+        os.dup2(log, descriptor)
+    os.close(log)
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.argv = [*command]
+    runpy.run_module(command[0], run_name="__main__", alter_sys=True)
