@@ -60,6 +60,7 @@ def _start_server(environment: dict[str, str]) -> None:
     """Start the fork server with an environment; nothing where it runs."""
     before = dict(os.environ)
     os.environ.update(environment)
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # or a library that asks for a GPU spoils it for forks
     try:
         forkserver.set_forkserver_preload([PRELOADED])
         forkserver.ensure_running()
