@@ -28,6 +28,7 @@ from eva_rl.adapters import METHODS, adapter_bytes, count_parameters, load_polic
 from eva_rl.cli.parsing import parse
 from eva_rl.cli.profiling import peak_memory
 from eva_rl.data import Trajectories, WindowSampler
+from eva_rl.finetune import command  # noqa: F401 - registers its config
 from eva_rl.finetune.adapter import attach
 from eva_rl.rollouts.experts import collect_expert
 from eva_rl.training.bc import train_bc

@@ -1,0 +1,86 @@
+"""Held-out cloning loss and success of every method at seven learning rates, on tuning tasks and seeds.
+
+    python benchmarks/learning_rates.py --out rates                                       # all of it, on one core
+    for i in $(seq 0 15); do python benchmarks/learning_rates.py --out rates --shard $i/16 --device cuda & done; wait
+
+The tasks are among those that the shipped policy does not solve; demonstrations are those of seeds from 1000 on, and
+success is measured on validation goals, so that nothing here is seen by an evaluation. The rates of a method's sweep
+lie half a decade apart, three decades in all. ``docs/learning_rates.md`` says what came out.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+from cloning_runs import Record, Records, TaskRuns, add_options, own_part, setting_of
+
+from eva_rl.adapters import METHODS
+
+TASKS = ("push-back-v3", "stick-pull-v3", "shelf-place-v3")
+SEEDS = (1000, 1001)
+SETTINGS = ("25:200", "5:60")
+"""Demonstrations and gradient steps: what a run has by default, and few of both."""
+HALF_DECADES = (1.0, 3.0)
+LOWEST = {"full": -5, "lora_plus": -5, "pissa": -5, "olora": -5, "corda": -5, "milora": -5}
+"""Power of ten at which a method's sweep begins; others begin at 1e-4."""
+Unit = tuple[int, str, str, str]
+"""Seed, setting, task, method."""
+
+
+def rates(method: str) -> list[float]:
+    """Seven learning rates, half a decade apart."""
+    lowest = LOWEST.get(method, -4)
+    return [float(f"{HALF_DECADES[i % 2]:g}e{lowest + i // 2}") for i in range(7)]
+
+
+def units(options: argparse.Namespace) -> list[Unit]:
+    """What is attached once; one seed and setting after the other, so that a sweep that is cut short has whole ones."""
+    found: list[Unit] = []
+    for seed in options.seeds:
+        for setting in options.settings:
+            all_of_it = [(seed, setting, task, method) for task in options.tasks for method in options.methods]
+            found += own_part(all_of_it, options.shard)
+    return found
+
+
+def sweep(unit: Unit, options: argparse.Namespace, records: Records, known: dict[Unit, TaskRuns]) -> None:
+    """Every rate of a unit that is missing."""
+    seed, setting, task, method = unit
+    asked: list[Record] = [
+        {"seed": seed, "setting": setting, "task": task, "method": method, "learning_rate": rate, "rank": options.rank}
+        for rate in options.rates or rates(method)
+    ]
+    missing = records.missing(asked)
+    if not missing or records.late(options.minutes):
+        return
+    episodes, updates = map(int, setting.split(":"))
+    runs = known.setdefault((seed, setting, task, ""), TaskRuns(task, seed, setting_of(options, episodes, updates)))
+    started = runs.start(method)
+    gain = [layer.gain for layer in started.adapter.start.values()]
+    about = {"gain": sum(gain) / len(gain)} if gain else {}
+    for run in missing:
+        if not records.late(options.minutes):
+            records.add(run, about | started.run(run["learning_rate"]))
+
+
+def main() -> None:
+    """Sweep this shard's part."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_options(parser)
+    parser.add_argument("--tasks", nargs="+", default=TASKS)
+    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
+    parser.add_argument("--settings", nargs="+", default=SETTINGS, help="DEMONSTRATIONS:UPDATES")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), metavar="METHOD")
+    parser.add_argument("--rates", nargs="+", type=float, default=[], help="in place of each method's own seven")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    records, known = Records(options.out, options.shard), dict[Unit, TaskRuns]()
+    for unit in units(options):
+        sweep(unit, options, records, known)
+    for runs in known.values():
+        runs.close()
+
+
+if __name__ == "__main__":
+    main()
