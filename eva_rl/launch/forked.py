@@ -12,8 +12,11 @@ from contextlib import suppress
 from multiprocessing import forkserver, reduction
 from typing import Any
 
-PRELOADED = "eva_rl.launch.preload"
-"""What the fork server imports."""
+PRELOADED = (
+    *("h5py", "metaworld", "peft", "safetensors.torch", "scipy.stats", "torch.utils.tensorboard"),
+    *("eva_rl.finetune.command", "eva_rl.finetune.phases"),
+)
+"""What the fork server imports: what a fine-tuning run does; nothing of it touches a device."""
 PATIENCE_SECONDS = 15.0
 """What a run that is interrupted has to write its checkpoint."""
 
@@ -62,7 +65,7 @@ def _start_server(environment: dict[str, str]) -> None:
     os.environ.update(environment)
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # or a library that asks for a GPU spoils it for forks
     try:
-        forkserver.set_forkserver_preload([PRELOADED])
+        forkserver.set_forkserver_preload(list(PRELOADED))
         forkserver.ensure_running()
     finally:
         os.environ.clear()
