@@ -119,6 +119,10 @@ class DecisionTransformerPolicy:
         self._second = second
         return second
 
+    def forget_histories(self) -> None:
+        """Act for no environment until the next :meth:`reset`; nothing is shared with a copy from here on."""
+        self._context = self._second = None
+
     @property
     def observation_dim(self) -> int:
         """Numbers in one observation."""

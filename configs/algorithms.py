@@ -17,6 +17,8 @@ from eva_rl.training.bc import BCOptions
 from eva_rl.training.learner import MAX_REPLAY, MIN_REPLAY, OnlineOptions, ReplayOptions
 from eva_rl.training.odt import ODTOptions
 from eva_rl.training.odt_td3 import TD3Options
+from eva_rl.training.residual.distillation import DistillOptions
+from eva_rl.training.residual.learner import ResidualOptions
 from eva_rl.training.sb3 import OffPolicyOptions, PPOOptions, SACOptions
 
 
@@ -102,6 +104,39 @@ class ODTTD3Algo(TD3Options, ReplayAlgo):
 
 
 @dataclass
+class DistillAlgo(DistillOptions):
+    """Cloning of the residual policy into the policy itself."""
+
+    PREFIX: ClassVar[str] = "algo.distill."
+
+
+@dataclass
+class ResidualAlgo(ResidualOptions, ReplayAlgo):
+    """Residual reinforcement learning on the frozen policy, then distilled into it."""
+
+    num_envs: int = option(5, "environments to act in at once, from no exploration to all of it", above=0)
+    distill: DistillAlgo = group(DistillAlgo, "cloning of the residual policy afterwards")
+
+    @property
+    def total_updates(self) -> int:
+        """Gradient steps of distillation, the only ones that the adapter sees."""
+        return self.distill.updates * (1 + self.distill.rounds)
+
+    @property
+    def residual_env_steps(self) -> int:
+        """Env steps before distillation."""
+        return self.env_steps - self.distill.rounds * self.distill.env_steps
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.residual_env_steps < 1:
+            raise UserError(
+                f"algo.env_steps={self.env_steps} leaves none to learn from: algo.distill.rounds={self.distill.rounds} "
+                f"take {self.distill.env_steps} each. Give more, or set algo.distill.rounds=0."
+            )
+
+
+@dataclass
 class PPOAlgo(PPOOptions, OnlineAlgo):
     """Proximal policy optimisation (arXiv 1707.06347)."""
 
@@ -130,6 +165,7 @@ SB3Algo = PPOAlgo | SACAlgo | TD3Algo
 _ONLINE: Mapping[str, type[OnlineAlgo]] = {
     "odt": ODTAlgo,
     "odt_td3": ODTTD3Algo,
+    "residual": ResidualAlgo,
     "ppo": PPOAlgo,
     "sac": SACAlgo,
     "td3": TD3Algo,

@@ -133,6 +133,16 @@ class CheckedEnv(gym.Wrapper[NDArray[np.float32], NDArray[np.float32], Any, Any]
         return EnvironmentFailedError(self._env_id, f"{where} of the episode seeded {self._seed}", cause)
 
 
+class StopAtSuccess(gym.Wrapper[Any, Any, Any, Any]):
+    """Terminates an episode at its first success."""
+
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        """Advance one env step; a success is for good."""
+        observation, reward, terminated, truncated, info = self.env.step(action)
+        solved = bool(success_of(info))
+        return observation, reward, terminated or solved, truncated and not solved, info
+
+
 def success_of(info: dict[str, Any]) -> bool | None:
     """Whether a step's info tells success, under Stable-Baselines3's name or Meta-World's; None where it does not."""
     value = info.get("is_success")

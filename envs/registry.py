@@ -12,7 +12,7 @@ from typing import Any
 import gymnasium as gym
 from gymnasium import spaces
 
-from eva_rl.envs.checked import CheckedEnv
+from eva_rl.envs.checked import CheckedEnv, StopAtSuccess
 from eva_rl.envs.names import (
     GOAL,
     METAWORLD_GROUPS,
@@ -134,7 +134,9 @@ def _mujoco_id(name: str) -> str | None:
     return resolved if resolved in gym.registry else None
 
 
-def make_env(name: str, *, horizon: int | None = None, render_mode: str | None = None) -> CheckedEnv:
+def make_env(
+    name: str, *, horizon: int | None = None, render_mode: str | None = None, stop_at_success: bool = False
+) -> CheckedEnv:
     """Make one environment; ``reset(seed=)`` determines the whole episode.
 
     Args:
@@ -142,23 +144,29 @@ def make_env(name: str, *, horizon: int | None = None, render_mode: str | None =
         horizon: Env steps after which an episode is truncated; None takes the task's own, or
             :data:`DEFAULT_HORIZON` where it has none.
         render_mode: Gymnasium's render mode; not passed on when None.
+        stop_at_success: Terminate an episode at its first success.
 
     Raises:
         UnknownNameError: No such task.
         UserError: The environment cannot be made, or its spaces are not flat boxes.
     """
     env_id = canonical_id(name)
+    env = _unchecked(env_id, horizon, render_mode)
+    return CheckedEnv(StopAtSuccess(env) if stop_at_success else env, env_id)
+
+
+def _unchecked(env_id: str, horizon: int | None, render_mode: str | None) -> gym.Env[Any, Any]:
     base, options = split_options(env_id)
     if base.startswith(METAWORLD_PREFIX):
         from eva_rl.envs import metaworld
 
-        env = _constructed(env_id, metaworld.MetaWorldTask, base, horizon or metaworld.HORIZON, render_mode, **options)
-        return CheckedEnv(env, env_id)
+        steps = horizon or metaworld.HORIZON
+        return _constructed(env_id, metaworld.MetaWorldTask, base, steps, render_mode, **options)
     if render_mode is not None:
         options["render_mode"] = render_mode
     steps = _horizon(base, horizon)
     made = _constructed(env_id, gym.make, base, max_episode_steps=steps, disable_env_checker=True, **options)
-    return CheckedEnv(_flat(made, env_id), env_id)
+    return _flat(made, env_id)
 
 
 def _constructed(env_id: str, make: Callable[..., gym.Env[Any, Any]], *args: Any, **options: Any) -> gym.Env[Any, Any]:

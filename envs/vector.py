@@ -244,6 +244,7 @@ def make_vec_env(
     horizon: int | None = None,
     workers: int = 0,
     stride: int | None = None,
+    stop_at_success: bool = False,
 ) -> TaskVecEnv:
     """Make a Stable-Baselines3 vectorised environment with distinct, reproducible episodes.
 
@@ -258,13 +259,14 @@ def make_vec_env(
         workers: Processes that share the environments; 0 steps them all in this one, :data:`AUTO` takes as many as
             pay. The results are the same.
         stride: Distance between the seeds of two successive episodes of an environment; None takes their number.
+        stop_at_success: Terminate an episode at its first success.
 
     Raises:
         UserError: No such task, or ``num_envs`` is not positive.
     """
     if num_envs < 1:
         raise UserError(f"num_envs={num_envs}: expected at least 1.")
-    return _vec_env([name] * num_envs, horizon, seed, stride or num_envs, workers)
+    return _vec_env([name] * num_envs, horizon, (seed, stride or num_envs), workers, stop_at_success)
 
 
 def make_task_vec_env(
@@ -282,10 +284,13 @@ def make_task_vec_env(
     Raises:
         UserError: The tasks' dimensions differ.
     """
-    return _vec_env(names, horizon, seed, stride or len(names), workers)
+    return _vec_env(names, horizon, (seed, stride or len(names)), workers)
 
 
-def _vec_env(names: Sequence[str], horizon: int | None, seed: int, stride: int, workers: int) -> TaskVecEnv:
+def _vec_env(
+    names: Sequence[str], horizon: int | None, seeds: tuple[int, int], workers: int, stop_at_success: bool = False
+) -> TaskVecEnv:
+    seed, stride = seeds
     specs = [env_spec(canonical_id(name), horizon) for name in names]
     sizes = {(spec.observation_dim, spec.action_dim): spec.env_id for spec in specs}
     if len(sizes) > 1:
@@ -294,7 +299,7 @@ def _vec_env(names: Sequence[str], horizon: int | None, seed: int, stride: int, 
     low, high = (np.array(bound, np.float32) for bound in (specs[0].action_low, specs[0].action_high))
     observations = spaces.Box(-np.inf, np.inf, (specs[0].observation_dim,), np.float32)
     return TaskVecEnv(
-        [partial(make_env, spec.env_id, horizon=horizon) for spec in specs],
+        [partial(make_env, spec.env_id, horizon=horizon, stop_at_success=stop_at_success) for spec in specs],
         [spec.env_id for spec in specs],
         (observations, spaces.Box(low, high, dtype=np.float32)),
         range(seed, seed + len(specs)),

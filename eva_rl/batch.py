@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -40,8 +40,65 @@ class WindowBatch:
         on_device: dict[str, Any] = {name: None if x is None else x.to(device) for name, x in moved.items()}
         return replace(self, **on_device)
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Those tensors that there are, by name."""
+        found: dict[str, Tensor | None] = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: x for name, x in found.items() if x is not None}
+
     def __len__(self) -> int:
         return self.observations.shape[0]
+
+
+@dataclass(frozen=True)
+class NStepBatch:
+    """B transitions of up to n env steps, scaled for the network.
+
+    Attributes:
+        observations: (B, obs).
+        actions: (B, act), as executed.
+        extras: What was kept beside each env step (B, width), by name.
+        returns: (B,), discounted sum of the rewards of the steps between, unscaled.
+        discounts: (B,), what the value of the last observation is multiplied by; 0 where the episode was over.
+        next_observations: (B, obs), n env steps later, or as many as there are.
+        next_extras: What was kept beside that step.
+        solved: (B,), True in an episode that solved the task.
+    """
+
+    observations: Tensor
+    actions: Tensor
+    extras: Mapping[str, Tensor]
+    returns: Tensor
+    discounts: Tensor
+    next_observations: Tensor
+    next_extras: Mapping[str, Tensor]
+    solved: Tensor
+
+    @classmethod
+    def joined(cls, parts: Sequence[NStepBatch]) -> NStepBatch:
+        """Several batches as one."""
+        return cls(**{f.name: _joined([getattr(part, f.name) for part in parts]) for f in fields(cls)})
+
+    def to(self, device: torch.device | str) -> NStepBatch:
+        """The same batch on a device."""
+        return type(self)(**{f.name: _moved(getattr(self, f.name), device) for f in fields(self)})
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors by name."""
+        found: dict[str, Tensor] = {}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            found |= {f.name: value} if isinstance(value, Tensor) else {f"{f.name}/{k}": x for k, x in value.items()}
+        return found
+
+
+def _joined(values: Sequence[Any]) -> Any:
+    if isinstance(values[0], Tensor):
+        return torch.cat(list(values))
+    return {name: torch.cat([value[name] for value in values]) for name in values[0]}
+
+
+def _moved(value: Any, device: torch.device | str) -> Any:
+    return value.to(device) if isinstance(value, Tensor) else {name: x.to(device) for name, x in value.items()}
 
 
 @dataclass(frozen=True)

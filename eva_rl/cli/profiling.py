@@ -55,7 +55,7 @@ class Phases:
     _began: float = field(default_factory=perf_counter)
 
     def end(self, name: str) -> None:
-        """Note the time since the previous phase ended."""
+        """Add the time since the previous phase ended."""
         now = perf_counter()
-        self.seconds[name] = now - self._began
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self._began
         self._began = now

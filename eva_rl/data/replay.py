@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -11,13 +11,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from eva_rl.batch import InputScaling, WindowBatch
+from eva_rl.batch import InputScaling, NStepBatch, WindowBatch
 from eva_rl.data.trajectories import Episode
 from eva_rl.data.windows import gather_windows
 from eva_rl.errors import UserError
 
 COLUMNS = ("observations", "actions", "rewards", "returns_to_go", "discounted_returns", "asked")
-_EPISODES = "episodes"
+_EPISODES, _EXTRAS = "episodes", "extras/"
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,7 @@ class TrajectoryReplay:
         action_dim: Numbers in one action.
         folder: Where the arrays lie, mapped into memory; None keeps them in memory.
         discount: gamma, of the discounted returns that critics begin with.
+        extras: Widths of what else is kept of each env step, by name; episodes bring it with them.
 
     Raises:
         UserError: The folder cannot be written.
@@ -73,6 +74,7 @@ class TrajectoryReplay:
         folder: Path | None = None,
         *,
         discount: float = 0.99,
+        extras: Mapping[str, int] | None = None,
     ) -> None:
         self.capacity, self._discount = capacity, discount
         shapes = {"observations": (observation_dim,), "actions": (action_dim,)}
@@ -80,11 +82,14 @@ class TrajectoryReplay:
         self.observations, self.actions = arrays["observations"], arrays["actions"]
         self.rewards, self.returns_to_go = arrays["rewards"], arrays["returns_to_go"]
         self.asked, self.discounted_returns = arrays["asked"], arrays["discounted_returns"]
+        widths = extras or {}
+        self.extras = {name: _array(f"extras_{name}", (capacity, width), folder) for name, width in widths.items()}
         self.target_actions: None = None
         self._starts = np.zeros(0, np.int64)
         self._lengths = np.zeros(0, np.int64)
         self._terminated = np.zeros(0, bool)
         self._complete = np.zeros(0, bool)
+        self._solved = np.zeros(0, bool)
         self._next_row = 0
 
     @property
@@ -96,6 +101,16 @@ class TrajectoryReplay:
     def num_complete(self) -> int:
         """Episodes kept that were not broken off."""
         return int(self._complete.sum())
+
+    @property
+    def num_solved(self) -> int:
+        """Episodes kept in which the task was solved."""
+        return int(self._solved.sum())
+
+    @property
+    def highest_reward(self) -> float:
+        """Of all env steps kept."""
+        return float(self.rewards[self._rows()].max())
 
     @property
     def num_steps(self) -> int:
@@ -140,10 +155,13 @@ class TrajectoryReplay:
         last = begin + length
         self.actions[last], self.rewards[last] = 0, 0
         self.returns_to_go[last], self.discounted_returns[last], self.asked[last] = 0, 0, asked - to_go[0]
+        for name, rows_of in self.extras.items():
+            rows_of[rows], rows_of[last] = episode.extras[name], 0
         self._starts = np.append(self._starts, begin)
         self._lengths = np.append(self._lengths, length)
         self._terminated = np.append(self._terminated, bool(episode.terminations[-1]))
         self._complete = np.append(self._complete, complete)
+        self._solved = np.append(self._solved, episode.successes is not None and bool(episode.successes[-1]))
         self._next_row = last + 1
 
     def _make_room(self, rows: int) -> int:
@@ -159,6 +177,7 @@ class TrajectoryReplay:
     def _keep(self, keep: NDArray[np.bool_]) -> None:
         self._starts, self._lengths = self._starts[keep], self._lengths[keep]
         self._terminated, self._complete = self._terminated[keep], self._complete[keep]
+        self._solved = self._solved[keep]
 
     def sample(
         self,
@@ -222,6 +241,52 @@ class TrajectoryReplay:
             valid=torch.from_numpy(real[:, :-1]),
         )
 
+    def sample_n_step(
+        self,
+        batch_size: int,
+        rng: np.random.Generator,
+        scaling: InputScaling,
+        *,
+        n: int,
+        discount: float,
+        solved_value: float = 0.0,
+    ) -> NStepBatch:
+        """Transitions of n env steps, fewer at an episode's end; every env step alike as the first of one.
+
+        After a termination nothing is to come. A truncated episode's transitions end at the last observation in which
+        an action was chosen: what was noted there is part of what its value depends on.
+
+        Args:
+            batch_size: B.
+            rng: What draws.
+            scaling: How raw numbers become what the network sees; on the CPU.
+            n: Env steps of a transition at most.
+            discount: gamma.
+            solved_value: What follows after an episode that terminated because the task was solved, unscaled.
+        """
+        unusable = -(~self._terminated).astype(np.int64)
+        rows, episodes = self._draw(batch_size, rng, np.ones(self.num_episodes), extra=unusable)
+        end = (self._starts + self._lengths + unusable)[episodes]
+        steps = np.minimum(n, end - rows)
+        later = np.arange(n)
+        between = np.where(later < steps[:, None], rows[:, None] + later, rows[:, None])
+        weights = np.where(later < steps[:, None], discount**later, 0.0)
+        over, powers = self._terminated[episodes] & (rows + steps == end), discount**steps
+        returns = (self.rewards[between] * weights).sum(1) + powers * (over & self._solved[episodes]) * solved_value
+        return NStepBatch(
+            observations=scaling.observations(torch.from_numpy(self.observations[rows])),
+            actions=scaling.actions(torch.from_numpy(self.actions[rows])),
+            extras=self._extras_of(rows),
+            returns=torch.from_numpy(returns.astype(np.float32)),
+            discounts=torch.from_numpy((powers * ~over).astype(np.float32)),
+            next_observations=scaling.observations(torch.from_numpy(self.observations[rows + steps])),
+            next_extras=self._extras_of(rows + steps),
+            solved=torch.from_numpy(self._solved[episodes]),
+        )
+
+    def _extras_of(self, rows: NDArray[np.int64]) -> dict[str, Tensor]:
+        return {name: torch.from_numpy(array[rows]) for name, array in self.extras.items()}
+
     def _above_worst(self) -> NDArray[np.float64]:
         """Return of each episode between the worst complete one's, 0.01, and the best one's, 1."""
         returns = self.episode_returns.astype(np.float64)
@@ -230,7 +295,7 @@ class TrajectoryReplay:
         return share
 
     def _draw(
-        self, batch_size: int, rng: np.random.Generator, weights: NDArray[np.float64], extra: int
+        self, batch_size: int, rng: np.random.Generator, weights: NDArray[np.float64], extra: int | NDArray[np.int64]
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Rows, and the episode of each, given the relative probability of its rows, (E,).
 
@@ -247,22 +312,39 @@ class TrajectoryReplay:
         """Everything kept, for a checkpoint; rows that no episode owns are left out."""
         rows = self._rows()
         state = {name: torch.from_numpy(np.array(getattr(self, name)[rows])) for name in COLUMNS}
-        episodes = np.stack([self._lengths, self._terminated, self._complete, self._starts])
+        state |= {_EXTRAS + name: torch.from_numpy(np.array(array[rows])) for name, array in self.extras.items()}
+        episodes = np.stack([self._lengths, self._terminated, self._complete, self._starts, self._solved])
         return state | {_EPISODES: torch.from_numpy(episodes.astype(np.int64)), "next": torch.tensor(self._next_row)}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Put back what :meth:`tensors` gave."""
-        lengths, terminated, complete, starts = state[_EPISODES].numpy()
+        lengths, terminated, complete, starts, *solved = state[_EPISODES].numpy()
         self._starts, self._lengths = starts.copy(), lengths.copy()
         self._terminated, self._complete = terminated.astype(bool), complete.astype(bool)
+        self._solved = np.array(solved[0] if solved else np.zeros(len(starts)), bool)  # older ones do not tell
         self._next_row = int(state["next"])
         rows = self._rows()
         for name in COLUMNS:
             getattr(self, name)[rows] = state[name].numpy()
+        for name, array in self.extras.items():
+            array[rows] = state[_EXTRAS + name].numpy()
 
     def _rows(self) -> NDArray[np.int64]:
         spans = [np.arange(s, s + n + 1) for s, n in zip(self._starts, self._lengths, strict=True)]
         return np.concatenate(spans) if spans else np.zeros(0, np.int64)
+
+    def episodes(self) -> Iterator[Episode]:
+        """The episodes kept, oldest first, with their extras; steps of success are not kept."""
+        for start, length, terminated in zip(self._starts, self._lengths, self._terminated, strict=True):
+            rows, last = slice(start, start + length), np.arange(length) == length - 1
+            yield Episode(
+                observations=self.observations[start : start + length + 1],
+                actions=self.actions[rows],
+                rewards=self.rewards[rows],
+                terminations=last & terminated,
+                truncations=last & ~terminated,
+                extras={name: array[rows] for name, array in self.extras.items()},
+            )
 
     def extend(self, episodes: Iterable[Episode], asked: float) -> None:
         """Keep several complete episodes."""

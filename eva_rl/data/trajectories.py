@@ -46,6 +46,7 @@ class Episode:
         successes: (T,), True from the first step on which the task was solved; None where unknown.
         target_actions: (T, act), what a clone should do in each observation, where it differs from what was
             executed (an expert's own action under injected noise: DART, Laskey et al. 2017); None otherwise.
+        extras: What else was noted at each step, (T, width) by name.
     """
 
     observations: Floats
@@ -55,6 +56,7 @@ class Episode:
     truncations: Flags
     successes: Flags | None = None
     target_actions: Floats | None = None
+    extras: Mapping[str, Floats] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

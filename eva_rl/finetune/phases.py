@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -14,12 +14,13 @@ from stable_baselines3.common.vec_env import VecEnv
 from eva_rl.adapters import AttachedAdapter, compute_eva, refresh_directions
 from eva_rl.cli.console import training_progress
 from eva_rl.cli.profiling import peak_memory
-from eva_rl.configs.algorithms import BCAlgo, ODTAlgo, ODTTD3Algo, OnlineAlgo, PPOAlgo, TD3Algo
+from eva_rl.configs.algorithms import BCAlgo, ODTAlgo, ODTTD3Algo, OnlineAlgo, PPOAlgo, ResidualAlgo, TD3Algo
 from eva_rl.data.replay import TrajectoryReplay
 from eva_rl.data.samplers import ShardedSampler, prefetching
 from eva_rl.envs import close_vec_env, make_vec_env
 from eva_rl.files import write_file
 from eva_rl.finetune.adapter import attach
+from eva_rl.finetune.residual import learn_residual
 from eva_rl.finetune.session import Session
 from eva_rl.finetune.shared import shared_eva
 from eva_rl.rollouts.evaluation import EvaluationResult
@@ -62,11 +63,11 @@ class Training:
 
     Attributes:
         costs: Steps taken, and what they cost, for the summary.
-        cloned: The held-out evaluation between cloning and learning online; None where there is no such point.
+        between: Held-out evaluations between the first and the last one: after cloning, and of the residual policy.
     """
 
     costs: Mapping[str, float]
-    cloned: EvaluationResult | None = None
+    between: Mapping[str, EvaluationResult] = field(default_factory=dict)
 
 
 def train(session: Session, adapter: AttachedAdapter, tracker: Tracker) -> Training:
@@ -86,6 +87,8 @@ def _train(session: Session, adapter: AttachedAdapter, tracker: Tracker) -> Trai
     first = _clone_first(session, adapter, algo, tracker) if algo.bc.updates else Training({})
     if isinstance(algo, PPOAlgo | TD3Algo):
         return replace(first, costs={**first.costs, **learn_sb3(session, algo, tracker)})
+    if isinstance(algo, ResidualAlgo):
+        return _learn_residual(session, adapter, algo, tracker, first)
     assert isinstance(algo, ODTAlgo | ODTTD3Algo)
     return replace(first, costs={**first.costs, **learn(session, adapter, algo, tracker)})
 
@@ -96,7 +99,20 @@ def _clone_first(session: Session, adapter: AttachedAdapter, algo: OnlineAlgo, t
     session.phases.end("clone")
     cloned, _ = session.evaluate("Cloned")
     session.phases.end("evaluate_cloned")
-    return Training({f"{CLONED}{key}": value for key, value in costs.items()} | cloned.metrics("eval_cloned"), cloned)
+    return Training(
+        {f"{CLONED}{key}": value for key, value in costs.items()} | cloned.metrics("eval_cloned"), {"cloned": cloned}
+    )
+
+
+def _learn_residual(
+    session: Session, adapter: AttachedAdapter, algo: ResidualAlgo, tracker: Tracker, first: Training
+) -> Training:
+    vec_env = online_envs(session, algo, stop_at_success=algo.stop_at_success)
+    try:
+        found = learn_residual(session, adapter, algo, tracker, vec_env)
+    finally:
+        close_vec_env(vec_env)
+    return Training({**first.costs, **found.costs}, {**first.between, "residual": found.evaluation})
 
 
 def _prefixed(log: Log, prefix: str) -> Log:
@@ -145,7 +161,8 @@ def learn(session: Session, adapter: AttachedAdapter, algo: Replayed, tracker: T
     finally:
         close_vec_env(vec_env)
     best = {"best_step": counters.best_step} if algo.keep_best else {}
-    return {"updates": counters.update, "env_steps": counters.env_steps, "episodes": counters.episodes, **best}
+    counts = {"env_steps": counters.env_steps, "env_steps_played": counters.env_steps_played}
+    return {"updates": counters.update, **counts, "episodes": counters.episodes, **best}
 
 
 def learn_sb3(session: Session, algo: PPOAlgo | TD3Algo, tracker: Tracker) -> dict[str, float]:
@@ -226,11 +243,15 @@ def make_refresh(
     return refresh
 
 
-def online_envs(session: Session, algo: OnlineAlgo) -> VecEnv:
+def online_envs(session: Session, algo: OnlineAlgo, *, stop_at_success: bool = False) -> VecEnv:
     """Environments to act in while learning."""
     config = session.config
     return make_vec_env(
-        session.spec.env_id, algo.num_envs, horizon=config.env.horizon, workers=algo.workers * algo.num_envs
+        session.spec.env_id,
+        algo.num_envs,
+        horizon=config.env.horizon,
+        workers=algo.workers * algo.num_envs,
+        stop_at_success=stop_at_success,
     )
 
 

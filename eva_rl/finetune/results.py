@@ -147,8 +147,8 @@ def write_results(
     """
     before, after = evaluations
     if session.process_group.is_main:
-        results = before.result, training.cloned, after.result
-        _write_policy_and_summary(session, adapter, results, {**training.costs, **after.loss})
+        evaluated = {"before": before.result, **training.between, "after": after.result}
+        _write_policy_and_summary(session, adapter, evaluated, {**training.costs, **after.loss})
     # last, so that no continued run can log it twice
     tracker.log({**after.result.metrics(), **after.loss}, session.config.algo.final_step)
     compare_snapshots(session, tracker, before.snapshot, after.snapshot)
@@ -158,11 +158,11 @@ def write_results(
 def _write_policy_and_summary(
     session: Session,
     adapter: AttachedAdapter,
-    results: tuple[EvaluationResult, EvaluationResult | None, EvaluationResult],
+    evaluations: Mapping[str, EvaluationResult],
     costs: Mapping[str, float],
 ) -> None:
     """Write the policy folder and the summary, and show where everything lies."""
-    before, cloned, after = results
+    before, after = evaluations["before"], evaluations["after"]
     policy, run_dir = session.policy, session.run_dir
     summary = _summary(session, (before, after)) | dict(costs) | start_metrics(adapter.start)
     summary["seconds"] = session.phases.seconds
@@ -173,7 +173,6 @@ def _write_policy_and_summary(
     card = model_card(summary, "full" if adapter.model is None else "adapter")
     save_adapted_policy(run_dir / "policy", policy, adapter, card)
     summary["adapter_bytes"] = adapter_bytes(run_dir / "policy") or 4 * summary["trainable_parameters"]
-    evaluations = {"before": before, **({} if cloned is None else {"cloned": cloned}), "after": after}
     write_json(run_dir / "evaluation.json", {name: result.record() for name, result in evaluations.items()})
     write_summary(run_dir, summary)
     show(run_dir, summary, evaluations)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from eva_rl.adapters import GRADIENTS, find_method
 from eva_rl.agents import DecisionTransformerPolicy
+from eva_rl.agents.policy import Policy
 from eva_rl.agents.stochastic import make_stochastic
 from eva_rl.cli.console import counting_progress
 from eva_rl.cli.loading import (
@@ -91,27 +92,27 @@ class Session:
         """Where checkpoints go."""
         return self.run_dir / "checkpoint"
 
-    @property
-    def play(self) -> Callable[..., EvaluationResult]:
-        """Evaluates the policy on this run's task; takes the other arguments of :func:`evaluate_policy`."""
+    def play(self, policy: Policy | None = None, **arguments: Any) -> EvaluationResult:
+        """Evaluate the policy, or another one, on this run's task; see :func:`evaluate_policy`."""
         config = self.config
         play = partial(
             evaluate_policy,
-            self.policy,
+            policy or self.policy,
             config.env.id,
             horizon=config.env.horizon,
             seed=config.eval.seed,
             references=None if self.data is None else data_references(self.data),
             vec_env=self.vec_env,
         )
-        return partial(evaluate_distributed, self.process_group, play)
+        return evaluate_distributed(self.process_group, play, **arguments)
 
-    def evaluate(self, name: str) -> tuple[EvaluationResult, NDArray[np.float32]]:
+    def evaluate(self, name: str, policy: Policy | None = None) -> tuple[EvaluationResult, NDArray[np.float32]]:
         """The held-out evaluation, behind a progress bar; and the actions (N, act) that this process took in it."""
         episodes = self.config.eval.episodes
         actions: list[NDArray[np.float32]] = []
         with counting_progress(f"{name:8s}", self.process_group.local_count(episodes)) as advance:
             result = self.play(
+                policy,
                 episodes=episodes,
                 on_episode=advance,
                 on_actions=actions.append,
@@ -119,19 +120,21 @@ class Session:
             )
         return result, np.concatenate(actions)
 
-    def validate(self, update: int = 0) -> dict[str, float]:
+    def validate(self, update: int = 0, policy: Policy | None = None) -> dict[str, float]:
         """Metrics on validation episodes, which no report sees; at the updates of ``eval.at`` also on held-out ones."""
         options, metrics = self.config.eval, {}
         if update in options.at:
-            held_out = self.play(episodes=options.episodes, stop_at_success=bool(options.stop_at_success))
+            held_out = self.play(policy, episodes=options.episodes, stop_at_success=bool(options.stop_at_success))
             metrics = held_out.metrics() | self.cloning_loss()
         if not options.at or (options.every and update % options.every == 0):
             found = self.play(
+                policy,
                 episodes=options.quick_episodes,
                 purpose=VALIDATION,
                 stop_at_success=options.stop_at_success is not False,
             )
             metrics |= found.metrics("validation")
+            metrics["validation/env_steps"] = float(sum(episode.length for episode in found.episodes))
         return metrics
 
     def cloning_loss(self) -> dict[str, float]:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from eva_rl.data.trajectories import Episode
 
-_Step = tuple[NDArray[np.float32], float, bool, bool, bool]
+_Step = tuple[NDArray[np.float32], float, bool, bool, bool, Mapping[str, NDArray[np.float32]]]
 
 
 class EpisodeRecorder:
@@ -36,6 +36,7 @@ class EpisodeRecorder:
         rewards: NDArray[np.float32],
         dones: NDArray[np.bool_],
         infos: Sequence[Mapping[str, Any]],
+        extras: Mapping[str, NDArray[np.float32]] | None = None,
     ) -> list[tuple[int, Episode]]:
         """Take in one step of every environment, as ``vec_env.step(actions)`` returned it.
 
@@ -45,6 +46,7 @@ class EpisodeRecorder:
             rewards: (n,).
             dones: (n,).
             infos: One an environment.
+            extras: What else to keep of the step, (n, width) by name.
 
         Returns:
             The episodes that ended, with the index of their environment.
@@ -55,7 +57,8 @@ class EpisodeRecorder:
             terminated = bool(done) and not truncated
             self._reports_success |= "is_success" in info
             success = bool(info.get("is_success", False))
-            self._steps[i].append((actions[i].copy(), float(rewards[i]), terminated, truncated, success))
+            noted = {name: rows[i].copy() for name, rows in (extras or {}).items()}
+            self._steps[i].append((actions[i].copy(), float(rewards[i]), terminated, truncated, success, noted))
             self._observations[i].append(np.array(info["terminal_observation"] if done else observations[i]))
             if done:
                 finished.append((i, self._episode(i)))
@@ -66,12 +69,12 @@ class EpisodeRecorder:
         """The beginnings of episodes that have not ended, as if a time limit had cut them here."""
         begun = [i for i, steps in enumerate(self._steps) if steps]
         for i in begun:
-            action, reward, _, _, success = self._steps[i][-1]
-            self._steps[i][-1] = (action, reward, False, True, success)
+            action, reward, _, _, success, noted = self._steps[i][-1]
+            self._steps[i][-1] = (action, reward, False, True, success, noted)
         return [self._episode(i) for i in begun]
 
     def _episode(self, index: int) -> Episode:
-        actions, rewards, terminations, truncations, successes = zip(*self._steps[index], strict=True)
+        actions, rewards, terminations, truncations, successes, noted = zip(*self._steps[index], strict=True)
         return Episode(
             observations=np.stack(self._observations[index]).astype(np.float32),
             actions=np.stack(actions).astype(np.float32),
@@ -79,4 +82,5 @@ class EpisodeRecorder:
             terminations=np.array(terminations),
             truncations=np.array(truncations),
             successes=np.array(successes) if self._reports_success else None,
+            extras={name: np.stack([step[name] for step in noted]) for name in noted[0]},
         )

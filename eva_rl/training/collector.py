@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from stable_baselines3.common.vec_env import VecEnv
+from torch import Tensor
 
 from eva_rl.agents.policy import DecisionTransformerPolicy
 from eva_rl.data.replay import TrajectoryReplay
 from eva_rl.data.trajectories import Episode
 from eva_rl.rollouts.recorder import EpisodeRecorder
 from eva_rl.training.failures import NotFiniteError
-from eva_rl.training.learner import Learner
+from eva_rl.training.learner import Explore, Learner
 
+VALIDATION_STEPS = "validation/env_steps"
+"""The metric in which a validation tells how many env steps it played."""
 RECENT = 100
 """Episodes over which the metrics of rollouts are averaged."""
 
@@ -42,7 +46,8 @@ class OnlineCounters:
     """What a checkpoint holds besides tensors.
 
     Attributes:
-        env_steps: Env steps taken.
+        env_steps: Env steps taken to learn from.
+        validation_steps: Env steps played to validate.
         update: Gradient steps done.
         episodes: Episodes finished.
         next_seed: Seed of the next episode.
@@ -64,6 +69,7 @@ class OnlineCounters:
     lengths: list[int] = field(default_factory=list)
     best_step: int = -1
     best_score: list[float] = field(default_factory=list)
+    validation_steps: int = 0
 
     def finished(self, episode: Episode) -> None:
         """Count an episode."""
@@ -73,10 +79,20 @@ class OnlineCounters:
         if episode.successes is not None:
             self.successes = [*self.successes, bool(episode.successes.any())][-RECENT:]
 
+    def validated(self, metrics: Mapping[str, float]) -> None:
+        """Count the env steps that a validation says it played."""
+        self.validation_steps += int(metrics.get(VALIDATION_STEPS, 0))
+
+    @property
+    def env_steps_played(self) -> int:
+        """Env steps played for any purpose, validation included."""
+        return self.env_steps + self.validation_steps
+
     def metrics(self) -> dict[str, float]:
         """Scalars under Stable-Baselines3's names."""
         found = {
             "time/env_steps": float(self.env_steps),
+            "time/env_steps_played": float(self.env_steps_played),
             "time/gradient_steps": float(self.update),
             "time/fps": self.env_steps / max(self.seconds, 1e-9),
         }
@@ -123,19 +139,32 @@ class Collector:
         generator = torch.Generator().manual_seed(
             int(np.random.default_rng((learner.seed, counters.env_steps)).integers(2**62))
         )
-        choose = learner.explore(generator)
+        explore = learner.explore(generator)
         target_return = self._policy.conditioning.of(self._task.env_id)
         for _ in range(max(1, learner.options.steps_per_iteration // n)):
-            actions = self._policy.act_by(choose, self._observations, self._rewards, self._starts)
+            actions, extras = self._act(explore)
             stepped, self._rewards, self._starts, infos = self._vec_env.step(actions)
             self._observations = _rows(stepped)
             counters.env_steps += n
             self._check(counters.env_steps)
-            finished = self._recorder.step(actions, self._observations, self._rewards, self._starts, infos)
+            finished = self._recorder.step(actions, self._observations, self._rewards, self._starts, infos, extras)
             for index, episode in finished:
                 replay.add(episode, target_return)
                 counters.finished(episode)
                 self._ended[index] += 1
+
+    def _act(self, explore: Explore) -> tuple[NDArray[np.float32], dict[str, NDArray[np.float32]]]:
+        """Actions (n, act), and what else is kept of this step."""
+        device = self._policy.device
+        observations = self._policy.scaling.observations(torch.from_numpy(self._observations).to(device))
+        kept: dict[str, NDArray[np.float32]] = {}
+
+        def choose(features: Tensor) -> Tensor:
+            choice = explore(features, observations)
+            kept.update({name: rows.cpu().numpy() for name, rows in choice.extras.items()})
+            return choice.actions
+
+        return self._policy.act_by(choose, self._observations, self._rewards, self._starts), kept
 
     def truncate_episodes(self, replay: TrajectoryReplay, counters: OnlineCounters) -> None:
         """End all episodes here; their transitions are kept for temporal differences."""

@@ -1,9 +1,10 @@
-"""Twin critics on single env steps, and their temporal differences (Fujimoto et al. 2018, arXiv 1802.09477)."""
+"""Critics on single env steps, and their temporal differences (Fujimoto et al. 2018, arXiv 1802.09477)."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
 
 
 class TwinCritics(nn.Module):
@@ -38,6 +39,76 @@ class TwinCritics(nn.Module):
         return torch.minimum(*self(observations, actions))
 
 
+class CriticEnsemble(nn.Module):
+    """E action values, each an MLP with layer normalisation, computed together: one batched product a layer.
+
+    Args:
+        observation_dim: Numbers in one (scaled) observation.
+        action_dim: Numbers in one (scaled) action.
+        hidden_size: Width of the two hidden layers.
+        size: E.
+    """
+
+    def __init__(self, observation_dim: int, action_dim: int, hidden_size: int = 256, size: int = 5) -> None:
+        super().__init__()
+        self.size = size
+        self.layers = nn.ModuleList(
+            [
+                _EnsembleLayer(size, observation_dim + action_dim, hidden_size),
+                _EnsembleLayer(size, hidden_size, hidden_size),
+            ]
+        )
+        self.head = _EnsembleLinear(size, hidden_size, 1)
+
+    def forward(self, observations: Tensor, actions: Tensor, members: Tensor | None = None) -> Tensor:
+        """Values (E, B) of observations (B, obs) and actions (B, act), or those (M, B) of some members (M,)."""
+        x = torch.cat([observations, actions], -1).expand(self.size if members is None else len(members), -1, -1)
+        for layer in self.layers:
+            x = layer(x, members)
+        values: Tensor = self.head(x, members).squeeze(-1)
+        return values
+
+    def min_of(self, observations: Tensor, actions: Tensor, members: Tensor) -> Tensor:
+        """The smallest value (B,) among some members (M,): clipped double Q-learning with a random pair.
+
+        Of an ensemble, two members drawn anew at each gradient step (REDQ, Chen et al. 2021, arXiv 2101.05982).
+        """
+        values: Tensor = self(observations, actions, members)
+        return values.amin(0)
+
+
+class _EnsembleLinear(nn.Module):
+    """E linear layers, begun as PyTorch begins one."""
+
+    def __init__(self, size: int, inputs: int, outputs: int) -> None:
+        super().__init__()
+        bound = inputs**-0.5
+        self.weight = nn.Parameter(torch.empty(size, inputs, outputs).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(size, 1, outputs).uniform_(-bound, bound))
+
+    def forward(self, x: Tensor, members: Tensor | None) -> Tensor:
+        """(M, B, outputs) of (M, B, inputs)."""
+        if members is None:
+            return torch.baddbmm(self.bias, x, self.weight)
+        return torch.baddbmm(self.bias[members], x, self.weight[members])
+
+
+class _EnsembleLayer(nn.Module):
+    """E times a linear layer, layer normalisation and ReLU."""
+
+    def __init__(self, size: int, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.linear = _EnsembleLinear(size, inputs, outputs)
+        self.scale = nn.Parameter(torch.ones(size, 1, outputs))
+        self.shift = nn.Parameter(torch.zeros(size, 1, outputs))
+
+    def forward(self, x: Tensor, members: Tensor | None) -> Tensor:
+        """(M, B, outputs) of (M, B, inputs)."""
+        y = self.linear(x, members)
+        scale, shift = (self.scale, self.shift) if members is None else (self.scale[members], self.shift[members])
+        return torch.relu(torch.addcmul(shift, F.layer_norm(y, y.shape[-1:]), scale))
+
+
 def td_targets(rewards: Tensor, terminated: Tensor, next_values: Tensor, discount: float) -> Tensor:
     """TD targets: bootstrap through truncations, not through terminations.
 
@@ -52,10 +123,9 @@ def td_targets(rewards: Tensor, terminated: Tensor, next_values: Tensor, discoun
 
 def polyak_update(target: nn.Module, source: nn.Module, tau: float) -> None:
     """Soft update of a target network's parameters: ``target += tau * (source - target)``."""
+    pairs = [(s, f) for s, f in zip(target.parameters(), source.parameters(), strict=True) if f.requires_grad]
     with torch.no_grad():
-        for slow, fast in zip(target.parameters(), source.parameters(), strict=True):
-            if fast.requires_grad:
-                slow.lerp_(fast.data, tau)
+        torch._foreach_lerp_([slow for slow, _ in pairs], [fast for _, fast in pairs], tau)
 
 
 def _mlp(inputs: int, hidden: int) -> nn.Sequential:

@@ -7,18 +7,17 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields
 from pathlib import Path
 from types import FrameType
 
 from safetensors.torch import save_file
-from torch import Tensor
 
-from eva_rl.batch import WindowBatch
+from eva_rl.batch import NStepBatch, WindowBatch
 from eva_rl.errors import UserError
 from eva_rl.files import write_file
 
 FAILED_BATCH = "failed_batch.safetensors"
+Batch = WindowBatch | NStepBatch
 
 
 class NotFiniteError(UserError):
@@ -30,7 +29,7 @@ class NotFiniteError(UserError):
         batch: What it was computed from, where there is a batch.
     """
 
-    def __init__(self, what: str, step: int, batch: WindowBatch | None = None) -> None:
+    def __init__(self, what: str, step: int, batch: Batch | None = None) -> None:
         super().__init__(
             f"{what} is not finite at step {step}. The parameters and the last checkpoint are as they were before. "
             "Lower algo.learning_rate, or look for outliers in the data."
@@ -57,11 +56,10 @@ def failures_kept(run_dir: Path) -> Iterator[None]:
         ) from error
 
 
-def _keep(path: Path, batch: WindowBatch | None) -> str:
+def _keep(path: Path, batch: Batch | None) -> str:
     if batch is None:
         return ""
-    tensors: dict[str, Tensor | None] = {f.name: getattr(batch, f.name) for f in fields(batch)}
-    found = {name: x.detach().cpu().contiguous() for name, x in tensors.items() if x is not None}
+    found = {name: x.detach().cpu().contiguous() for name, x in batch.tensors().items()}
     write_file(path, lambda aside: save_file(found, aside))
     return f" Its batch is kept in {path}."
 

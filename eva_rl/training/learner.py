@@ -5,17 +5,17 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from eva_rl.agents.policy import DecisionTransformerPolicy
-from eva_rl.batch import WindowBatch
+from eva_rl.agents.policy import DecisionTransformerPolicy, Policy
 from eva_rl.data.replay import TrajectoryReplay
 from eva_rl.options import MANY, Options, option
 from eva_rl.training.bc import EXTENSION, Extension
+from eva_rl.training.failures import Batch
 from eva_rl.training.optimizer import (
     OptimizerOptions,
     checked_step,
@@ -57,6 +57,22 @@ class ReplayOptions(OptimizerOptions, OnlineOptions):
     )
 
 
+class Choice(NamedTuple):
+    """What environments are told to do, and what is kept of it.
+
+    Attributes:
+        actions: (n, act), scaled.
+        extras: (n, width) by name, for a replay that keeps them.
+    """
+
+    actions: Tensor
+    extras: Mapping[str, Tensor] = {}
+
+
+Explore = Callable[[Tensor, Tensor], Choice]
+"""Chooses exploratory actions, given hidden states (n, D) and scaled observations (n, obs)."""
+
+
 class Learner(ABC):
     """A policy's trainable parameters with their optimiser, and whatever else is trained beside them.
 
@@ -65,16 +81,23 @@ class Learner(ABC):
         options: Hyperparameters, of the algorithm and of its loop.
         seed: Of all random draws.
         extension: What the adapter's method adds.
+        actor: What is trained instead of the policy's own parameters; None trains these.
     """
 
     def __init__(
-        self, policy: DecisionTransformerPolicy, options: ReplayOptions, *, seed: int, extension: Extension | None
+        self,
+        policy: DecisionTransformerPolicy,
+        options: ReplayOptions,
+        *,
+        seed: int,
+        extension: Extension | None = None,
+        actor: nn.Module | None = None,
     ) -> None:
         self.options, self.seed, self.extension, self._policy = options, seed, extension, policy
         self.scaling = policy.scaling.to("cpu")
         self.context_length = policy.network.config.context_length
         self.parameters: Mapping[str, nn.Parameter] = {
-            name: p for name, p in policy.network.named_parameters() if p.requires_grad
+            name: p for name, p in (actor or policy.network).named_parameters() if p.requires_grad
         }
         factor = extension.learning_rate_factor if extension else None
         self.optimizer = make_optimizer(self.parameters, options, factor)
@@ -86,9 +109,14 @@ class Learner(ABC):
         """What acts, and what is changed."""
         return self._policy
 
+    @property
+    def acting(self) -> Policy:
+        """What has been learned so far, without exploration."""
+        return self.policy
+
     @abstractmethod
-    def explore(self, generator: torch.Generator) -> Callable[[Tensor], Tensor]:
-        """A function from hidden states (n, D) to scaled exploratory actions (n, act)."""
+    def explore(self, generator: torch.Generator) -> Explore:
+        """How to act while learning."""
 
     @abstractmethod
     def update(self, replay: TrajectoryReplay, update: int) -> dict[str, float]:
@@ -98,7 +126,7 @@ class Learner(ABC):
         """Make parameters and their optimiser part of a checkpoint."""
         self._trained[name] = (parameters, optimizer)
 
-    def step_actor(self, loss: Tensor, update: int, batch: WindowBatch) -> float:
+    def step_actor(self, loss: Tensor, update: int, batch: Batch) -> float:
         """One optimiser step; returns the gradient's norm before clipping.
 
         Raises:
@@ -108,7 +136,7 @@ class Learner(ABC):
         set_learning_rate(self.optimizer, self.options.learning_rate * warmed_up)
         whole = loss if self.extension is None else loss + self.extension.penalty()
         self.optimizer.zero_grad(set_to_none=True)
-        whole.backward()  # type: ignore[no-untyped-call]
+        whole.backward(inputs=list(self.parameters.values()))  # type: ignore[no-untyped-call]  # not the critics'
         clip, parameters = self.options.gradient_clip, self.parameters.values()
         norm = checked_step(self.optimizer, parameters, whole.detach(), clip, update=update, batch=batch)
         if self.extension is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +15,7 @@ from eva_rl.batch import WindowBatch
 from eva_rl.data.replay import TrajectoryReplay
 from eva_rl.options import option
 from eva_rl.training.bc import Extension
-from eva_rl.training.learner import Learner, ReplayOptions, noise_levels, step_generators
+from eva_rl.training.learner import Choice, Explore, Learner, ReplayOptions, noise_levels, step_generators
 from eva_rl.training.losses import masked_mean
 
 
@@ -92,14 +92,14 @@ class OnlineDecisionTransformer(Learner):
         self._temperature_optimizer = torch.optim.Adam([self._log_temperature], lr=options.temperature_learning_rate)
         self.add("temperature", {"log": self._log_temperature}, self._temperature_optimizer)
 
-    def explore(self, generator: torch.Generator) -> Callable[[Tensor], Tensor]:
+    def explore(self, generator: torch.Generator) -> Explore:
         """Actions drawn from the policy, with its standard deviation times each environment's level."""
         network = self.policy.network
 
-        def choose(features: Tensor) -> Tensor:
+        def choose(features: Tensor, _: Tensor) -> Choice:
             mean, log_std = network.distribution(features)
             levels = noise_levels(len(mean)).clamp(min=1e-6).to(mean.device)
-            return sample_actions(mean, log_std + levels.log(), generator)
+            return Choice(sample_actions(mean, log_std + levels.log(), generator))
 
         return choose
 

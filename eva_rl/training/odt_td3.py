@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,7 @@ from eva_rl.options import MANY, option
 from eva_rl.training.bc import Extension
 from eva_rl.training.critics import TwinCritics, polyak_update, td_targets
 from eva_rl.training.failures import NotFiniteError
-from eva_rl.training.learner import Learner, ReplayOptions, named, noise_levels, step_generators
+from eva_rl.training.learner import Choice, Explore, Learner, ReplayOptions, named, noise_levels, step_generators
 from eva_rl.training.losses import masked_mean
 
 
@@ -79,14 +79,14 @@ class TD3DecisionTransformer(Learner):
         self.add("critics", named(self.critics), self._critic_optimizer)
         self._reward_scale = 0.0
 
-    def explore(self, generator: torch.Generator) -> Callable[[Tensor], Tensor]:
+    def explore(self, generator: torch.Generator) -> Explore:
         """The policy's own actions with Gaussian noise, times each environment's level."""
         std = self._td3.exploration_noise
 
-        def choose(features: Tensor) -> Tensor:
+        def choose(features: Tensor, _: Tensor) -> Choice:
             actions = self.policy.network.actions(features)
             noise = std * noise_levels(len(actions)) * torch.randn(actions.shape, generator=generator)
-            return actions + noise.to(actions.device)
+            return Choice(actions + noise.to(actions.device))
 
         return choose
 

@@ -123,6 +123,7 @@ def evaluate_and_keep_best(
 ) -> None:
     """Validate, and keep a copy if this is the best score so far (success rate, ties broken by return)."""
     metrics = evaluate(counters.env_steps)
+    counters.validated(metrics)
     log(metrics, counters.env_steps)
     score = [max((v for k, v in metrics.items() if k.endswith(f"/{key}")), default=0.0) for key in SCORES]
     if counters.best_step < 0 or score > counters.best_score:

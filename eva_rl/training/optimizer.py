@@ -8,9 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from eva_rl.batch import WindowBatch
 from eva_rl.options import MANY, Options, option
-from eva_rl.training.failures import NotFiniteError
+from eva_rl.training.failures import Batch, NotFiniteError
 
 FACTOR = "learning_rate_factor"
 
@@ -66,7 +65,7 @@ def checked_step(
     max_norm: float,
     *,
     update: int,
-    batch: WindowBatch,
+    batch: Batch,
 ) -> Tensor:
     """Clip the gradient and take one step, if loss and gradient are finite.
 

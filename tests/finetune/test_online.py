@@ -15,6 +15,7 @@ import pytest
 
 from eva_rl.adapters import load_policy
 from eva_rl.finetune.command import main
+from eva_rl.rollouts.evaluation import evaluate_policy
 from eva_rl.tracking.tracker import read_metrics
 
 SMALL = [
@@ -40,6 +41,14 @@ REPLAYED = ["algo.steps_per_iteration=60", "algo.updates_per_iteration=2", "algo
 SHORT = {
     "odt": REPLAYED,
     "odt_td3": [*REPLAYED, "algo.critic_warmup=2", "algo.policy_delay=1"],
+    "residual": [
+        *REPLAYED,
+        "algo.critic_warmup=2",
+        "algo.learning_starts=60",
+        "algo.distill.updates=2",
+        "algo.distill.rounds=1",
+        "algo.distill.env_steps=60",
+    ],
     "ppo": ["algo.rollout_steps=30", "algo.epochs=1", "algo.batch_size=30"],
     "sac": ["algo.learning_starts=40", "algo.train_freq=20", "algo.gradient_steps=1", "algo.batch_size=8"],
     "td3": ["algo.learning_starts=40", "algo.train_freq=20", "algo.gradient_steps=1", "algo.batch_size=8"],
@@ -80,6 +89,27 @@ def test_a_policy_learns_without_demonstrations(algo: str, policy_folder: Path, 
     report = json.loads((run_dir / "eva_report.json").read_text())
     assert report["data"] == {"listened_to": "rollouts"}
     assert load_policy(run_dir).env_id == "metaworld/reach-v3"
+
+
+def test_a_residual_is_learned_and_distilled(policy_folder: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    command_line = command(
+        policy_folder, run_dir, "bc_then_residual", "algo.bc.updates=2", "eval.stop_at_success=false"
+    )
+    assert main(command_line) == 0
+    found = summary(run_dir)
+    assert list(json.loads((run_dir / "evaluation.json").read_text())) == ["before", "cloned", "residual", "after"]
+    assert found["updates"] == 6  # in the three iterations of 60 env steps before distillation
+    assert found["distill/updates"] == 4
+    assert found["env_steps"] == 240
+    assert found["env_steps_played"] == 240 + 2 * 30  # one validation of two episodes
+    rows = read_metrics(run_dir)
+    assert [row["step"] for row in rows if "distill/loss" in row] == [240]
+    assert [row["time/env_steps_played"] for row in rows if "rollout/ep_rew_mean" in row] == [60, 120, 240]
+    policy = load_policy(run_dir)  # the ordinary folder
+    played = evaluate_policy(policy, "reach-v3", episodes=2, seed=0, horizon=30)
+    assert played.mean_reward == pytest.approx(found["eval/mean_reward"])
+    assert found["eval/mean_reward"] != found["eval_cloned/mean_reward"]
 
 
 @pytest.mark.slow

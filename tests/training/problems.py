@@ -83,3 +83,37 @@ def mean_return(policy: DecisionTransformerPolicy, kind: type[gym.Env[Any, Any]]
         total += rewards * running
         running &= ~starts
     return float(total.mean())
+
+
+class LinearQuadratic(gym.Env[Observation, NDArray[np.float32]]):
+    """A point that drifts away, x' = 1.1 x + 0.5 u: the reward is -(x^2 + 0.2 u^2); 10 env steps, then a time limit."""
+
+    observation_space = gym.spaces.Box(-np.inf, np.inf, (2,), np.float32)
+    action_space = gym.spaces.Box(-1, 1, (1,), np.float32)
+    drift, push, cost = 1.1, 0.5, 0.2
+
+    def __init__(self) -> None:
+        self._random = np.random.default_rng(0)
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Observation, dict[str, Any]]:
+        self._x, self._step = float(self._random.uniform(-0.6, 0.6)), 0
+        return self._observation(), {}
+
+    def step(self, action: NDArray[np.float32]) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
+        u, x = float(np.clip(action[0], -1, 1)), self._x
+        self._x, self._step = self.drift * x + self.push * u, self._step + 1
+        return self._observation(), -(x**2 + self.cost * u**2), False, self._step == 10, {}
+
+    def _observation(self) -> Observation:
+        return np.array([self._x, 0], np.float32)
+
+    @classmethod
+    def best_gain(cls, discount: float) -> float:
+        """K of the best action -K x, for ever: a fixed point of the discounted Riccati equation."""
+        value, a, b = 1.0, cls.drift, cls.push
+        for _ in range(1000):
+            gain = discount * a * b * value / (cls.cost + discount * b * b * value)
+            value = 1 + cls.cost * gain**2 + discount * (a - b * gain) ** 2 * value
+        return gain

@@ -1,0 +1,139 @@
+"""Residual reinforcement learning on the session's policy, frozen as it is, and distillation back into it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from functools import partial
+
+import torch
+from stable_baselines3.common.vec_env import VecEnv
+
+from eva_rl.adapters import AttachedAdapter
+from eva_rl.cli.console import training_progress
+from eva_rl.configs.algorithms import ResidualAlgo
+from eva_rl.data.samplers import prefetching
+from eva_rl.finetune.session import Session
+from eva_rl.rollouts.evaluation import EvaluationResult
+from eva_rl.seeding import ONLINE, episode_seeds
+from eva_rl.tracking import Tracker
+from eva_rl.training.bc import train_bc
+from eva_rl.training.checkpoint import Checkpoints
+from eva_rl.training.collector import TaskEnvs
+from eva_rl.training.losses import clone_loss
+from eva_rl.training.online import train_online
+from eva_rl.training.residual.actor import frozen_copy
+from eva_rl.training.residual.distillation import LabelledWindows, roll_out
+from eva_rl.training.residual.learner import ResidualLearner, ResidualOptions
+
+MEASURED_WINDOWS, MEASURED_BATCHES, MEASURED_FROM = 64, 2, 10**9
+"""Windows on which the clone's error is measured, drawn as those of gradient steps that nobody takes."""
+
+
+@dataclass(frozen=True)
+class ResidualTraining:
+    """What residual learning and distillation took and gave.
+
+    Attributes:
+        costs: Steps taken, for the summary.
+        evaluation: Held-out episodes of the residual policy, before distillation.
+    """
+
+    costs: Mapping[str, float]
+    evaluation: EvaluationResult
+
+
+def learn_residual(
+    session: Session, adapter: AttachedAdapter, algo: ResidualAlgo, tracker: Tracker, vec_env: VecEnv
+) -> ResidualTraining:
+    """Learn what to add to the policy's actions, then clone the sum into the policy.
+
+    Args:
+        session: Its policy proposes, as it is now; it is the clone afterwards.
+        adapter: What the clone's gradient steps train.
+        algo: How.
+        tracker: The record.
+        vec_env: Where both act.
+    """
+    seed, spec = session.config.seed, session.spec
+    task = TaskEnvs(vec_env, spec.env_id, spec.reports_success, episode_seeds(ONLINE, seed))
+    learner = make_learner(session, algo)
+    replay = learner.new_replay(algo.replay_size, session.run_dir / "replay" if algo.replay_on_disk else None)
+    with training_progress(algo.env_steps, "env steps") as bar:
+        counters = train_online(
+            learner,
+            replay,
+            task,
+            log=bar.also(tracker.log),
+            evaluate=partial(session.validate, policy=learner.acting),
+            checkpoints=Checkpoints(session.checkpoint_dir / "online", seconds=session.config.checkpoint.seconds),
+        )
+    session.phases.end("train")
+    evaluation, _ = session.evaluate("Residual", learner.acting)
+    session.phases.end("evaluate_residual")
+    windows = LabelledWindows(learner.acting, spec.env_id, learner.context_length, seed)
+    windows.add(replay.episodes())
+    windows.add(learner.demonstrations.episodes())
+    task = replace(task, first_episode=counters.next_seed)
+    updates = distill(session, adapter, algo, (windows, task), tracker)
+    session.phases.end("distill")
+    costs = {
+        "updates": counters.update,
+        "distill/updates": updates,
+        "env_steps": algo.env_steps,
+        "env_steps_played": algo.env_steps + counters.validation_steps,
+        "episodes": counters.episodes,
+    }
+    return ResidualTraining({**costs, **evaluation.metrics("eval_residual")}, evaluation)
+
+
+def make_learner(session: Session, algo: ResidualAlgo) -> ResidualLearner:
+    """The learner, on a frozen copy of the session's policy as it is now."""
+    own = {f.name: getattr(algo, f.name) for f in fields(ResidualOptions)}
+    data = session.data
+    return ResidualLearner(
+        frozen_copy(session.policy),
+        ResidualOptions(**own | {"env_steps": algo.residual_env_steps}),
+        seed=session.config.seed,
+        demonstrations=[] if data is None else [data.episode(index) for index in range(data.num_episodes)],
+        env_id=session.spec.env_id,
+    )
+
+
+def distill(
+    session: Session,
+    adapter: AttachedAdapter,
+    algo: ResidualAlgo,
+    material: tuple[LabelledWindows, TaskEnvs],
+    tracker: Tracker,
+) -> int:
+    """Clone the residual policy, then again in rounds with env steps of the clone; returns the gradient steps."""
+    (windows, task), options, updates = material, algo.distill, 0
+    for number in range(1 + options.rounds):
+        if number:
+            first = task.first_episode + number * options.env_steps  # an episode has one env step at least
+            windows.add(roll_out(session.policy, replace(task, first_episode=first), options.env_steps))
+        with prefetching(windows, session.policy.device) as ahead:
+            counters = train_bc(
+                session.policy,
+                ahead,
+                options,
+                log=lambda *_: None,
+                checkpoints=Checkpoints(session.checkpoint_dir / f"distill_{number}", session.config.checkpoint.every),
+                extension=adapter.extension,
+            )
+        updates += counters.update
+        if number:
+            played = algo.residual_env_steps + number * options.env_steps
+            tracker.log({"distill/loss": cloning_error(session, windows), "time/env_steps": played}, played)
+    return updates
+
+
+def cloning_error(session: Session, windows: LabelledWindows) -> float:
+    """Loss of the clone on some windows."""
+    policy = session.policy
+    steps = range(MEASURED_FROM, MEASURED_FROM + MEASURED_BATCHES)
+    batches = (windows.sample(MEASURED_WINDOWS, step, policy.device) for step in steps)
+    with torch.no_grad():
+        losses = [clone_loss(policy.network, batch).item() for batch in batches]
+    return sum(losses) / len(losses)

@@ -1,0 +1,118 @@
+"""A small actor on what the frozen policy computes, and the policy that both make together."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from eva_rl.agents.policy import DecisionTransformerPolicy
+
+
+def frozen_copy(policy: DecisionTransformerPolicy) -> DecisionTransformerPolicy:
+    """The policy as it is now, with a network and histories of its own, none of which is trained."""
+    kept = copy.copy(policy)
+    kept.network = copy.deepcopy(policy.network).requires_grad_(False)
+    kept.forget_histories()
+    return kept
+
+
+class ResidualActor(nn.Module):
+    """What to add to the action that the frozen policy proposes; nothing at first.
+
+    Args:
+        observation_dim: Numbers in one (scaled) observation.
+        action_dim: Numbers in one (scaled) action.
+        feature_dim: Width of the frozen policy's hidden states; 0 leaves them out.
+        hidden_size: Width of the two hidden layers.
+        scale: Largest magnitude of what is added, to actions in [-1, 1].
+    """
+
+    def __init__(
+        self, observation_dim: int, action_dim: int, feature_dim: int = 0, hidden_size: int = 256, scale: float = 0.3
+    ) -> None:
+        super().__init__()
+        self.scale, self.feature_dim = scale, feature_dim
+        self.feature_norm = nn.LayerNorm(feature_dim) if feature_dim else None
+        self.trunk = nn.Sequential(
+            nn.Linear(observation_dim + action_dim + feature_dim, hidden_size),
+            nn.LayerNorm(hidden_size),
+            nn.ReLU(),
+            nn.Linear(hidden_size, hidden_size),
+            nn.LayerNorm(hidden_size),
+            nn.ReLU(),
+        )
+        self.head = nn.Linear(hidden_size, action_dim)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, observations: Tensor, proposals: Tensor, features: Tensor) -> Tensor:
+        """Residuals (B, act) in [-1, 1], before they are scaled.
+
+        Args:
+            observations: (B, obs), scaled.
+            proposals: (B, act), the frozen policy's scaled actions.
+            features: (B, D), the hidden states that these were read from.
+        """
+        parts = [observations, proposals]
+        if self.feature_norm is not None:
+            parts.append(self.feature_norm(features))
+        residual: Tensor = torch.tanh(self.head(self.trunk(torch.cat(parts, -1))))
+        return residual
+
+    def actions(self, observations: Tensor, proposals: Tensor, features: Tensor) -> Tensor:
+        """Scaled actions (B, act): the proposals with the residuals added, within the bounds."""
+        return self.added(proposals, self(observations, proposals, features))
+
+    def added(self, proposals: Tensor, residuals: Tensor) -> Tensor:
+        """Scaled actions (B, act) of proposals and residuals."""
+        return (proposals + self.scale * residuals).clamp(-1, 1)
+
+
+class ResidualPolicy:
+    """Acts as the frozen policy proposes with the actor's residuals added, one pass of the Transformer an env step.
+
+    Args:
+        base: Proposes; its histories hold the actions that were executed.
+        actor: Adds.
+    """
+
+    def __init__(self, base: DecisionTransformerPolicy, actor: ResidualActor) -> None:
+        self.base, self.actor = base, actor
+
+    @property
+    def observation_dim(self) -> int:
+        """Numbers in one observation."""
+        return self.base.observation_dim
+
+    @property
+    def action_dim(self) -> int:
+        """Numbers in one action."""
+        return self.base.action_dim
+
+    def with_own_history(self) -> Self:
+        """This policy with histories of its own, to act for a second group of environments."""
+        second = copy.copy(self)
+        second.base = self.base.with_own_history()
+        return second
+
+    def reset(self, env_ids: Sequence[str]) -> None:
+        """Forget all histories and prepare for one environment per name."""
+        self.base.reset(env_ids)
+
+    def act(
+        self, observations: NDArray[np.float32], rewards: NDArray[np.float32], episode_starts: NDArray[np.bool_]
+    ) -> NDArray[np.float32]:
+        """Choose the deterministic action of each environment; see :meth:`eva_rl.agents.policy.Policy.act`."""
+        base = self.base
+        scaled = base.scaling.observations(torch.from_numpy(observations).to(base.device))
+
+        def choose(features: Tensor) -> Tensor:
+            return self.actor.actions(scaled, base.network.actions(features).clamp(-1, 1), features)
+
+        return base.act_by(choose, observations, rewards, episode_starts)

@@ -1,0 +1,132 @@
+"""From a residual policy back to one network: cloning what it does, also where the clone itself goes.
+
+The clone's own env steps are labelled by the residual policy (DAgger, Ross et al. 2011, arXiv 1011.0686).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from eva_rl.agents.policy import DecisionTransformerPolicy
+from eva_rl.batch import WindowBatch
+from eva_rl.data.trajectories import Episode
+from eva_rl.data.windows import gather_windows
+from eva_rl.options import option
+from eva_rl.rollouts.recorder import EpisodeRecorder
+from eva_rl.training.bc import BCOptions
+from eva_rl.training.collector import TaskEnvs
+from eva_rl.training.residual.actor import ResidualPolicy
+from eva_rl.training.residual.playback import FEATURES, PROPOSALS, played_through
+
+
+@dataclass
+class DistillOptions(BCOptions):
+    """Cloning of the residual policy, first on the replay, then with env steps of the clone in every round."""
+
+    updates: int = option(200, "gradient steps of each round, and of the first one on the replay", above=0)
+    rounds: int = option(2, "times that the clone acts and its env steps are labelled", low=0, high=100)
+    env_steps: int = option(1_000, "env steps of the clone in a round; part of algo.env_steps", above=0)
+
+
+@dataclass(frozen=True)
+class LabelledSteps:
+    """N env steps of successive episodes, with what should have been done in each.
+
+    Attributes:
+        observations: (N, obs).
+        actions: (N, act), as executed.
+        rewards: (N,).
+        returns_to_go: (N,), those that the policy was asked for.
+        target_actions: (N, act), what the residual policy would have done.
+    """
+
+    observations: NDArray[np.float32]
+    actions: NDArray[np.float32]
+    rewards: NDArray[np.float32]
+    returns_to_go: NDArray[np.float32]
+    target_actions: NDArray[np.float32]
+
+    @classmethod
+    def joined(cls, parts: Sequence[LabelledSteps]) -> LabelledSteps:
+        """Several episodes as one."""
+        return cls(**{f.name: np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(cls)})
+
+
+class LabelledWindows:
+    """Windows of a residual policy's and its clone's env steps, labelled with what the residual policy would do.
+
+    The returns-to-go are those that the policy was asked for.
+
+    Args:
+        teacher: The residual policy.
+        env_id: The task.
+        context_length: T.
+        seed: Of the draws; those of step n depend on the seed and n alone.
+    """
+
+    def __init__(self, teacher: ResidualPolicy, env_id: str, context_length: int, seed: int) -> None:
+        self._teacher, self._env_id, self._seed = teacher, env_id, seed
+        self._context_length, self._scaling = context_length, teacher.base.scaling.to("cpu")
+        self._episodes: list[LabelledSteps] = []
+
+    def add(self, episodes: Iterable[Episode]) -> None:
+        """Label episodes; those that were not played through the frozen policy are."""
+        self._episodes += [self._labelled(episode) for episode in self._played(list(episodes))]
+        self._steps = LabelledSteps.joined(self._episodes)
+        lengths = [len(episode.rewards) for episode in self._episodes]
+        self._starts = np.repeat(np.cumsum([0, *lengths[:-1]]), lengths)
+
+    def _labelled(self, episode: Episode) -> LabelledSteps:
+        return LabelledSteps(
+            observations=episode.observations[:-1],
+            actions=episode.actions,
+            rewards=episode.rewards,
+            returns_to_go=self._asked(episode.rewards),
+            target_actions=self._labels(episode),
+        )
+
+    def _played(self, episodes: Sequence[Episode]) -> Iterable[Episode]:
+        yield from (episode for episode in episodes if episode.extras)
+        yield from played_through(self._teacher.base, self._env_id, [e for e in episodes if not e.extras])
+
+    def _asked(self, rewards: NDArray[np.float32]) -> NDArray[np.float32]:
+        obtained = np.cumsum(rewards, dtype=np.float64) - rewards
+        target = self._teacher.base.conditioning.of(self._env_id)
+        return (target - obtained).astype(np.float32)
+
+    def _labels(self, episode: Episode) -> NDArray[np.float32]:
+        device, scaling = self._teacher.base.device, self._scaling
+        observations = scaling.observations(torch.from_numpy(episode.observations[:-1]))
+        inputs = (observations, *(torch.from_numpy(episode.extras[name]) for name in (PROPOSALS, FEATURES)))
+        with torch.no_grad():
+            actions = self._teacher.actor.actions(*(x.to(device) for x in inputs)).cpu()
+        raw: NDArray[np.float32] = scaling.raw_actions(actions).numpy()
+        return raw
+
+    def sample(self, batch_size: int, step: int, device: torch.device | str = "cpu") -> WindowBatch:
+        """The windows of gradient step ``step``: any env step as the last of one."""
+        rng = np.random.default_rng((self._seed, step, len(self._starts)))
+        rows = rng.integers(len(self._starts), size=batch_size)
+        windows = gather_windows(self._steps, rows, self._starts[rows], self._context_length, self._scaling)
+        return windows.to(device)
+
+
+def roll_out(policy: DecisionTransformerPolicy, task: TaskEnvs, env_steps: int) -> list[Episode]:
+    """Episodes of a policy's deterministic actions, of about ``env_steps`` env steps; the last ones are cut off."""
+    vec_env, n = task.vec_env, task.vec_env.num_envs
+    vec_env.seed(task.first_episode)
+    policy.reset([task.env_id] * n)
+    observations = np.asarray(vec_env.reset(), np.float32)
+    rewards, starts = np.zeros(n, np.float32), np.ones(n, bool)
+    recorder, episodes = EpisodeRecorder(observations, task.reports_success), list[Episode]()
+    for _ in range(max(1, env_steps // n)):
+        actions = policy.act(observations, rewards, starts)
+        stepped, rewards, starts, infos = vec_env.step(actions)
+        observations = np.asarray(stepped, np.float32)
+        episodes += [e for _, e in recorder.step(actions, observations, rewards, starts, infos)]
+    return [*episodes, *recorder.unfinished()]

@@ -1,0 +1,255 @@
+"""Residual off-policy reinforcement learning on a frozen Decision Transformer, from demonstrations on.
+
+The frozen policy proposes, a small actor adds to it, an ensemble of critics judges the sum. Residual policies:
+Johannink et al. 2018, arXiv 1812.03201; on a frozen cloned policy: ResFiT, arXiv 2509.19301; demonstrations in half of
+each batch, and an ensemble with layer normalisation: RLPD, Ball et al. 2023, arXiv 2302.02948.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from eva_rl.agents.policy import DecisionTransformerPolicy
+from eva_rl.batch import NStepBatch
+from eva_rl.data.replay import TrajectoryReplay
+from eva_rl.data.trajectories import Episode
+from eva_rl.options import MANY, option
+from eva_rl.training.critics import CriticEnsemble, polyak_update
+from eva_rl.training.failures import NotFiniteError
+from eva_rl.training.learner import Choice, Explore, Learner, ReplayOptions, named, noise_levels, step_generators
+from eva_rl.training.residual.actor import ResidualActor, ResidualPolicy
+from eva_rl.training.residual.playback import FEATURES, PROPOSALS, TARGETS, extra_widths, played_through, until_success
+
+
+@dataclass
+class ResidualOptions(ReplayOptions):
+    """Residual off-policy learning on the frozen policy.
+
+    The first ``learning_starts`` env steps are the frozen policy's, with noise; the critics then learn its values for
+    ``critic_warmup`` gradient steps before the actor moves.
+    """
+
+    eval_every: int = option(0, "validate every N env steps; 0 disables", low=0, high=MANY)
+    keep_best: bool = option(False, "end with the parameters of the best validation, not with the last ones")
+    steps_per_iteration: int = option(200, "env steps, over all environments, of an iteration", above=0)
+    updates_per_iteration: int = option(400, "gradient steps of an iteration", above=0)
+    learning_starts: int = option(
+        2_000, "env steps of the frozen policy before the first gradient step", low=0, high=MANY
+    )
+    batch_size: int = option(128, "transitions a gradient step, half of them from demonstrations", above=1)
+    learning_rate: float = option(3e-4, "AdamW's learning rate, for the actor", above=0)
+    weight_decay: float = option(0.0, "AdamW's weight decay, on matrices", low=0, high=10)
+    gradient_clip: float = option(1.0, "largest norm of the actor's gradient", above=0)
+    critic_learning_rate: float = option(3e-4, "Adam's learning rate, for the critics", above=0)
+    critic_hidden_size: int = option(256, "width of the critics", above=0)
+    actor_hidden_size: int = option(256, "width of the residual actor", above=0)
+    critics: int = option(
+        5, "critics; the target is the minimum over two of them, drawn at each gradient step", above=1
+    )
+    features: bool = option(True, "show the actor the frozen policy's hidden state, too")
+    scale: float = option(0.3, "largest residual, on actions in [-1, 1]", above=0, high=2)
+    n_step: int = option(3, "env steps of rewards before the critics' values take over", above=0)
+    discount: float = option(0.99, "gamma", low=0, high=1)
+    tau: float = option(0.005, "soft update of the target networks, per gradient step", low=0, high=1)
+    policy_delay: int = option(4, "gradient steps of the critics for one of the actor", above=0)
+    critic_warmup: int = option(
+        2_000, "gradient steps in which the critics learn the frozen policy's values", low=0, high=MANY
+    )
+    exploration_noise: float = option(0.1, "standard deviation of the noise on (scaled) actions", low=0, high=2)
+    target_noise: float = option(0.05, "standard deviation of the noise on target actions", low=0, high=2)
+    demonstration_share: float = option(0.5, "share of a batch drawn from demonstrations", low=0, high=1)
+    q_coef: float = option(1.0, "weight of the critics in the actor's loss", low=0, high=1000)
+    bc_coef: float = option(
+        0.1, "weight of cloning solved episodes where the critics prefer their actions", low=0, high=1000
+    )
+    size_coef: float = option(0.1, "weight of the residual's mean square in the actor's loss", low=0, high=1000)
+    pessimism: float = option(
+        0.5, "standard deviations over the critics that are subtracted from their mean for the actor", low=0, high=100
+    )
+    stop_at_success: bool = option(
+        True, "end episodes of training at their first success, as if the highest reward followed for ever"
+    )
+
+
+class ResidualLearner(Learner):
+    """A residual actor and an ensemble of critics on a frozen policy.
+
+    Rewards are divided by a scale that is found when training begins: where success ends an episode, the value of the
+    highest reward for ever, so that values lie below 1; else the mean discounted return.
+
+    Args:
+        policy: Stays as it is.
+        options: Hyperparameters.
+        seed: Of all random draws and of the networks' first parameters.
+        demonstrations: Whole episodes of the task.
+        env_id: The task.
+    """
+
+    def __init__(
+        self,
+        policy: DecisionTransformerPolicy,
+        options: ResidualOptions,
+        *,
+        seed: int = 0,
+        demonstrations: Sequence[Episode] = (),
+        env_id: str = "",
+    ) -> None:
+        dims, width = (policy.observation_dim, policy.action_dim), policy.network.config.hidden_size
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            actor = ResidualActor(*dims, width if options.features else 0, options.actor_hidden_size, options.scale)
+            critics = CriticEnsemble(*dims, options.critic_hidden_size, options.critics)
+        self.actor, self.critics = actor.to(policy.device), critics.to(policy.device)
+        super().__init__(policy, options, seed=seed, actor=self.actor)
+        self._residual = options
+        self.target_actor, self.target_critics = copy.deepcopy(self.actor), copy.deepcopy(self.critics)
+        self._critic_optimizer = torch.optim.Adam(self.critics.parameters(), options.critic_learning_rate, fused=True)
+        self.add("critics", named(self.critics), self._critic_optimizer)
+        self.demonstrations = self._stored(demonstrations, env_id)
+        self._reward_scale = self._solved_value = 0.0
+
+    def _stored(self, episodes: Sequence[Episode], env_id: str) -> TrajectoryReplay:
+        if self._residual.stop_at_success:
+            episodes = [until_success(episode) for episode in episodes]
+        replay = self.new_replay(1 + sum(len(episode.rewards) + 1 for episode in episodes))
+        asked = self.policy.conditioning.of(env_id)
+        replay.extend(played_through(self.policy, env_id, episodes), asked)
+        return replay
+
+    def new_replay(self, capacity: int, folder: Path | None = None) -> TrajectoryReplay:
+        """An empty replay that keeps what this learner needs of each env step."""
+        policy, discount = self.policy, self._residual.discount
+        return TrajectoryReplay(
+            capacity, policy.observation_dim, policy.action_dim, folder, discount=discount, extras=extra_widths(policy)
+        )
+
+    @property
+    def acting(self) -> ResidualPolicy:
+        """The frozen policy with the averaged actor's residuals."""
+        return ResidualPolicy(self.policy.with_own_history(), self.target_actor)
+
+    def explore(self, generator: torch.Generator) -> Explore:
+        """The actor's actions with Gaussian noise, times each environment's level."""
+        std = self._residual.exploration_noise
+
+        def choose(features: Tensor, observations: Tensor) -> Choice:
+            proposals = self.policy.network.actions(features).clamp(-1, 1)
+            actions = self.actor.actions(observations, proposals, features)
+            noise = std * noise_levels(len(actions)) * torch.randn(actions.shape, generator=generator)
+            executed = (actions + noise.to(actions.device)).clamp(-1, 1)
+            return Choice(executed, {FEATURES: features, PROPOSALS: proposals, TARGETS: executed})
+
+        return choose
+
+    def update(self, replay: TrajectoryReplay, update: int) -> dict[str, float]:
+        """One gradient step on the critics, and at every ``policy_delay``-th one on the actor."""
+        options, (batch, generator) = self._residual, self._draw(replay, update)
+        metrics = self._update_critics(batch, generator, update)
+        if update >= options.critic_warmup and update % options.policy_delay == 0:
+            metrics |= self._update_actor(batch, update)
+            polyak_update(self.target_actor, self.actor, min(1.0, options.tau * options.policy_delay))
+        polyak_update(self.target_critics, self.critics, options.tau)
+        return metrics
+
+    def _draw(self, replay: TrajectoryReplay, update: int) -> tuple[NStepBatch, torch.Generator]:
+        rng, generator = step_generators(self.seed, update)
+        self._find_scale(replay)
+        options, size = self._residual, self.options.batch_size
+        shown = round(size * options.demonstration_share) if self.demonstrations.num_episodes else 0
+        parts = [
+            source.sample_n_step(
+                count, rng, self.scaling, n=options.n_step, discount=options.discount, solved_value=self._solved_value
+            )
+            for source, count in ((self.demonstrations, shown), (replay, size - shown))
+            if count
+        ]
+        return NStepBatch.joined(parts).to(self.policy.device), generator
+
+    def _find_scale(self, replay: TrajectoryReplay) -> None:
+        """Fix what rewards are divided by, and what a success is worth, at the first gradient step."""
+        if self._reward_scale:
+            return
+        known = [source for source in (self.demonstrations, replay) if source.num_episodes]
+        highest = max(source.highest_reward for source in known)
+        forever = highest / max(1 - self._residual.discount, 1e-3)
+        if self._residual.stop_at_success and any(source.num_solved for source in known) and highest > 0:
+            self._solved_value = self._reward_scale = forever
+        else:
+            self._reward_scale = max(1e-8, *(source.mean_discounted_return for source in known))
+
+    def targets(self, batch: NStepBatch, generator: torch.Generator) -> Tensor:
+        """What the critics are taught, (B,)."""
+        options, proposals = self._residual, batch.next_extras[PROPOSALS]
+        with torch.no_grad():
+            actions = self.target_actor.actions(batch.next_observations, proposals, batch.next_extras[FEATURES])
+            noise = torch.randn(actions.shape, generator=generator).to(actions.device) * options.target_noise
+            noise = noise.clamp(-2 * options.target_noise, 2 * options.target_noise)
+            pair = torch.randperm(options.critics, generator=generator)[:2].to(actions.device)
+            values = self.target_critics.min_of(batch.next_observations, (actions + noise).clamp(-1, 1), pair)
+            return batch.returns / self._reward_scale + batch.discounts * values
+
+    def _update_critics(self, batch: NStepBatch, generator: torch.Generator, update: int) -> dict[str, float]:
+        targets = self.targets(batch, generator)
+        values: Tensor = self.critics(batch.observations, batch.actions)
+        loss = (values - targets).square().mean(1).sum()
+        self._critic_optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        if not bool(torch.isfinite(loss)):
+            raise NotFiniteError("the critics' loss", update, batch)
+        self._critic_optimizer.step()
+        return {"train/critic_loss": loss.item() / self.critics.size, "train/q": values.mean().item()}
+
+    def _update_actor(self, batch: NStepBatch, update: int) -> dict[str, float]:
+        options, proposals = self._residual, batch.extras[PROPOSALS]
+        residuals = self.actor(batch.observations, proposals, batch.extras[FEATURES])
+        actions = self.actor.added(proposals, residuals)
+        values = self._judged(batch.observations, actions)
+        gain = values.mean() / values.detach().abs().mean().clamp(min=1e-6)
+        distance, share = self._distance_to_better(batch, residuals, values.detach())
+        size = residuals.square().mean()
+        loss = options.bc_coef * distance + options.size_coef * size - options.q_coef * gain
+        norm = self.step_actor(loss, update, batch)
+        return {
+            "train/loss": loss.item(),
+            "train/clone_loss": distance.item(),
+            "train/cloned_share": share.item(),
+            "train/residual": size.item() ** 0.5,
+            "train/gradient_norm": norm,
+        }
+
+    def _judged(self, observations: Tensor, actions: Tensor) -> Tensor:
+        """Mean of the critics less ``pessimism`` standard deviations, (B,): where they disagree, they know little."""
+        values: Tensor = self.critics(observations, actions)
+        return values.mean(0) - self._residual.pessimism * values.std(0)
+
+    def _distance_to_better(self, batch: NStepBatch, residuals: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean squared error to actions of solved episodes that the critics prefer, and their share of the batch.
+
+        Preference as in the Q-filter of Nair et al. 2017, arXiv 1709.10089.
+        """
+        targets, proposals = batch.extras[TARGETS], batch.extras[PROPOSALS]
+        with torch.no_grad():
+            better = batch.solved & (self._judged(batch.observations, targets) > values)
+            wanted = ((targets - proposals) / self._residual.scale).clamp(-1, 1)
+        weights = better.to(residuals.dtype)
+        return ((residuals - wanted).square().mean(-1) * weights).mean(), weights.mean()
+
+    def state_of(self) -> Mapping[str, Tensor]:
+        """Target networks and the rewards' scale."""
+        state = {f"target_critics/{name}": value for name, value in self.target_critics.state_dict().items()}
+        state |= {f"target_actor/{name}": value for name, value in self.target_actor.state_dict().items()}
+        return state | {"scales": torch.tensor([self._reward_scale, self._solved_value], dtype=torch.float64)}
+
+    def restore_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put back what :meth:`state_of` gave."""
+        with torch.no_grad():
+            for kind, module in (("target_critics", self.target_critics), ("target_actor", self.target_actor)):
+                for name, value in module.state_dict().items():
+                    value.copy_(tensors[f"{kind}/{name}"])
+        self._reward_scale, self._solved_value = tensors["scales"].tolist()

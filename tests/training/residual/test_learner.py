@@ -1,0 +1,183 @@
+"""Residual learning: what it begins with, what its critics are taught, and problems with known solutions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+
+from eva_rl.data import Episode
+from eva_rl.training.online import train_online
+from eva_rl.training.residual.learner import ResidualLearner, ResidualOptions
+from eva_rl.training.residual.playback import FEATURES, PROPOSALS, TARGETS
+from tests.training.problems import LinearQuadratic, TwoSteps, make_learner, make_task
+
+QUICK: dict[str, Any] = {
+    "learning_rate": 3e-3,
+    "critic_learning_rate": 3e-3,
+    "warmup_steps": 1,
+    "critic_hidden_size": 32,
+    "actor_hidden_size": 32,
+    "critics": 3,
+    "critic_warmup": 100,
+    "policy_delay": 2,
+    "learning_starts": 160,
+    "scale": 1.0,
+    "tau": 0.02,
+    "batch_size": 64,
+    "env_steps": 960,
+    "size_coef": 0.0,
+    "pessimism": 0.0,
+    "steps_per_iteration": 80,
+    "updates_per_iteration": 60,
+    "exploration_noise": 0.5,
+    "checkpoint_every": 0,
+    "stop_at_success": False,
+}
+
+
+def episode(length: int, *, terminated: bool, solved: bool = False) -> Episode:
+    """Rewards 1, 2, 3, ...; observations, features and proposals tell the env step."""
+    steps = np.arange(length, dtype=np.float32)
+    last = steps == length - 1
+    return Episode(
+        observations=np.stack([np.arange(length + 1), np.ones(length + 1)], 1).astype(np.float32),
+        actions=steps[:, None] / 100,
+        rewards=steps + 1,
+        terminations=last & terminated,
+        truncations=last & (not terminated),
+        successes=last & solved,
+        extras={
+            FEATURES: np.repeat(steps[:, None], 16, 1),
+            PROPOSALS: steps[:, None] / 10,
+            TARGETS: steps[:, None] / 100,
+        },
+    )
+
+
+def all_transitions(kept: Episode, n: int, solved_value: float = 0.0) -> dict[int, tuple[float, float, float]]:
+    """Return, discount and place of the last observation, for each first step that is ever drawn (gamma is 0.5)."""
+    learner = ResidualLearner(make_learner(), ResidualOptions(**QUICK))
+    replay = learner.new_replay(100)
+    replay.add(kept, asked=1.0)
+    batch = replay.sample_n_step(
+        200, np.random.default_rng(0), learner.scaling, n=n, discount=0.5, solved_value=solved_value
+    )
+    found = {}
+    for i in range(200):
+        first, last = int(batch.observations[i, 0]), float(batch.next_observations[i, 0])
+        assert batch.extras[FEATURES][i, 0] == first
+        assert batch.actions[i, 0] == pytest.approx(first / 100)
+        if batch.discounts[i] > 0:
+            assert batch.next_extras[PROPOSALS][i, 0] == pytest.approx(last / 10)
+        found[first] = (batch.returns[i].item(), batch.discounts[i].item(), last)
+    return found
+
+
+def test_n_steps_end_at_a_termination_and_nothing_follows() -> None:
+    found = all_transitions(episode(4, terminated=True), n=3)
+    assert found == {
+        0: (1 + 2 / 2 + 3 / 4, 1 / 8, 3.0),
+        1: (2 + 3 / 2 + 4 / 4, 0.0, 4.0),
+        2: (3 + 4 / 2, 0.0, 4.0),
+        3: (4.0, 0.0, 4.0),
+    }
+
+
+def test_n_steps_end_before_a_truncation_and_the_value_goes_on() -> None:
+    """The observation after the last step was never shown to the policy: nothing is known of what it would propose."""
+    assert all_transitions(episode(4, terminated=False), n=3) == {
+        0: (1 + 2 / 2 + 3 / 4, 1 / 8, 3.0),
+        1: (2 + 3 / 2, 1 / 4, 3.0),
+        2: (3.0, 1 / 2, 3.0),
+    }
+
+
+def test_a_success_is_worth_what_is_said() -> None:
+    found = all_transitions(episode(3, terminated=True, solved=True), n=2, solved_value=10.0)
+    assert found[0] == (1 + 2 / 2, 1 / 4, 2.0)
+    assert found[1] == (2 + 3 / 2 + 10 / 4, 0.0, 3.0)
+    assert found[2] == (3 + 10 / 2, 0.0, 3.0)
+    unsolved = all_transitions(episode(3, terminated=True), n=2, solved_value=10.0)
+    assert unsolved[2] == (3.0, 0.0, 3.0)
+
+
+def test_targets_are_those_computed_by_hand() -> None:
+    """The smaller of two members on the averaged actor's action, discounted, plus scaled rewards."""
+    options = ResidualOptions(**QUICK | {"critics": 2, "target_noise": 0.0, "scale": 0.5})
+    learner = ResidualLearner(make_learner(), options)
+    with torch.no_grad():
+        learner.target_actor.head.bias.fill_(0.3)
+    replay = learner.new_replay(100)
+    replay.add(episode(4, terminated=True), asked=1.0)
+    batch, generator = learner._draw(replay, update=0)
+    found = learner.targets(batch, generator)
+    hidden = torch.cat([batch.next_observations, batch.next_extras[PROPOSALS]], 1)
+    features = torch.nn.functional.layer_norm(batch.next_extras[FEATURES], (16,))
+    actions = batch.next_extras[PROPOSALS] + 0.5 * torch.tanh(
+        learner.target_actor.head(learner.target_actor.trunk(torch.cat([hidden, features], 1)))
+    )
+    values = []
+    for member in range(2):
+        x = torch.cat([batch.next_observations, actions.clamp(-1, 1)], 1)
+        for layer in learner.target_critics.layers:
+            x = x @ layer.linear.weight[member] + layer.linear.bias[member]
+            centred = x - x.mean(1, keepdim=True)
+            x = centred / (centred.square().mean(1, keepdim=True) + 1e-5).sqrt() * layer.scale[member]
+            x = (x + layer.shift[member]).clamp(min=0)
+        head = learner.target_critics.head
+        values.append((x @ head.weight[member] + head.bias[member]).squeeze(1))
+    scale = replay.mean_discounted_return
+    expected = batch.returns / scale + batch.discounts * torch.minimum(*values)
+    assert torch.allclose(found, expected, atol=1e-5)
+    assert not torch.allclose(found, batch.returns / scale + batch.discounts * torch.maximum(*values), atol=1e-3)
+
+
+def test_it_begins_as_the_frozen_policy() -> None:
+    policy = make_learner()
+    learner = ResidualLearner(policy, ResidualOptions(**QUICK))
+    observations, starts = np.random.default_rng(0).normal(size=(5, 2)).astype(np.float32), np.ones(5, bool)
+    acting = learner.acting
+    for one in (policy, acting):
+        one.reset(["problem"] * 5)
+    rewards = np.zeros(5, np.float32)
+    assert np.array_equal(acting.act(observations, rewards, starts), policy.act(observations, rewards, starts))
+
+
+def mean_return(learner: ResidualLearner, kind: type[gym.Env[Any, Any]], steps: int) -> float:
+    task, policy = make_task(kind), learner.acting
+    policy.reset(["problem"] * 8)
+    observations: Any = task.vec_env.reset()
+    rewards, starts, total = np.zeros(8, np.float32), np.ones(8, bool), np.zeros(8)
+    for _ in range(steps):
+        observations, rewards, starts, _ = task.vec_env.step(policy.act(observations, rewards, starts))
+        total += rewards
+    return float(total.mean())
+
+
+def learned(kind: type[gym.Env[Any, Any]], **others: Any) -> ResidualLearner:
+    learner = ResidualLearner(make_learner(), ResidualOptions(**QUICK | others), seed=1)
+    train_online(learner, learner.new_replay(4000), make_task(kind), log=lambda *_: None)
+    return learner
+
+
+@pytest.mark.parametrize("n_step", [1, 3])
+def test_credit_goes_to_what_earned_it(n_step: int) -> None:
+    """What decides pays one env step later; the greedy action earns a fifth."""
+    assert mean_return(learned(TwoSteps, discount=0.9, n_step=n_step), TwoSteps, steps=2) > 0.95 * TwoSteps.best
+
+
+def test_linear_quadratic_control_is_solved() -> None:
+    """Actions are those of the Riccati equation, for ever: truncated episodes must not look like ends."""
+    discount = 0.9
+    learner = learned(LinearQuadratic, env_steps=1760, discount=discount, exploration_noise=0.3, target_noise=0.0)
+    gain = LinearQuadratic.best_gain(discount)
+    x = np.linspace(-0.5, 0.5, 16, dtype=np.float32)
+    policy = learner.acting
+    policy.reset(["problem"] * 16)
+    actions = policy.act(np.stack([x, 0 * x], 1), np.zeros(16, np.float32), np.ones(16, bool))[:, 0]
+    assert np.abs(actions + gain * x).mean() < 0.1
+    assert np.abs(actions + LinearQuadratic.best_gain(0.0) * x).mean() > 0.3  # what one step alone would ask for
