@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from eva_rl import envs
+from eva_rl.data import Episode
 from eva_rl.data.replay import TrajectoryReplay
 from eva_rl.errors import UserError
 from eva_rl.training.checkpoint import Checkpoints
@@ -23,6 +24,7 @@ from eva_rl.training.learner import Learner
 from eva_rl.training.odt import ODTOptions, OnlineDecisionTransformer
 from eva_rl.training.odt_td3 import TD3DecisionTransformer, TD3Options
 from eva_rl.training.online import train_online
+from eva_rl.training.residual.learner import ResidualLearner, ResidualOptions
 from tests.conftest import make_policy
 from tests.training.problems import Bandit, make_learner, make_task
 
@@ -48,6 +50,27 @@ def odt(**others: Any) -> Learner:
     return OnlineDecisionTransformer(_policy(True), ODTOptions(**LOOP | others), seed=1)
 
 
+def residual(**others: Any) -> Learner:
+    sizes = {"critic_hidden_size": 16, "actor_hidden_size": 16, "critics": 3, "policy_delay": 2, "critic_warmup": 1}
+    options = ResidualOptions(**sizes | LOOP | {"learning_starts": 60} | others)
+    return ResidualLearner(_policy(False), options, seed=1, demonstrations=[hopper_episode()], env_id="Hopper-v5")
+
+
+def hopper_episode() -> Episode:
+    rng, last = np.random.default_rng(0), np.arange(9) == 8
+    return Episode(
+        observations=rng.normal(size=(10, 11)).astype(np.float32),
+        actions=rng.uniform(-1, 1, size=(9, 3)).astype(np.float32),
+        rewards=rng.uniform(size=9).astype(np.float32),
+        terminations=last,
+        truncations=np.zeros(9, bool),
+    )
+
+
+def replay_of(learner: Learner, capacity: int = 2000) -> TrajectoryReplay:
+    return learner.new_replay(capacity) if isinstance(learner, ResidualLearner) else TrajectoryReplay(capacity, 11, 3)
+
+
 def bandit(**others: Any) -> OnlineDecisionTransformer:
     return OnlineDecisionTransformer(make_learner(stochastic=True), ODTOptions(batch_size=4, **others))
 
@@ -64,7 +87,8 @@ def run(
     make: Make, folder: Path | None, *, stop_at: int | None = None
 ) -> tuple[OnlineCounters | None, dict[str, torch.Tensor], list[tuple[int, dict[str, float]]]]:
     """Hopper, whose episodes differ in length, from the last checkpoint; stopped inside an iteration if asked to."""
-    algorithm, replay, record = make(), TrajectoryReplay(2000, 11, 3), []
+    algorithm, record = make(), []
+    replay = replay_of(algorithm)
     task = TaskEnvs(envs.make_vec_env("mujoco/hopper", 3, horizon=15), "Hopper-v5", False, first_episode=500)
     checkpoints = Checkpoints(folder) if folder else None
 
@@ -82,7 +106,7 @@ def run(
     return counters, algorithm.tensors(), record
 
 
-@pytest.mark.parametrize("make", [td3, odt])
+@pytest.mark.parametrize("make", [td3, odt, residual])
 def test_a_resumed_run_is_the_run_that_was_not_interrupted(make: Make, tmp_path: Path) -> None:
     _, expected, record = run(make, None)
     assert run(make, tmp_path, stop_at=200)[0] is None
@@ -191,6 +215,18 @@ def test_the_batch_of_a_loss_that_is_not_finite_is_kept(tmp_path: Path) -> None:
     assert load_file(tmp_path / FAILED_BATCH)["actions"].isnan().any()
     for name, parameter in learner.parameters.items():
         assert torch.equal(parameter, before[name])
+
+
+def test_a_residual_stops_at_what_is_not_finite(tmp_path: Path) -> None:
+    learner = residual()
+    assert isinstance(learner, ResidualLearner)
+    learner.demonstrations.observations[:] = np.inf
+    before = {name: value.clone() for name, value in learner.tensors().items() if "critics" in name or "actor" in name}
+    with pytest.raises(UserError, match="the critics' loss is not finite"), failures_kept(tmp_path):
+        learner.update(learner.demonstrations, 0)
+    assert load_file(tmp_path / FAILED_BATCH)["observations"].isinf().any()
+    after = learner.tensors()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
 
 
 def test_critics_stop_at_what_is_not_finite() -> None:
