@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from eva_rl.data.selection import WEIGHTINGS
-from eva_rl.envs.names import value_of_text, with_options
+from eva_rl.envs.names import DENSE, REWARD, REWARDS, value_of_text, with_options
 from eva_rl.options import MANY, Options, group, option
 from eva_rl.rollouts.experts import ActionNoise
 from eva_rl.seeding import MAX_SEED
@@ -25,14 +25,18 @@ class EnvOptions(Options):
     )
     horizon: int | None = option(None, "env steps an episode; null takes the task's own (Meta-World: 200)", above=0)
     kwargs: dict[str, Any] = option({}, "arguments of the environment's constructor, '{NAME:VALUE}'")
+    reward: str = option(
+        DENSE, "Meta-World: dense, or sparse for 1 where the task is solved and else 0", choices=REWARDS
+    )
     goal: int | None = option(None, "Meta-World: seed of the one goal of all episodes; null gives each its own", low=0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.id:
             kwargs = {key: value_of_text(v) if isinstance(v, str) else v for key, v in self.kwargs.items()}
+            kwargs |= {} if self.reward == DENSE else {REWARD: self.reward}
             self.id = with_options(self.id, kwargs, self.goal)
-            self.kwargs, self.goal = {}, None  # they are part of the name from here on
+            self.kwargs, self.goal, self.reward = {}, None, DENSE  # they are part of the name from here on
 
 
 @dataclass

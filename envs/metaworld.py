@@ -16,9 +16,11 @@ import mujoco
 import numpy as np
 from numpy.typing import NDArray
 
+from eva_rl.envs.names import DENSE, REWARDS, SPARSE
 from eva_rl.envs.names import METAWORLD_PREFIX as PREFIX
 from eva_rl.envs.sawyer import lean_class
 from eva_rl.envs.spec import EnvSpec
+from eva_rl.options import one_of
 
 OBSERVATION_DIM = 39
 ACTION_DIM = 4
@@ -72,6 +74,7 @@ class MetaWorldTask(gym.Wrapper[NDArray[np.float32], NDArray[np.float32], NDArra
         horizon: Env steps after which an episode is truncated.
         render_mode: Gymnasium's render mode, or None.
         goal: Seed of the one goal of all episodes; None lets each episode's seed draw its own.
+        reward: ``dense``, Meta-World's own, or ``sparse``: 1 at each env step in which the task is solved, else 0.
         **options: Of Meta-World's constructor, for instance ``reward_function_version="v1"``.
     """
 
@@ -81,15 +84,17 @@ class MetaWorldTask(gym.Wrapper[NDArray[np.float32], NDArray[np.float32], NDArra
         horizon: int = HORIZON,
         render_mode: str | None = None,
         goal: int | None = None,
+        reward: str = DENSE,
         **options: Any,
     ) -> None:
+        one_of(REWARDS, env__reward=reward)
         task = _make_task(env_id, render_mode, **options)
         task.max_path_length = horizon
         if render_mode is not None:
             task.mujoco_renderer.camera_id = mujoco.mj_name2id(task.model, mujoco.mjtObj.mjOBJ_CAMERA, CAMERA)
         super().__init__(task)
         self._task, self._goal = task, goal
-        self._solved = False
+        self._solved, self._sparse = False, reward == SPARSE
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, (OBSERVATION_DIM,), np.float32)
 
     def reset(
@@ -109,7 +114,8 @@ class MetaWorldTask(gym.Wrapper[NDArray[np.float32], NDArray[np.float32], NDArra
         now = bool(info["success"])
         self._solved = self._solved or now
         info |= {"success_now": now, "success": self._solved, "is_success": self._solved}
-        return observation.astype(np.float32), float(reward), terminated, truncated, info
+        reward = float(now) if self._sparse else float(reward)
+        return observation.astype(np.float32), reward, terminated, truncated, info
 
     def render(self) -> NDArray[np.uint8] | None:
         """The scene from Meta-World's customary camera, which hangs upside down: (height, width, 3)."""
@@ -117,9 +123,10 @@ class MetaWorldTask(gym.Wrapper[NDArray[np.float32], NDArray[np.float32], NDArra
         return None if frame is None else np.rot90(frame, 2).copy()
 
 
-def metaworld_spec(env_id: str, horizon: int | None = None, goal: int | None = None) -> EnvSpec:
+def metaworld_spec(env_id: str, horizon: int | None = None, goal: int | None = None, reward: str = DENSE) -> EnvSpec:
     """Describe a Meta-World task without making it."""
     horizon = horizon or HORIZON
+    one_of(REWARDS, env__reward=reward)
     goals = "one seeded goal an episode" if goal is None else f"the goal of seed {goal} in every episode"
     return EnvSpec(
         env_id=env_id,
@@ -129,7 +136,8 @@ def metaworld_spec(env_id: str, horizon: int | None = None, goal: int | None = N
         action_high=(1.0,) * ACTION_DIM,
         horizon=horizon,
         reports_success=True,
-        protocol=f"Meta-World v3, goal visible, {horizon} env steps, success at any step, {goals}",
+        protocol=f"Meta-World v3, goal visible, {horizon} env steps, success at any step, {goals}"
+        + (", rewarded at success alone" if reward == SPARSE else ""),
     )
 
 

@@ -38,6 +38,10 @@ METAWORLD_GROUPS = ("mt10", "mt25", *(f"ml{n}{part}" for n in (10, 25, 45) for p
 """Names of Meta-World's own lists of tasks; :func:`eva_rl.envs.metaworld.task_group` gives the tasks."""
 GOAL = "goal"
 """Option of a Meta-World task: the seed of the one goal of all episodes."""
+REWARD = "reward"
+"""Option of a Meta-World task: one of :data:`REWARDS`."""
+DENSE, SPARSE = REWARDS = ("dense", "sparse")
+"""Rewards of a Meta-World task: its own, or 1 where it is solved and else 0."""
 
 MUJOCO_TASKS = {
     "ant": "Ant",

@@ -14,6 +14,7 @@ from gymnasium import spaces
 
 from eva_rl.envs.checked import CheckedEnv, StopAtSuccess
 from eva_rl.envs.names import (
+    DENSE,
     GOAL,
     METAWORLD_GROUPS,
     METAWORLD_PREFIX,
@@ -21,6 +22,7 @@ from eva_rl.envs.names import (
     MUJOCO_PREFIX,
     MUJOCO_TASKS,
     MUJOCO_VERSION,
+    REWARD,
     TASK_SETS,
     split_options,
     task_list,
@@ -207,7 +209,7 @@ def env_spec(name: str, horizon: int | None = None) -> EnvSpec:
     if base.startswith(METAWORLD_PREFIX):
         from eva_rl.envs.metaworld import metaworld_spec
 
-        return metaworld_spec(env_id, horizon, options.get(GOAL))
+        return metaworld_spec(env_id, horizon, options.get(GOAL), options.get(REWARD, DENSE))
     env = make_env(env_id, horizon=horizon)
     steps, action_space, observation_space = _horizon(base, horizon), env.action_space, env.observation_space
     env.close()

@@ -36,7 +36,8 @@ from eva_rl.configs.groups import DataOptions
 from eva_rl.data import Trajectories, WindowSampler
 from eva_rl.data.selection import sampling_weights, target_return
 from eva_rl.distributed import ProcessGroup
-from eva_rl.envs import EnvSpec, env_spec
+from eva_rl.envs import EnvSpec, env_spec, split_options
+from eva_rl.envs.names import REWARD, SPARSE
 from eva_rl.envs.vector import TaskVecEnv
 from eva_rl.errors import UserError
 from eva_rl.finetune.adapter import activation_source, check_adapter
@@ -253,7 +254,11 @@ def set_target_return(
     target = config.policy.target_return
     if target is None and data is not None:
         target = target_return(data)
-    policy.with_target(policy.conditioning.of(env_id) if target is None else target, env_id)
+    own = policy.conditioning.of(env_id)
+    if data is not None and config.policy.target_return is None and split_options(env_id)[1].get(REWARD) == SPARSE:
+        unit = policy.scaling.return_scale * target_return(data) / own  # the network goes on seeing the same number
+        policy.scaling = replace(policy.scaling, return_scale=unit if unit > 0 else policy.scaling.return_scale)
+    policy.with_target(own if target is None else target, env_id)
 
 
 def make_sampler(policy: DecisionTransformerPolicy, data: Trajectories, config: FinetuneConfig) -> WindowSampler:

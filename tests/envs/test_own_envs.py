@@ -9,6 +9,7 @@ import pytest
 
 from eva_rl import envs
 from eva_rl.cli.parsing import parse
+from eva_rl.configs.groups import EnvOptions
 from eva_rl.envs.names import split_options, with_options
 from eva_rl.envs.registry import DEFAULT_HORIZON, task_ids
 from eva_rl.errors import UnknownNameError, UserError
@@ -125,3 +126,38 @@ def test_the_command_says_what_is_wrong(policy_folder: Path, capsys: pytest.Capt
     shown = capsys.readouterr().err
     assert "env.kwargs=" in shown
     assert "Episodes" not in shown, "nothing has begun"
+
+
+def test_sparse_rewards_are_paid_at_success_alone() -> None:
+    sparse, dense = envs.make_env("drawer-close-v3?reward=sparse"), envs.make_env("drawer-close-v3")
+    expert = envs.scripted_expert("metaworld/drawer-close-v3?reward=sparse")
+    observation, _ = sparse.reset(seed=3)
+    assert np.array_equal(dense.reset(seed=3)[0], observation)
+    paid, solved = [], []
+    for _ in range(100):
+        action = expert(observation)
+        observation, reward, _, _, info = sparse.step(action)
+        assert np.array_equal(dense.step(action)[0], observation)  # the same task otherwise
+        paid.append(reward)
+        solved.append(float(info["success_now"]))
+    assert paid == solved
+    assert set(paid) == {0.0, 1.0}
+    assert "rewarded at success alone" in envs.env_spec("drawer-close-v3?reward=sparse").protocol
+    with pytest.raises(UserError, match=r"env\.reward.*sparce"):
+        envs.env_spec("push-v3?reward=sparce")
+
+
+def test_the_reward_is_part_of_the_name() -> None:
+    assert EnvOptions(id="push-v3", reward="sparse").id == "push-v3?reward=sparse"
+    assert EnvOptions(id="push-v3", goal=7, reward="sparse").id == "push-v3?goal=7&reward=sparse"
+
+
+def test_an_episode_may_stop_at_its_first_success() -> None:
+    env = envs.make_env("drawer-close-v3", stop_at_success=True)
+    expert, over = envs.scripted_expert("metaworld/drawer-close-v3"), False
+    observation, _ = env.reset(seed=3)
+    while not over:
+        observation, _, terminated, truncated, info = env.step(expert(observation))
+        over = terminated or truncated
+        assert terminated == info["success"]
+    assert terminated
