@@ -1,0 +1,193 @@
+"""CW10 from two demonstrations, at equal env steps: after cloning, after online learning, and SAC from scratch.
+
+    python benchmarks/online_residual.py run push-v3 --algo residual --seed 1 --out runs/cw10
+    python benchmarks/online_residual.py table runs/cw10 --out docs/results/online-cw10.json
+
+``run`` does one task, one seed and one algorithm on one thread, and leaves ``OUT/ALGO-TASK-SEED.json``. Everything that
+begins with the shipped policy ``mt40`` clones the same two demonstrations first (``--seed`` chooses them, the goals of
+training and the held-out goals). ``sac`` is Stable-Baselines3's with its MLP, from scratch, with the demonstrations in
+its replay. Settings were chosen on seed 100; see docs/online.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+
+TASKS = (
+    "hammer-v3", "push-wall-v3", "faucet-close-v3", "push-back-v3", "stick-pull-v3", "handle-press-side-v3", "push-v3",
+    "shelf-place-v3", "window-close-v3", "peg-unplug-side-v3",
+)  # fmt: skip
+CLONING = ("algo.bc.updates=80", "algo.bc.batch_size=32", "algo.bc.learning_rate=3e-3")
+SETTINGS: dict[str, tuple[str, ...]] = {
+    "residual": (),
+    "odt": (
+        "algo.steps_per_iteration=1000",
+        "algo.updates_per_iteration=20",
+        "algo.batch_size=16",
+        "algo.eval_every=0",
+    ),
+    "odt_td3": ("algo.updates_per_iteration=50", "algo.batch_size=16", "algo.critic_warmup=200", "algo.eval_every=0"),
+}
+"""Of each algorithm besides the shared ones; gradient steps of the Transformer are as many as fit into minutes."""
+BATCH, UPDATES_PER_STEP = 128, 2
+"""Of Stable-Baselines3's SAC: those of ``algo=residual``."""
+
+
+def finetuned(arguments: argparse.Namespace, run_dir: Path) -> dict[str, Any]:
+    """One run of the command; what its summary says."""
+    from eva_rl.finetune.command import main
+
+    seed = arguments.seed
+    status = main(
+        [
+            f"env={arguments.task}", "policy=mt40", "adapter=eva", f"algo=bc_then_{arguments.algo}", f"seed={seed}",
+            "data.episodes=2", f"data.seed={seed}", f"eval.seed={seed}", f"eval.episodes={arguments.episodes}",
+            "eval.every=0", "eval.stop_at_success=true", "threads=1", "tracker=[]", f"run_dir={run_dir}",
+            f"algo.env_steps={arguments.env_steps}", "algo.checkpoint_every=0", "checkpoint.every=0",
+            "checkpoint.seconds=0", *CLONING, *SETTINGS[arguments.algo], *arguments.settings,
+        ]
+    )  # fmt: skip
+    if status:
+        raise SystemExit(status)
+    found: dict[str, Any] = json.loads((run_dir / "summary.json").read_text())
+    names = {"before": "eval_before", "cloned": "eval_cloned", "residual": "eval_residual", "after": "eval"}
+    rates = {name: found.get(f"{prefix}/success_rate") for name, prefix in names.items()}
+    kept = ("env_steps", "env_steps_played", "updates", "distill/updates", "seconds", "protocol")
+    return rates | {key: found[key] for key in kept if key in found}
+
+
+class Predicted:
+    """A model of Stable-Baselines3 as the evaluation plays a policy."""
+
+    def __init__(self, model: Any, observation_dim: int, action_dim: int) -> None:
+        self._model, self.observation_dim, self.action_dim = model, observation_dim, action_dim
+
+    def reset(self, env_ids: Sequence[str]) -> None:
+        """It remembers nothing."""
+
+    def act(
+        self, observations: NDArray[np.float32], rewards: NDArray[np.float32], episode_starts: NDArray[np.bool_]
+    ) -> NDArray[np.float32]:
+        """Its deterministic actions."""
+        actions: NDArray[np.float32] = self._model.predict(observations, deterministic=True)[0]
+        return actions
+
+
+def from_scratch(arguments: argparse.Namespace, run_dir: Path) -> dict[str, Any]:
+    """Stable-Baselines3's SAC with the demonstrations in its replay."""
+    import torch
+    from stable_baselines3 import SAC
+
+    from eva_rl import envs
+    from eva_rl.rollouts.evaluation import evaluate_policy
+    from eva_rl.rollouts.experts import collect_expert
+    from eva_rl.seeding import ONLINE, episode_seeds
+
+    torch.set_num_threads(1)
+    began, seed = time.perf_counter(), arguments.seed
+    data = collect_expert(arguments.task, 2, seed=seed)
+    vec_env = envs.make_vec_env(arguments.task, 5, seed=episode_seeds(ONLINE, seed))
+    model = SAC(
+        "MlpPolicy", vec_env, batch_size=BATCH, learning_starts=0, train_freq=1, gradient_steps=5 * UPDATES_PER_STEP,
+        seed=seed, device="cpu",
+    )  # fmt: skip
+    fill(model.replay_buffer, [data.episode(index) for index in range(data.num_episodes)], vec_env.num_envs)
+    model.learn(arguments.env_steps)
+    result = evaluate_policy(
+        Predicted(model, 39, 4), arguments.task, episodes=arguments.episodes, seed=seed, stop_at_success=True
+    )
+    vec_env.close()
+    return {
+        "after": result.success_rate,
+        "env_steps": arguments.env_steps,
+        "env_steps_played": arguments.env_steps,
+        "updates": model._n_updates,
+        "seconds": {"all": time.perf_counter() - began},
+        "protocol": result.protocol,
+    }
+
+
+def fill(buffer: Any, episodes: Sequence[Any], num_envs: int) -> None:
+    """Put the episodes' transitions into a replay buffer of Stable-Baselines3, ``num_envs`` at a time."""
+    rows = [
+        (e.observations[t], e.observations[t + 1], e.actions[t], e.rewards[t], e.terminations[t], e.truncations[t])
+        for e in episodes
+        for t in range(len(e.rewards))
+    ]
+    for first in range(0, len(rows) - num_envs + 1, num_envs):
+        now, later, actions, rewards, ended, cut = map(np.array, zip(*rows[first : first + num_envs], strict=True))
+        buffer.add(now, later, actions, rewards, ended | cut, [{"TimeLimit.truncated": bool(x)} for x in cut])
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """One task, seed and algorithm, unless its record is there."""
+    name = f"{arguments.algo}-{arguments.task}-{arguments.seed}"
+    path, run_dir = arguments.out / f"{name}.json", arguments.out / name
+    if path.exists():
+        return
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    began = time.perf_counter()
+    found = (from_scratch if arguments.algo == "sac" else finetuned)(arguments, run_dir)
+    record = {"task": arguments.task, "algo": arguments.algo, "seed": arguments.seed, "settings": arguments.settings}
+    record |= {**found, "wall_seconds": round(time.perf_counter() - began)}
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    if not arguments.keep:
+        shutil.rmtree(run_dir, ignore_errors=True)
+
+
+def table(arguments: argparse.Namespace) -> None:
+    """Success by task, means over seeds; written where asked to."""
+    records = [json.loads(path.read_text()) for path in sorted(arguments.folder.glob("*.json"))]
+    algos = [algo for algo in (*SETTINGS, "sac") if any(record["algo"] == algo for record in records)]
+    shown = Table("task", "seeds", "before", "cloned", "residual before distillation", *algos)
+    for task in TASKS:
+        mine = [record for record in records if record["task"] == task]
+        if mine:
+            first = [_mean(mine, "residual", key) for key in ("before", "cloned", "residual")]
+            seeds = ",".join(str(seed) for seed in sorted({record["seed"] for record in mine}))
+            shown.add_row(task, seeds, *first, *(_mean(mine, algo, "after") for algo in algos))
+    Console(width=140).print(shown)
+    if arguments.out:
+        arguments.out.write_text(json.dumps(records, indent=1) + "\n")
+
+
+def _mean(records: Sequence[dict[str, Any]], algo: str, key: str) -> str:
+    values = [r[key] for r in records if r["algo"] == algo and r.get(key) is not None]
+    return f"{np.mean(values):.2f}" if values else "-"
+
+
+def main() -> None:
+    """Run, or show."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    one = commands.add_parser("run")
+    one.add_argument("task")
+    one.add_argument("--algo", choices=[*SETTINGS, "sac"], default="residual")
+    one.add_argument("--seed", type=int, default=1)
+    one.add_argument("--env-steps", type=int, default=20_000)
+    one.add_argument("--episodes", type=int, default=100, help="held-out goals")
+    one.add_argument("--out", type=Path, default=Path("runs/cw10"))
+    one.add_argument("--keep", action="store_true", help="keep the run directory")
+    one.add_argument("settings", nargs="*", help="further KEY=VALUE of finetune")
+    one.set_defaults(call=run)
+    all_of_them = commands.add_parser("table")
+    all_of_them.add_argument("folder", type=Path)
+    all_of_them.add_argument("--out", type=Path)
+    all_of_them.set_defaults(call=table)
+    arguments = parser.parse_args()
+    arguments.call(arguments)
+
+
+if __name__ == "__main__":
+    main()
