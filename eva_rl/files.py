@@ -229,6 +229,11 @@ PARTIAL = re.compile(r"\..+\.[0-9a-f]{8}\.partial")
 REPLACED = re.compile(r"\.(.+)\.old")
 
 
+def is_partial(path: Path, name: str) -> bool:
+    """Whether a file is what a killed process left of writing ``name``."""
+    return PARTIAL.fullmatch(path.name) is not None and path.name.startswith(f".{name}.")
+
+
 def remove_leftovers(folder: Path) -> None:
     """Remove what a killed process left unfinished in a folder, and put back what it was replacing."""
     for aside in list(folder.rglob(".*.partial")):

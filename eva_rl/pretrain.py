@@ -160,7 +160,7 @@ def pretrain(config: PretrainConfig) -> None:
             process_group=process_group,
         )
         final = validate(counters.update)
-        tracker.log(final, counters.update)
+        tracker.log_once(final, counters.update)
         tracker.finished(final)
     if process_group.is_main:
         seconds = {"data": data_seconds, "train": counters.seconds}

@@ -18,9 +18,9 @@ from eva_rl.cli.machine import versions
 from eva_rl.cli.parsing import flat
 from eva_rl.distributed import ProcessGroup
 from eva_rl.errors import UserError
-from eva_rl.files import read_json, read_yaml, remove_leftovers, write_file, write_json
+from eva_rl.files import is_partial, read_json, read_yaml, remove_leftovers, write_file, write_json
 
-CONFIG_FILE, SUMMARY_FILE = "config.yaml", "summary.json"
+CONFIG_FILE, SUMMARY_FILE, VERSIONS_FILE = "config.yaml", "summary.json", "versions.json"
 LOCK_FILE = ".lock"
 FREE_BYTES = 200 * 2**20
 """A run that would start with less room on its disk is refused."""
@@ -54,7 +54,7 @@ def _open(name: str, options: Any) -> Path:
     config = asdict(options)
     if (run_dir / SUMMARY_FILE).exists():
         raise UserError(f"{run_dir} holds a finished run, which is not overwritten. Name another run_dir=.")
-    if run_dir.is_dir() and any(path.name != LOCK_FILE for path in run_dir.iterdir()):
+    if run_dir.is_dir() and any(not _left_by_a_start(path) for path in run_dir.iterdir()):
         if not (run_dir / CONFIG_FILE).exists():
             raise UserError(f"{run_dir} is not empty and holds no run of eva-rl. Name another run_dir=.")
         lock(run_dir)
@@ -63,10 +63,17 @@ def _open(name: str, options: Any) -> Path:
     _make(run_dir)
     lock(run_dir)
     if not (run_dir / CONFIG_FILE).exists():
+        remove_leftovers(run_dir)
         text = f"# python -m eva_rl.{name}\n{OmegaConf.to_yaml(OmegaConf.create(config))}"
         write_file(run_dir / CONFIG_FILE, lambda aside: aside.write_text(text, encoding="utf-8"))
-        write_json(run_dir / "versions.json", versions())
+    if not (run_dir / VERSIONS_FILE).exists():
+        write_json(run_dir / VERSIONS_FILE, versions())
     return run_dir
+
+
+def _left_by_a_start(path: Path) -> bool:
+    """Whether a file is what a command that was killed at its start leaves, before the folder is marked as a run."""
+    return path.name == LOCK_FILE or is_partial(path, CONFIG_FILE)
 
 
 _LOCKS: dict[Path, IO[str]] = {}

@@ -136,7 +136,7 @@ def write_results(
     evaluations: tuple[Evaluated, Evaluated],
     training: Training,
 ) -> None:
-    """Write the policy folder, the summary and the last points of the record, and show where everything lies.
+    """Write the last points of the record, the policy folder and, as the very last, the summary that ends the run.
 
     Args:
         session: The run.
@@ -146,13 +146,12 @@ def write_results(
         training: What lies between them.
     """
     before, after = evaluations
+    tracker.log_once({**after.result.metrics(), **after.loss}, session.config.algo.final_step)
+    compare_snapshots(session, tracker, before.snapshot, after.snapshot)
+    tracker.finished({**before.result.metrics("eval_before"), **after.result.metrics()})
     if session.process_group.is_main:
         evaluated = {"before": before.result, **training.between, "after": after.result}
         _write_policy_and_summary(session, adapter, evaluated, {**training.costs, **after.loss})
-    # last, so that no continued run can log it twice
-    tracker.log({**after.result.metrics(), **after.loss}, session.config.algo.final_step)
-    compare_snapshots(session, tracker, before.snapshot, after.snapshot)
-    tracker.finished({**before.result.metrics("eval_before"), **after.result.metrics()})
 
 
 def _write_policy_and_summary(

@@ -10,6 +10,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+DPI = 120
+"""Pixels an inch of what is drawn."""
+
 
 def spectrum_figure(spectra: Mapping[str, Sequence[float]]) -> Figure:
     """Cumulative explained variance against the number of components, one line a layer.
@@ -105,6 +108,7 @@ def _block(name: str) -> str:
 
 def pixels(figure: Figure) -> NDArray[np.uint8]:
     """A figure as (height, width, 3) pixels."""
+    figure.set_dpi(DPI)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()  # type: ignore[no-untyped-call]
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()  # type: ignore[no-untyped-call]
@@ -126,7 +130,9 @@ def action_figure(before: NDArray[np.floating[Any]], after: NDArray[np.floating[
         both = np.concatenate([before[:, index], after[:, index]])
         bins = np.linspace(both.min(), both.max() + 1e-6, 41)
         for values, label in ((before, "before"), (after, "after")):
-            axes.hist(values[:, index], bins=list(bins), density=True, alpha=0.55, label=label)
+            axes.hist(
+                values[:, index], bins=list(bins), density=True, histtype="stepfilled", alpha=0.55, label=label
+            )  # one outline: 40 bars each take seven times as long to draw
         axes.set_title(f"action {index}", fontsize="medium")
         axes.set_yticks([])
     figure.axes[0].legend(frameon=False, fontsize="small")

@@ -34,7 +34,7 @@ class WandbSink:
             self._run: Any = wandb.init(
                 project=PROJECT,
                 name=run.name,
-                id=_identity(run.run_dir / "wandb_id"),
+                id=_identity(run, "wandb_id"),
                 resume="allow",
                 dir=str(run.run_dir),
                 config=dict(run.hyperparameters),
@@ -84,7 +84,7 @@ class TrackioSink:
 
         self._logged = run.logged
         self._trackio: Any = trackio
-        name = f"{run.name}-{_identity(run.run_dir / 'trackio_id')}"
+        name = f"{run.name}-{_identity(run, 'trackio_id')}"
         self._run: Any = trackio.init(
             project=PROJECT, name=name, resume="allow", config=dict(run.hyperparameters), embed=False
         )
@@ -114,8 +114,9 @@ class TrackioSink:
         self._run.finish()
 
 
-def _identity(path: Path) -> str:
-    """What a service knows the run by, kept for a run that goes on."""
-    if not path.exists():
+def _identity(run: RunInfo, name: str) -> str:
+    """What a service knows the run by, kept for a run that goes on, new for one that starts afresh."""
+    path = run.run_dir / name
+    if run.purge_step is None or not path.exists():
         write_file(path, lambda aside: aside.write_text(uuid.uuid4().hex[:8]))
     return path.read_text().strip()

@@ -59,7 +59,11 @@ class TensorBoardSink:
     """
 
     def __init__(self, run: RunInfo) -> None:
-        self._writer = SummaryWriter(str(run.run_dir / "tb"), purge_step=run.purge_step)
+        folder = run.run_dir / "tb"
+        if run.purge_step is None:  # what a run that was killed before its first checkpoint left would be shown twice
+            for events in folder.glob("events.out.tfevents.*"):
+                events.unlink()
+        self._writer = SummaryWriter(str(folder), purge_step=run.purge_step)
         values = {key: value for key, value in run.hyperparameters.items() if value is not None}
         experiment, begun, self._ended = hparams(  # type: ignore[no-untyped-call]
             values, dict.fromkeys(TABLE, 0.0)
@@ -73,6 +77,7 @@ class TensorBoardSink:
         """Metrics of a step."""
         for key, value in metrics.items():
             self._writer.add_scalar(key, value, step, wall_time)
+        self._writer.flush()  # what metrics.jsonl holds is not logged again after a crash
 
     def image(self, tag: str, pixels: NDArray[np.uint8], step: int) -> None:
         """A picture, (height, width, 3)."""

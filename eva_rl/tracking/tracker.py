@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
+from PIL import Image
 from torch import nn
 
 from eva_rl.errors import UnknownNameError, UserError
@@ -85,6 +86,7 @@ class Tracker:
         self._sinks = open_sinks(trackers, RunInfo(run_dir, hyperparameters or {}, purge, logged))
         self._file = self.path.open("a", encoding="utf-8")
         self._last_step = kept[-1][STEP] if kept else 0
+        self._points = set(map(_point, kept))
         self._watched: tuple[nn.Module, int] | None = None
         for row in kept:
             if purge is not None and row[STEP] >= purge:  # of an earlier phase, whose steps count something else
@@ -107,13 +109,19 @@ class Tracker:
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
         self._last_step = step
+        self._points.add(_point(row))
         self._tell(row)
+
+    def log_once(self, metrics: Mapping[str, float], step: int) -> None:
+        """Record metrics unless the step has these keys already: a run may be killed after its last point."""
+        if (step, frozenset(metrics)) not in self._points:
+            self.log(metrics, step)
 
     def figure(self, tag: str, figure: Figure, step: int) -> None:
         """Show a figure and keep it as ``figures/<tag>.png``."""
         path = self.path.parent / "figures" / f"{tag.replace('/', '_')}.png"
-        write_file(path, lambda aside: figure.savefig(aside, dpi=120, format="png"))
-        picture = pixels(figure)
+        picture = pixels(figure)  # drawn once, for the file and for all sinks
+        write_file(path, lambda aside: Image.fromarray(picture).save(aside, format="png"))
         for sink in self._sinks:
             sink.image(tag, picture, step)
 

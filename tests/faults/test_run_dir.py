@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from eva_rl.cli.run_dir import CONFIG_FILE, LOCK_FILE, changed_settings, open_run
+from eva_rl.cli.run_dir import CONFIG_FILE, LOCK_FILE, VERSIONS_FILE, changed_settings, open_run
 from eva_rl.errors import UserError
 from eva_rl.files import write_file, write_folder
 from eva_rl.tracking.tracker import METRICS_FILE, Tracker, read_metrics
@@ -97,6 +97,23 @@ def test_what_cut_off_writes_left_is_removed(tmp_path: Path) -> None:
     assert len(list(run_dir.rglob(".*.partial"))) == 3
     open_run("finetune", Options(str(run_dir)))
     assert list(run_dir.rglob("*.partial")) == [mine]
+
+
+def test_a_start_that_was_killed_while_it_marked_the_folder(tmp_path: Path) -> None:
+    options = Options(str(tmp_path / "run"))
+    run_dir = Path(options.run_dir)
+    run_dir.mkdir()
+    (run_dir / ".config.yaml.0123abcd.partial").write_text("env: pu")
+    open_run("finetune", options)
+    assert {path.name for path in run_dir.iterdir()} == {CONFIG_FILE, VERSIONS_FILE, LOCK_FILE}
+    (run_dir / VERSIONS_FILE).unlink()  # killed between the two
+    open_run("finetune", options)
+    assert (run_dir / VERSIONS_FILE).exists()
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / ".notes.txt.0123abcd.partial").write_text("of another program")
+    with pytest.raises(UserError, match="holds no run of eva-rl"):
+        open_run("finetune", Options(str(other)))
 
 
 DAMAGE = [

@@ -56,7 +56,8 @@ SHORT = {
 
 
 def command(policy: Path, run_dir: Path, algo: str, *others: str) -> list[str]:
-    steps = [o for o in SMALL if not (algo.startswith(("ppo", "sac", "td3")) and "checkpoint_every" in o)]
+    replayed = algo.removeprefix("bc_then_") in {"odt", "odt_td3"}
+    steps = [o for o in SMALL if replayed or "checkpoint_every" not in o]
     return [
         f"policy={policy}",
         f"run_dir={run_dir}",

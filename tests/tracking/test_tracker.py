@@ -42,6 +42,32 @@ def test_a_resumed_run_has_no_point_twice(tmp_path: Path) -> None:
     assert scalars(tmp_path, "train/loss") == expected
 
 
+def test_a_run_that_starts_afresh_shows_nothing_of_its_first_start(tmp_path: Path) -> None:
+    for value in (1.0, 2.0):  # the first was killed before its first checkpoint
+        with Tracker(tmp_path) as tracker:
+            tracker.log({"eva/rows": value}, 0)
+    assert [row["eva/rows"] for row in read_metrics(tmp_path)] == [2]
+    assert scalars(tmp_path, "eva/rows") == [(0, 2)]
+
+
+def test_the_last_point_is_logged_once(tmp_path: Path) -> None:
+    """A run that is killed after it resumes from its last step, and has the point already."""
+    for resume in (None, 6, 6):
+        with Tracker(tmp_path, resume) as tracker:
+            tracker.log_once({"eval/mean_reward": 4.0}, 6)
+            tracker.log_once({"eval/mean_reward": 4.0}, 6)
+            tracker.log_once({"eval/mean_reward": 5.0}, 7)
+    assert [(row["step"], row["eval/mean_reward"]) for row in read_metrics(tmp_path)] == [(6, 4), (7, 5)]
+    assert scalars(tmp_path, "eval/mean_reward") == [(6, 4), (7, 5)]
+
+
+def test_a_killed_run_has_shown_all_that_it_recorded(tmp_path: Path) -> None:
+    tracker = Tracker(tmp_path)
+    tracker.log({"train/loss": 1.0}, 1)
+    assert scalars(tmp_path, "train/loss") == [(1, 1)], "written without being closed"
+    tracker.close()
+
+
 def test_numbers_that_are_not_finite_stay_valid_json(tmp_path: Path) -> None:
     with Tracker(tmp_path) as tracker:
         tracker.log({"a": math.nan, "b": 1.0}, 1)

@@ -236,7 +236,7 @@ def test_a_killed_process_ends_the_others_with_a_message(tmp_path: Path, demonst
     assert processes[1].exitcode == -signal.SIGKILL
     said = torch.load(tmp_path / "0.pt", weights_only=False)
     assert "Another process of this run has ended" in said
-    assert "type the same command again" in said
+    assert "rerun the same command" in said
 
 
 TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node")
