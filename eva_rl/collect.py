@@ -75,8 +75,8 @@ def collect(config: CollectConfig) -> None:
     source = write_output(out, data, about)
     solved = int(data.successes[data.offsets[1:] - 1].sum()) if data.successes is not None else 0
     console.print(
-        f"{data.env_id}: {data.num_episodes} episodes, {data.num_steps} env steps, {solved} solved, mean return "
-        f"{data.returns.mean():.1f}. Use them with data={source}",
+        f"{data.env_id}: {data.amount}, {solved} solved, mean return {data.returns.mean():.1f}. "
+        f"Use them with data={source}",
         soft_wrap=True,
     )
 

@@ -23,7 +23,7 @@ from eva_rl.data.formats.minari import minari_root
 from eva_rl.data.formats.store import is_store
 from eva_rl.data.sources import cache_folder
 from eva_rl.envs import score_between
-from eva_rl.errors import UserError
+from eva_rl.errors import UserError, counted
 from eva_rl.files import read_json
 from eva_rl.options import between, group, one_of, option
 
@@ -113,10 +113,7 @@ def check(config: DatasetsConfig) -> None:
     """Read everything, and say that it is sound; what is not raises."""
     data = _load(config)
     _check_store(data, Path(config.data.source.removeprefix("trajectories:")).expanduser())
-    _print(
-        f"{escape(data.source)} is sound: {data.num_episodes} episodes, {data.num_steps} env steps, all numbers "
-        f"finite. Content {data.content_hash}."
-    )
+    _print(f"{escape(data.source)} is sound: {data.amount}, all numbers finite. Content {data.content_hash}.")
 
 
 def convert(config: DatasetsConfig) -> None:
@@ -124,7 +121,7 @@ def convert(config: DatasetsConfig) -> None:
     check_output(config.out)
     data = _load(config)
     source = write_output(config.out, data)
-    _print(f"{data.num_episodes} episodes, {data.num_steps} env steps. Use them with data={escape(source)}")
+    _print(f"{data.amount}. Use them with data={escape(source)}")
 
 
 def filter_episodes(config: DatasetsConfig) -> None:
@@ -180,7 +177,7 @@ def _facts(data: Trajectories) -> dict[str, str]:
     }
     if data.successes is not None:
         solved = np.logical_or.reduceat(data.successes, data.offsets[:-1])
-        facts["solved"] = f"{int(solved.sum())} of {data.num_episodes} episodes"
+        facts["solved"] = f"{int(solved.sum())} of {counted(data.num_episodes, 'episode')}"
     return facts
 
 

@@ -62,3 +62,8 @@ class UnknownNameError(UserError):
 def close_matches(name: str, known: Iterable[str]) -> list[str]:
     """The three names at most that a misspelt one may stand for, the closest first."""
     return difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
+
+
+def counted(number: int, noun: str) -> str:
+    """``1 task``, ``2 tasks``, ``1,000 tasks``."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}{'es' if noun.endswith('s') else 's'}"

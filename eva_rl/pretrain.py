@@ -29,9 +29,10 @@ from eva_rl.data.selection import return_scale, sampling_weights
 from eva_rl.distributed import ProcessGroup
 from eva_rl.envs import env_spec
 from eva_rl.envs.registry import task_ids
+from eva_rl.errors import counted
 from eva_rl.launch.multirun import multirun
 from eva_rl.options import MANY, Options, between, group, option
-from eva_rl.rollouts.evaluation import MultiTaskValidator
+from eva_rl.rollouts.evaluation import MultiTaskValidator, TaskScore
 from eva_rl.seeding import MAX_SEED, VALIDATION
 from eva_rl.tracking.tracker import open_tracker
 from eva_rl.training.bc import train_bc
@@ -175,14 +176,14 @@ MEANS = ("validation/success_rate", "validation/mean_reward")
 
 def _announce(num_tasks: int, final: Mapping[str, float], run_dir: Path) -> None:
     shown_scores = ", ".join(f"{key} {final[key]:.2f}" for key in MEANS if key in final)
-    console.print(f"{num_tasks} tasks: {shown_scores}. Policy: {run_dir / 'policy'}", soft_wrap=True)
+    console.print(f"{counted(num_tasks, 'task')}: {shown_scores}. Policy: {run_dir / 'policy'}", soft_wrap=True)
 
 
-def _validation_metrics(scores: Mapping[str, float]) -> dict[str, float]:
-    """Each task's score, and the means: of success where a task knows it, of the return elsewhere."""
-    metrics = {f"validation/{task}": score for task, score in scores.items()}
-    for key, knows_success in zip(MEANS, (True, False), strict=True):
-        own = [score for task, score in scores.items() if env_spec(task).reports_success == knows_success]
+def _validation_metrics(scores: Mapping[str, TaskScore]) -> dict[str, float]:
+    """Each task's score, and the means: of success where a task reports it, of the return elsewhere."""
+    metrics = {f"validation/{task}": score.value for task, score in scores.items()}
+    for key, is_success in zip(MEANS, (True, False), strict=True):
+        own = [score.value for score in scores.values() if score.is_success == is_success]
         if own:
             metrics[key] = float(np.mean(own))
     return metrics
@@ -215,9 +216,10 @@ def _new_policy(config: PretrainConfig, tasks: Sequence[str], found: Demonstrati
 
 def _say_what_was_found(policy: DecisionTransformerPolicy, found: Demonstrations) -> None:
     data = found.data
+    low, high = data.returns.min(), data.returns.max()
     console.print(
-        f"{data.num_episodes} episodes with returns from {data.returns.min():.4g} to {data.returns.max():.4g}. Return "
-        f"scale {policy.scaling.return_scale:g} (return_scale=), {policy.network.config.max_timestep} timesteps "
+        f"{counted(data.num_episodes, 'episode')} with returns from {low:.4g} to {high:.4g}. "
+        f"Return scale {policy.scaling.return_scale:g} (return_scale=), {policy.network.config.max_timestep} timesteps "
         "(size.max_timestep=).",
         soft_wrap=True,
     )

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from eva_rl.errors import counted
+
 FACTS = (
     "env",
     "method",
@@ -103,7 +105,7 @@ A pretrained Decision Transformer policy.
 def _data(data: Mapping[str, Any] | None) -> str:
     if data is None:
         return "none; it learned from its own episodes"
-    amount = f"{data['episodes']} episodes, {data['steps']:,} env steps"
+    amount = f"{counted(data['episodes'], 'episode')}, {data['steps']:,} env steps"
     return f"{amount} ({data['source']}), mean return {data['mean_return']:.1f}"
 
 

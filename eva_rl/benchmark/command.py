@@ -17,7 +17,7 @@ from eva_rl.benchmark.tuning import Chosen, choose
 from eva_rl.cli.command import run_command
 from eva_rl.cli.console import console
 from eva_rl.cli.parsing import register
-from eva_rl.errors import UserError
+from eva_rl.errors import UserError, counted
 from eva_rl.launch.jobs import Job, LaunchOptions
 from eva_rl.launch.launching import launch, list_failed
 from eva_rl.options import option
@@ -191,7 +191,8 @@ def run_cells(cells: Sequence[Cell], config: BenchmarkConfig, phase: str) -> Non
     left = [cell for cell in cells if not cell.keep()]
     by_name = {cell.name: cell for cell in left}
     console.print(
-        f"{phase}: {len(cells)} runs, {len(cells) - len(left)} of them finished before. {out}", soft_wrap=True
+        f"{phase}: {counted(len(cells), 'run')}, {len(cells) - len(left)} of them finished before. {out}",
+        soft_wrap=True,
     )
 
     def ended(job: Job) -> None:

@@ -9,7 +9,7 @@ from itertools import combinations
 import numpy as np
 
 from eva_rl.benchmark.study import Study
-from eva_rl.errors import UserError
+from eva_rl.errors import UserError, counted
 from eva_rl.report.methods import group_tasks
 from eva_rl.report.runs import Run, find_runs, read_runs
 from eva_rl.report.stats.equivalence import smallest_difference
@@ -57,7 +57,7 @@ def read_pilot(place: str, endpoint: str) -> Pilot:
             f"pilot={place}: no two methods share two seeds on a task where the endpoint {endpoint} was measured, so "
             "that its spread is not known. Name other runs, or none."
         )
-    return Pilot(float(np.sqrt(np.mean(variances))), _seconds(runs), f"from {len(runs)} runs in {place}")
+    return Pilot(float(np.sqrt(np.mean(variances))), _seconds(runs), f"from {counted(len(runs), 'run')} in {place}")
 
 
 def _seconds(runs: Sequence[Run]) -> float:
@@ -81,7 +81,7 @@ def plan_table(study: Study, pilot: Pilot, tuning_runs: int, test_runs: int, thr
         mark = " (this study)" if seeds == len(study.seeds) else ""
         rows.append([f"{seeds}{mark}", str(runs), f"{hours:.1f}" if np.isfinite(hours) else "-", number(found)])
     return Table(
-        f"{tasks} tasks, {methods} methods, {tuning_runs} tuning runs",
+        f"{counted(tasks, 'task')}, {counted(methods, 'method')}, {counted(tuning_runs, 'tuning run')}",
         ["seeds", "runs", "core-hours", "smallest difference"],
         rows,
         f"Smallest difference: found with probability 0.8 by a paired test at level 0.05, corrected for {comparisons} "

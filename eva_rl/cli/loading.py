@@ -197,8 +197,14 @@ def check_fit(data: Trajectories, spec: EnvSpec) -> None:
             f"with env={data.env_id or '...'}."
         )
     _check_order(data, spec)
-    if data.env_id and data.env_id != spec.env_id:
+    if data.env_id and _registered(data.env_id) != _registered(spec.env_id):
         log.warning("%s: demonstrations of %s are used for %s.", data.source, data.env_id, spec.env_id)
+
+
+def _registered(env_id: str) -> str:
+    """The name that a module registered, without the module: data name the one, ``env=`` the other."""
+    base, mark, options = env_id.partition("?")
+    return base.rpartition(":")[2] + mark + options
 
 
 def _check_order(data: Trajectories, spec: EnvSpec) -> None:

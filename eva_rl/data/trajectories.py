@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eva_rl.data.formats.checks import Source
-from eva_rl.errors import UserError
+from eva_rl.errors import UserError, counted
 
 log = logging.getLogger(__name__)
 
@@ -135,6 +135,11 @@ class Trajectories:
     def num_episodes(self) -> int:
         """Number of episodes E."""
         return len(self.offsets) - 1
+
+    @property
+    def amount(self) -> str:
+        """How much there is, in words: ``25 episodes, 5000 env steps``."""
+        return f"{counted(self.num_episodes, 'episode')}, {counted(self.num_steps, 'env step')}"
 
     @property
     def num_steps(self) -> int:

@@ -35,7 +35,7 @@ from eva_rl.data import WindowSampler
 from eva_rl.data.samplers import Sampler, ShardedSampler
 from eva_rl.distributed import ProcessGroup
 from eva_rl.envs import env_spec, make_vec_env
-from eva_rl.errors import UserError
+from eva_rl.errors import UserError, counted
 from eva_rl.eva import EvaResult, SecondMoment
 from eva_rl.seeding import ROLLOUTS, episode_seeds
 from eva_rl.training.losses import clone_loss
@@ -162,10 +162,10 @@ def _compute_eva(policy: DecisionTransformerPolicy, sampler: WindowSampler | Non
             seed=config.seed,
             keep_moments=True,
         )
+    explained = sum(layer.explained_variance for layer in result.layers.values()) / len(result.layers)
     console.print(
-        f"EVA: {result.rows} rows in {result.batches} batches, {result.stopped}, {result.seconds:.1f} s; "
-        f"{sum(layer.explained_variance for layer in result.layers.values()) / len(result.layers):.0%} of the "
-        "variance explained on average"
+        f"EVA: {counted(result.rows, 'row')} in {counted(result.batches, 'batch')}, {result.stopped}, "
+        f"{result.seconds:.1f} s; {explained:.0%} of the variance explained on average"
     )
     return result
 

@@ -17,7 +17,7 @@ from eva_rl.cli.console import console
 from eva_rl.cli.parsing import parse
 from eva_rl.cli.run_dir import SUMMARY_FILE
 from eva_rl.cli.values import quoted
-from eva_rl.errors import UserError
+from eva_rl.errors import UserError, counted
 from eva_rl.launch.jobs import Job, LaunchOptions
 from eva_rl.launch.launching import launch, list_failed
 
@@ -41,7 +41,9 @@ def multirun(name: str, typed: Sequence[str]) -> None:
     root = Path(given[-1] if given else f"runs/multirun-{time.strftime('%Y%m%d-%H%M%S')}").expanduser().resolve()
     jobs = [_job(name, fixed, swept, root, options) for fixed, swept in combinations(words)]
     left = [job for job in jobs if not job.done.exists()]
-    console.print(f"{len(jobs)} runs, {len(jobs) - len(left)} of them finished before. {root}", soft_wrap=True)
+    console.print(
+        f"{counted(len(jobs), 'run')}, {len(jobs) - len(left)} of them finished before. {root}", soft_wrap=True
+    )
     failed = launch(left, len(jobs) - len(left), options, root / "logs" / "launcher")
     list_failed(failed)
     if failed:

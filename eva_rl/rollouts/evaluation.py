@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +13,7 @@ from eva_rl.agents.policy import Policy
 from eva_rl.distributed import ProcessGroup
 from eva_rl.envs import EnvSpec, env_spec, reference_scores, score_between
 from eva_rl.envs.vector import AUTO, TaskVecEnv, make_task_vec_env, make_vec_env
-from eva_rl.errors import UserError
+from eva_rl.errors import UserError, counted
 from eva_rl.rollouts.episodes import EpisodeRecord, play_episodes
 from eva_rl.seeding import EVALUATION, episode_seeds
 
@@ -164,7 +164,7 @@ def evaluate_policy(  # noqa: PLR0913 - one call for users and for training; all
     return EvaluationResult(
         spec.env_id,
         tuple(records),
-        f"{spec.protocol}; {episodes} episodes of seed {seed}, deterministic action{stopping}",
+        f"{spec.protocol}; {counted(episodes, 'episode')} of seed {seed}, deterministic action{stopping}",
         spec.reports_success or any(record.reports_success for record in records),
         references,
     )
@@ -178,9 +178,21 @@ def evaluation_envs(
     return make_vec_env(env, -(-episodes // rounds), horizon=horizon, workers=workers)
 
 
+class TaskScore(NamedTuple):
+    """How a policy did on one of several tasks.
+
+    Attributes:
+        value: Success rate, or mean return where the task reports no success.
+        is_success: Which of them it is.
+    """
+
+    value: float
+    is_success: bool
+
+
 def evaluate_tasks(
     policy: Policy, env_ids: Sequence[str], vec_env: TaskVecEnv, episodes: int, seed: int
-) -> dict[str, float]:
+) -> dict[str, TaskScore]:
     """Validate on several tasks at once, one environment each.
 
     Args:
@@ -191,15 +203,17 @@ def evaluate_tasks(
         seed: Seed of the first episode of the first task.
 
     Returns:
-        Success rate by task; mean return where a task reports no success.
+        Score by task.
     """
     vec_env.seed(seed)
     records = play_episodes(policy, vec_env, env_ids, episodes * len(env_ids), stop_at_success=True)
-    scores = {}
-    for env_id in env_ids:
-        own = [record for record in records if record.env_id == env_id]
-        scores[env_id] = float(np.mean([r.success if r.reports_success else r.episode_return for r in own]))
-    return scores
+    return {env_id: _task_score([record for record in records if record.env_id == env_id]) for env_id in env_ids}
+
+
+def _task_score(records: Sequence[EpisodeRecord]) -> TaskScore:
+    is_success = any(record.reports_success for record in records)
+    values = [record.success if is_success else record.episode_return for record in records]
+    return TaskScore(float(np.mean(values)), is_success)
 
 
 def _check_fit(policy: Policy, spec: EnvSpec) -> None:
@@ -255,15 +269,16 @@ class MultiTaskValidator:
             vec_env = make_task_vec_env(own, stride=len(tasks), horizon=horizon, workers=AUTO)
         return cls(process_group, tasks, vec_env)
 
-    def scores(self, policy: Policy, episodes: int, seed: int) -> dict[str, float]:
-        """Success rate by task (mean return where it reports no success), the same on every process.
+    def scores(self, policy: Policy, episodes: int, seed: int) -> dict[str, TaskScore]:
+        """Score by task, the same on every process.
 
         Args:
             policy: What to evaluate.
             episodes: Episodes a task.
             seed: Seed of the first episode of the first task.
         """
-        share, found = self.process_group.shard(len(self.tasks)), {}
+        share = self.process_group.shard(len(self.tasks))
+        found: dict[str, TaskScore] = {}
         if self.vec_env is not None:
             found = evaluate_tasks(policy, self.tasks[share], self.vec_env, episodes, seed + share.start)
         return {task: rate for part in self.process_group.all_gather_object(found) for task, rate in part.items()}

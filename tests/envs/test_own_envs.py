@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from eva_rl import envs
+from eva_rl import envs, pretrain
 from eva_rl.cli.parsing import parse
 from eva_rl.configs.groups import EnvOptions
+from eva_rl.data import Episode, Trajectories, write_episodes
 from eva_rl.envs.names import split_options, with_options
 from eva_rl.envs.registry import DEFAULT_HORIZON, task_ids
 from eva_rl.errors import UnknownNameError, UserError
@@ -19,6 +21,7 @@ from eva_rl.rollouts.evaluation import evaluate_policy
 from tests.conftest import make_policy
 
 OWN = "tests.envs.own_envs:Own"
+ENDS = {"terminations": np.zeros(8, bool), "truncations": np.arange(8) == 7}
 
 
 class Drives:
@@ -161,3 +164,16 @@ def test_an_episode_may_stop_at_its_first_success() -> None:
         over = terminated or truncated
         assert terminated == info["success"]
     assert terminated
+
+
+def test_pretraining_knows_success_from_returns(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    steps = {"observations": np.zeros((9, 2)), "actions": np.zeros((8, 1)), "rewards": -np.ones(8)}
+    data = Trajectories.from_episodes([Episode(**steps, **ENDS)], env_id="OwnPoint-v2", source="own")  # type: ignore[arg-type]
+    write_episodes(tmp_path / "own.h5", data)
+    small = ["size.hidden_size=16", "size.num_layers=1", "size.num_heads=2", "size.context_length=4"]
+    words = [f"env={OWN}Point-v2", f"data={tmp_path}/own.h5", "algo.updates=1", "threads=1", *small]
+    assert pretrain.main([*words, f"run_dir={tmp_path}/run"]) == 0
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert "validation/success_rate" in summary
+    assert "validation/mean_reward" not in summary, "it was a success rate"
+    assert "demonstrations of" not in caplog.text, "they are this very environment's, named without its module"
