@@ -24,7 +24,8 @@ from eva_rl.agents import SIZES, Conditioning, DecisionTransformer, DecisionTran
 from eva_rl.batch import InputScaling
 from eva_rl.data import Trajectories, WindowSampler, write_store
 from eva_rl.data.formats.store import read_store
-from eva_rl.training.bc import BCOptions, train_bc
+from eva_rl.training.bc import train_bc
+from eva_rl.training.options import BCOptions
 
 OBSERVATION, ACTION, LENGTH = 39, 4, 200
 WIDE = 400

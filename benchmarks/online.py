@@ -26,10 +26,11 @@ from eva_rl.agents import SIZES, Conditioning, DecisionTransformer, DecisionTran
 from eva_rl.batch import InputScaling
 from eva_rl.data.replay import TrajectoryReplay
 from eva_rl.training.collector import TaskEnvs
-from eva_rl.training.odt import ODTOptions, OnlineDecisionTransformer
-from eva_rl.training.odt_td3 import TD3DecisionTransformer, TD3Options
+from eva_rl.training.odt import OnlineDecisionTransformer
+from eva_rl.training.odt_td3 import TD3DecisionTransformer
 from eva_rl.training.online import train_online
-from eva_rl.training.sb3 import OffPolicyOptions, SACOptions, make_model, train_sb3
+from eva_rl.training.options import ODTOptions, OffPolicyOptions, SACOptions, TD3Options
+from eva_rl.training.sb3 import make_model, train_sb3
 
 ENV, BATCH = "Hopper-v5", 64
 PLAIN = "odt, plain full window"

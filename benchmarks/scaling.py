@@ -24,7 +24,8 @@ from eva_rl.batch import InputScaling
 from eva_rl.data import Trajectories, WindowSampler
 from eva_rl.data.samplers import ShardedSampler
 from eva_rl.distributed import init_distributed
-from eva_rl.training.bc import BCOptions, train_bc
+from eva_rl.training.bc import train_bc
+from eva_rl.training.options import BCOptions
 
 OBSERVATION, ACTION, EPISODES, LENGTH = 39, 4, 20, 200
 

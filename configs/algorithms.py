@@ -13,13 +13,20 @@ from eva_rl.adapters import Method
 from eva_rl.configs.groups import AlgoOptions
 from eva_rl.errors import UserError
 from eva_rl.options import group, option
-from eva_rl.training.bc import BCOptions
-from eva_rl.training.learner import MAX_REPLAY, MIN_REPLAY, OnlineOptions, ReplayOptions
-from eva_rl.training.odt import ODTOptions
-from eva_rl.training.odt_td3 import TD3Options
-from eva_rl.training.residual.distillation import DistillOptions
-from eva_rl.training.residual.learner import ResidualOptions
-from eva_rl.training.sb3 import OffPolicyOptions, PPOOptions, SACOptions
+from eva_rl.training.options import (
+    MAX_REPLAY,
+    MIN_REPLAY,
+    BCOptions,
+    DistillOptions,
+    ODTOptions,
+    OffPolicyOptions,
+    OnlineOptions,
+    PPOOptions,
+    ReplayOptions,
+    ResidualOptions,
+    SACOptions,
+    TD3Options,
+)
 
 
 @dataclass

@@ -28,8 +28,8 @@ from eva_rl.options import group, one_of, option
 from eva_rl.rollouts.evaluation import EvaluationResult, described_return, evaluate_distributed, evaluate_policy
 from eva_rl.rollouts.video import record_episode
 from eva_rl.seeding import EVALUATION, VALIDATION
-from eva_rl.training.compiling import COMPILE_MODES, check_compiler
-from eva_rl.training.losses import PRECISIONS
+from eva_rl.training.compiling import check_compiler
+from eva_rl.training.options import COMPILE_MODES, PRECISIONS
 
 HELP = """
 Evaluate a policy on held-out episodes: success rate with a confidence interval, and mean return.

@@ -22,9 +22,10 @@ from eva_rl.training.checkpoint import Checkpoints
 from eva_rl.training.collector import TaskEnvs
 from eva_rl.training.losses import clone_loss
 from eva_rl.training.online import train_online
+from eva_rl.training.options import ResidualOptions
 from eva_rl.training.residual.actor import frozen_copy
 from eva_rl.training.residual.distillation import LabelledWindows, roll_out
-from eva_rl.training.residual.learner import ResidualLearner, ResidualOptions
+from eva_rl.training.residual.learner import ResidualLearner
 
 MEASURED_WINDOWS, MEASURED_BATCHES, MEASURED_FROM = 64, 2, 10**9
 """Windows on which the clone's error is measured, drawn as those of gradient steps that nobody takes."""

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 from eva_rl.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from eva_rl.training.bc import BCOptions, train_bc
+    from eva_rl.training.bc import train_bc
     from eva_rl.training.checkpoint import Checkpoints
     from eva_rl.training.losses import clone_loss
+    from eva_rl.training.options import BCOptions
 
 __all__ = [
     "BCOptions",
@@ -21,7 +22,7 @@ __all__ = [
 __getattr__ = lazy_names(
     __name__,
     {
-        "BCOptions": "eva_rl.training.bc",
+        "BCOptions": "eva_rl.training.options",
         "Checkpoints": "eva_rl.training.checkpoint",
         "clone_loss": "eva_rl.training.losses",
         "train_bc": "eva_rl.training.bc",

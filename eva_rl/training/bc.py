@@ -16,26 +16,18 @@ from eva_rl.batch import WindowBatch
 from eva_rl.data.samplers import Sampler
 from eva_rl.distributed import ProcessGroup
 from eva_rl.errors import UserError
-from eva_rl.options import MANY, option
 from eva_rl.training.checkpoint import Checkpoints, TrainState
-from eva_rl.training.compiling import COMPILE_MODES, compiled
+from eva_rl.training.compiling import compiled
 from eva_rl.training.failures import interrupts_deferred
-from eva_rl.training.losses import (
-    LOSSES,
-    PRECISIONS,
-    autocast,
-    microbatches,
-    num_action_elements,
-    summed_action_loss,
-)
+from eva_rl.training.losses import autocast, microbatches, num_action_elements, summed_action_loss
 from eva_rl.training.optimizer import (
-    OptimizerOptions,
     checked_step,
     make_optimizer,
     optimizer_tensors,
     restore_optimizer,
     set_learning_rate,
 )
+from eva_rl.training.options import BCOptions
 
 Log = Callable[[Mapping[str, float], int], None]
 EXTENSION = "extension/"
@@ -58,28 +50,6 @@ class Extension(Protocol):
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Put back what ``tensors`` gave."""
-
-
-@dataclass
-class BCOptions(OptimizerOptions):
-    """How to clone.
-
-    The learning rate rises linearly for ``warmup_steps`` gradient steps and then falls along a cosine. The parameters
-    stay float32 in every precision, and the gradient is that of the whole batch however many microbatches it is taken
-    in.
-    """
-
-    updates: int = option(200, "gradient steps", above=0)
-    learning_rate: float = option(1e-3, "peak learning rate of AdamW", above=0)
-    warmup_steps: int = option(20, "gradient steps of linear learning-rate warm-up", low=0, high=MANY)
-    final_learning_rate: float = option(0.05, "end of the cosine, as a fraction of the peak", low=0, high=1)
-    loss: str = option("mse", "mse or l1", choices=LOSSES)
-    precision: str = option("float32", "float32, or bfloat16 for mixed precision", choices=PRECISIONS)
-    accumulate: int = option(1, "microbatches of a gradient step: more take less memory", above=0)
-    compile: str = option(
-        "none", "torch.compile: none, default or reduce-overhead (CUDA graphs)", choices=COMPILE_MODES
-    )
-    log_every: int = option(20, "gradient steps between two points of the training curves", above=0)
 
 
 @dataclass

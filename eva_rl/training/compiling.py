@@ -11,8 +11,6 @@ from torch import nn
 
 from eva_rl.errors import UserError
 
-COMPILE_MODES = ("none", "default", "reduce-overhead")
-
 
 def compiled(network: nn.Module, mode: str) -> Callable[..., Any]:
     """The network as a call that is compiled at its first use; its parameters stay where they are.

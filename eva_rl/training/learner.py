@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,48 +12,18 @@ from torch import Tensor, nn
 
 from eva_rl.agents.policy import DecisionTransformerPolicy, Policy
 from eva_rl.data.replay import TrajectoryReplay
-from eva_rl.options import MANY, Options, option
 from eva_rl.training.bc import EXTENSION, Extension
 from eva_rl.training.failures import Batch
 from eva_rl.training.optimizer import (
-    OptimizerOptions,
     checked_step,
     make_optimizer,
     optimizer_tensors,
     restore_optimizer,
     set_learning_rate,
 )
+from eva_rl.training.options import ReplayOptions
 
 ACTOR = "actor"
-MIN_REPLAY, MAX_REPLAY = 1_000, 10**10
-"""Env steps of a replay."""
-
-
-@dataclass
-class OnlineOptions(Options):
-    """What all algorithms share that act in the environment."""
-
-    env_steps: int = option(100_000, "env steps in all", above=0)
-    eval_every: int = option(10_000, "validate every N env steps; 0 disables", low=0, high=MANY)
-
-
-@dataclass
-class ReplayOptions(OptimizerOptions, OnlineOptions):
-    """What the algorithms share that learn from a replay of whole episodes.
-
-    Unfinished episodes are truncated where the policy is validated or saved, so that a resumed run meets the same
-    episodes as one that was never interrupted. The best validation is the one with the most success, ties broken by
-    return.
-    """
-
-    steps_per_iteration: int = option(1_000, "env steps, over all environments, of an iteration", above=0)
-    updates_per_iteration: int = option(100, "gradient steps of an iteration", above=0)
-    learning_starts: int = option(0, "env steps before the first gradient step", low=0, high=MANY)
-    checkpoint_every: int = option(10_000, "env steps between two checkpoints; 0 for none", low=0, high=MANY)
-    keep_best: bool = option(True, "end with the parameters of the best validation, not with the last ones")
-    refresh_every: int = option(
-        0, "EVA: compare directions with the current activations every N env steps; 0 disables", low=0, high=MANY
-    )
 
 
 class Choice(NamedTuple):

@@ -12,9 +12,6 @@ from torch import Tensor, nn
 
 from eva_rl.batch import WindowBatch
 
-LOSSES = ("mse", "l1")
-PRECISIONS = ("float32", "bfloat16")
-
 
 def clone_loss(network: nn.Module, batch: WindowBatch, loss: str = "mse") -> Tensor:
     """Mean error of the predicted actions over the real env steps of the windows.

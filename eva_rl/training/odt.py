@@ -13,24 +13,10 @@ from eva_rl.agents.policy import DecisionTransformerPolicy
 from eva_rl.agents.stochastic import gaussian_log_prob, sample_actions
 from eva_rl.batch import WindowBatch
 from eva_rl.data.replay import TrajectoryReplay
-from eva_rl.options import option
 from eva_rl.training.bc import Extension
-from eva_rl.training.learner import Choice, Explore, Learner, ReplayOptions, noise_levels, step_generators
+from eva_rl.training.learner import Choice, Explore, Learner, noise_levels, step_generators
 from eva_rl.training.losses import masked_mean
-
-
-@dataclass
-class ODTOptions(ReplayOptions):
-    """Online Decision Transformer.
-
-    Env steps are drawn by the return of their episode above the worst one's, rather than uniformly as in the paper.
-    """
-
-    initial_temperature: float = option(0.02, "weight of the entropy at first (lambda)", above=0)
-    temperature_learning_rate: float = option(1e-2, "Adam's learning rate for the logarithm of that weight", above=0)
-    by_return: bool = option(True, "draw env steps in proportion to their episode's return, not uniformly")
-    target_entropy: float | None = option(None, "lower bound of the entropy in nats; null takes -2 x action dimensions")
-
+from eva_rl.training.options import ODTOptions
 
 SATURATED = 0.99
 """Actions beyond count as this one: experts saturate, and at the bound itself a tanh-Gaussian has no likelihood."""

@@ -4,46 +4,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from eva_rl.agents.policy import DecisionTransformerPolicy, frozen
 from eva_rl.data.replay import TrajectoryReplay, TransitionWindows
-from eva_rl.options import MANY, option
 from eva_rl.training.bc import Extension
 from eva_rl.training.critics import TwinCritics, polyak_update, td_targets
 from eva_rl.training.failures import NotFiniteError
-from eva_rl.training.learner import Choice, Explore, Learner, ReplayOptions, named, noise_levels, step_generators
+from eva_rl.training.learner import Choice, Explore, Learner, named, noise_levels, step_generators
 from eva_rl.training.losses import masked_mean
-
-
-@dataclass
-class TD3Options(ReplayOptions):
-    """TD3+ODT.
-
-    The critics begin with Monte Carlo returns, since temporal differences take about 1 / (tau (1 - discount)) gradient
-    steps to carry a return through an episode. The policy's critic term is divided by its mean magnitude (Fujimoto and
-    Gu 2021, arXiv 2106.06860, equation 5).
-    """
-
-    eval_every: int = option(2_000, "validate every N env steps; 0 disables", low=0, high=MANY)
-    updates_per_iteration: int = option(500, "gradient steps of an iteration", above=0)
-    batch_size: int = option(32, "windows a gradient step", above=0)
-    critic_learning_rate: float = option(1e-3, "Adam's learning rate, for the critics", above=0)
-    critic_hidden_size: int = option(256, "width of the critics", above=0)
-    discount: float = option(0.99, "gamma", low=0, high=1)
-    tau: float = option(0.01, "soft update of the target networks, per gradient step", low=0, high=1)
-    policy_delay: int = option(2, "gradient steps of the critics for one of the policy", above=0)
-    critic_warmup: int = option(
-        2_000, "critic warm-up: gradient steps on Monte Carlo returns before TD targets", low=0, high=MANY
-    )
-    exploration_noise: float = option(0.2, "standard deviation of the noise on (scaled) actions", low=0, high=2)
-    target_noise: float = option(0.2, "standard deviation of the noise on target actions", low=0, high=2)
-    target_noise_clip: float = option(0.5, "its largest magnitude", low=0, high=2)
-    q_coef: float = option(1.0, "weight of the critic in the policy's loss", low=0, high=1000)
-    bc_coef: float = option(1.0, "weight of the error to the replay's actions in the policy's loss", low=0, high=1000)
+from eva_rl.training.options import TD3Options
 
 
 class TD3DecisionTransformer(Learner):

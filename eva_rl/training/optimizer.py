@@ -3,26 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from eva_rl.options import MANY, Options, option
 from eva_rl.training.failures import Batch, NotFiniteError
+from eva_rl.training.options import OptimizerOptions
 
 FACTOR = "learning_rate_factor"
-
-
-@dataclass
-class OptimizerOptions(Options):
-    """How the policy's trainable parameters are trained."""
-
-    batch_size: int = option(64, "windows a gradient step", above=0)
-    learning_rate: float = option(3e-4, "AdamW's learning rate", above=0)
-    warmup_steps: int = option(100, "gradient steps of linear learning-rate warm-up", low=0, high=MANY)
-    weight_decay: float = option(1e-4, "AdamW's weight decay, on matrices", low=0, high=10)
-    gradient_clip: float = option(0.25, "largest norm of the gradient", above=0)
 
 
 def make_optimizer(

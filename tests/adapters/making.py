@@ -21,8 +21,9 @@ from eva_rl.adapters import (
 from eva_rl.agents import DecisionTransformerPolicy
 from eva_rl.batch import WindowBatch
 from eva_rl.data import Trajectories, WindowSampler
-from eva_rl.training.bc import BCOptions, train_bc
+from eva_rl.training.bc import train_bc
 from eva_rl.training.losses import clone_loss
+from eva_rl.training.options import BCOptions
 from tests.conftest import make_policy
 
 UPDATES, RANK = 8, 4

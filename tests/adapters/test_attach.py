@@ -13,9 +13,10 @@ from eva_rl.agents import DecisionTransformerPolicy
 from eva_rl.batch import WindowBatch
 from eva_rl.data import Trajectories
 from eva_rl.errors import UserError
-from eva_rl.training.bc import BCOptions, train_bc
+from eva_rl.training.bc import train_bc
 from eva_rl.training.checkpoint import Checkpoints
 from eva_rl.training.losses import clone_loss
+from eva_rl.training.options import BCOptions
 from tests.adapters.making import REWRITING, UPDATES, attached, sampler, train
 from tests.conftest import make_policy
 

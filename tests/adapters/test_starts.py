@@ -12,8 +12,8 @@ from eva_rl.adapters import AttachedAdapter
 from eva_rl.adapters.extensions import LORA_PLUS_RATIO
 from eva_rl.adapters.starts import STABLE_GAMMA
 from eva_rl.data import Trajectories
-from eva_rl.training.bc import BCOptions
 from eva_rl.training.optimizer import make_optimizer, set_learning_rate
+from eva_rl.training.options import BCOptions
 from tests.adapters.making import attached, backward, train
 from tests.conftest import make_policy
 

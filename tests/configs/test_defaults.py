@@ -22,10 +22,7 @@ from eva_rl.eva import EvaOptions, compute
 from eva_rl.finetune import command as finetune
 from eva_rl.options import Options
 from eva_rl.pretrain import SizeOptions
-from eva_rl.training.bc import BCOptions
-from eva_rl.training.odt import ODTOptions
-from eva_rl.training.odt_td3 import TD3Options
-from eva_rl.training.sb3 import OffPolicyOptions, PPOOptions, SACOptions
+from eva_rl.training.options import BCOptions, ODTOptions, OffPolicyOptions, PPOOptions, SACOptions, TD3Options
 
 LOOPS: dict[str, type[Options]] = {
     "bc": BCOptions,

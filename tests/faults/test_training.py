@@ -13,9 +13,10 @@ from eva_rl.envs.checked import CheckedEnv
 from eva_rl.errors import EnvironmentFailedError
 from eva_rl.training.checkpoint import Checkpoints
 from eva_rl.training.collector import OnlineCounters, TaskEnvs
-from eva_rl.training.odt import ODTOptions, OnlineDecisionTransformer
+from eva_rl.training.odt import OnlineDecisionTransformer
 from eva_rl.training.online import train_online
-from eva_rl.training.sb3 import SACOptions, make_model, train_sb3
+from eva_rl.training.options import ODTOptions, SACOptions
+from eva_rl.training.sb3 import make_model, train_sb3
 from tests.training.problems import Bandit, make_learner
 
 ENV_STEPS = 96

@@ -13,10 +13,11 @@ from safetensors.torch import load_file
 from eva_rl.batch import WindowBatch
 from eva_rl.data import Trajectories, WindowSampler
 from eva_rl.errors import UserError
-from eva_rl.training.bc import BCOptions, learning_rate, train_bc
+from eva_rl.training.bc import learning_rate, train_bc
 from eva_rl.training.checkpoint import Checkpoints, load_latest_checkpoint
 from eva_rl.training.failures import FAILED_BATCH, failures_kept
 from eva_rl.training.losses import clone_loss
+from eva_rl.training.options import BCOptions
 from tests.conftest import make_policy
 
 OPTIONS = BCOptions(updates=12, batch_size=8, warmup_steps=2, log_every=1)

@@ -15,9 +15,10 @@ import torch
 from eva_rl.data import Trajectories, WindowSampler
 from eva_rl.errors import UserError
 from eva_rl.files import remove_leftovers, write_folder
-from eva_rl.training.bc import BCOptions, train_bc
+from eva_rl.training.bc import train_bc
 from eva_rl.training.checkpoint import Checkpoints, TrainState, load_latest_checkpoint, save_checkpoint
 from eva_rl.training.failures import interrupts_deferred, sigterm_like_ctrl_c
+from eva_rl.training.options import BCOptions
 from tests.conftest import make_policy
 
 OPTIONS = BCOptions(updates=12, batch_size=4, warmup_steps=2, log_every=1)

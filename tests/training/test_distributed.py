@@ -28,9 +28,10 @@ from eva_rl.data.samplers import ShardedSampler
 from eva_rl.distributed import ProcessGroup
 from eva_rl.errors import UserError
 from eva_rl.rollouts.evaluation import MultiTaskValidator, evaluate_distributed, shared_envs
-from eva_rl.training.bc import BCOptions, train_bc
+from eva_rl.training.bc import train_bc
 from eva_rl.training.checkpoint import Checkpoints
 from eva_rl.training.losses import clone_loss, microbatches, num_action_elements, summed_action_loss
+from eva_rl.training.options import BCOptions
 from tests.conftest import make_policy
 
 OPTIONS = BCOptions(updates=6, batch_size=10, warmup_steps=2, log_every=1)

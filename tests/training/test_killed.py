@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from eva_rl.data import Trajectories, WindowSampler
-from eva_rl.training.bc import BCOptions, train_bc
+from eva_rl.training.bc import train_bc
 from eva_rl.training.checkpoint import Checkpoints
+from eva_rl.training.options import BCOptions
 from tests.conftest import make_policy
 
 KILLS = 20

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from eva_rl.data.replay import TrajectoryReplay
-from eva_rl.training.odt import ODTOptions, OnlineDecisionTransformer, odt_loss
+from eva_rl.training.odt import OnlineDecisionTransformer, odt_loss
 from eva_rl.training.online import train_online
+from eva_rl.training.options import ODTOptions
 from tests.training.problems import Bandit, TwoSteps, make_learner, make_task, mean_return
 
 

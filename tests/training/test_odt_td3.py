@@ -13,8 +13,9 @@ from eva_rl.data import Episode
 from eva_rl.data.replay import TrajectoryReplay
 from eva_rl.training.critics import TwinCritics, polyak_update, td_targets
 from eva_rl.training.learner import step_generators
-from eva_rl.training.odt_td3 import TD3DecisionTransformer, TD3Options
+from eva_rl.training.odt_td3 import TD3DecisionTransformer
 from eva_rl.training.online import train_online
+from eva_rl.training.options import TD3Options
 from tests.training.problems import Bandit, TwoSteps, make_learner, make_task, mean_return
 
 

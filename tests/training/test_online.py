@@ -21,10 +21,11 @@ from eva_rl.training.checkpoint import Checkpoints
 from eva_rl.training.collector import OnlineCounters, TaskEnvs
 from eva_rl.training.failures import FAILED_BATCH, NotFiniteError, failures_kept
 from eva_rl.training.learner import Learner
-from eva_rl.training.odt import ODTOptions, OnlineDecisionTransformer
-from eva_rl.training.odt_td3 import TD3DecisionTransformer, TD3Options
+from eva_rl.training.odt import OnlineDecisionTransformer
+from eva_rl.training.odt_td3 import TD3DecisionTransformer
 from eva_rl.training.online import train_online
-from eva_rl.training.residual.learner import ResidualLearner, ResidualOptions
+from eva_rl.training.options import ODTOptions, ResidualOptions, TD3Options
+from eva_rl.training.residual.learner import ResidualLearner
 from tests.conftest import make_policy
 from tests.training.problems import Bandit, make_learner, make_task
 

@@ -17,8 +17,9 @@ from stable_baselines3.common.callbacks import BaseCallback
 from eva_rl import envs
 from eva_rl.training.checkpoint import Checkpoints
 from eva_rl.training.collector import TaskEnvs
-from eva_rl.training.sb3 import OffPolicyOptions, PPOOptions, SACOptions, SB3Options, make_model, train_sb3
-from eva_rl.training.sb3_windows import HistoryWindows, WindowReplayBuffer
+from eva_rl.training.options import OffPolicyOptions, PPOOptions, SACOptions, SB3Options
+from eva_rl.training.sb3 import make_model, train_sb3
+from eva_rl.training.sb3.windows import HistoryWindows, WindowReplayBuffer
 from tests.conftest import make_policy
 from tests.training.problems import Bandit, TwoSteps, make_learner, make_task, mean_return
 

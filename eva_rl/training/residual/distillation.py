@@ -16,21 +16,10 @@ from eva_rl.agents.policy import DecisionTransformerPolicy
 from eva_rl.batch import WindowBatch
 from eva_rl.data.trajectories import Episode
 from eva_rl.data.windows import gather_windows
-from eva_rl.options import option
 from eva_rl.rollouts.recorder import EpisodeRecorder
-from eva_rl.training.bc import BCOptions
 from eva_rl.training.collector import TaskEnvs
 from eva_rl.training.residual.actor import ResidualPolicy
 from eva_rl.training.residual.playback import FEATURES, PROPOSALS, played_through
-
-
-@dataclass
-class DistillOptions(BCOptions):
-    """Cloning of the residual policy, first on the replay, then with env steps of the clone in every round."""
-
-    updates: int = option(200, "gradient steps of each round, and of the first one on the replay", above=0)
-    rounds: int = option(2, "times that the clone acts and its env steps are labelled", low=0, high=100)
-    env_steps: int = option(1_000, "env steps of the clone in a round; part of algo.env_steps", above=0)
 
 
 @dataclass(frozen=True)

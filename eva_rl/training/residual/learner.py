@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,62 +18,12 @@ from eva_rl.agents.policy import DecisionTransformerPolicy
 from eva_rl.batch import NStepBatch
 from eva_rl.data.replay import TrajectoryReplay
 from eva_rl.data.trajectories import Episode
-from eva_rl.options import MANY, option
 from eva_rl.training.critics import CriticEnsemble, polyak_update
 from eva_rl.training.failures import NotFiniteError
-from eva_rl.training.learner import Choice, Explore, Learner, ReplayOptions, named, noise_levels, step_generators
+from eva_rl.training.learner import Choice, Explore, Learner, named, noise_levels, step_generators
+from eva_rl.training.options import ResidualOptions
 from eva_rl.training.residual.actor import ResidualActor, ResidualPolicy
 from eva_rl.training.residual.playback import FEATURES, PROPOSALS, TARGETS, extra_widths, played_through, until_success
-
-
-@dataclass
-class ResidualOptions(ReplayOptions):
-    """Residual off-policy learning on the frozen policy.
-
-    The first ``learning_starts`` env steps are the frozen policy's, with noise; the critics then learn its values for
-    ``critic_warmup`` gradient steps before the actor moves.
-    """
-
-    eval_every: int = option(0, "validate every N env steps; 0 disables", low=0, high=MANY)
-    keep_best: bool = option(False, "end with the parameters of the best validation, not with the last ones")
-    steps_per_iteration: int = option(200, "env steps, over all environments, of an iteration", above=0)
-    updates_per_iteration: int = option(400, "gradient steps of an iteration", above=0)
-    learning_starts: int = option(
-        2_000, "env steps of the frozen policy before the first gradient step", low=0, high=MANY
-    )
-    batch_size: int = option(128, "transitions a gradient step, half of them from demonstrations", above=1)
-    learning_rate: float = option(3e-4, "AdamW's learning rate, for the actor", above=0)
-    weight_decay: float = option(0.0, "AdamW's weight decay, on matrices", low=0, high=10)
-    gradient_clip: float = option(1.0, "largest norm of the actor's gradient", above=0)
-    critic_learning_rate: float = option(3e-4, "Adam's learning rate, for the critics", above=0)
-    critic_hidden_size: int = option(256, "width of the critics", above=0)
-    actor_hidden_size: int = option(256, "width of the residual actor", above=0)
-    critics: int = option(
-        5, "critics; the target is the minimum over two of them, drawn at each gradient step", above=1
-    )
-    features: bool = option(True, "show the actor the frozen policy's hidden state, too")
-    scale: float = option(0.3, "largest residual, on actions in [-1, 1]", above=0, high=2)
-    n_step: int = option(3, "env steps of rewards before the critics' values take over", above=0)
-    discount: float = option(0.99, "gamma", low=0, high=1)
-    tau: float = option(0.005, "soft update of the target networks, per gradient step", low=0, high=1)
-    policy_delay: int = option(4, "gradient steps of the critics for one of the actor", above=0)
-    critic_warmup: int = option(
-        2_000, "gradient steps in which the critics learn the frozen policy's values", low=0, high=MANY
-    )
-    exploration_noise: float = option(0.1, "standard deviation of the noise on (scaled) actions", low=0, high=2)
-    target_noise: float = option(0.05, "standard deviation of the noise on target actions", low=0, high=2)
-    demonstration_share: float = option(0.5, "share of a batch drawn from demonstrations", low=0, high=1)
-    q_coef: float = option(1.0, "weight of the critics in the actor's loss", low=0, high=1000)
-    bc_coef: float = option(
-        0.1, "weight of cloning solved episodes where the critics prefer their actions", low=0, high=1000
-    )
-    size_coef: float = option(0.1, "weight of the residual's mean square in the actor's loss", low=0, high=1000)
-    pessimism: float = option(
-        0.5, "standard deviations over the critics that are subtracted from their mean for the actor", low=0, high=100
-    )
-    stop_at_success: bool = option(
-        True, "end episodes of training at their first success, as if the highest reward followed for ever"
-    )
 
 
 class ResidualLearner(Learner):

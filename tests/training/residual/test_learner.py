@@ -11,7 +11,8 @@ import torch
 
 from eva_rl.data import Episode
 from eva_rl.training.online import train_online
-from eva_rl.training.residual.learner import ResidualLearner, ResidualOptions
+from eva_rl.training.options import ResidualOptions
+from eva_rl.training.residual.learner import ResidualLearner
 from eva_rl.training.residual.playback import FEATURES, PROPOSALS, TARGETS
 from tests.training.problems import LinearQuadratic, TwoSteps, make_learner, make_task
 

@@ -17,7 +17,7 @@ from stable_baselines3.td3.policies import TD3Policy
 from torch import Tensor, nn
 
 from eva_rl.agents.decision_transformer import DecisionTransformer
-from eva_rl.training.sb3_windows import WindowLayout
+from eva_rl.training.sb3.windows import WindowLayout
 
 
 class DecisionTransformerFeatures(BaseFeaturesExtractor):

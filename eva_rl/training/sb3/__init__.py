@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,63 +17,26 @@ from torch import Tensor
 
 from eva_rl.agents.policy import DecisionTransformerPolicy
 from eva_rl.errors import EnvironmentFailedError
-from eva_rl.options import MANY, option
 from eva_rl.training.bc import Log
 from eva_rl.training.checkpoint import Checkpoints, TrainState
 from eva_rl.training.collector import TaskEnvs
 from eva_rl.training.failures import NotFiniteError
-from eva_rl.training.learner import MAX_REPLAY, MIN_REPLAY, OnlineOptions
 from eva_rl.training.optimizer import optimizer_tensors, restore_optimizer
-from eva_rl.training.sb3_policies import (
+from eva_rl.training.options import (
+    OffPolicyOptions,
+    PPOOptions,
+    SACOptions,
+    SB3Options,
+)
+from eva_rl.training.sb3.policies import (
     DecisionTransformerPPOPolicy,
     DecisionTransformerSACPolicy,
     DecisionTransformerTD3Policy,
 )
-from eva_rl.training.sb3_windows import HistoryWindows, WindowReplayBuffer
+from eva_rl.training.sb3.windows import HistoryWindows, WindowReplayBuffer
 
 Model = PPO | SAC | TD3
 POLICY, OPTIMIZER, REPLAY, RANDOM = "policy/", "optimizer/", "replay/", "random/"
-
-
-@dataclass
-class SB3Options(OnlineOptions):
-    """What Stable-Baselines3's algorithms share."""
-
-    learning_rate: float = option(1e-4, "Adam's learning rate", above=0)
-    batch_size: int = option(64, "windows a gradient step", above=0)
-    discount: float = option(0.99, "gamma", low=0, high=1)
-    initial_std: float = option(0.2, "standard deviation of the actions at first", above=0)
-    critic_hidden_size: int = option(256, "width of the value networks", above=0)
-
-
-@dataclass
-class PPOOptions(SB3Options):
-    """Proximal policy optimisation (arXiv 1707.06347)."""
-
-    rollout_steps: int = option(200, "env steps of each environment between two updates", above=0)
-    epochs: int = option(5, "passes over a rollout", above=0)
-    clip_range: float = option(0.2, "of the likelihood ratio", above=0)
-    gae_lambda: float = option(0.95, "of generalised advantage estimation", low=0, high=1)
-    entropy: float = option(0.0, "weight of the entropy", low=0, high=10)
-    target_kl: float | None = option(0.03, "KL divergence at which an update ends early; null for no limit", above=0)
-
-
-@dataclass
-class OffPolicyOptions(SB3Options):
-    """What SAC and TD3 share; TD3 (arXiv 1802.09477) has no more."""
-
-    replay_size: int = option(200_000, "env steps kept at most; each is stored once", low=MIN_REPLAY, high=MAX_REPLAY)
-    learning_starts: int = option(1_000, "env steps before the first gradient step", low=0, high=MANY)
-    train_freq: int = option(10, "env steps of each environment between two updates", above=0)
-    gradient_steps: int = option(10, "gradient steps of an update", above=0)
-    tau: float = option(0.005, "soft update of the target networks, per gradient step", low=0, high=1)
-
-
-@dataclass
-class SACOptions(OffPolicyOptions):
-    """Soft actor-critic (arXiv 1801.01290)."""
-
-    entropy: float = option(0.01, "weight of the entropy at first; it is adapted", above=0, high=10)
 
 
 def make_model(policy: DecisionTransformerPolicy, task: TaskEnvs, options: SB3Options, *, seed: int = 0) -> Model:

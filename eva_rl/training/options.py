@@ -1,0 +1,213 @@
+"""Options of the training loops, known without importing torch, so that a command answers at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from eva_rl.options import MANY, Options, option
+
+LOSSES = ("mse", "l1")
+PRECISIONS = ("float32", "bfloat16")
+COMPILE_MODES = ("none", "default", "reduce-overhead")
+MIN_REPLAY, MAX_REPLAY = 1_000, 10**10
+"""Env steps of a replay."""
+
+
+@dataclass
+class OptimizerOptions(Options):
+    """How the policy's trainable parameters are trained."""
+
+    batch_size: int = option(64, "windows a gradient step", above=0)
+    learning_rate: float = option(3e-4, "AdamW's learning rate", above=0)
+    warmup_steps: int = option(100, "gradient steps of linear learning-rate warm-up", low=0, high=MANY)
+    weight_decay: float = option(1e-4, "AdamW's weight decay, on matrices", low=0, high=10)
+    gradient_clip: float = option(0.25, "largest norm of the gradient", above=0)
+
+
+@dataclass
+class BCOptions(OptimizerOptions):
+    """How to clone.
+
+    The learning rate rises linearly for ``warmup_steps`` gradient steps and then falls along a cosine. The parameters
+    stay float32 in every precision, and the gradient is that of the whole batch however many microbatches it is taken
+    in.
+    """
+
+    updates: int = option(200, "gradient steps", above=0)
+    learning_rate: float = option(1e-3, "peak learning rate of AdamW", above=0)
+    warmup_steps: int = option(20, "gradient steps of linear learning-rate warm-up", low=0, high=MANY)
+    final_learning_rate: float = option(0.05, "end of the cosine, as a fraction of the peak", low=0, high=1)
+    loss: str = option("mse", "mse or l1", choices=LOSSES)
+    precision: str = option("float32", "float32, or bfloat16 for mixed precision", choices=PRECISIONS)
+    accumulate: int = option(1, "microbatches of a gradient step: more take less memory", above=0)
+    compile: str = option(
+        "none", "torch.compile: none, default or reduce-overhead (CUDA graphs)", choices=COMPILE_MODES
+    )
+    log_every: int = option(20, "gradient steps between two points of the training curves", above=0)
+
+
+@dataclass
+class OnlineOptions(Options):
+    """What all algorithms share that act in the environment."""
+
+    env_steps: int = option(100_000, "env steps in all", above=0)
+    eval_every: int = option(10_000, "validate every N env steps; 0 disables", low=0, high=MANY)
+
+
+@dataclass
+class ReplayOptions(OptimizerOptions, OnlineOptions):
+    """What the algorithms share that learn from a replay of whole episodes.
+
+    Unfinished episodes are truncated where the policy is validated or saved, so that a resumed run meets the same
+    episodes as one that was never interrupted. The best validation is the one with the most success, ties broken by
+    return.
+    """
+
+    steps_per_iteration: int = option(1_000, "env steps, over all environments, of an iteration", above=0)
+    updates_per_iteration: int = option(100, "gradient steps of an iteration", above=0)
+    learning_starts: int = option(0, "env steps before the first gradient step", low=0, high=MANY)
+    checkpoint_every: int = option(10_000, "env steps between two checkpoints; 0 for none", low=0, high=MANY)
+    keep_best: bool = option(True, "end with the parameters of the best validation, not with the last ones")
+    refresh_every: int = option(
+        0, "EVA: compare directions with the current activations every N env steps; 0 disables", low=0, high=MANY
+    )
+
+
+@dataclass
+class ODTOptions(ReplayOptions):
+    """Online Decision Transformer.
+
+    Env steps are drawn by the return of their episode above the worst one's, rather than uniformly as in the paper.
+    """
+
+    initial_temperature: float = option(0.02, "weight of the entropy at first (lambda)", above=0)
+    temperature_learning_rate: float = option(1e-2, "Adam's learning rate for the logarithm of that weight", above=0)
+    by_return: bool = option(True, "draw env steps in proportion to their episode's return, not uniformly")
+    target_entropy: float | None = option(None, "lower bound of the entropy in nats; null takes -2 x action dimensions")
+
+
+@dataclass
+class TD3Options(ReplayOptions):
+    """TD3+ODT.
+
+    The critics begin with Monte Carlo returns, since temporal differences take about 1 / (tau (1 - discount)) gradient
+    steps to carry a return through an episode. The policy's critic term is divided by its mean magnitude (Fujimoto and
+    Gu 2021, arXiv 2106.06860, equation 5).
+    """
+
+    eval_every: int = option(2_000, "validate every N env steps; 0 disables", low=0, high=MANY)
+    updates_per_iteration: int = option(500, "gradient steps of an iteration", above=0)
+    batch_size: int = option(32, "windows a gradient step", above=0)
+    critic_learning_rate: float = option(1e-3, "Adam's learning rate, for the critics", above=0)
+    critic_hidden_size: int = option(256, "width of the critics", above=0)
+    discount: float = option(0.99, "gamma", low=0, high=1)
+    tau: float = option(0.01, "soft update of the target networks, per gradient step", low=0, high=1)
+    policy_delay: int = option(2, "gradient steps of the critics for one of the policy", above=0)
+    critic_warmup: int = option(
+        2_000, "critic warm-up: gradient steps on Monte Carlo returns before TD targets", low=0, high=MANY
+    )
+    exploration_noise: float = option(0.2, "standard deviation of the noise on (scaled) actions", low=0, high=2)
+    target_noise: float = option(0.2, "standard deviation of the noise on target actions", low=0, high=2)
+    target_noise_clip: float = option(0.5, "its largest magnitude", low=0, high=2)
+    q_coef: float = option(1.0, "weight of the critic in the policy's loss", low=0, high=1000)
+    bc_coef: float = option(1.0, "weight of the error to the replay's actions in the policy's loss", low=0, high=1000)
+
+
+@dataclass
+class ResidualOptions(ReplayOptions):
+    """Residual off-policy learning on the frozen policy.
+
+    The first ``learning_starts`` env steps are the frozen policy's, with noise; the critics then learn its values for
+    ``critic_warmup`` gradient steps before the actor moves.
+    """
+
+    eval_every: int = option(0, "validate every N env steps; 0 disables", low=0, high=MANY)
+    keep_best: bool = option(False, "end with the parameters of the best validation, not with the last ones")
+    steps_per_iteration: int = option(200, "env steps, over all environments, of an iteration", above=0)
+    updates_per_iteration: int = option(400, "gradient steps of an iteration", above=0)
+    learning_starts: int = option(
+        2_000, "env steps of the frozen policy before the first gradient step", low=0, high=MANY
+    )
+    batch_size: int = option(128, "transitions a gradient step, half of them from demonstrations", above=1)
+    learning_rate: float = option(3e-4, "AdamW's learning rate, for the actor", above=0)
+    weight_decay: float = option(0.0, "AdamW's weight decay, on matrices", low=0, high=10)
+    gradient_clip: float = option(1.0, "largest norm of the actor's gradient", above=0)
+    critic_learning_rate: float = option(3e-4, "Adam's learning rate, for the critics", above=0)
+    critic_hidden_size: int = option(256, "width of the critics", above=0)
+    actor_hidden_size: int = option(256, "width of the residual actor", above=0)
+    critics: int = option(
+        5, "critics; the target is the minimum over two of them, drawn at each gradient step", above=1
+    )
+    features: bool = option(True, "show the actor the frozen policy's hidden state, too")
+    scale: float = option(0.3, "largest residual, on actions in [-1, 1]", above=0, high=2)
+    n_step: int = option(3, "env steps of rewards before the critics' values take over", above=0)
+    discount: float = option(0.99, "gamma", low=0, high=1)
+    tau: float = option(0.005, "soft update of the target networks, per gradient step", low=0, high=1)
+    policy_delay: int = option(4, "gradient steps of the critics for one of the actor", above=0)
+    critic_warmup: int = option(
+        2_000, "gradient steps in which the critics learn the frozen policy's values", low=0, high=MANY
+    )
+    exploration_noise: float = option(0.1, "standard deviation of the noise on (scaled) actions", low=0, high=2)
+    target_noise: float = option(0.05, "standard deviation of the noise on target actions", low=0, high=2)
+    demonstration_share: float = option(0.5, "share of a batch drawn from demonstrations", low=0, high=1)
+    q_coef: float = option(1.0, "weight of the critics in the actor's loss", low=0, high=1000)
+    bc_coef: float = option(
+        0.1, "weight of cloning solved episodes where the critics prefer their actions", low=0, high=1000
+    )
+    size_coef: float = option(0.1, "weight of the residual's mean square in the actor's loss", low=0, high=1000)
+    pessimism: float = option(
+        0.5, "standard deviations over the critics that are subtracted from their mean for the actor", low=0, high=100
+    )
+    stop_at_success: bool = option(
+        True, "end episodes of training at their first success, as if the highest reward followed for ever"
+    )
+
+
+@dataclass
+class DistillOptions(BCOptions):
+    """Cloning of the residual policy, first on the replay, then with env steps of the clone in every round."""
+
+    updates: int = option(200, "gradient steps of each round, and of the first one on the replay", above=0)
+    rounds: int = option(2, "times that the clone acts and its env steps are labelled", low=0, high=100)
+    env_steps: int = option(1_000, "env steps of the clone in a round; part of algo.env_steps", above=0)
+
+
+@dataclass
+class SB3Options(OnlineOptions):
+    """What Stable-Baselines3's algorithms share."""
+
+    learning_rate: float = option(1e-4, "Adam's learning rate", above=0)
+    batch_size: int = option(64, "windows a gradient step", above=0)
+    discount: float = option(0.99, "gamma", low=0, high=1)
+    initial_std: float = option(0.2, "standard deviation of the actions at first", above=0)
+    critic_hidden_size: int = option(256, "width of the value networks", above=0)
+
+
+@dataclass
+class PPOOptions(SB3Options):
+    """Proximal policy optimisation (arXiv 1707.06347)."""
+
+    rollout_steps: int = option(200, "env steps of each environment between two updates", above=0)
+    epochs: int = option(5, "passes over a rollout", above=0)
+    clip_range: float = option(0.2, "of the likelihood ratio", above=0)
+    gae_lambda: float = option(0.95, "of generalised advantage estimation", low=0, high=1)
+    entropy: float = option(0.0, "weight of the entropy", low=0, high=10)
+    target_kl: float | None = option(0.03, "KL divergence at which an update ends early; null for no limit", above=0)
+
+
+@dataclass
+class OffPolicyOptions(SB3Options):
+    """What SAC and TD3 share; TD3 (arXiv 1802.09477) has no more."""
+
+    replay_size: int = option(200_000, "env steps kept at most; each is stored once", low=MIN_REPLAY, high=MAX_REPLAY)
+    learning_starts: int = option(1_000, "env steps before the first gradient step", low=0, high=MANY)
+    train_freq: int = option(10, "env steps of each environment between two updates", above=0)
+    gradient_steps: int = option(10, "gradient steps of an update", above=0)
+    tau: float = option(0.005, "soft update of the target networks, per gradient step", low=0, high=1)
+
+
+@dataclass
+class SACOptions(OffPolicyOptions):
+    """Soft actor-critic (arXiv 1801.01290)."""
+
+    entropy: float = option(0.01, "weight of the entropy at first; it is adapted", above=0, high=10)
