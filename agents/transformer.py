@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -84,11 +86,23 @@ class Attention(nn.Module):
             # PyTorch's CPU attention runs its bfloat16 backward about six times slower than float32.
             with torch.autocast("cpu", enabled=False):
                 return self._attend(q.float(), k.float(), v.float(), mask)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None)
+        with _kernels(q, mask):
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None)
 
     def _split(self, x: Tensor) -> Tensor:
         B, S, D = x.shape
         return x.view(B, S, self.num_heads, D // self.num_heads).transpose(1, 2)  # (B, H, S, D / H)
+
+
+def _kernels(q: Tensor, mask: Tensor | None) -> AbstractContextManager[None]:
+    """Which attention kernels may run: cuDNN's not with a mask, whose rows it reads as if they were aligned.
+
+    Its backward pass ends in "misaligned address" where the number of keys is no multiple of 8 (PyTorch 2.11, cuDNN 9,
+    H100, bfloat16). PyTorch's other kernels pad the mask.
+    """
+    if q.is_cuda and mask is not None:
+        return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
+    return nullcontext()
 
 
 class MLP(nn.Module):

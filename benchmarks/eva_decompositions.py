@@ -34,7 +34,9 @@ def stacked(rows: Tensor) -> Gram:
     """Second moments (L, D, D) in float64 of rows (L, N, D)."""
     moments = rows.double().mT @ rows.double()
     count = torch.full((rows.shape[0],), rows.shape[1], device=rows.device)
-    return Gram(moments, True, moments.diagonal(dim1=-2, dim2=-1).sum(-1), count)
+    return Gram(
+        moments, True, moments.diagonal(dim1=-2, dim2=-1).sum(-1), count, torch.zeros_like(count, dtype=torch.float64)
+    )
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ from eva_rl.adapters.extensions import (
     initial_rank,
     schedule,
 )
-from eva_rl.adapters.fused import fuse
+from eva_rl.adapters.fused import fuse_where_faster
 from eva_rl.adapters.gain import LayerStart
 from eva_rl.adapters.layers import PROJECTIONS, capped, rank_limits
 from eva_rl.adapters.methods import DIRECTIONS, GRADIENTS, MOMENTS, Method, find_method
@@ -116,7 +116,7 @@ def attach_adapter(  # noqa: PLR0913 - PEFT's names for what a user may set
     if eva is not None:
         _init_lora_A(model, eva.state_dict())
     model.to(policy.device)
-    fuse(network)
+    fuse_where_faster(network)
     if dropout:
         log.warning("adapter.dropout=%g: the low-rank layers train as PEFT computes them, which takes longer.", dropout)
     return AttachedAdapter(chosen, model, eva, extension)

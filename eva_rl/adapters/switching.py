@@ -13,7 +13,7 @@ from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
 
 from eva_rl.adapters.attach import AttachedAdapter, base_weights, extension_of
-from eva_rl.adapters.fused import fuse
+from eva_rl.adapters.fused import fuse_where_faster
 from eva_rl.adapters.methods import METHODS
 from eva_rl.adapters.validation import CONFIG_FILE, ORIGIN_FILE, changed_weights, check_adapter, read_origin
 from eva_rl.agents.policy import DecisionTransformerPolicy
@@ -92,7 +92,7 @@ class Adapters:
         check_adapter(self._policy.network, folder)
         with self._base_kept(name, folder), _fitting(folder):
             self._read(name, folder, is_trainable)
-        fuse(self._policy.network)
+        fuse_where_faster(self._policy.network)
         self._origins[name] = origin
         if origin.get("target_return") is not None:
             self._policy.with_target(origin["target_return"], origin.get("env_id", ""))
