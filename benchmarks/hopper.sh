@@ -16,7 +16,7 @@ for seed in 1 2 3; do
     python -m eva_rl.finetune env=mujoco/hopper policy="$runs/pretrain" algo=odt_td3 adapter=full data="$runs/sac.h5" \
         data.max_return=1500 seed=$seed algo.env_steps=60000 algo.num_envs=4 algo.updates_per_iteration=500 \
         algo.batch_size=32 algo.learning_rate=3e-4 algo.q_coef=2.5 algo.exploration_noise=0.3 \
-        algo.critic_learning_rate=1e-3 algo.tau=0.01 algo.critic_warmup=2000 algo.eval_every=2000 \
+        algo.critic_learning_rate=1e-3 algo.tau=0.01 algo.critic_warmup=2000 algo.eval_every=2000 algo.keep_best=true \
         eval.quick_episodes=20 threads=1 run_dir="$runs/online/seed_$seed"
 done
 python benchmarks/online_report.py "$runs/online"

@@ -17,6 +17,6 @@ for seed in 1 2 3; do
         data.episodes=2 data.seed=$seed seed=$seed algo.bc.updates=200 algo.bc.batch_size=32 algo.env_steps=20000 \
         algo.num_envs=5 algo.updates_per_iteration=500 algo.batch_size=32 algo.learning_rate=3e-4 algo.q_coef=1 \
         algo.exploration_noise=0.2 algo.critic_learning_rate=1e-3 algo.tau=0.01 algo.critic_warmup=2000 \
-        algo.eval_every=2000 eval.quick_episodes=20 eval.every=0 threads=1 run_dir="$runs/faucet-close/seed_$seed"
+        algo.eval_every=2000 algo.keep_best=true eval.quick_episodes=20 eval.every=0 threads=1 run_dir="$runs/faucet-close/seed_$seed"
 done
 python benchmarks/online_report.py "$runs/faucet-close"

@@ -17,12 +17,12 @@ from eva_rl.finetune.session import Session
 from eva_rl.rollouts.evaluation import EvaluationResult
 from eva_rl.seeding import ONLINE, episode_seeds
 from eva_rl.tracking import Tracker
-from eva_rl.training.bc import train_bc
+from eva_rl.training.bc import Log, train_bc
 from eva_rl.training.checkpoint import Checkpoints
-from eva_rl.training.collector import TaskEnvs
+from eva_rl.training.collector import OnlineCounters, TaskEnvs
 from eva_rl.training.losses import clone_loss
 from eva_rl.training.online import train_online
-from eva_rl.training.options import ResidualOptions
+from eva_rl.training.options import DistillOptions, ResidualOptions
 from eva_rl.training.residual.actor import frozen_copy
 from eva_rl.training.residual.distillation import LabelledWindows, roll_out
 from eva_rl.training.residual.learner import ResidualLearner
@@ -76,13 +76,14 @@ def learn_residual(
     windows.add(replay.episodes())
     windows.add(learner.demonstrations.episodes())
     task = replace(task, first_episode=counters.next_seed)
-    updates = distill(session, adapter, algo, (windows, task), tracker)
+    updates = distill(session, adapter, algo.distill, (windows, task), logged_after(tracker.log, counters))
     session.phases.end("distill")
+    distilled = algo.distill.rounds * algo.distill.env_steps
     costs = {
         "updates": counters.update,
         "distill/updates": updates,
-        "env_steps": algo.env_steps,
-        "env_steps_played": algo.env_steps + counters.validation_steps,
+        "env_steps": counters.env_steps + distilled,
+        "env_steps_played": counters.env_steps_played + distilled,
         "episodes": counters.episodes,
     }
     return ResidualTraining({**costs, **evaluation.metrics("eval_residual")}, evaluation)
@@ -104,12 +105,12 @@ def make_learner(session: Session, algo: ResidualAlgo) -> ResidualLearner:
 def distill(
     session: Session,
     adapter: AttachedAdapter,
-    algo: ResidualAlgo,
+    options: DistillOptions,
     material: tuple[LabelledWindows, TaskEnvs],
-    tracker: Tracker,
+    log: Log,
 ) -> int:
     """Clone the residual policy, then again in rounds with env steps of the clone; returns the gradient steps."""
-    (windows, task), options, updates = material, algo.distill, 0
+    (windows, task), updates = material, 0
     for number in range(1 + options.rounds):
         if number:
             first = task.first_episode + number * options.env_steps  # an episode has one env step at least
@@ -125,9 +126,18 @@ def distill(
             )
         updates += counters.update
         if number:
-            played = algo.residual_env_steps + number * options.env_steps
-            tracker.log({"distill/loss": cloning_error(session, windows), "time/env_steps": played}, played)
+            log({"distill/loss": cloning_error(session, windows)}, number * options.env_steps)
     return updates
+
+
+def logged_after(log: Log, counters: OnlineCounters) -> Log:
+    """A log function that counts env steps from the end of residual learning."""
+
+    def logged(metrics: Mapping[str, float], step: int) -> None:
+        steps = {"time/env_steps": counters.env_steps + step, "time/env_steps_played": counters.env_steps_played + step}
+        log({**metrics, **steps}, counters.env_steps_played + step)
+
+    return logged
 
 
 def cloning_error(session: Session, windows: LabelledWindows) -> float:

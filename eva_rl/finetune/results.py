@@ -146,8 +146,9 @@ def write_results(
         training: What lies between them.
     """
     before, after = evaluations
-    tracker.log_once({**after.result.metrics(), **after.loss}, session.config.algo.final_step)
-    compare_snapshots(session, tracker, before.snapshot, after.snapshot)
+    last = int(training.costs.get("env_steps_played", session.config.algo.final_step))
+    tracker.log_once({**after.result.metrics(), **after.loss}, last)
+    compare_snapshots(session, tracker, before.snapshot, after.snapshot, last)
     tracker.finished({**before.result.metrics("eval_before"), **after.result.metrics()})
     if session.process_group.is_main:
         evaluated = {"before": before.result, **training.between, "after": after.result}
@@ -290,9 +291,10 @@ def snapshot(session: Session, actions: NDArray[np.float32]) -> PolicySnapshot:
     return PolicySnapshot(actions, clip)
 
 
-def compare_snapshots(session: Session, tracker: Tracker, before: PolicySnapshot, after: PolicySnapshot) -> None:
-    """Show two snapshots: histograms of each number of an action, and the videos side by side."""
-    last = session.config.algo.final_step
+def compare_snapshots(
+    session: Session, tracker: Tracker, before: PolicySnapshot, after: PolicySnapshot, last: int
+) -> None:
+    """Show two snapshots, of step 0 and of the last one: histograms of actions, and the videos side by side."""
     for index in range(before.actions.shape[1]):
         for acted, step in ((before, 0), (after, last)):
             tracker.histogram(f"eval/action_{index}", acted.actions[:, index], step)

@@ -42,8 +42,9 @@ def train_online(
         learner: Its policy acts; its options say how long and how often.
         replay: Takes the episodes; what it holds already is learned from, too.
         task: Where the policy acts.
-        log: Takes metrics and the env step they belong to.
-        evaluate: Returns validation metrics, which are logged.
+        log: Takes metrics and the env step they belong to; the env steps of validations count, too.
+        evaluate: Returns validation metrics, which are logged; how many env steps it played stands under
+            :data:`eva_rl.training.collector.VALIDATION_STEPS`.
         refresh: Called with the gradient steps done every ``refresh_every`` env steps; what it returns is logged.
         checkpoints: Where to save, besides every ``checkpoint_every`` env steps at validations when the time has come;
             None keeps no checkpoint.
@@ -71,7 +72,7 @@ def train_online(
         done = counters.env_steps >= options.env_steps
         evaluating = _due(counters, options.eval_every, options.steps_per_iteration)
         saving = done or _due(counters, options.checkpoint_every, options.steps_per_iteration)
-        log(metrics | counters.metrics(), counters.env_steps)
+        log(metrics | counters.metrics(), counters.env_steps_played)
         if evaluating or saving:
             collector.truncate_episodes(replay, counters)
         if validate and (options.keep_best if done else evaluating):
@@ -124,7 +125,7 @@ def evaluate_and_keep_best(
     """Validate, and keep a copy if this is the best score so far (success rate, ties broken by return)."""
     metrics = evaluate(counters.env_steps)
     counters.validated(metrics)
-    log(metrics, counters.env_steps)
+    log(metrics, counters.env_steps_played)
     score = [max((v for k, v in metrics.items() if k.endswith(f"/{key}")), default=0.0) for key in SCORES]
     if counters.best_step < 0 or score > counters.best_score:
         counters.best_step, counters.best_score = counters.env_steps, score
@@ -153,7 +154,7 @@ def _state(counters: OnlineCounters, learner: Learner, replay: TrajectoryReplay,
     tensors = {ALGORITHM + name: value for name, value in learner.tensors().items()}
     tensors |= {REPLAY + name: value for name, value in replay.tensors().items()}
     tensors |= {BEST + name: value for name, value in best.parameters.items()}
-    return TrainState(counters.env_steps, tensors, asdict(counters))
+    return TrainState(counters.env_steps_played, tensors, asdict(counters))
 
 
 def _resume(

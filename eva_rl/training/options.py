@@ -67,7 +67,7 @@ class ReplayOptions(OptimizerOptions, OnlineOptions):
     updates_per_iteration: int = option(100, "gradient steps of an iteration", above=0)
     learning_starts: int = option(0, "env steps before the first gradient step", low=0, high=MANY)
     checkpoint_every: int = option(10_000, "env steps between two checkpoints; 0 for none", low=0, high=MANY)
-    keep_best: bool = option(True, "end with the parameters of the best validation, not with the last ones")
+    keep_best: bool = option(False, "end with the parameters of the best validation, not with the last ones")
     refresh_every: int = option(
         0, "EVA: compare directions with the current activations every N env steps; 0 disables", low=0, high=MANY
     )
@@ -122,7 +122,6 @@ class ResidualOptions(ReplayOptions):
     """
 
     eval_every: int = option(0, "validate every N env steps; 0 disables", low=0, high=MANY)
-    keep_best: bool = option(False, "end with the parameters of the best validation, not with the last ones")
     steps_per_iteration: int = option(200, "env steps, over all environments, of an iteration", above=0)
     updates_per_iteration: int = option(400, "gradient steps of an iteration", above=0)
     learning_starts: int = option(

@@ -19,7 +19,7 @@ from eva_rl.agents.policy import DecisionTransformerPolicy
 from eva_rl.errors import EnvironmentFailedError
 from eva_rl.training.bc import Log
 from eva_rl.training.checkpoint import Checkpoints, TrainState
-from eva_rl.training.collector import TaskEnvs
+from eva_rl.training.collector import OnlineCounters, TaskEnvs
 from eva_rl.training.failures import NotFiniteError
 from eva_rl.training.optimizer import optimizer_tensors, restore_optimizer
 from eva_rl.training.options import (
@@ -106,7 +106,7 @@ def train_sb3(
         model: What :func:`make_model` made.
         task: Where it acts.
         options: How long.
-        log: Takes Stable-Baselines3's metrics, and the env step they belong to.
+        log: Takes Stable-Baselines3's metrics, and the env step they belong to; those of validations count, too.
         evaluate: Called after each stretch but the last; what it returns is logged.
         checkpoints: Where to save; None keeps no checkpoint.
         callback: Of Stable-Baselines3.
@@ -118,33 +118,41 @@ def train_sb3(
         NotFiniteError: A parameter is not finite after a stretch; the checkpoint before it is as it was.
         EnvironmentFailedError: An environment failed; what was learned before is saved.
     """
-    model.set_logger(Logger(None, [_Forward(log)]))
-    next_episode = _resume(model, checkpoints) or task.first_episode
+    played = OnlineCounters(next_seed=task.first_episode)
+    _resume(model, played, checkpoints)
+    model.set_logger(Logger(None, [_Forward(lambda metrics, step: log(metrics, step + played.validation_steps))]))
     stretch = options.eval_every or options.env_steps
     env = model.get_env()
     assert env is not None
     while model.num_timesteps < options.env_steps:
-        env.seed(next_episode)
+        env.seed(played.next_seed)
         model._last_obs = None  # so that learn() resets the environments
         todo = min(stretch - model.num_timesteps % stretch, options.env_steps - model.num_timesteps)
         counter = _Episodes(env.num_envs)
         failure = _learn(model, todo, [counter, callback] if callback else [counter])
-        next_episode += env.num_envs * (1 + counter.most)
+        played.next_seed += env.num_envs * (1 + counter.most)
         if isinstance(model, OffPolicyAlgorithm):
             assert isinstance(model.replay_buffer, WindowReplayBuffer)
             model.replay_buffer.truncate_episodes()
         if failure is not None and checkpoints is not None:
-            checkpoints.save(_state(model, next_episode))
+            checkpoints.save(_state(model, played))
             raise failure.saved() from failure
         if failure is not None:
             raise failure
         _check_finite(model)
         model.policy.set_training_mode(False)
         if evaluate is not None and model.num_timesteps < options.env_steps:
-            log(evaluate(model.num_timesteps), model.num_timesteps)
+            metrics = evaluate(model.num_timesteps)
+            played.validated(metrics)
+            log(metrics, model.num_timesteps + played.validation_steps)
         if checkpoints is not None:
-            checkpoints.save(_state(model, next_episode))
-    return {"updates": int(model._n_updates), "env_steps": int(model.num_timesteps)}
+            checkpoints.save(_state(model, played))
+    steps = int(model.num_timesteps)
+    return {
+        "updates": int(model._n_updates),
+        "env_steps": steps,
+        "env_steps_played": steps + played.validation_steps,
+    }
 
 
 def _learn(model: Model, env_steps: int, callbacks: list[BaseCallback]) -> EnvironmentFailedError | None:
@@ -207,7 +215,7 @@ def _optimizers(model: Model) -> dict[str, tuple[torch.optim.Optimizer, Mapping[
     return found
 
 
-def _state(model: Model, next_episode: int) -> TrainState:
+def _state(model: Model, played: OnlineCounters) -> TrainState:
     tensors = {POLICY + name: value.clone() for name, value in model.policy.state_dict().items()}
     for kind, (optimizer, parameters) in _optimizers(model).items():
         names = {id(p): name for name, p in parameters.items()}
@@ -222,17 +230,18 @@ def _state(model: Model, next_episode: int) -> TrainState:
     record = {
         "num_timesteps": int(model.num_timesteps),
         "updates": int(model._n_updates),
-        "next_episode": next_episode,
+        "next_episode": played.next_seed,
+        "validation_steps": played.validation_steps,
         "numpy": [str(kind), int(position), int(has_gauss), float(cached)],
     }
-    return TrainState(int(model.num_timesteps), tensors, record)
+    return TrainState(int(model.num_timesteps) + played.validation_steps, tensors, record)
 
 
-def _resume(model: Model, checkpoints: Checkpoints | None) -> int | None:
-    """Put a checkpoint back; returns the seed of the next episode, or None where there is no checkpoint."""
+def _resume(model: Model, played: OnlineCounters, checkpoints: Checkpoints | None) -> None:
+    """Put a checkpoint back, and what had been played by then, where there is one."""
     state = checkpoints.load() if checkpoints else None
     if state is None:
-        return None
+        return
     tensors, record = state.tensors, state.record
     model.policy.load_state_dict({k.removeprefix(POLICY): v for k, v in tensors.items() if k.startswith(POLICY)})
     for kind, (optimizer, parameters) in _optimizers(model).items():
@@ -248,4 +257,4 @@ def _resume(model: Model, checkpoints: Checkpoints | None) -> int | None:
     np.random.set_state((kind, tensors[RANDOM + "numpy"].numpy().astype(np.uint32), position, has_gauss, cached))  # noqa: NPY002
     torch.set_rng_state(tensors[RANDOM + "torch"])
     model.num_timesteps, model._n_updates = record["num_timesteps"], record["updates"]
-    return int(record["next_episode"])
+    played.next_seed, played.validation_steps = int(record["next_episode"]), int(record.get("validation_steps", 0))
