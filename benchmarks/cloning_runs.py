@@ -34,9 +34,9 @@ from eva_rl.rollouts.experts import collect_expert
 from eva_rl.seeding import MAX_SEED, VALIDATION
 from eva_rl.training.bc import train_bc
 from eva_rl.training.failures import NotFiniteError
-from eva_rl.training.losses import clone_loss
+from eva_rl.training.losses import PRECISIONS, clone_loss
 
-HELD_OUT_EPISODES, HELD_OUT_WINDOWS, HELD_OUT_BATCHES = 20, 256, 4
+HELD_OUT_EPISODES, HELD_OUT_WINDOWS = 20, 256
 HELD_OUT_SEED = MAX_SEED - 1
 """Demonstrations that no run trains on; studies use those of MAX_SEED."""
 AVERAGED = 0.25
@@ -58,6 +58,8 @@ class Setting:
         device: Where.
         horizon: Env steps an episode; 0 takes the task's own.
         averaged_success: Whether success is measured with averaged weights, too.
+        held_out_batches: Batches of 256 windows on which the cloning loss is measured.
+        precision: ``float32``, or ``bfloat16`` for mixed precision while training.
     """
 
     episodes: int = 25
@@ -69,6 +71,8 @@ class Setting:
     device: str = "cpu"
     horizon: int = 0
     averaged_success: bool = False
+    held_out_batches: int = 4
+    precision: str = "float32"
 
 
 @dataclass
@@ -91,6 +95,7 @@ class TaskRuns:
         setting = self.setting
         asked = [f"env={self.task}", f"adapter={method}", f"adapter.rank={setting.rank}"]
         asked += [f"algo.updates={setting.updates}", f"algo.batch_size={setting.batch_size}", f"seed={self.seed}"]
+        asked += [f"algo.precision={setting.precision}"]
         asked += [f"env.horizon={setting.horizon}"] if setting.horizon else []
         return parse("finetune", [*asked, *more])
 
@@ -153,8 +158,9 @@ class TaskRuns:
         """Cloning loss on the held-out demonstrations."""
         network = policy.network.eval()
         with torch.no_grad():
-            batches = (self.held_out.sample(HELD_OUT_WINDOWS, n, policy.device) for n in range(HELD_OUT_BATCHES))
-            return sum(clone_loss(network, batch).item() for batch in batches) / HELD_OUT_BATCHES
+            number = self.setting.held_out_batches
+            batches = (self.held_out.sample(HELD_OUT_WINDOWS, n, policy.device) for n in range(number))
+            return sum(clone_loss(network, batch).item() for batch in batches) / number
 
     def success(self, policy: DecisionTransformerPolicy, goals_seed: int | None = None) -> float | None:
         """Share of the validation goals that the policy reaches."""
@@ -268,6 +274,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--averaged-success", action="store_true", help="measure it with averaged weights, too")
+    parser.add_argument("--held-out-batches", type=int, default=4, help="of 256 windows, for the cloning loss")
+    parser.add_argument("--precision", default="float32", choices=PRECISIONS)
     parser.add_argument("--goals", type=int, default=20, help="validation goals for success; 0 for none")
 
 

@@ -21,17 +21,22 @@ TASKS = ("push-back-v3", "stick-pull-v3", "shelf-place-v3")
 SEEDS = (1000, 1001)
 SETTINGS = ("25:200", "5:60")
 """Demonstrations and gradient steps: what a run has by default, and few of both."""
-HALF_DECADES = (1.0, 3.0)
-LOWEST = {"full": -5, "lora_plus": -5, "pissa": -5, "olora": -5, "corda": -5, "milora": -5}
-"""Power of ten at which a method's sweep begins; others begin at 1e-4."""
+HALF_DECADES = (1, 3)
+CENTRES = {
+    **dict.fromkeys(("full", "lora_plus"), 1e-3),
+    **dict.fromkeys(("pissa", "olora", "corda", "milora", "lora_ga"), 3e-3),
+    **dict.fromkeys(("adalora", "eva_adalora"), 3e-2),
+}
+"""Middle of a method's sweep; 1e-2 for the others."""
 Unit = tuple[int, str, str, str]
 """Seed, setting, task, method."""
 
 
-def rates(method: str) -> list[float]:
-    """Seven learning rates, half a decade apart."""
-    lowest = LOWEST.get(method, -4)
-    return [float(f"{HALF_DECADES[i % 2]:g}e{lowest + i // 2}") for i in range(7)]
+def rates(method: str, points: int = 7) -> list[float]:
+    """Learning rates half a decade apart, around the method's centre."""
+    grid = [float(f"{digit}e{power}") for power in range(-7, 3) for digit in HALF_DECADES]
+    first = grid.index(CENTRES.get(method, 1e-2)) - points // 2
+    return grid[first : first + points]
 
 
 def units(options: argparse.Namespace) -> list[Unit]:
@@ -49,7 +54,7 @@ def sweep(unit: Unit, options: argparse.Namespace, records: Records, known: dict
     seed, setting, task, method = unit
     asked: list[Record] = [
         {"seed": seed, "setting": setting, "task": task, "method": method, "learning_rate": rate, "rank": options.rank}
-        for rate in options.rates or rates(method)
+        for rate in options.rates or rates(method, options.points)
     ]
     missing = records.missing(asked)
     if not missing or records.late(options.minutes):
@@ -72,7 +77,8 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
     parser.add_argument("--settings", nargs="+", default=SETTINGS, help="DEMONSTRATIONS:UPDATES")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), metavar="METHOD")
-    parser.add_argument("--rates", nargs="+", type=float, default=[], help="in place of each method's own seven")
+    parser.add_argument("--points", type=int, default=7, help="learning rates of each sweep, half a decade apart")
+    parser.add_argument("--rates", nargs="+", type=float, default=[], help="in place of each method's own")
     options = parser.parse_args()
     torch.set_num_threads(1)
     records, known = Records(options.out, options.shard), dict[Unit, TaskRuns]()

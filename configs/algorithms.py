@@ -178,6 +178,8 @@ _ONLINE: Mapping[str, type[OnlineAlgo]] = {
     "td3": TD3Algo,
 }
 BC_FIRST = "bc_then_"
+MOST_AVERAGED = 0.5
+"""Part of the gradient steps in which AdaLoRA's ranks stay as they are."""
 
 ALGORITHMS: Mapping[str, AlgoOptions] = {
     "bc": BCAlgo(),
@@ -195,12 +197,19 @@ def check_method(algo: AlgoOptions, method: Method) -> None:
 
     Raises:
         UserError: The method prunes while it trains or has two learning rates, and the algorithm is
-            Stable-Baselines3's; or EVA's directions are to be refreshed, and the method has none that stay.
+            Stable-Baselines3's; weights are averaged while ranks are pruned; or EVA's directions are to be refreshed,
+            and the method has none that stay.
     """
     if isinstance(algo, SB3Algo) and method.adalora:
         raise UserError(
             f"adapter={method.name} prunes while it trains, in our own loops; algo={algo.name} is Stable-Baselines3's. "
             "Use adapter=eva, or algo=odt_td3."
+        )
+    cloning = algo if isinstance(algo, BCAlgo) else getattr(algo, "bc", None)
+    if method.adalora and isinstance(cloning, BCAlgo) and cloning.ema > MOST_AVERAGED:
+        raise UserError(
+            f"{cloning.PREFIX}ema={cloning.ema:g}: adapter={method.name} prunes in the first half of the gradient "
+            f"steps, and pruned weights have no mean. Use at most {MOST_AVERAGED:g}."
         )
     if isinstance(algo, SB3Algo) and method.plus:
         raise UserError(

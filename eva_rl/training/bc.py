@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Collection, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -16,6 +17,7 @@ from eva_rl.batch import WindowBatch
 from eva_rl.data.samplers import Sampler
 from eva_rl.distributed import ProcessGroup
 from eva_rl.errors import UserError
+from eva_rl.training.averaging import WeightAverage
 from eva_rl.training.checkpoint import Checkpoints, TrainState
 from eva_rl.training.compiling import compiled
 from eva_rl.training.failures import interrupts_deferred
@@ -30,7 +32,7 @@ from eva_rl.training.optimizer import (
 from eva_rl.training.options import BCOptions
 
 Log = Callable[[Mapping[str, float], int], None]
-EXTENSION = "extension/"
+EXTENSION, AVERAGE = "extension/", "average/"
 
 
 class Extension(Protocol):
@@ -136,12 +138,15 @@ def train_bc(  # noqa: PLR0913 - three values, what it reports to, and what othe
                 saves.save(run.state())
         if evaluate is not None and evaluating:
             policy.network.eval()
-            metrics = evaluate(counters.update)
+            with run.average.applied() if run.average else nullcontext():
+                metrics = evaluate(counters.update)
             if process_group.is_main:
                 log(metrics, counters.update)
         if saves and saves.due(counters.update, last):
             saves.save(run.state())
     policy.network.eval()
+    if run.average:
+        run.average.take()
     return counters
 
 
@@ -153,6 +158,7 @@ class _Run:
     optimizer: torch.optim.Optimizer
     extension: Extension | None
     counters: Counters
+    average: WeightAverage | None
 
     @classmethod
     def begin(
@@ -166,7 +172,9 @@ class _Run:
         """Begin, or resume from the latest checkpoint, at the same step with the same weights on every process."""
         parameters = {name: p for name, p in policy.network.named_parameters() if p.requires_grad}
         factor = extension.learning_rate_factor if extension else None
-        run = cls(parameters, make_optimizer(parameters, options, factor), extension, Counters())
+        averaged = math.ceil(options.ema * options.updates)
+        average = WeightAverage(parameters, options.updates - averaged + 1) if averaged else None
+        run = cls(parameters, make_optimizer(parameters, options, factor), extension, Counters(), average)
         state = checkpoints.load() if checkpoints else None
         if state is not None:
             assert checkpoints is not None
@@ -188,6 +196,8 @@ class _Run:
         tensors["random/torch"] = torch.get_rng_state()
         if self.extension is not None:
             tensors |= {EXTENSION + name: value for name, value in self.extension.tensors().items()}
+        if self.average is not None:
+            tensors |= {AVERAGE + name: value for name, value in self.average.tensors().items()}
         return TrainState(self.counters.update, tensors, asdict(self.counters))
 
     def restore(self, state: TrainState, where: str) -> None:
@@ -203,11 +213,16 @@ class _Run:
                 parameter.copy_(state.tensors[f"parameter/{name}"])
         restore_optimizer(self.optimizer, self.parameters, state.tensors)
         if self.extension is not None:
-            own = {k.removeprefix(EXTENSION): v for k, v in state.tensors.items() if k.startswith(EXTENSION)}
-            self.extension.restore(own)
+            self.extension.restore(_below(state.tensors, EXTENSION))
+        if self.average is not None and (means := _below(state.tensors, AVERAGE)):
+            self.average.restore(means)
         torch.set_rng_state(state.tensors["random/torch"])
         for name, value in state.record.items():
             setattr(self.counters, name, value)
+
+
+def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
 @dataclass(frozen=True)
@@ -237,6 +252,8 @@ class _Step:
         )
         if self.run.extension is not None:
             self.run.extension.after_step(update + 1)
+        if self.run.average is not None:
+            self.run.average.add(update + 1)
         return loss, norm
 
     def _backward(self, batch: WindowBatch) -> Tensor:

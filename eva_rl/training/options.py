@@ -30,13 +30,17 @@ class BCOptions(OptimizerOptions):
 
     The learning rate rises linearly for ``warmup_steps`` gradient steps and then falls along a cosine. The parameters
     stay float32 in every precision, and the gradient is that of the whole batch however many microbatches it is taken
-    in.
+    in. With ``ema``, evaluation during and after that part of training, and what is kept at the end, are of the mean
+    weights.
     """
 
     updates: int = option(200, "gradient steps", above=0)
     learning_rate: float = option(1e-3, "peak learning rate of AdamW", above=0)
     warmup_steps: int = option(20, "gradient steps of linear learning-rate warm-up", low=0, high=MANY)
     final_learning_rate: float = option(0.05, "end of the cosine, as a fraction of the peak", low=0, high=1)
+    ema: float = option(
+        0.0, "fraction of the gradient steps, the last ones, whose mean weights are kept; 0 for none", low=0, high=1
+    )
     loss: str = option("mse", "mse or l1", choices=LOSSES)
     precision: str = option("float32", "float32, or bfloat16 for mixed precision", choices=PRECISIONS)
     accumulate: int = option(1, "microbatches of a gradient step: more take less memory", above=0)
