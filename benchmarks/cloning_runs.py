@@ -36,7 +36,7 @@ from eva_rl.training.bc import train_bc
 from eva_rl.training.failures import NotFiniteError
 from eva_rl.training.losses import PRECISIONS, clone_loss
 
-HELD_OUT_EPISODES, HELD_OUT_WINDOWS = 20, 256
+HELD_OUT_EPISODES, HELD_OUT_BATCH = 20, 256
 HELD_OUT_SEED = MAX_SEED - 1
 """Demonstrations that no run trains on; studies use those of MAX_SEED."""
 AVERAGED = 0.25
@@ -58,7 +58,7 @@ class Setting:
         device: Where.
         horizon: Env steps an episode; 0 takes the task's own.
         averaged_success: Whether success is measured with averaged weights, too.
-        held_out_batches: Batches of 256 windows on which the cloning loss is measured.
+        held_out: Windows on which the cloning loss is measured.
         precision: ``float32``, or ``bfloat16`` for mixed precision while training.
     """
 
@@ -71,7 +71,7 @@ class Setting:
     device: str = "cpu"
     horizon: int = 0
     averaged_success: bool = False
-    held_out_batches: int = 4
+    held_out: int = 1024
     precision: str = "float32"
 
 
@@ -158,8 +158,9 @@ class TaskRuns:
         """Cloning loss on the held-out demonstrations."""
         network = policy.network.eval()
         with torch.no_grad():
-            number = self.setting.held_out_batches
-            batches = (self.held_out.sample(HELD_OUT_WINDOWS, n, policy.device) for n in range(number))
+            size = min(HELD_OUT_BATCH, self.setting.held_out)
+            number = self.setting.held_out // size
+            batches = (self.held_out.sample(size, n, policy.device) for n in range(number))
             return sum(clone_loss(network, batch).item() for batch in batches) / number
 
     def success(self, policy: DecisionTransformerPolicy, goals_seed: int | None = None) -> float | None:
@@ -274,7 +275,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--averaged-success", action="store_true", help="measure it with averaged weights, too")
-    parser.add_argument("--held-out-batches", type=int, default=4, help="of 256 windows, for the cloning loss")
+    parser.add_argument("--held-out", type=int, default=1024, help="windows on which the cloning loss is measured")
     parser.add_argument("--precision", default="float32", choices=PRECISIONS)
     parser.add_argument("--goals", type=int, default=20, help="validation goals for success; 0 for none")
 
