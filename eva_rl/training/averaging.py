@@ -11,7 +11,7 @@ from torch.optim.swa_utils import get_swa_multi_avg_fn
 
 COUNT = "count"
 """Beside the means in a checkpoint: the number of steps that they are of."""
-_mean_with = get_swa_multi_avg_fn()
+_mean_with = get_swa_multi_avg_fn()  # type: ignore[no-untyped-call]  # torch leaves it untyped
 
 
 class WeightAverage:
