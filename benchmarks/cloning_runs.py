@@ -11,10 +11,10 @@ import copy
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -24,17 +24,19 @@ from eva_rl.cli.parsing import parse
 from eva_rl.configs.algorithms import BCAlgo
 from eva_rl.configs.finetune import FinetuneConfig
 from eva_rl.data import Trajectories, WindowSampler
+from eva_rl.data.selection import sampling_weights
 from eva_rl.distributed import ProcessGroup
 from eva_rl.eva import EvaResult
 from eva_rl.finetune import command  # noqa: F401 - registers its config
 from eva_rl.finetune.adapter import attach
-from eva_rl.finetune.session import make_sampler, set_target_return
+from eva_rl.finetune.session import set_target_return
 from eva_rl.rollouts.evaluation import evaluate_policy, shared_envs
 from eva_rl.rollouts.experts import collect_expert
 from eva_rl.seeding import MAX_SEED, VALIDATION
 from eva_rl.training.bc import train_bc
 from eva_rl.training.failures import NotFiniteError
-from eva_rl.training.losses import PRECISIONS, clone_loss
+from eva_rl.training.losses import clone_loss
+from eva_rl.training.options import PRECISIONS
 
 HELD_OUT_EPISODES, HELD_OUT_BATCH = 20, 256
 HELD_OUT_SEED = MAX_SEED - 1
@@ -60,6 +62,7 @@ class Setting:
         averaged_success: Whether success is measured with averaged weights, too.
         held_out: Windows on which the cloning loss is measured.
         precision: ``float32``, or ``bfloat16`` for mixed precision while training.
+        window: Env steps of a window; 0 takes the policy's context.
     """
 
     episodes: int = 25
@@ -73,6 +76,7 @@ class Setting:
     averaged_success: bool = False
     held_out: int = 1024
     precision: str = "float32"
+    window: int = 0
 
 
 @dataclass
@@ -89,15 +93,29 @@ class TaskRuns:
     seed: int
     setting: Setting
     _eva: dict[tuple[bool, int], EvaResult] = field(default_factory=dict)
+    _configs: dict[str, FinetuneConfig] = field(default_factory=dict)
 
-    def config(self, method: str, *more: str) -> FinetuneConfig:
+    def config(self, method: str) -> FinetuneConfig:
         """Of ``python -m eva_rl.finetune``, as these runs would have it."""
+        if method not in self._configs:
+            self._configs[method] = self._parsed(method)
+        return self._configs[method]
+
+    def _parsed(self, method: str) -> FinetuneConfig:
         setting = self.setting
         asked = [f"env={self.task}", f"adapter={method}", f"adapter.rank={setting.rank}"]
         asked += [f"algo.updates={setting.updates}", f"algo.batch_size={setting.batch_size}", f"seed={self.seed}"]
         asked += [f"algo.precision={setting.precision}"]
         asked += [f"env.horizon={setting.horizon}"] if setting.horizon else []
-        return parse("finetune", [*asked, *more])
+        config: FinetuneConfig = parse("finetune", asked)
+        return config
+
+    def sampler(self, data: Trajectories, seed: int) -> WindowSampler:
+        """Windows in an order of their own."""
+        policy, options = self.base, self.config("lora").data
+        steps = self.setting.window or policy.network.config.context_length
+        weights = sampling_weights(data, options.after_success, options.weight_by)
+        return WindowSampler(data, steps, policy.scaling, seed=seed, weights=weights)
 
     @cached_property
     def data(self) -> Trajectories:
@@ -116,7 +134,7 @@ class TaskRuns:
     def held_out(self) -> WindowSampler:
         """Windows of demonstrations that no run trains on."""
         data = self._collected(min(HELD_OUT_EPISODES, 4 * self.setting.episodes), HELD_OUT_SEED)
-        return make_sampler(self.base, data, self.config("lora", "seed=0"))
+        return self.sampler(data, 0)
 
     @cached_property
     def envs(self) -> Any:
@@ -140,11 +158,10 @@ class TaskRuns:
             method: What is trained.
             seed: Of what is random in its start; None takes the demonstrations'.
         """
-        config = self.config(method)
-        config.seed = self.seed if seed is None else seed
+        config = replace(self.config(method), seed=self.seed if seed is None else seed)
         torch.manual_seed(config.seed)
         policy = copy.deepcopy(self.base)
-        sampler = make_sampler(policy, self.data, config)
+        sampler = self.sampler(self.data, config.seed)
 
         def once(compute: Callable[[], EvaResult]) -> EvaResult:
             key = find_method(method).adalora, config.seed
@@ -202,12 +219,11 @@ class MethodRuns:
         """
         began = time.perf_counter()
         self._restore()
-        config = self.runs.config(self.method, f"algo.learning_rate={learning_rate}")
-        config.seed = self.runs.seed if order is None else order
-        sampler = make_sampler(self.policy, self.runs.data, config)
+        algo = replace(cast("BCAlgo", self.runs.config(self.method).algo), learning_rate=learning_rate)
+        sampler = self.runs.sampler(self.runs.data, self.runs.seed if order is None else order)
         mean = _Mean(self.policy)
         try:
-            losses = self._train(sampler, config.algo, mean)
+            losses = self._train(sampler, algo, mean)
         except NotFiniteError:
             return {"diverged": True, "seconds": time.perf_counter() - began}
         found: Record = {"train_loss": losses[-1], **self._measured(goals_seed)}
@@ -217,8 +233,7 @@ class MethodRuns:
             found["averaged_success"] = self.runs.success(self.policy, goals_seed)
         return {**found, "seconds": time.perf_counter() - began}
 
-    def _train(self, sampler: WindowSampler, algo: Any, mean: _Mean) -> list[float]:
-        assert isinstance(algo, BCAlgo)
+    def _train(self, sampler: WindowSampler, algo: BCAlgo, mean: _Mean) -> list[float]:
         losses: list[float] = []
         first = algo.updates - round(AVERAGED * algo.updates)
 
@@ -276,6 +291,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--averaged-success", action="store_true", help="measure it with averaged weights, too")
     parser.add_argument("--held-out", type=int, default=1024, help="windows on which the cloning loss is measured")
+    parser.add_argument("--window", type=int, default=0, help="env steps of a window; 0 takes the policy's context")
     parser.add_argument("--precision", default="float32", choices=PRECISIONS)
     parser.add_argument("--goals", type=int, default=20, help="validation goals for success; 0 for none")
 
