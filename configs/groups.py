@@ -10,8 +10,7 @@ from eva_rl.envs.names import DENSE, REWARD, REWARDS, value_of_text, with_option
 from eva_rl.options import MANY, Options, group, option
 from eva_rl.rollouts.experts import ActionNoise
 from eva_rl.seeding import MAX_SEED
-from eva_rl.tracking.sinks import TENSORBOARD, TRACKERS
-from eva_rl.tracking.tracker import check_trackers
+from eva_rl.tracking.sinks import TENSORBOARD, TRACKERS, check_trackers
 
 
 @dataclass

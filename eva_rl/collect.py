@@ -12,7 +12,8 @@ from eva_rl.cli.saving import MINARI, check_output, write_output
 from eva_rl.configs.groups import EnvOptions, NoiseOptions
 from eva_rl.data import Trajectories
 from eva_rl.options import between, group, one_of, option, positive
-from eva_rl.rollouts.experts import ActionNoise, TrainedExpert, collect_expert, collect_trained
+from eva_rl.rollouts.experts import ActionNoise, collect_expert
+from eva_rl.rollouts.trained_experts import TrainedExpert, collect_trained
 from eva_rl.seeding import MAX_SEED
 
 HELP = """

@@ -30,7 +30,6 @@ from eva_rl.distributed import ProcessGroup
 from eva_rl.envs import env_spec
 from eva_rl.envs.registry import task_ids
 from eva_rl.errors import counted
-from eva_rl.launch.multirun import multirun
 from eva_rl.options import MANY, Options, between, group, option
 from eva_rl.rollouts.evaluation import MultiTaskValidator, TaskScore
 from eva_rl.seeding import MAX_SEED, VALIDATION
@@ -261,7 +260,7 @@ def _summary(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
-    return run_command("pretrain", pretrain, HELP, argv, multirun=multirun)
+    return run_command("pretrain", pretrain, HELP, argv, multirun="eva_rl.launch.multirun")
 
 
 if __name__ == "__main__":

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import random
 
-import numpy as np
-import torch
-
 BLOCK = 10_000
 """Episodes that one seed may number."""
 DEMONSTRATIONS, VALIDATION, EVALUATION, ROLLOUTS, ONLINE = 0, 500_000_000, 1_000_000_000, 1_500_000_000, 2_000_000_000
@@ -23,6 +20,9 @@ def episode_seeds(purpose: int, seed: int) -> int:
 
 def seed_everything(seed: int) -> None:
     """Seed Python's, NumPy's and PyTorch's global generators, for the libraries that draw from them."""
+    import numpy as np
+    import torch
+
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002
     torch.manual_seed(seed)

@@ -9,12 +9,22 @@ from eva_rl.lazy import lazy_names
 if TYPE_CHECKING:
     from eva_rl.adapters.anywhere import attach_eva, targeted_layers
     from eva_rl.adapters.attach import AttachedAdapter, attach_adapter, base_weights, count_parameters
-    from eva_rl.adapters.eva_init import SOURCES, Rollouts, compute_eva, input_moments, second_moments
+    from eva_rl.adapters.eva_init import Rollouts, compute_eva, input_moments, second_moments
     from eva_rl.adapters.extensions import ADAPTER_NAME, initial_rank
     from eva_rl.adapters.folders import adapter_bytes, find_adapter, load_policy, save_adapted_policy
-    from eva_rl.adapters.gain import LayerStart, check_gain, measure_start, rotate, set_gain
-    from eva_rl.adapters.layers import PROJECTIONS, rank_limits, target_layers
-    from eva_rl.adapters.methods import DIRECTIONS, GRADIENTS, METHODS, MOMENTS, Method, find_method
+    from eva_rl.adapters.gain import LayerStart, measure_start, rotate, set_gain
+    from eva_rl.adapters.layers import rank_limits, target_layers
+    from eva_rl.adapters.methods import (
+        DIRECTIONS,
+        GRADIENTS,
+        METHODS,
+        MOMENTS,
+        PROJECTIONS,
+        SOURCES,
+        Method,
+        check_gain,
+        find_method,
+    )
     from eva_rl.adapters.refresh import Refresh, refresh_directions, subspace_overlap
     from eva_rl.adapters.switching import AdaptedPolicy, Adapters
 
@@ -70,15 +80,15 @@ __getattr__ = lazy_names(
         "METHODS": "eva_rl.adapters.methods",
         "MOMENTS": "eva_rl.adapters.methods",
         "Method": "eva_rl.adapters.methods",
-        "PROJECTIONS": "eva_rl.adapters.layers",
+        "PROJECTIONS": "eva_rl.adapters.methods",
         "Refresh": "eva_rl.adapters.refresh",
         "Rollouts": "eva_rl.adapters.eva_init",
-        "SOURCES": "eva_rl.adapters.eva_init",
+        "SOURCES": "eva_rl.adapters.methods",
         "adapter_bytes": "eva_rl.adapters.folders",
         "attach_adapter": "eva_rl.adapters.attach",
         "attach_eva": "eva_rl.adapters.anywhere",
         "base_weights": "eva_rl.adapters.attach",
-        "check_gain": "eva_rl.adapters.gain",
+        "check_gain": "eva_rl.adapters.methods",
         "compute_eva": "eva_rl.adapters.eva_init",
         "count_parameters": "eva_rl.adapters.attach",
         "find_adapter": "eva_rl.adapters.folders",

@@ -23,8 +23,8 @@ from eva_rl.adapters.extensions import (
 )
 from eva_rl.adapters.fused import fuse_where_faster
 from eva_rl.adapters.gain import LayerStart
-from eva_rl.adapters.layers import PROJECTIONS, capped, rank_limits
-from eva_rl.adapters.methods import DIRECTIONS, GRADIENTS, MOMENTS, Method, find_method
+from eva_rl.adapters.layers import capped, rank_limits
+from eva_rl.adapters.methods import DIRECTIONS, GRADIENTS, MOMENTS, PROJECTIONS, Method, find_method
 from eva_rl.adapters.starts import Backward, prepare_corda, prepare_gradients, set_start
 from eva_rl.agents.policy import DecisionTransformerPolicy
 from eva_rl.errors import UserError

@@ -19,8 +19,6 @@ from eva_rl.batch import WindowBatch
 from eva_rl.errors import UserError
 from eva_rl.eva import ActivationStatistics, EvaOptions, EvaResult, SecondMoment, StorageOptions, compute
 
-SOURCES = ("trajectories", "rollouts", "mixed")
-
 
 @dataclass(frozen=True)
 class Rollouts:

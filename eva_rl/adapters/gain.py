@@ -18,12 +18,10 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from eva_rl.adapters.extensions import ADAPTER_NAME
+from eva_rl.adapters.methods import EVA_GAIN, LORA_GAIN, OWN_GAIN
 from eva_rl.errors import UserError
 from eva_rl.eva import SecondMoment, effective_rank, gain
 from eva_rl.seeding import MAX_SEED
-
-OWN, LORA, EVA = GAINS = ("own", "lora", "eva")
-"""References by name, besides a number."""
 
 
 @dataclass(frozen=True)
@@ -62,24 +60,6 @@ def input_factors(model: PeftModel) -> Iterator[tuple[str, nn.Parameter]]:
             yield name, entry if isinstance(entry, nn.Parameter) else entry.weight
 
 
-def check_gain(value: str) -> None:
-    """Raise unless ``value`` is a reference by name or a number above zero.
-
-    Raises:
-        UserError: It is neither.
-    """
-    if value not in GAINS and not _number(value) > 0:
-        raise UserError(f"adapter.gain={value}: expected own, lora, eva, or a number above 0.")
-
-
-def _number(value: str) -> float:
-    try:
-        number = float(value)
-    except ValueError:
-        return 0.0
-    return number if np.isfinite(number) else 0.0
-
-
 def reference_gain(reference: str, moment: SecondMoment, rank: int) -> float:
     """The gain tr(A S A^T) that a layer of this rank is to have.
 
@@ -90,11 +70,11 @@ def reference_gain(reference: str, moment: SecondMoment, rank: int) -> float:
         moment: S.
         rank: R.
     """
-    if reference == LORA:
+    if reference == LORA_GAIN:
         return rank * moment.trace / (3 * moment.width)
-    if reference == EVA:
+    if reference == EVA_GAIN:
         return float(moment.eigenvalues()[:rank].sum())
-    return _number(reference)
+    return float(reference)
 
 
 def set_gain(model: PeftModel, moments: Mapping[str, SecondMoment], reference: str) -> None:
@@ -108,7 +88,7 @@ def set_gain(model: PeftModel, moments: Mapping[str, SecondMoment], reference: s
     Raises:
         UserError: A layer's inputs were not seen.
     """
-    if reference == OWN:
+    if reference == OWN_GAIN:
         return
     for name, a in input_factors(model):
         if name not in moments:

@@ -8,12 +8,9 @@ from dataclasses import replace
 from torch import nn
 
 from eva_rl.adapters.extensions import initial_rank
-from eva_rl.adapters.methods import Method
+from eva_rl.adapters.methods import PROJECTIONS, Method
 from eva_rl.errors import UserError
 from eva_rl.eva import EvaResult, LayerResult
-
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj")
-"""Every weight matrix of the blocks: the default targets."""
 
 
 def target_layers(network: nn.Module, targets: Sequence[str] = PROJECTIONS) -> list[str]:

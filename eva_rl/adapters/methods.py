@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-
-import peft
-from peft import LoraConfig
 
 from eva_rl.errors import UnknownNameError, UserError
 
 DIRECTIONS, MOMENTS, GRADIENTS = "directions", "second moments", "gradients"
+SOURCES = ("trajectories", "rollouts", "mixed")
+"""Where activations come from."""
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj")
+"""Every weight matrix of the blocks: the default targets."""
+OWN_GAIN, LORA_GAIN, EVA_GAIN = GAINS = ("own", "lora", "eva")
+"""References of a start's gain by name, besides a number."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +143,30 @@ def find_method(name: str) -> Method:
 
 
 def _in_peft(method: Method) -> bool:
-    fields, init = LoraConfig.__dataclass_fields__, "lora_ga" if method.needs == GRADIENTS else method.init
+    init = "lora_ga" if method.needs == GRADIENTS else method.init
+    if init is True and not method.miss:
+        return True
+    import peft  # takes seconds, and what PEFT always had needs no look
+
     if method.miss:
         return hasattr(peft, "MissConfig")
-    return init is True or f"{init}_config" in fields or repr(init) in str(fields["init_lora_weights"].type)
+    fields = peft.LoraConfig.__dataclass_fields__
+    return f"{init}_config" in fields or repr(init) in str(fields["init_lora_weights"].type)
+
+
+def check_gain(value: str) -> None:
+    """Raise unless ``value`` is a reference by name or a number above zero.
+
+    Raises:
+        UserError: It is neither.
+    """
+    if value not in GAINS and not _number(value) > 0:
+        raise UserError(f"adapter.gain={value}: expected own, lora, eva, or a number above 0.")
+
+
+def _number(value: str) -> float:
+    try:
+        number = float(value)
+    except ValueError:
+        return 0.0
+    return number if math.isfinite(number) else 0.0

@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from importlib import import_module
 
 from rich.logging import RichHandler
 from rich.markup import escape
@@ -26,7 +27,7 @@ def run_command(
     help_text: str,
     argv: Sequence[str] | None = None,
     *,
-    multirun: Callable[[str, Sequence[str]], None] | None = None,
+    multirun: str = "",
 ) -> int:
     """Run a command; a user's mistake ends it with one message and status 2.
 
@@ -35,7 +36,7 @@ def run_command(
         main: What to do with the config.
         help_text: What the command does, with examples.
         argv: Overrides; None takes the command line's.
-        multirun: Runs a sweep of the command, where it can be swept.
+        multirun: The module whose function ``multirun`` runs a sweep of the command, where it can be swept.
 
     Returns:
         Exit status.
@@ -57,14 +58,15 @@ def run_command(
         return 0
     try:
         if MULTIRUN & set(overrides):
-            if multirun is None:
+            if not multirun:
                 raise UserError(f"--multirun sweeps finetune and pretrain, not {name}.")
-            multirun(name, [word for word in overrides if word not in MULTIRUN])
+            import_module(multirun).multirun(name, [word for word in overrides if word not in MULTIRUN])
         else:
-            from eva_rl.training.failures import sigterm_like_ctrl_c
+            config = parse(name, overrides)
+            from eva_rl.training.failures import sigterm_like_ctrl_c  # takes seconds, which a mistake does not wait for
 
             with sigterm_like_ctrl_c():
-                main(parse(name, overrides))
+                main(config)
     except UserError as error:
         where = f" (process {process})" if console.quiet else ""
         console.quiet = False

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from eva_rl.distributed import TorchGroup
 from eva_rl.errors import UserError
 from eva_rl.eva.masks import Mask, MaskOf, is_mapping, takes_layer
-from eva_rl.eva.moments import Method
-from eva_rl.eva.options import MAX_BATCHES, Criterion, EvaOptions, StorageOptions, Variant
+from eva_rl.eva.options import MAX_BATCHES, Criterion, EvaOptions, Method, StorageOptions, Variant
 from eva_rl.eva.redistribution import Score
 from eva_rl.eva.result import EvaResult, Stopped
 from eva_rl.eva.statistics import ActivationStatistics

@@ -17,7 +17,8 @@ from torch import Tensor
 from eva_rl.distributed import ProcessGroup
 from eva_rl.errors import UserError
 from eva_rl.eva.hooks import InputGroup
-from eva_rl.eva.moments import Method, Sums
+from eva_rl.eva.moments import Sums
+from eva_rl.eva.options import Method
 
 NOISE_FLOOR = 1e-7
 """Directions with less of the variance than this are rounding noise of float32 products around the shift, not data."""

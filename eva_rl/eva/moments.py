@@ -17,12 +17,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-Method = Literal["moments", "sketch", "svd"]
+from eva_rl.eva.options import Method
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from eva_rl.errors import UserError
-from eva_rl.eva.moments import Method
 from eva_rl.eva.redistribution import Score
 from eva_rl.options import one_of
 
+Method = Literal["moments", "sketch", "svd"]
+"""How second moments are kept, see :mod:`eva_rl.eva.moments`."""
 Variant = Literal["whiten", "rotate", "permute", "minor"]
 Criterion = Literal["capture", "directions"]
 MAX_BATCHES = 16

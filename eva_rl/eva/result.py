@@ -15,8 +15,7 @@ from torch import Tensor
 
 from eva_rl.errors import UserError
 from eva_rl.eva.gram import SecondMoment
-from eva_rl.eva.moments import Method
-from eva_rl.eva.options import EvaOptions
+from eva_rl.eva.options import EvaOptions, Method
 from eva_rl.files import read_json, write_file
 
 Stopped = Literal["converged", "max_batches", "data exhausted", "listening ended"]

@@ -8,10 +8,7 @@ from eva_rl.cli.command import run_command
 from eva_rl.cli.parsing import register
 from eva_rl.configs.algorithms import ALGORITHMS
 from eva_rl.configs.finetune import FinetuneConfig
-from eva_rl.finetune.phases import initialise_adapter, train
-from eva_rl.finetune.results import evaluate_first, evaluate_last, open_record, write_results
-from eva_rl.finetune.session import open_session
-from eva_rl.launch.multirun import multirun
+from eva_rl.envs.registry import canonical_id
 
 HELP = """
 Fine-tune a pretrained Decision Transformer policy on a task, and report its success before and after.
@@ -31,6 +28,11 @@ register("finetune", FinetuneConfig, {"algo": ALGORITHMS})
 
 def finetune(config: FinetuneConfig) -> None:
     """Evaluate, initialise and attach the adapter, train, evaluate again, write the results."""
+    canonical_id(config.env.id)  # a misspelt task is refused before torch is imported, as --help is answered
+    from eva_rl.finetune.phases import initialise_adapter, train
+    from eva_rl.finetune.results import evaluate_first, evaluate_last, open_record, write_results
+    from eva_rl.finetune.session import open_session
+
     with open_session(config) as session:
         before = evaluate_first(session)
         adapter = initialise_adapter(session)
@@ -42,4 +44,4 @@ def finetune(config: FinetuneConfig) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
-    return run_command("finetune", finetune, HELP, argv, multirun=multirun)
+    return run_command("finetune", finetune, HELP, argv, multirun="eva_rl.launch.multirun")

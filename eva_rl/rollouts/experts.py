@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -13,26 +12,15 @@ from multiprocessing import get_context
 import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
-from stable_baselines3 import SAC
-from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.evaluation import evaluate_policy
-from stable_baselines3.common.vec_env import VecEnv
 
 from eva_rl.data.trajectories import Episode, Trajectories
-from eva_rl.envs import canonical_id, env_spec, make_env, make_vec_env, scripted_expert
 from eva_rl.envs.names import METAWORLD_PREFIX as PREFIX
+from eva_rl.envs.registry import canonical_id, env_spec, make_env
 from eva_rl.errors import UserError
-from eva_rl.rollouts.recorder import EpisodeRecorder
 from eva_rl.seeding import DEMONSTRATIONS, episode_seeds
 
 ATTEMPTS_PER_EPISODE = 8
 """Give up on a task when fewer than one attempt in this many succeeds."""
-
-
-log = logging.getLogger(__name__)
-EVALUATE_EVERY = 5_000
-"""Env steps between two evaluations of the agent."""
-EVALUATION_EPISODES = 10
 
 
 @dataclass(frozen=True)
@@ -125,6 +113,8 @@ def _demonstrate(env_id: str, seed: int, noise: ActionNoise, horizon: int, attem
 
 
 def _demonstrate_episode(env_id: str, seed: int, noise: ActionNoise, horizon: int, attempt: int) -> Episode:
+    from eva_rl.envs.metaworld import scripted_expert
+
     env, expert = _env(env_id, horizon), scripted_expert(env_id)
     rng = np.random.default_rng((seed, attempt))
     level = rng.uniform()
@@ -152,89 +142,3 @@ def _demonstrate_episode(env_id: str, seed: int, noise: ActionNoise, horizon: in
         successes=np.array(successes),
         target_actions=np.stack(targets) if noise else None,
     )
-
-
-@dataclass(frozen=True)
-class TrainedExpert:
-    """How an agent becomes as good as wanted.
-
-    Attributes:
-        max_steps: Env steps of training at most.
-        until: Mean return over :data:`EVALUATION_EPISODES` deterministic episodes at which training ends.
-        horizon: Env steps of an episode; None takes the task's own.
-    """
-
-    max_steps: int = 100_000
-    until: float = float("inf")
-    horizon: int | None = None
-
-
-def collect_trained(env: str, episodes: int, expert: TrainedExpert, *, seed: int = 0) -> Trajectories:
-    """Train Stable-Baselines3's SAC (its defaults) until it is good enough, then let it act with its own noise.
-
-    Args:
-        env: Any task.
-        episodes: Episodes to return.
-        expert: When training ends.
-        seed: Of training and of the episodes.
-
-    Raises:
-        UserError: ``until`` was not reached.
-    """
-    env_id = canonical_id(env)
-    vec_env = make_vec_env(env_id, 1, seed=episode_seeds(DEMONSTRATIONS, seed), horizon=expert.horizon)
-    stop = StopOnReturn(env_id, expert)
-    agent = SAC("MlpPolicy", vec_env, seed=seed, device="cpu")
-    agent.learn(expert.max_steps, callback=stop)
-    if not stop.reached and np.isfinite(expert.until):
-        raise UserError(
-            f"SAC reached a mean return of {stop.best:.1f} on {env_id} in {expert.max_steps} env steps, "
-            f"expert.until={expert.until:g} was asked for. Ask for less, or give it more expert.steps."
-        )
-    vec_env.seed(episode_seeds(DEMONSTRATIONS, seed) + 1_000)
-    kept = _play(agent, vec_env, episodes, env_spec(env_id).reports_success)
-    vec_env.close()
-    source = f"sac:{env_id}?steps={agent.num_timesteps}&until={expert.until:g}"
-    return Trajectories.from_episodes(kept, env_id=env_id, source=source)
-
-
-class StopOnReturn(BaseCallback):
-    """Ends training when the mean return of an evaluation reaches the threshold."""
-
-    def __init__(self, env_id: str, expert: TrainedExpert) -> None:
-        super().__init__()
-        self.env_id, self.expert = env_id, expert
-        self.best, self.reached = -np.inf, False
-
-    def _on_training_start(self) -> None:
-        self._vec_env = make_vec_env(self.env_id, 1, horizon=self.expert.horizon)
-
-    def _on_step(self) -> bool:
-        if self.num_timesteps % EVALUATE_EVERY:
-            return True
-        self._vec_env.seed(episode_seeds(DEMONSTRATIONS, 0) + 5_000)
-        mean, _ = evaluate_policy(self.model, self._vec_env, EVALUATION_EPISODES, warn=False)
-        log.info("SAC after %d env steps: mean return %.1f", self.num_timesteps, mean)
-        self.best = max(self.best, float(np.mean(mean)))
-        self.reached = self.best >= self.expert.until
-        return not self.reached
-
-    def _on_training_end(self) -> None:
-        self._vec_env.close()
-
-
-def _play(agent: SAC, vec_env: VecEnv, episodes: int, reports_success: bool) -> list[Episode]:
-    observations = _rows(vec_env.reset())
-    recorder = EpisodeRecorder(observations, reports_success)
-    kept: list[Episode] = []
-    while len(kept) < episodes:
-        actions, _ = agent.predict(observations)
-        stepped, rewards, dones, infos = vec_env.step(actions)
-        observations = _rows(stepped)
-        kept += [episode for _, episode in recorder.step(actions, observations, rewards, dones, infos)]
-    return kept
-
-
-def _rows(observations: object) -> NDArray[np.float32]:
-    assert isinstance(observations, np.ndarray)
-    return observations.astype(np.float32)

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 from eva_rl.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from eva_rl.tracking.sinks import TRACKERS
-    from eva_rl.tracking.tracker import Resume, Tracker, check_trackers
+    from eva_rl.tracking.sinks import TRACKERS, check_trackers
+    from eva_rl.tracking.tracker import Resume, Tracker
 
 __all__ = [
     "TRACKERS",
@@ -23,6 +23,6 @@ __getattr__ = lazy_names(
         "Resume": "eva_rl.tracking.tracker",
         "TRACKERS": "eva_rl.tracking.sinks",
         "Tracker": "eva_rl.tracking.tracker",
-        "check_trackers": "eva_rl.tracking.tracker",
+        "check_trackers": "eva_rl.tracking.sinks",
     },
 )

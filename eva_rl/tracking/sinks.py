@@ -10,6 +10,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from eva_rl.errors import UnknownNameError, UserError
+
 TENSORBOARD = "tensorboard"
 SERVICES = {"trackio": "Trackio", "wandb": "Weights & Biases"}
 """Trackers that are extras, by the name of the package and of the extra."""
@@ -59,3 +61,27 @@ class RunInfo:
     def name(self) -> str:
         """What the run is called."""
         return self.run_dir.resolve().name
+
+
+def check_trackers(names: tuple[str, ...]) -> None:
+    """Raise unless metrics can go to all of these.
+
+    Raises:
+        UnknownNameError: There is none of that name.
+        UserError: Its package is not installed.
+    """
+    for name in names:
+        if name not in TRACKERS:
+            raise UnknownNameError("tracker", name, TRACKERS)
+        if name in SERVICES:
+            _check_installed(name)
+
+
+def _check_installed(name: str) -> None:
+    try:
+        __import__(name)
+    except ImportError as error:
+        raise UserError(
+            f"tracker={name}: {SERVICES[name]} is not installed ({error}). Type pip install 'eva-rl[{name}]', or "
+            f"leave {name} out of tracker=."
+        ) from error

@@ -18,11 +18,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import nn
 
-from eva_rl.errors import UnknownNameError, UserError
 from eva_rl.files import write_file
 from eva_rl.tracking.figures import overview_figure, pixels
 from eva_rl.tracking.layers import layer_norms
-from eva_rl.tracking.sinks import SERVICES, TENSORBOARD, TRACKERS, RunInfo, Sink
+from eva_rl.tracking.sinks import TENSORBOARD, RunInfo, Sink, check_trackers
 
 log = logging.getLogger(__name__)
 
@@ -212,28 +211,14 @@ def open_sinks(names: tuple[str, ...], run: RunInfo) -> list[Sink]:
     return [_maker(name)(run) for name in names]
 
 
-def check_trackers(names: tuple[str, ...]) -> None:
-    """Raise as :func:`open_sinks` does, before anything is computed."""
-    for name in names:
-        _maker(name)
-
-
 def _maker(name: str) -> Callable[[RunInfo], Sink]:
-    if name not in TRACKERS:
-        raise UnknownNameError("tracker", name, TRACKERS)
+    check_trackers((name,))
     if name == TENSORBOARD:
         from eva_rl.tracking.tensorboard import TensorBoardSink
 
         return TensorBoardSink
     from eva_rl.tracking import services
 
-    try:
-        __import__(name)
-    except ImportError as error:
-        raise UserError(
-            f"tracker={name}: {SERVICES[name]} is not installed ({error}). Type pip install 'eva-rl[{name}]', or "
-            f"leave {name} out of tracker=."
-        ) from error
     return services.TrackioSink if name == "trackio" else services.WandbSink
 
 

@@ -9,15 +9,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING, TypeAlias
 
-from safetensors.torch import save_file
-
-from eva_rl.batch import NStepBatch, WindowBatch
 from eva_rl.errors import UserError
 from eva_rl.files import write_file
 
+if TYPE_CHECKING:
+    from eva_rl.batch import NStepBatch, WindowBatch
+
 FAILED_BATCH = "failed_batch.safetensors"
-Batch = WindowBatch | NStepBatch
+Batch: TypeAlias = "WindowBatch | NStepBatch"
 
 
 class NotFiniteError(UserError):
@@ -60,6 +61,8 @@ def _keep(path: Path, batch: Batch | None) -> str:
     if batch is None:
         return ""
     found = {name: x.detach().cpu().contiguous() for name, x in batch.tensors().items()}
+    from safetensors.torch import save_file  # brings torch, which those who only catch signals do without
+
     write_file(path, lambda aside: save_file(found, aside))
     return f" Its batch is kept in {path}."
 

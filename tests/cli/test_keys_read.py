@@ -14,7 +14,7 @@ from eva_rl import collect, evaluate, export, pretrain
 from eva_rl.cli.parsing import parse
 from eva_rl.rollouts.experts import collect_expert  # noqa: F401 - imported before reading is recorded
 
-AT_ONCE = {"env.kwargs", "env.goal"}
+AT_ONCE = {"env.reward", "env.kwargs", "env.goal"}
 """Read when the config is made: they become part of the task's name."""
 NOT_READING = ("dataclasses.py", "options.py", "omegaconf")
 """Files that read every field, whatever a command does with it."""

@@ -22,12 +22,21 @@ from eva_rl.eva import EvaOptions, compute
 from eva_rl.finetune import command as finetune
 from eva_rl.options import Options
 from eva_rl.pretrain import SizeOptions
-from eva_rl.training.options import BCOptions, ODTOptions, OffPolicyOptions, PPOOptions, SACOptions, TD3Options
+from eva_rl.training.options import (
+    BCOptions,
+    ODTOptions,
+    OffPolicyOptions,
+    PPOOptions,
+    ResidualOptions,
+    SACOptions,
+    TD3Options,
+)
 
 LOOPS: dict[str, type[Options]] = {
     "bc": BCOptions,
     "odt": ODTOptions,
     "odt_td3": TD3Options,
+    "residual": ResidualOptions,
     "ppo": PPOOptions,
     "sac": SACOptions,
     "td3": OffPolicyOptions,

@@ -13,8 +13,8 @@ from eva_rl import envs
 from eva_rl.collect import main
 from eva_rl.data import read_episodes
 from eva_rl.errors import UserError
-from eva_rl.rollouts.experts import TrainedExpert, collect_trained
 from eva_rl.rollouts.recorder import EpisodeRecorder
+from eva_rl.rollouts.trained_experts import TrainedExpert, collect_trained
 
 
 def test_recorded_episodes_are_those_of_a_plain_loop() -> None:
@@ -57,13 +57,13 @@ def test_an_agent_is_trained_and_plays(tmp_path: Path) -> None:
 
 
 def test_a_return_that_is_not_reached_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("eva_rl.rollouts.experts.EVALUATE_EVERY", 100)
+    monkeypatch.setattr("eva_rl.rollouts.trained_experts.EVALUATE_EVERY", 100)
     with pytest.raises(UserError, match=r"a mean return of .* 120 env steps, expert\.until=1e\+06"):
         collect_trained("mujoco/hopper", 1, TrainedExpert(max_steps=120, until=1e6, horizon=20))
 
 
 def test_training_ends_when_it_is_good_enough(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("eva_rl.rollouts.experts.EVALUATE_EVERY", 60)
+    monkeypatch.setattr("eva_rl.rollouts.trained_experts.EVALUATE_EVERY", 60)
     data = collect_trained("mujoco/hopper", 1, TrainedExpert(max_steps=10_000, until=-1e6, horizon=20))
     assert "steps=60&" in data.source
 
