@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 from stable_baselines3.common.vec_env import VecEnv
 
 from eva_rl.adapters import AttachedAdapter, compute_eva, refresh_directions
-from eva_rl.cli.console import training_progress
+from eva_rl.cli.console import console, training_progress
 from eva_rl.cli.profiling import peak_memory
 from eva_rl.configs.algorithms import BCAlgo, ODTAlgo, ODTTD3Algo, OnlineAlgo, PPOAlgo, ResidualAlgo, TD3Algo
 from eva_rl.data.replay import TrajectoryReplay
@@ -35,6 +35,7 @@ from eva_rl.training.learner import Learner, step_generators
 from eva_rl.training.odt import OnlineDecisionTransformer
 from eva_rl.training.odt_td3 import TD3DecisionTransformer
 from eva_rl.training.online import train_online
+from eva_rl.training.options import AUTO, BFLOAT16
 
 Replayed: TypeAlias = ODTAlgo | ODTTD3Algo
 """Algorithms that learn from a replay of whole episodes."""
@@ -136,7 +137,11 @@ def clone(session: Session, adapter: AttachedAdapter, algo: BCAlgo, log: Log) ->
             checkpoints=Checkpoints(session.checkpoint_dir, config.checkpoint.every, config.checkpoint.seconds),
             extension=adapter.extension,
         )
-    return {"updates": counters.update, "seconds_per_update": counters.seconds / max(1, counters.update)}
+    costs = {"updates": counters.update, "seconds_per_update": counters.seconds / max(1, counters.update)}
+    if algo.precision == AUTO:
+        console.print(f"Precision: {counters.precision}, as timed when training began")
+        costs["bfloat16"] = float(counters.precision == BFLOAT16)
+    return costs
 
 
 def learn(session: Session, adapter: AttachedAdapter, algo: Replayed, tracker: Tracker) -> dict[str, float]:

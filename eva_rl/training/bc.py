@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -30,6 +31,7 @@ from eva_rl.training.optimizer import (
     set_learning_rate,
 )
 from eva_rl.training.options import BCOptions
+from eva_rl.training.precision import choose_precision
 
 Log = Callable[[Mapping[str, float], int], None]
 EXTENSION, AVERAGE = "extension/", "average/"
@@ -56,11 +58,12 @@ class Extension(Protocol):
 
 @dataclass
 class Counters:
-    """What a checkpoint holds besides tensors."""
+    """What a checkpoint holds besides tensors; ``precision`` is what ``auto`` came to when training began."""
 
     update: int = 0
     windows: int = 0
     seconds: float = 0.0
+    precision: str = ""
 
     def count(self, windows: int, seconds: float) -> None:
         """Count a gradient step."""
@@ -119,8 +122,12 @@ def train_bc(  # noqa: PLR0913 - three values, what it reports to, and what othe
     """
     process_group, seed = process_group or ProcessGroup.current(), torch.initial_seed()
     run = _Run.begin(policy, options, checkpoints, extension, process_group)
-    step = _Step(compiled(policy.network, options.compile), run, options, process_group, seed)
     counters = run.counters
+    if not counters.precision:
+        draw = partial(sampler.sample, options.batch_size, counters.update, policy.device)
+        decide = partial(choose_precision, options.precision, policy.network, draw)
+        counters.precision = process_group.broadcast_object(decide)
+    step = _Step(compiled(policy.network, options.compile), run, options, process_group, seed)
     saves = checkpoints if process_group.is_main and checkpoints and checkpoints.enabled else None
     while counters.update < options.updates:
         with interrupts_deferred() as interrupt:
@@ -265,7 +272,7 @@ class _Step:
         elements = self.process_group.all_reduce_sum(num_action_elements(batch))
         total = torch.zeros((), device=batch.actions.device)
         for part in microbatches(batch, self.options.accumulate):
-            with autocast(batch.actions.device, self.options.precision):
+            with autocast(batch.actions.device, self.run.counters.precision):
                 loss = (summed_action_loss(self.network, part, self.options.loss) / elements).float()
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()

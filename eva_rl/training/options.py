@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from eva_rl.options import MANY, Options, option
 
 LOSSES = ("mse", "l1")
-PRECISIONS = ("float32", "bfloat16")
+FLOAT32, BFLOAT16, AUTO = "float32", "bfloat16", "auto"
+PRECISIONS = (FLOAT32, BFLOAT16)
 COMPILE_MODES = ("none", "default", "reduce-overhead")
 MIN_REPLAY, MAX_REPLAY = 1_000, 10**10
 """Env steps of a replay."""
@@ -42,7 +43,11 @@ class BCOptions(OptimizerOptions):
         0.0, "fraction of the gradient steps, the last ones, whose mean weights are kept; 0 for none", low=0, high=1
     )
     loss: str = option("mse", "mse or l1", choices=LOSSES)
-    precision: str = option("float32", "float32, or bfloat16 for mixed precision", choices=PRECISIONS)
+    precision: str = option(
+        FLOAT32,
+        "float32, bfloat16 for mixed precision, or auto for what is faster on this machine",
+        choices=(*PRECISIONS, AUTO),
+    )
     accumulate: int = option(1, "microbatches of a gradient step: more take less memory", above=0)
     compile: str = option(
         "none", "torch.compile: none, default or reduce-overhead (CUDA graphs)", choices=COMPILE_MODES
