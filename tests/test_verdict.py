@@ -1,0 +1,43 @@
+"""docs/verdict.md says what the committed records say."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def verdict() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("verdict", ROOT / "benchmarks" / "verdict.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_number_of_the_page_comes_from_the_records(verdict: ModuleType) -> None:
+    page = verdict.PAGE.read_text()
+    _, _, rest = page.partition(verdict.BEGIN)
+    found, _, _ = rest.partition(verdict.END)
+    assert found.strip() == verdict.numbers(), "run: python benchmarks/verdict.py --write"
+    assert verdict.FIGURE.exists()
+
+
+def test_records_are_of_the_studies_that_were_decided_on(verdict: ModuleType) -> None:
+    """A run of another file, of a tuning task in the test, or on a test seed in tuning, is none of the study."""
+    read = 0
+    for name in verdict.HALVES:
+        study, runs = verdict.read_half(name)
+        for run in runs:
+            read += 1
+            assert run.study == study.digest, run.place
+            tasks, seeds = (study.tuning_tasks, study.tuning_seeds) if run.tuning else (study.tasks, study.seeds)
+            assert run.task in tasks
+            assert run.seed in seeds
+    assert read > 0
