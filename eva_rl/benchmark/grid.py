@@ -30,6 +30,8 @@ from eva_rl.report.reading import one_line
 from eva_rl.report.runs import Run, read_config, read_record
 
 DIVERGED = "diverged"
+QUICKER = "eval.stop_at_success=true"
+"""What every run of a benchmark gets unless it says otherwise: the same success rate for fewer env steps."""
 NOT_FINITE = ("not finite", "the loss is nan", "the loss is inf")
 """What a run says that diverged."""
 
@@ -107,7 +109,7 @@ class Cell:
         own = {key: value for key, value in study.methods[self.method].items() if key != METHOD}
         budgets = {"algo.updates": study.budgets[-1], "eval.at": list(study.budgets)} if study.budgets else {}
         settings = {**study.settings, **budgets, **own, **self.chosen}
-        first = [f"env={self.task}", f"adapter={study.methods[self.method][METHOD]}"]
+        first = [f"env={self.task}", f"adapter={study.methods[self.method][METHOD]}", QUICKER]
         named = [f"seed={self.seed}", f"data.seed={self.seed}", f"threads={self.place.threads}"]
         named.append(f"shared={self.place.out / 'shared'}")
         if study.digest:

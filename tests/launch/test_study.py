@@ -78,6 +78,16 @@ def test_what_a_study_file_decides(tmp_path: Path) -> None:
     assert read_study(write(tmp_path / "other.yaml", margin=0.2)).digest != study.digest
 
 
+def test_episodes_end_at_success_unless_the_study_says_otherwise(tmp_path: Path) -> None:
+    def cells(**settings: Any) -> list[bool | None]:
+        study = read_study(write(tmp_path / "study.yaml", settings={**TINY, **settings}))
+        first = {method: study.candidates(method)[0] for method in study.methods}
+        return [cell.finetune.eval.stop_at_success for cell in comparison_cells(study, place(tmp_path), first)[:1]]
+
+    assert cells() == [True]
+    assert cells(**{"eval.stop_at_success": False}) == [False]
+
+
 def test_a_method_has_a_grid_of_its_own(tmp_path: Path) -> None:
     methods = {"full": {"tune": {"algo.learning_rate": [1e-4]}}, "lora": {}, "head": {"algo.learning_rate": 0.1}}
     study = read_study(write(tmp_path / "study.yaml", methods=methods))
