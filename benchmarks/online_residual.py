@@ -179,7 +179,7 @@ def main() -> None:
     one.add_argument("--episodes", type=int, default=100, help="held-out goals")
     one.add_argument("--out", type=Path, default=Path("runs/cw10"))
     one.add_argument("--keep", action="store_true", help="keep the run directory")
-    one.add_argument("settings", nargs="*", help="further KEY=VALUE of finetune")
+    one.add_argument("--settings", nargs="*", default=[], help="further KEY=VALUE of finetune")
     one.set_defaults(call=run)
     all_of_them = commands.add_parser("table")
     all_of_them.add_argument("folder", type=Path)

@@ -89,7 +89,7 @@ class TrajectoryReplay:
         self._lengths = np.zeros(0, np.int64)
         self._terminated = np.zeros(0, bool)
         self._complete = np.zeros(0, bool)
-        self._solved = np.zeros(0, bool)
+        self._solved, self._demonstrated = np.zeros(0, bool), np.zeros(0, bool)
         self._next_row = 0
 
     @property
@@ -127,7 +127,7 @@ class TrajectoryReplay:
         """Mean magnitude, over all env steps kept, of the discounted sum of the rewards from there on."""
         return float(np.abs(self.discounted_returns[self._rows()]).sum()) / max(1, self.num_steps)
 
-    def add(self, episode: Episode, asked: float, *, complete: bool = True) -> None:
+    def add(self, episode: Episode, asked: float, *, complete: bool = True, demonstrated: bool = False) -> None:
         """Keep an episode.
 
         Args:
@@ -135,6 +135,7 @@ class TrajectoryReplay:
             asked: Return that the policy was asked for at its start.
             complete: False for the beginning of an episode that was broken off: its returns-to-go are not what would
                 have been obtained, so that it serves for transitions only.
+            demonstrated: Whether it was given, not played by the policy that learns.
 
         Raises:
             UserError: It is longer than the whole replay.
@@ -161,6 +162,7 @@ class TrajectoryReplay:
         self._lengths = np.append(self._lengths, length)
         self._terminated = np.append(self._terminated, bool(episode.terminations[-1]))
         self._complete = np.append(self._complete, complete)
+        self._demonstrated = np.append(self._demonstrated, demonstrated)
         self._solved = np.append(self._solved, episode.successes is not None and bool(episode.successes[-1]))
         self._next_row = last + 1
 
@@ -177,7 +179,7 @@ class TrajectoryReplay:
     def _keep(self, keep: NDArray[np.bool_]) -> None:
         self._starts, self._lengths = self._starts[keep], self._lengths[keep]
         self._terminated, self._complete = self._terminated[keep], self._complete[keep]
-        self._solved = self._solved[keep]
+        self._solved, self._demonstrated = self._solved[keep], self._demonstrated[keep]
 
     def sample(
         self,
@@ -187,6 +189,7 @@ class TrajectoryReplay:
         scaling: InputScaling,
         *,
         by_return: bool = False,
+        demonstration_share: float = 0.0,
     ) -> WindowBatch:
         """Windows of complete episodes, every env step alike as the last of one, with the returns obtained.
 
@@ -196,12 +199,13 @@ class TrajectoryReplay:
             context_length: T.
             scaling: How raw numbers become what the network sees; on the CPU.
             by_return: Draw env steps in proportion to their episode's return above the worst, at least a hundredth.
+            demonstration_share: Share of the windows from demonstrations; 0 draws them as all others.
 
         Raises:
             UserError: No complete episode is kept.
         """
         weights = self._complete * (self._above_worst() if by_return and self.num_complete else 1.0)
-        rows, episodes = self._draw(batch_size, rng, weights, extra=0)
+        rows, episodes = self._draw(batch_size, rng, self._shared_out(weights, demonstration_share, 0), extra=0)
         return gather_windows(self, rows, self._starts[episodes], context_length, scaling)
 
     def sample_transitions(
@@ -212,6 +216,7 @@ class TrajectoryReplay:
         scaling: InputScaling,
         *,
         as_asked: bool = False,
+        demonstration_share: float = 0.0,
     ) -> TransitionWindows:
         """Windows for temporal differences: broken-off episodes and observations after an end are among them.
 
@@ -221,8 +226,10 @@ class TrajectoryReplay:
             context_length: T, at least 2.
             scaling: How raw numbers become what the network sees; on the CPU.
             as_asked: Show the returns-to-go that the policy was asked for, rather than those obtained.
+            demonstration_share: As in :meth:`sample`.
         """
-        rows, episodes = self._draw(batch_size, rng, np.ones(self.num_episodes), extra=1)
+        weights = self._shared_out(np.ones(self.num_episodes), demonstration_share, 1)
+        rows, episodes = self._draw(batch_size, rng, weights, extra=1)
         starts = self._starts[episodes]
         windows = gather_windows(self, rows, starts, context_length, scaling)
         span = rows[:, None] + np.arange(1 - context_length, 1)
@@ -287,6 +294,15 @@ class TrajectoryReplay:
     def _extras_of(self, rows: NDArray[np.int64]) -> dict[str, Tensor]:
         return {name: torch.from_numpy(array[rows]) for name, array in self.extras.items()}
 
+    def _shared_out(self, weights: NDArray[np.float64], share: float, extra: int) -> NDArray[np.float64]:
+        """Weights with which demonstrations are drawn as often as asked for, where there is both."""
+        mass = (self._lengths + extra) * weights
+        given, played = mass[self._demonstrated].sum(), mass[~self._demonstrated].sum()
+        if not share or not given or not played:
+            return weights
+        shared: NDArray[np.float64] = weights * np.where(self._demonstrated, share / given, (1 - share) / played)
+        return shared
+
     def _above_worst(self) -> NDArray[np.float64]:
         """Return of each episode between the worst complete one's, 0.01, and the best one's, 1."""
         returns = self.episode_returns.astype(np.float64)
@@ -313,15 +329,17 @@ class TrajectoryReplay:
         rows = self._rows()
         state = {name: torch.from_numpy(np.array(getattr(self, name)[rows])) for name in COLUMNS}
         state |= {_EXTRAS + name: torch.from_numpy(np.array(array[rows])) for name, array in self.extras.items()}
-        episodes = np.stack([self._lengths, self._terminated, self._complete, self._starts, self._solved])
+        flags = (self._terminated, self._complete, self._starts, self._solved, self._demonstrated)
+        episodes = np.stack([self._lengths, *flags])
         return state | {_EPISODES: torch.from_numpy(episodes.astype(np.int64)), "next": torch.tensor(self._next_row)}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Put back what :meth:`tensors` gave."""
-        lengths, terminated, complete, starts, *solved = state[_EPISODES].numpy()
+        lengths, terminated, complete, starts, *later = state[_EPISODES].numpy()
         self._starts, self._lengths = starts.copy(), lengths.copy()
         self._terminated, self._complete = terminated.astype(bool), complete.astype(bool)
-        self._solved = np.array(solved[0] if solved else np.zeros(len(starts)), bool)  # older ones do not tell
+        solved, demonstrated = later or np.zeros((2, len(starts)))  # older ones do not tell
+        self._solved, self._demonstrated = solved.astype(bool), demonstrated.astype(bool)
         self._next_row = int(state["next"])
         rows = self._rows()
         for name in COLUMNS:
@@ -347,9 +365,9 @@ class TrajectoryReplay:
             )
 
     def extend(self, episodes: Iterable[Episode], asked: float) -> None:
-        """Keep several complete episodes."""
+        """Keep several complete episodes that were given."""
         for episode in episodes:
-            self.add(episode, asked)
+            self.add(episode, asked, demonstrated=True)
 
 
 def _discounted(rewards: NDArray[np.float32], discount: float) -> list[float]:

@@ -7,40 +7,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 
-class TwinCritics(nn.Module):
-    """Two action values of an observation and an action, each a plain MLP with layer normalisation.
+class CriticEnsemble(nn.Module):
+    """E action values, each an MLP with layer normalisation, computed together: one batched product a layer.
 
     They take one env step, not the history, so that the actor's gradient does not depend on returns-to-go
     (arXiv 2410.24108, section 4).
-
-    Args:
-        observation_dim: Numbers in one (scaled) observation.
-        action_dim: Numbers in one (scaled) action.
-        hidden_size: Width of the two hidden layers.
-    """
-
-    def __init__(self, observation_dim: int, action_dim: int, hidden_size: int = 256) -> None:
-        super().__init__()
-        self.q1 = _mlp(observation_dim + action_dim, hidden_size)
-        self.q2 = _mlp(observation_dim + action_dim, hidden_size)
-
-    def forward(self, observations: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
-        """Both values (...,) of observations (..., obs) and actions (..., act)."""
-        x = torch.cat([observations, actions], -1)
-        return self.q1(x).squeeze(-1), self.q2(x).squeeze(-1)
-
-    def q1_forward(self, observations: Tensor, actions: Tensor) -> Tensor:
-        """The first critic's value (...,), which the actor maximises."""
-        out: Tensor = self.q1(torch.cat([observations, actions], -1)).squeeze(-1)
-        return out
-
-    def min_q(self, observations: Tensor, actions: Tensor) -> Tensor:
-        """The smaller of both values (...,): clipped double Q-learning."""
-        return torch.minimum(*self(observations, actions))
-
-
-class CriticEnsemble(nn.Module):
-    """E action values, each an MLP with layer normalisation, computed together: one batched product a layer.
 
     Args:
         observation_dim: Numbers in one (scaled) observation.
@@ -61,20 +32,23 @@ class CriticEnsemble(nn.Module):
         self.head = _EnsembleLinear(size, hidden_size, 1)
 
     def forward(self, observations: Tensor, actions: Tensor, members: Tensor | None = None) -> Tensor:
-        """Values (E, B) of observations (B, obs) and actions (B, act), or those (M, B) of some members (M,)."""
-        x = torch.cat([observations, actions], -1).expand(self.size if members is None else len(members), -1, -1)
+        """Values (E, ...) of observations (..., obs) and actions (..., act), or (M, ...) of some members (M,)."""
+        inputs, number = torch.cat([observations, actions], -1), self.size if members is None else len(members)
+        x = inputs.flatten(0, -2).expand(number, -1, -1)
         for layer in self.layers:
             x = layer(x, members)
-        values: Tensor = self.head(x, members).squeeze(-1)
+        values: Tensor = self.head(x, members).view(number, *inputs.shape[:-1])
         return values
 
     def min_of(self, observations: Tensor, actions: Tensor, members: Tensor) -> Tensor:
-        """The smallest value (B,) among some members (M,): clipped double Q-learning with a random pair.
-
-        Of an ensemble, two members drawn anew at each gradient step (REDQ, Chen et al. 2021, arXiv 2101.05982).
-        """
+        """The smallest value (...,) among some members (M,): clipped double Q-learning."""
         values: Tensor = self(observations, actions, members)
         return values.amin(0)
+
+
+def random_pair(size: int, generator: torch.Generator) -> Tensor:
+    """Two members (2,) of an ensemble, for one gradient step (REDQ, Chen et al. 2021, arXiv 2101.05982)."""
+    return torch.randperm(size, generator=generator)[:2]
 
 
 class _EnsembleLinear(nn.Module):
@@ -126,15 +100,3 @@ def polyak_update(target: nn.Module, source: nn.Module, tau: float) -> None:
     pairs = [(s, f) for s, f in zip(target.parameters(), source.parameters(), strict=True) if f.requires_grad]
     with torch.no_grad():
         torch._foreach_lerp_([slow for slow, _ in pairs], [fast for _, fast in pairs], tau)
-
-
-def _mlp(inputs: int, hidden: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Linear(inputs, hidden),
-        nn.LayerNorm(hidden),
-        nn.ReLU(),
-        nn.Linear(hidden, hidden),
-        nn.LayerNorm(hidden),
-        nn.ReLU(),
-        nn.Linear(hidden, 1),
-    )

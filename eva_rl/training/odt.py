@@ -93,7 +93,12 @@ class OnlineDecisionTransformer(Learner):
         """One gradient step on the policy and one on the temperature."""
         rng, generator = step_generators(self.seed, update)
         batch = replay.sample(
-            self.options.batch_size, rng, self.context_length, self.scaling, by_return=self._by_return
+            self.options.batch_size,
+            rng,
+            self.context_length,
+            self.scaling,
+            by_return=self._by_return,
+            demonstration_share=self.options.demonstration_share,
         ).to(self.policy.device)
         found = self._loss(batch, generator)
         temperature = self._log_temperature.exp()

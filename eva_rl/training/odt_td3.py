@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from eva_rl.agents.policy import DecisionTransformerPolicy, frozen
 from eva_rl.data.replay import TrajectoryReplay, TransitionWindows
 from eva_rl.training.bc import Extension
-from eva_rl.training.critics import TwinCritics, polyak_update, td_targets
+from eva_rl.training.critics import CriticEnsemble, polyak_update, random_pair, td_targets
 from eva_rl.training.failures import NotFiniteError
 from eva_rl.training.learner import Choice, Explore, Learner, named, noise_levels, step_generators
 from eva_rl.training.losses import masked_mean
@@ -19,7 +19,7 @@ from eva_rl.training.options import TD3Options
 
 
 class TD3DecisionTransformer(Learner):
-    """A deterministic Decision Transformer with twin critics.
+    """A deterministic Decision Transformer with an ensemble of critics, two in the paper.
 
     Departures from the paper, both so that one setting fits tasks with rewards of any size: rewards are divided by
     the mean magnitude of discounted returns when training begins, and the critic's gradient by that of its values.
@@ -43,7 +43,8 @@ class TD3DecisionTransformer(Learner):
         self._td3 = options
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.critics = TwinCritics(policy.observation_dim, policy.action_dim, options.critic_hidden_size)
+            dims = (policy.observation_dim, policy.action_dim)
+            self.critics = CriticEnsemble(*dims, options.critic_hidden_size, options.critics)
         self.critics.to(policy.device)
         self.target_critics = copy.deepcopy(self.critics)
         self.target_network = copy.deepcopy(policy.network)
@@ -66,7 +67,8 @@ class TD3DecisionTransformer(Learner):
         """One gradient step on the critics, and at every ``policy_delay``-th one on the policy."""
         rng, generator = step_generators(self.seed, update)
         self._reward_scale = self._reward_scale or max(replay.mean_discounted_return, 1e-8)
-        batch = replay.sample_transitions(self.options.batch_size, rng, self.context_length, self.scaling)
+        share, size = self.options.demonstration_share, self.options.batch_size
+        batch = replay.sample_transitions(size, rng, self.context_length, self.scaling, demonstration_share=share)
         batch = batch.to(self.policy.device)
         metrics = self._update_critics(batch, generator, update)
         if update >= self._td3.critic_warmup and update % self._td3.policy_delay == 0:
@@ -83,7 +85,8 @@ class TD3DecisionTransformer(Learner):
             actions = self.target_network(batch.windows)[:, 1:]
             noise = torch.randn(actions.shape, generator=generator).to(actions.device) * options.target_noise
             noise = noise.clamp(-options.target_noise_clip, options.target_noise_clip)
-            next_values = self.target_critics.min_q(observations[:, 1:], (actions + noise).clamp(-1, 1))
+            pair = random_pair(options.critics, generator).to(actions.device)
+            next_values = self.target_critics.min_of(observations[:, 1:], (actions + noise).clamp(-1, 1), pair)
         rewards = batch.rewards[:, :-1] / self._reward_scale
         return td_targets(rewards, batch.terminated[:, :-1], next_values, options.discount)
 
@@ -92,21 +95,20 @@ class TD3DecisionTransformer(Learner):
             targets = batch.returns[:, :-1] / self._reward_scale
         else:
             targets = self.targets(batch, generator)
-        q1, q2 = self.critics(batch.windows.observations[:, :-1], batch.windows.actions[:, :-1])
-        errors = (q1 - targets).square() + (q2 - targets).square()
-        loss = masked_mean(errors, batch.valid)
+        values = self.critics(batch.windows.observations[:, :-1], batch.windows.actions[:, :-1])
+        loss = masked_mean((values - targets).square().sum(0), batch.valid)
         self._critic_optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         if not bool(torch.isfinite(loss)):
             raise NotFiniteError("the critics' loss", update, batch.windows)
         self._critic_optimizer.step()
-        return {"train/critic_loss": loss.item(), "train/q": masked_mean(q1.detach(), batch.valid).item()}
+        return {"train/critic_loss": loss.item(), "train/q": masked_mean(values[0].detach(), batch.valid).item()}
 
     def _update_policy(self, batch: TransitionWindows, update: int) -> dict[str, float]:
         windows = batch.windows
         actions = self.policy.network(windows)
         distance = masked_mean((actions - windows.actions).square().mean(-1), batch.acted)
-        values = self.critics.q1_forward(windows.observations, actions)
+        values = self.critics(windows.observations, actions).mean(0)
         gain = masked_mean(values, batch.acted) / masked_mean(values.detach().abs(), batch.acted).clamp(min=1e-6)
         loss = self._td3.bc_coef * distance - self._td3.q_coef * gain
         norm = self.step_actor(loss, update, windows)

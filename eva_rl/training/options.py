@@ -77,6 +77,9 @@ class ReplayOptions(OptimizerOptions, OnlineOptions):
     learning_starts: int = option(0, "env steps before the first gradient step", low=0, high=MANY)
     checkpoint_every: int = option(10_000, "env steps between two checkpoints; 0 for none", low=0, high=MANY)
     keep_best: bool = option(False, "end with the parameters of the best validation, not with the last ones")
+    demonstration_share: float = option(
+        0.0, "share of a batch drawn from demonstrations; 0 draws them as often as other env steps", low=0, high=1
+    )
     refresh_every: int = option(
         0, "EVA: compare directions with the current activations every N env steps; 0 disables", low=0, high=MANY
     )
@@ -109,6 +112,7 @@ class TD3Options(ReplayOptions):
     batch_size: int = option(32, "windows a gradient step", above=0)
     critic_learning_rate: float = option(1e-3, "Adam's learning rate, for the critics", above=0)
     critic_hidden_size: int = option(256, "width of the critics", above=0)
+    critics: int = option(2, "critics; the target is the minimum over two of them, drawn at each step", low=2, high=100)
     discount: float = option(0.99, "gamma", low=0, high=1)
     tau: float = option(0.01, "soft update of the target networks, per gradient step", low=0, high=1)
     policy_delay: int = option(2, "gradient steps of the critics for one of the policy", above=0)
@@ -143,9 +147,7 @@ class ResidualOptions(ReplayOptions):
     critic_learning_rate: float = option(3e-4, "Adam's learning rate, for the critics", above=0)
     critic_hidden_size: int = option(256, "width of the critics", above=0)
     actor_hidden_size: int = option(256, "width of the residual actor", above=0)
-    critics: int = option(
-        5, "critics; the target is the minimum over two of them, drawn at each gradient step", above=1
-    )
+    critics: int = option(5, "critics; the target is the minimum over two of them, drawn at each step", low=2, high=100)
     features: bool = option(True, "show the actor the frozen policy's hidden state, too")
     scale: float = option(0.3, "largest residual, on actions in [-1, 1]", above=0, high=2)
     n_step: int = option(3, "env steps of rewards before the critics' values take over", above=0)

@@ -133,3 +133,18 @@ def test_a_restored_replay_draws_the_same(tmp_path: Path) -> None:
     torch.testing.assert_close(first.windows.observations, second.windows.observations)
     torch.testing.assert_close(first.windows.returns_to_go, second.windows.returns_to_go)
     assert torch.equal(first.terminated, second.terminated)
+
+
+@pytest.mark.parametrize(("share", "expected"), [(0.5, 0.5), (0.0, 2 / 40)])
+def test_demonstrations_are_drawn_as_often_as_asked_for(share: float, expected: float) -> None:
+    replay = make()
+    replay.extend([episode(2, 1)], asked=50.0)
+    replay.add(episode(38, 2), asked=50.0)
+    state = replay.tensors()
+    again = make()
+    again.restore(state)
+    for kept in (replay, again):
+        drawn = kept.sample(2000, np.random.default_rng(0), 4, SCALING, demonstration_share=share)
+        transitions = kept.sample_transitions(2000, np.random.default_rng(0), 4, SCALING, demonstration_share=share)
+        for windows in (drawn, transitions.windows):
+            assert (windows.observations[:, -1, 0] == 1).float().mean().item() == pytest.approx(expected, abs=0.04)

@@ -11,7 +11,7 @@ import torch
 
 from eva_rl.data import Episode
 from eva_rl.data.replay import TrajectoryReplay
-from eva_rl.training.critics import TwinCritics, polyak_update, td_targets
+from eva_rl.training.critics import CriticEnsemble, polyak_update, td_targets
 from eva_rl.training.learner import step_generators
 from eva_rl.training.odt_td3 import TD3DecisionTransformer
 from eva_rl.training.online import train_online
@@ -25,12 +25,31 @@ def test_targets_bootstrap_through_time_limits_only() -> None:
     assert targets.tolist() == [10.0, 1.0]
 
 
-def test_the_smaller_critic_counts() -> None:
-    critics = TwinCritics(2, 1, 8)
-    observations, actions = torch.randn(5, 2), torch.randn(5, 1)
-    first, second = critics(observations, actions)
-    assert torch.equal(critics.min_q(observations, actions), torch.minimum(first, second))
-    assert torch.equal(critics.q1_forward(observations, actions), first)
+def test_the_smaller_of_two_critics_counts() -> None:
+    critics = CriticEnsemble(2, 1, 8, size=3)
+    observations, actions = torch.randn(5, 4, 2), torch.randn(5, 4, 1)
+    values = critics(observations, actions)
+    assert values.shape == (3, 5, 4)
+    smaller = critics.min_of(observations, actions, torch.tensor([2, 0]))
+    assert torch.allclose(smaller, torch.minimum(values[0], values[2]))
+    assert not torch.allclose(smaller, values.amin(0))
+
+
+def test_a_critic_is_an_mlp_with_layer_normalisation() -> None:
+    critics = CriticEnsemble(2, 1, 8, size=2)
+    first, second, head = *critics.layers, critics.head
+    inputs = torch.randn(5, 3)
+    for member in range(2):
+        plain = torch.nn.Sequential(
+            torch.nn.Linear(3, 8), torch.nn.LayerNorm(8), torch.nn.ReLU(),
+            torch.nn.Linear(8, 8), torch.nn.LayerNorm(8), torch.nn.ReLU(), torch.nn.Linear(8, 1),
+        )  # fmt: skip
+        with torch.no_grad():
+            for linear, mine in ((plain[0], first.linear), (plain[3], second.linear), (plain[6], head)):
+                linear.weight.copy_(mine.weight[member].T)
+                linear.bias.copy_(mine.bias[member, 0])
+        expected = plain(inputs).squeeze(-1)
+        assert torch.allclose(critics(inputs[:, :2], inputs[:, 2:])[member], expected, atol=1e-6)
 
 
 def test_targets_move_by_a_share() -> None:
@@ -70,7 +89,7 @@ def test_critics_begin_with_the_returns_obtained() -> None:
         learner.update(replay, update)
     batch = replay.sample_transitions(64, step_generators(0, 0)[0], 4, learner.scaling)
     with torch.no_grad():
-        values = learner.target_critics.q1_forward(batch.windows.observations, batch.windows.actions)
+        values = learner.target_critics(batch.windows.observations, batch.windows.actions)[0]
     for step, expected in ((0, 1.5 / 1.25), (1, 1 / 1.25)):
         found = values[(batch.windows.timesteps == step) & batch.acted].mean().item()
         assert found == pytest.approx(expected, abs=0.05)
@@ -96,7 +115,7 @@ def test_critics_find_the_values(terminated: bool, second: float | None) -> None
         learner.update(replay, update)
     with torch.no_grad():
         batch = replay.sample_transitions(64, step_generators(0, 0)[0], 4, learner.scaling)
-        values, _ = learner.critics(batch.windows.observations, batch.windows.actions)
+        values, *_ = learner.critics(batch.windows.observations, batch.windows.actions)
     last = values[batch.windows.timesteps == 1].mean().item()
     if second is not None:
         first = values[(batch.windows.timesteps == 0) & batch.acted].mean().item()

@@ -18,7 +18,7 @@ from eva_rl.agents.policy import DecisionTransformerPolicy
 from eva_rl.batch import NStepBatch
 from eva_rl.data.replay import TrajectoryReplay
 from eva_rl.data.trajectories import Episode
-from eva_rl.training.critics import CriticEnsemble, polyak_update
+from eva_rl.training.critics import CriticEnsemble, polyak_update, random_pair
 from eva_rl.training.failures import NotFiniteError
 from eva_rl.training.learner import Choice, Explore, Learner, named, noise_levels, step_generators
 from eva_rl.training.options import ResidualOptions
@@ -139,7 +139,7 @@ class ResidualLearner(Learner):
             actions = self.target_actor.actions(batch.next_observations, proposals, batch.next_extras[FEATURES])
             noise = torch.randn(actions.shape, generator=generator).to(actions.device) * options.target_noise
             noise = noise.clamp(-2 * options.target_noise, 2 * options.target_noise)
-            pair = torch.randperm(options.critics, generator=generator)[:2].to(actions.device)
+            pair = random_pair(options.critics, generator).to(actions.device)
             values = self.target_critics.min_of(batch.next_observations, (actions + noise).clamp(-1, 1), pair)
             return batch.returns / self._reward_scale + batch.discounts * values
 
