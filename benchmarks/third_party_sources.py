@@ -159,11 +159,13 @@ def minari(env_id: str, act: Controller, episodes: int, name: str, **kwargs: Any
 
 
 def d4rl(path: Path, env: gym.Env[Any, Any], act: Controller, episodes: int) -> None:
-    """One HDF5 file with D4RL's layout: rows of all episodes one after the other."""
+    """One HDF5 file with D4RL's layout: rows of all episodes one after the other, observations flat."""
     parts = [
         {key: value[: len(e["actions"])] if key == "observations" else value for key, value in e.items()}
         for e in play(env, act, episodes)
     ]
+    for part in parts:
+        part["observations"] = np.array([gym.spaces.flatten(env.observation_space, o) for o in part["observations"]])
     with h5py.File(path, "w") as file:
         for key in parts[0]:
             rows = np.concatenate([part[key] for part in parts])

@@ -65,5 +65,5 @@ def close_matches(name: str, known: Iterable[str]) -> list[str]:
 
 
 def counted(number: int, noun: str) -> str:
-    """``1 task``, ``2 tasks``, ``1,000 tasks``."""
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}{'es' if noun.endswith('s') else 's'}"
+    """``1 task``, ``2 tasks``, ``2 batches``."""
+    return f"{number} {noun}{'' if number == 1 else 'es' if noun.endswith('ch') else 's'}"

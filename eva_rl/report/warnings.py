@@ -43,7 +43,7 @@ def warnings_of(analysis: Analysis, problems: Sequence[Problem]) -> list[ReportW
     lost = [problem for problem in problems if problem.kind in {"unfinished", "damaged"}]
     if lost:
         found.append(
-            ReportWarning(f"{len(lost)} runs are unfinished or damaged and do not count; they are listed below.")
+            ReportWarning(f"{counted(len(lost), 'unfinished or damaged run')} not counted; listed below.")
         )
     return sorted(found, key=lambda warning: not warning.severe)
 
@@ -100,7 +100,7 @@ def _few(group: TaskGroup) -> Iterator[ReportWarning]:
         tasks = len(group.tasks)
         least = 2 / 2 ** (min(counts) * max(1, tasks))
         yield ReportWarning(
-            f"Few seeds: {min(counts)} for some method and task. With {tasks} tasks no p value over runs can be below "
+            f"Few seeds: {min(counts)} for some method and task. With {counted(tasks, 'task')} no p value over runs can be below "
             f"{least:.2g}, before it is corrected for the number of comparisons. Add seeds."
         )
     episodes = [len(run.goals) for method in group.methods for runs in method.runs.values() for run in runs]

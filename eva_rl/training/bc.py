@@ -34,7 +34,7 @@ from eva_rl.training.options import BCOptions
 from eva_rl.training.precision import choose_precision
 
 Log = Callable[[Mapping[str, float], int], None]
-EXTENSION, AVERAGE = "extension/", "average/"
+EXTENSION, AVERAGE, LOSS = "extension/", "average/", "loss_since_point"
 
 
 class Extension(Protocol):
@@ -136,11 +136,12 @@ def train_bc(  # noqa: PLR0913 - three values, what it reports to, and what othe
             batch = sampler.sample(options.batch_size, counters.update, policy.device)
             loss, norm = step.take(batch, counters.update)
             counters.count(options.batch_size, time.perf_counter() - began)
+            run.loss_since_point.add_(torch.stack([loss, torch.ones_like(loss)]))
             last = counters.update == options.updates
             due = counters.update in eval_at or (eval_every > 0 and counters.update % eval_every == 0)
             evaluating = evaluate is not None and due and not last
             if process_group.is_main and (counters.update % options.log_every == 0 or last or counters.update == 1):
-                log(_metrics(loss, norm, run.optimizer, counters), counters.update)
+                log(_metrics(run, norm), counters.update)
             if saves and interrupt.requested and not evaluating:  # else the resumed run would miss this evaluation
                 saves.save(run.state())
         if evaluate is not None and evaluating:
@@ -159,13 +160,18 @@ def train_bc(  # noqa: PLR0913 - three values, what it reports to, and what othe
 
 @dataclass(frozen=True)
 class _Run:
-    """What is trained, and how far it has come: exactly what a checkpoint holds."""
+    """What is trained, and how far it has come: exactly what a checkpoint holds.
+
+    Attributes:
+        loss_since_point: (2,), sum and number of the losses since the last point of the curves.
+    """
 
     parameters: Mapping[str, nn.Parameter]
     optimizer: torch.optim.Optimizer
     extension: Extension | None
     counters: Counters
     average: WeightAverage | None
+    loss_since_point: Tensor
 
     @classmethod
     def begin(
@@ -181,7 +187,8 @@ class _Run:
         factor = extension.learning_rate_factor if extension else None
         averaged = math.ceil(options.ema * options.updates)
         average = WeightAverage(parameters, options.updates - averaged + 1) if averaged else None
-        run = cls(parameters, make_optimizer(parameters, options, factor), extension, Counters(), average)
+        losses, optimizer = torch.zeros(2, device=policy.device), make_optimizer(parameters, options, factor)
+        run = cls(parameters, optimizer, extension, Counters(), average, losses)
         state = checkpoints.load() if checkpoints else None
         if state is not None:
             assert checkpoints is not None
@@ -201,6 +208,7 @@ class _Run:
         tensors = {f"parameter/{name}": p.data for name, p in self.parameters.items()}
         tensors |= optimizer_tensors(self.optimizer, names)
         tensors["random/torch"] = torch.get_rng_state()
+        tensors[LOSS] = self.loss_since_point
         if self.extension is not None:
             tensors |= {EXTENSION + name: value for name, value in self.extension.tensors().items()}
         if self.average is not None:
@@ -224,6 +232,8 @@ class _Run:
         if self.average is not None and (means := _below(state.tensors, AVERAGE)):
             self.average.restore(means)
         torch.set_rng_state(state.tensors["random/torch"])
+        if LOSS in state.tensors:  # not in older checkpoints
+            self.loss_since_point.copy_(state.tensors[LOSS])
         for name, value in state.record.items():
             setattr(self.counters, name, value)
 
@@ -281,10 +291,13 @@ class _Step:
         return total
 
 
-def _metrics(loss: Tensor, norm: Tensor, optimizer: torch.optim.Optimizer, counters: Counters) -> dict[str, float]:
+def _metrics(run: _Run, norm: Tensor) -> dict[str, float]:
+    """A point of the curves; the mean of the loss begins anew."""
+    total, count = run.loss_since_point.tolist()
+    run.loss_since_point.zero_()
     return {
-        "train/loss": loss.item(),
+        "train/loss": total / count,
         "train/gradient_norm": norm.item(),
-        "train/learning_rate": optimizer.param_groups[0]["lr"],
-        "time/updates_per_second": counters.update / counters.seconds,
+        "train/learning_rate": run.optimizer.param_groups[0]["lr"],
+        "time/updates_per_second": run.counters.update / run.counters.seconds,
     }

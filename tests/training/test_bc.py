@@ -81,14 +81,27 @@ def test_loss_falls(reach_demonstrations: Trajectories) -> None:
     assert logged[-1]["train/loss"] < 0.5 * logged[0]["train/loss"]
 
 
-def test_resumed_equals_uninterrupted(tmp_path: Path, reach_demonstrations: Trajectories) -> None:
-    whole, logged = run(reach_demonstrations, OPTIONS, tmp_path / "whole")
+def test_a_point_is_the_mean_since_the_last_one(reach_demonstrations: Trajectories) -> None:
+    _, each = run(reach_demonstrations, OPTIONS)
+    losses = [row["train/loss"] for row in each]
+    _, some = run(reach_demonstrations, replace(OPTIONS, log_every=5))
+    assert [row["step"] for row in some] == [1, 5, 10, 12]
+    expected = [losses[0], np.mean(losses[1:5]), np.mean(losses[5:10]), np.mean(losses[10:])]
+    assert [row["train/loss"] for row in some] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(("log_every", "last"), [(1, 6), (5, 9)])
+def test_resumed_equals_uninterrupted(
+    log_every: int, last: int, tmp_path: Path, reach_demonstrations: Trajectories
+) -> None:
+    options = replace(OPTIONS, log_every=log_every)
+    whole, logged = run(reach_demonstrations, options, tmp_path / "whole")
 
     class KilledError(Exception):
         pass
 
     def die(metrics: object, step: int) -> None:
-        if step == 8:
+        if step >= 8:
             raise KilledError
 
     torch.manual_seed(5)
@@ -96,15 +109,15 @@ def test_resumed_equals_uninterrupted(tmp_path: Path, reach_demonstrations: Traj
     policy.network.dropout.p = 0.1
     sampler = WindowSampler(reach_demonstrations, 6, policy.scaling, seed=1)
     with pytest.raises(KilledError):
-        train_bc(policy, sampler, OPTIONS, log=die, checkpoints=Checkpoints(tmp_path / "parts", CHECKPOINT_EVERY))
+        train_bc(policy, sampler, options, log=die, checkpoints=Checkpoints(tmp_path / "parts", CHECKPOINT_EVERY))
     state = load_latest_checkpoint(tmp_path / "parts")
     assert state is not None
-    assert state.step == 6
+    assert state.step == last
     torch.manual_seed(99)  # a new process starts elsewhere
-    resumed, tail = run(reach_demonstrations, OPTIONS, tmp_path / "parts")
+    resumed, tail = run(reach_demonstrations, options, tmp_path / "parts")
     for name, value in whole.items():
         assert torch.equal(value, resumed[name]), name
-    assert [row["train/loss"] for row in tail] == [row["train/loss"] for row in logged[6:]]
+    assert [row["train/loss"] for row in tail] == [row["train/loss"] for row in logged if row["step"] > last]
 
 
 def test_damaged_checkpoint_is_reported_and_the_one_before_used(
