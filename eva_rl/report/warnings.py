@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from eva_rl.errors import counted
 from eva_rl.report.comparison import LEVEL, Analysis, overlapping
 from eva_rl.report.methods import RANK, TaskGroup, differing_settings
 from eva_rl.report.runs import Problem
@@ -42,9 +43,7 @@ def warnings_of(analysis: Analysis, problems: Sequence[Problem]) -> list[ReportW
     ]
     lost = [problem for problem in problems if problem.kind in {"unfinished", "damaged"}]
     if lost:
-        found.append(
-            ReportWarning(f"{counted(len(lost), 'unfinished or damaged run')} not counted; listed below.")
-        )
+        found.append(ReportWarning(f"{counted(len(lost), 'unfinished or damaged run')} left out; see the list below."))
     return sorted(found, key=lambda warning: not warning.severe)
 
 
@@ -100,8 +99,8 @@ def _few(group: TaskGroup) -> Iterator[ReportWarning]:
         tasks = len(group.tasks)
         least = 2 / 2 ** (min(counts) * max(1, tasks))
         yield ReportWarning(
-            f"Few seeds: {min(counts)} for some method and task. With {counted(tasks, 'task')} no p value over runs can be below "
-            f"{least:.2g}, before it is corrected for the number of comparisons. Add seeds."
+            f"Few seeds: {min(counts)} for some method and task. With {counted(tasks, 'task')} no p value over runs can be "
+            f"below {least:.2g}, before it is corrected for the number of comparisons. Add seeds."
         )
     episodes = [len(run.goals) for method in group.methods for runs in method.runs.values() for run in runs]
     fewest = min((number for number in episodes if number), default=0)
