@@ -72,6 +72,14 @@ A Decision Transformer policy. {FORMS[form]}
 |---|---|---|
 {_results(facts)}
 
+```python
+import eva_rl
+
+policy = eva_rl.load_policy("THIS_FOLDER")
+result = eva_rl.evaluate_policy(policy, "{facts["env"]}", episodes=50)
+print(result.metrics(), result.protocol)
+```
+
 ```
 python -m eva_rl.evaluate policy=THIS_FOLDER env={facts["env"]}
 ```
@@ -99,6 +107,12 @@ A pretrained Decision Transformer policy.
 | | |
 |---|---|
 {rows}
+
+```python
+import eva_rl
+
+policy = eva_rl.load_policy("THIS_FOLDER")
+```
 """
 
 

@@ -99,8 +99,8 @@ def _few(group: TaskGroup) -> Iterator[ReportWarning]:
         tasks = len(group.tasks)
         least = 2 / 2 ** (min(counts) * max(1, tasks))
         yield ReportWarning(
-            f"Few seeds: {min(counts)} for some method and task. With {counted(tasks, 'task')} no p value over runs can be "
-            f"below {least:.2g}, before it is corrected for the number of comparisons. Add seeds."
+            f"Few seeds: {min(counts)} for some method and task. With {counted(tasks, 'task')} no p value over runs "
+            f"can be below {least:.2g}, before it is corrected for the number of comparisons. Add seeds."
         )
     episodes = [len(run.goals) for method in group.methods for runs in method.runs.values() for run in runs]
     fewest = min((number for number in episodes if number), default=0)
