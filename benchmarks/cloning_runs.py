@@ -59,7 +59,7 @@ class Setting:
         policy: What is fine-tuned.
         device: Where.
         horizon: Env steps an episode; 0 takes the task's own.
-        averaged_success: Whether success is measured with averaged weights, too.
+        averages: What is measured with averaged weights, too: ``none``, ``loss`` or ``success``, which is both.
         held_out: Windows on which the cloning loss is measured.
         precision: ``float32``, or ``bfloat16`` for mixed precision while training.
         window: Env steps of a window; 0 takes the policy's context.
@@ -73,7 +73,7 @@ class Setting:
     policy: str = "mt40"
     device: str = "cpu"
     horizon: int = 0
-    averaged_success: bool = False
+    averages: str = "loss"
     held_out: int = 1024
     precision: str = "float32"
     window: int = 0
@@ -227,9 +227,10 @@ class MethodRuns:
         except NotFiniteError:
             return {"diverged": True, "seconds": time.perf_counter() - began}
         found: Record = {"train_loss": losses[-1], **self._measured(goals_seed)}
-        mean.take(self.policy)
-        found["averaged_loss"] = self.runs.loss(self.policy)
-        if self.runs.setting.averaged_success:
+        if self.runs.setting.averages != "none":
+            mean.take(self.policy)
+            found["averaged_loss"] = self.runs.loss(self.policy)
+        if self.runs.setting.averages == "success":
             found["averaged_success"] = self.runs.success(self.policy, goals_seed)
         return {**found, "seconds": time.perf_counter() - began}
 
@@ -244,7 +245,7 @@ class MethodRuns:
         def log(metrics: Mapping[str, float], update: int) -> None:
             losses.extend([metrics["train/loss"]] if "train/loss" in metrics else [])
 
-        at = range(first + 1, algo.updates)
+        at = range(first + 1, algo.updates) if self.runs.setting.averages != "none" else ()
         train_bc(self.policy, sampler, algo, log=log, evaluate=average, eval_at=at, extension=self.adapter.extension)
         mean.add()
         return losses
@@ -289,7 +290,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--horizon", type=int, default=0)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--averaged-success", action="store_true", help="measure it with averaged weights, too")
+    averages = {"choices": ("none", "loss", "success"), "help": "what is measured with averaged weights, too"}
+    parser.add_argument("--averages", default="loss", **averages)
     parser.add_argument("--held-out", type=int, default=1024, help="windows on which the cloning loss is measured")
     parser.add_argument("--window", type=int, default=0, help="env steps of a window; 0 takes the policy's context")
     parser.add_argument("--precision", default="float32", choices=PRECISIONS)

@@ -6,10 +6,10 @@ The loop's options come first among the bases, so that what a loop says of a fie
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
 
-from eva_rl.adapters import Method
+from eva_rl.adapters import METHODS, Method
 from eva_rl.configs.groups import AlgoOptions
 from eva_rl.errors import UserError
 from eva_rl.options import group, option
@@ -28,10 +28,26 @@ from eva_rl.training.options import (
     TD3Options,
 )
 
+AUTO = "auto"
+"""The learning rate that suits what is trained."""
+
 
 @dataclass
 class BCAlgo(BCOptions, AlgoOptions):
     """Behaviour cloning."""
+
+    learning_rate: float | str = option(  # type: ignore[assignment]  # a number once the command's config is made
+        AUTO, "peak learning rate of AdamW; auto takes what suits the adapter (pretraining: 0.001)", above=0
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.learning_rate, str) and self.learning_rate != AUTO:
+            raise UserError(f"{self.PREFIX}learning_rate={self.learning_rate}: expected a number or {AUTO}.")
+
+    def with_default(self, learning_rate: float) -> Self:
+        """With a learning rate where none is given."""
+        return replace(self, learning_rate=learning_rate) if self.learning_rate == AUTO else self
 
     @property
     def total_updates(self) -> int:
@@ -190,6 +206,19 @@ ALGORITHMS: Mapping[str, AlgoOptions] = {
     },
 }
 """What ``algo=`` takes, with the options that each begins with."""
+
+
+def for_method(algo: AlgoOptions, name: str) -> AlgoOptions:
+    """The options with the learning rates that a method takes, where none are given.
+
+    Args:
+        algo: What ``algo=`` says.
+        name: What ``adapter=`` says.
+    """
+    learning_rate = METHODS[name].learning_rate
+    if isinstance(algo, BCAlgo):
+        return algo.with_default(learning_rate)
+    return replace(algo, bc=algo.bc.with_default(learning_rate)) if isinstance(algo, OnlineAlgo) else algo
 
 
 def check_method(algo: AlgoOptions, method: Method) -> None:

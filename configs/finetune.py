@@ -7,7 +7,7 @@ from functools import partial
 from typing import ClassVar, get_args
 
 from eva_rl.adapters import METHODS, PROJECTIONS, SOURCES, check_gain, find_method
-from eva_rl.configs.algorithms import ALGORITHMS, BCAlgo
+from eva_rl.configs.algorithms import ALGORITHMS, BCAlgo, for_method
 from eva_rl.configs.groups import (
     AlgoOptions,
     CheckpointOptions,
@@ -120,6 +120,7 @@ class FinetuneConfig(TrainOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.algo = for_method(self.algo, self.adapter.method)
         if self.eval.at and not isinstance(self.algo, BCAlgo):
             raise UserError(f"eval.at={self.eval.at} counts gradient steps of algo=bc, not of algo={self.algo.name}.")
         if any(not 0 < update <= self.algo.final_step for update in self.eval.at):

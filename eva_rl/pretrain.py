@@ -37,6 +37,7 @@ from eva_rl.tracking.tracker import open_tracker
 from eva_rl.training.bc import train_bc
 from eva_rl.training.checkpoint import Checkpoints
 from eva_rl.training.failures import failures_kept
+from eva_rl.training.options import BCOptions
 
 HELP = """
 Train a Decision Transformer by behaviour cloning on demonstrations of one or many tasks.
@@ -109,6 +110,7 @@ class PretrainConfig(TrainOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.algo = self.algo.with_default(BCOptions.learning_rate)
         if self.return_scale is not None:
             between(1e-9, 1e12, return_scale=self.return_scale)
 

@@ -33,6 +33,7 @@ class Method:
         start: Our own start, on top of PEFT's, where PEFT has none (:func:`eva_rl.adapters.starts.set_start`).
         plus: Whether B learns at a higher rate than A.
         miss: Whether it is PEFT's MiSS, which shares a matrix between shards of the inputs.
+        learning_rate: Peak learning rate of cloning where none is given, measured in docs/learning_rates.md.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Method:
     start: str = ""
     plus: bool = False
     miss: bool = False
+    learning_rate: float = 5e-3
 
     @property
     def needs(self) -> str:
@@ -96,14 +98,39 @@ METHODS = {
         Method("eva", "LoRA along the principal directions of the policy's own activations", EVA, eva=True),
         Method("lora", "low-rank updates from a random start", LORA),
         Method("dora", "LoRA with a trained magnitude per output", DORA, dora=True),
-        Method("rslora", "LoRA scaled by the square root of the rank", RSLORA, rslora=True),
+        Method("rslora", "LoRA scaled by the square root of the rank", RSLORA, rslora=True, learning_rate=2e-3),
         Method("eva_dora", "DoRA along EVA's directions", f"{EVA}; {DORA}", eva=True, dora=True),
-        Method("eva_rslora", "rsLoRA along EVA's directions", f"{EVA}; {RSLORA}", eva=True, rslora=True),
-        Method("adalora", "singular triplets, the least important pruned while training", ADALORA, adalora=True),
-        Method("eva_adalora", "AdaLoRA along EVA's directions", f"{EVA}; {ADALORA}", eva=True, adalora=True),
-        Method("pissa", "the weights' own leading singular triplets, taken out and trained", PISSA, init="pissa"),
         Method(
-            "olora", "the leading part of the weights' QR decomposition, taken out and trained", OLORA, init="olora"
+            "eva_rslora", "rsLoRA along EVA's directions", f"{EVA}; {RSLORA}", eva=True, rslora=True, learning_rate=2e-3
+        ),
+        Method(
+            "adalora",
+            "singular triplets, the least important pruned while training",
+            ADALORA,
+            adalora=True,
+            learning_rate=3e-2,
+        ),
+        Method(
+            "eva_adalora",
+            "AdaLoRA along EVA's directions",
+            f"{EVA}; {ADALORA}",
+            eva=True,
+            adalora=True,
+            learning_rate=3e-2,
+        ),
+        Method(
+            "pissa",
+            "the weights' own leading singular triplets, taken out and trained",
+            PISSA,
+            init="pissa",
+            learning_rate=2e-3,
+        ),
+        Method(
+            "olora",
+            "the leading part of the weights' QR decomposition, taken out and trained",
+            OLORA,
+            init="olora",
+            learning_rate=2e-3,
         ),
         Method(
             "orthogonal", "A and B from orthogonal halves of one basis, so that B A = 0", ORTHOGONAL, init="orthogonal"
@@ -113,16 +140,21 @@ METHODS = {
             "the part of the weights that acts most on the task's inputs, taken out and trained",
             CORDA,
             init="corda",
+            learning_rate=2e-3,
         ),
         Method(
-            "lora_ga", "the leading directions of the loss's gradient, taken out and trained", LORA_GA, init="lora_ga"
+            "lora_ga",
+            "the leading directions of the loss's gradient, taken out and trained",
+            LORA_GA,
+            init="lora_ga",
+            learning_rate=2e-3,
         ),
         Method("mica", "A alone, read out along the weights' minor left singular vectors", MICA, init="mica"),
-        Method("lora_plus", "LoRA whose B learns 16 times as fast as its A", LORA_PLUS, plus=True),
+        Method("lora_plus", "LoRA whose B learns 16 times as fast as its A", LORA_PLUS, plus=True, learning_rate=1e-3),
         Method("milora", "the weights' own minor singular triplets, taken out and trained", MILORA, start="milora"),
         Method("lora_one", "LoRA from a first step along the loss's gradient", LORA_ONE, start="lora_one"),
         Method("miss", "one small matrix for all shards of a layer's inputs", MISS, miss=True),
-        Method("full", "every weight of the policy", "", adapter=False),
+        Method("full", "every weight of the policy", "", adapter=False, learning_rate=5e-4),
         Method("head", "the action head alone", "", adapter=False),
     )
 }

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 
 from eva_rl.cli.keys import Key, defaults_of, groups_of
-from eva_rl.cli.values import literal, value_of
+from eva_rl.cli.values import is_number, literal, value_of
 from eva_rl.errors import UserError, close_matches
 from eva_rl.files import read_yaml
 
@@ -255,7 +255,7 @@ def _stored_values(name: str, stored: Mapping[str, Any], chosen: Mapping[str, st
         table, _, entry = key.rpartition(".")
         if key in known:
             kind = known[key].kind
-            yield key, value_of(key, kind, value) if isinstance(value, str) and kind is float else literal(value)
+            yield key, value_of(key, kind, value) if isinstance(value, str) and is_number(kind) else literal(value)
         elif table in known:
             yield table, {entry: literal(value)}
         else:

@@ -28,7 +28,8 @@ def value_of(key: str, kind: Any, text: str) -> Any:
 
     Args:
         key: For the message.
-        kind: Its type: str, int, float, bool, ``list[...]``, ``dict[str, ...]``, each perhaps ``| None``, or Any.
+        kind: Its type: str, int, float, bool, ``float | str``, ``list[...]``, ``dict[str, ...]``, each perhaps
+            ``| None``, or Any.
         text: As typed; ``${other.key}`` is left for OmegaConf to resolve.
 
     Raises:
@@ -41,8 +42,15 @@ def value_of(key: str, kind: Any, text: str) -> Any:
     try:
         return _converted(key, kinds[0], text)
     except ValueError as error:
+        if str in kinds[1:]:
+            return unquoted(text)
         expected = EXPECTED[get_origin(kinds[0]) or kinds[0]] + (" or null" if optional else "")
         raise UserError(f"{key}={text}: expected {expected}.") from error
+
+
+def is_number(kind: Any) -> bool:
+    """Whether a type is float, perhaps among others: YAML takes ``1e-5`` for text."""
+    return float in _alternatives(kind)
 
 
 def _alternatives(kind: Any) -> tuple[Any, ...]:

@@ -124,6 +124,7 @@ def clone(session: Session, adapter: AttachedAdapter, algo: BCAlgo, log: Log) ->
     """Behaviour cloning of the demonstrations."""
     config, policy = session.config, session.policy
     assert session.sampler is not None
+    console.print(f"Cloning: {algo.updates} gradient steps, peak learning rate {float(algo.learning_rate):g}.")
     draw = ShardedSampler(session.sampler, session.process_group)
     with training_progress(algo.updates) as bar, prefetching(draw, policy.device) as ahead:
         counters = train_bc(

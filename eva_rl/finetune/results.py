@@ -16,6 +16,8 @@ from eva_rl.adapters import AttachedAdapter, LayerStart, adapter_bytes, count_pa
 from eva_rl.adapters.model_card import card_facts, model_card
 from eva_rl.cli.console import console
 from eva_rl.cli.run_dir import flat_hyperparameters, write_summary
+from eva_rl.configs.algorithms import BCAlgo, OnlineAlgo
+from eva_rl.configs.finetune import FinetuneConfig
 from eva_rl.data import Trajectories
 from eva_rl.eva import EvaResult
 from eva_rl.files import write_json
@@ -185,6 +187,7 @@ def _summary(session: Session, results: tuple[EvaluationResult, EvaluationResult
         "method": config.adapter.method,
         "algo": config.algo.name,
         "seed": config.seed,
+        **_learning_rate(config),
         "policy": session.policy_name,
         "target_return": session.policy.conditioning.of(after.env_id),
         "protocol": after.protocol,
@@ -193,6 +196,13 @@ def _summary(session: Session, results: tuple[EvaluationResult, EvaluationResult
         **count_parameters(session.policy.network),
         "data": None if session.data is None else _about(session.data),
     }
+
+
+def _learning_rate(config: FinetuneConfig) -> dict[str, float]:
+    """The peak of cloning, as a number also where it was chosen by the method."""
+    algo = config.algo
+    cloning = algo.bc if isinstance(algo, OnlineAlgo) else algo
+    return {"learning_rate": float(cloning.learning_rate)} if isinstance(cloning, BCAlgo) and cloning.updates else {}
 
 
 def _of_study(session: Session) -> dict[str, Any]:

@@ -67,9 +67,26 @@ def test_an_algorithm_has_its_loop_s_defaults(name: str) -> None:
     loop, algo = loop_of(name), parse("finetune", [f"algo={name}"]).algo
     assert isinstance(algo, type(loop))
     for f in fields(loop):
+        if (name, f.name) == ("bc", "learning_rate"):  # chosen by the adapter's method
+            continue
         assert getattr(algo, f.name) == getattr(loop, f.name) == getattr(ALGORITHMS[name], f.name), f.name
     if name.startswith(BC_FIRST):
-        assert algo.bc == BCFirst(updates=BCOptions.updates)
+        assert algo.bc == BCFirst(updates=BCOptions.updates, learning_rate=METHODS["eva"].learning_rate)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_cloning_takes_its_learning_rate_from_the_method(method: str) -> None:
+    rate = METHODS[method].learning_rate
+    assert parse("finetune", [f"adapter={method}"]).algo.learning_rate == rate
+    assert parse("finetune", [f"adapter={method}", "algo=bc_then_odt"]).algo.bc.learning_rate == rate
+    assert parse("finetune", [f"adapter={method}", "algo.learning_rate=auto"]).algo.learning_rate == rate
+    for typed in ("1e-05", "0.00001"):
+        assert parse("finetune", [f"adapter={method}", f"algo.learning_rate={typed}"]).algo.learning_rate == 1e-5
+    assert parse("pretrain", []).algo.learning_rate == BCOptions.learning_rate, "there is no adapter to choose by"
+
+
+def test_full_fine_tuning_learns_slower() -> None:
+    assert METHODS["full"].learning_rate <= METHODS["lora"].learning_rate / 3
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
