@@ -29,11 +29,12 @@ from eva_rl.training.collector import TaskEnvs
 from eva_rl.training.odt import OnlineDecisionTransformer
 from eva_rl.training.odt_td3 import TD3DecisionTransformer
 from eva_rl.training.online import train_online
-from eva_rl.training.options import ODTOptions, OffPolicyOptions, SACOptions, TD3Options
+from eva_rl.training.options import ODTOptions, OffPolicyOptions, ResidualOptions, SACOptions, TD3Options
+from eva_rl.training.residual.learner import ResidualLearner
 from eva_rl.training.sb3 import make_model, train_sb3
 
 ENV, BATCH = "Hopper-v5", 64
-PLAIN = "odt, plain full window"
+PLAIN, MLP = "odt, plain full window", "sac, own MLP"
 
 
 def make_policy(stochastic: bool) -> DecisionTransformerPolicy:
@@ -87,6 +88,28 @@ def on_windows(name: str, num_envs: int) -> Callable[[int, int], None]:
     return run
 
 
+def residual(num_envs: int, hidden_size: int) -> Callable[[int, int], None]:
+    """Residual learning on the frozen policy, with critics and an actor of some width."""
+
+    def run(env_steps: int, updates: int) -> None:
+        options = ResidualOptions(
+            env_steps=env_steps,
+            steps_per_iteration=1000,
+            updates_per_iteration=updates,
+            batch_size=BATCH,
+            learning_starts=0,
+            critic_warmup=0,
+            critic_hidden_size=hidden_size,
+            actor_hidden_size=hidden_size,
+        )
+        learner, vec_env = ResidualLearner(make_policy(False), options), envs.make_vec_env(ENV, num_envs)
+        task = TaskEnvs(vec_env, ENV, False)
+        train_online(learner, learner.new_replay(env_steps * 2), task, log=lambda *_: None)
+        vec_env.close()
+
+    return run
+
+
 def mlp(num_envs: int) -> Callable[[int, int], None]:
     """Stable-Baselines3's own SAC."""
 
@@ -101,13 +124,13 @@ def mlp(num_envs: int) -> Callable[[int, int], None]:
 
 
 def measure(loops: dict[str, Callable[[int, int], None]], env_steps: int, updates: int, turns: int) -> dict[str, float]:
-    """Median seconds of each loop."""
+    """Median CPU seconds of each loop, of all its threads: other load on the machine hardly matters."""
     seconds: dict[str, list[float]] = {name: [] for name in loops}
     for _ in range(turns):
         for name, loop in loops.items():
-            began = time.perf_counter()
+            began = time.process_time()
             loop(env_steps, updates)
-            seconds[name].append(time.perf_counter() - began)
+            seconds[name].append(time.process_time() - began)
     return {name: median(times) for name, times in seconds.items()}
 
 
@@ -119,6 +142,7 @@ def main() -> None:
     parser.add_argument("--updates", type=int, default=20, help="gradient steps for every 1,000 env steps")
     parser.add_argument("--num-envs", type=int, default=10)
     parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--only", nargs="*", default=[], help="beginnings of the names of the loops to measure")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -128,14 +152,18 @@ def main() -> None:
         "odt_td3": replayed("odt_td3", n, "cached"),
         "sac on windows": on_windows("sac", n),
         "td3 on windows": on_windows("td3", n),
-        "sac, own MLP": mlp(n),
+        "residual, 256 wide": residual(n, 256),
+        "residual, 128 wide": residual(n, 128),
+        MLP: mlp(n),
         PLAIN: replayed("odt", 1, "full"),
     }
+    loops = {name: loop for name, loop in loops.items() if not arguments.only or name.startswith(tuple(arguments.only))}
+    reference = PLAIN if PLAIN in loops else MLP
     found = measure(loops, arguments.env_steps, arguments.updates, arguments.turns)
     updates = arguments.updates * arguments.env_steps / 1000
-    table = Table("loop", "env steps/s", "gradient steps/s", "times the plain loop")
+    table = Table("loop", "env steps/s", "gradient steps/s", f"times {reference}")
     for name, seconds in found.items():
-        ratio = found[PLAIN] / seconds
+        ratio = found[reference] / seconds
         table.add_row(name, f"{arguments.env_steps / seconds:.0f}", f"{updates / seconds:.1f}", f"{ratio:.1f}")
     Console().print(table)
     if arguments.out:
