@@ -65,7 +65,7 @@ class Row:
     make: Callable[[], None]
     env: str
     data: str
-    options: str = "algo.updates=200 algo.learning_rate=3e-3"
+    options: str = "algo.updates=150 algo.learning_rate=3e-3"
     policy: str = BASE
     env_options: str = ""
     pretrain_updates: int = 100
@@ -135,7 +135,7 @@ def rows() -> list[Row]:
             "LunarLander-v3",
             made,
             env_options=lunar,
-            options="algo.updates=400 algo.learning_rate=3e-3",
+            options="algo.updates=250 algo.learning_rate=3e-3",
         ),
         Row(
             "Gymnasium InvertedPendulum-v5, then online",
@@ -150,7 +150,7 @@ def rows() -> list[Row]:
             "d4rl:agent.hdf5",
             options="algo.updates=60 algo.learning_rate=3e-3",
             pretrain_updates=30,
-            online="algo=odt_td3 algo.env_steps=2000 algo.updates_per_iteration=30 data=d4rl:agent.hdf5",
+            online="algo=odt_td3 algo.env_steps=2000 algo.updates_per_iteration=20 data=d4rl:agent.hdf5",
         ),
         Row(
             "Minari Pendulum-v1",
@@ -158,7 +158,7 @@ def rows() -> list[Row]:
             minari("Pendulum-v1", sources.swing_up, 30),
             "Pendulum-v1",
             made,
-            options="algo.updates=400 algo.learning_rate=3e-3",
+            options="algo.updates=250 algo.learning_rate=3e-3",
         ),
         Row(
             "Gymnasium-Robotics FetchReachDense-v4",

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -104,3 +106,25 @@ def test_an_adapter_that_does_not_fit_leaves_the_others(tmp_path: Path, reach_de
     assert close(acted(policy, batch), expected)
     policy.adapters.add("again", tmp_path / "lora/adapter")
     assert close(acted(policy, batch), expected)
+
+
+def test_choose_the_adapter_that_fits(tmp_path: Path, reach_demonstrations: Trajectories) -> None:
+    reach = reach_demonstrations
+    other = replace(reach, observations=np.ascontiguousarray(reach.observations[:, ::-1]))  # what is seen differs
+    for name, data in {"reach": reach, "other": other}.items():
+        policy, adapter = attached("eva", data)
+        save_adapted_policy(tmp_path / name, policy, adapter, "card")
+    save_policy(tmp_path / "base", make_policy())
+    policy = load_policy(tmp_path / "base", adapters={name: tmp_path / name for name in ("other", "reach")})
+    for name, data in {"reach": reach, "other": other}.items():
+        scores = policy.adapters.choose(data, episodes=3)
+        assert policy.adapters.active == name == next(iter(scores))
+        assert set(scores) == {"reach", "other"}
+        assert 0 < scores["reach"] <= 1.0001
+    assert next(iter(policy.adapters.choose("reach-v3", steps=5, episodes=2))) == "reach"
+    again = policy.adapters.choose("reach-v3", steps=5, episodes=2)
+    assert again == policy.adapters.choose("reach-v3", steps=5, episodes=2), (
+        "it acts alone, whatever was at work before"
+    )
+    with pytest.raises(UserError, match="no adapter to choose from"):
+        load_policy(tmp_path / "base").adapters.choose("reach-v3")
