@@ -20,7 +20,7 @@ class EnvOptions(Options):
     PREFIX: ClassVar[str] = "env."
     id: str = option(
         "metaworld/push-v3",
-        "task: metaworld/push-v3, mujoco/hopper, any Gymnasium id, or module:Env-v0 of your own; same as env=",
+        "task: metaworld/push-v3, Hopper-v5 or any other Gymnasium id, or module:Env-v0 of your own; same as env=",
     )
     horizon: int | None = option(None, "env steps an episode; null takes the task's own (Meta-World: 200)", above=0)
     kwargs: dict[str, Any] = option({}, "arguments of the environment's constructor, '{NAME:VALUE}'")

@@ -27,7 +27,7 @@ Examples:
   python -m eva_rl.collect env=push-v3 episodes=25 out=push.h5
   python -m eva_rl.collect env=push-v3 episodes=100 noise.std=0.4 seed=7 out=noisy.h5
   python -m eva_rl.collect env=push-v3 episodes=25 out=minari:mine/push-v0
-  python -m eva_rl.collect env=mujoco/hopper expert=sac expert.until=1200 episodes=200 out=hopper-medium.h5
+  python -m eva_rl.collect env=Hopper-v5 expert=sac expert.until=1200 episodes=200 out=hopper-medium.h5
 """
 
 

@@ -40,7 +40,8 @@ th, td { padding: .35rem .8rem; text-align: right; white-space: nowrap; border-b
 th { font-weight: 600; color: var(--soft); vertical-align: bottom; white-space: normal; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
 tbody tr:hover { background: var(--card); }
-figure { margin: 1.25rem 0; } figure svg { width: 100%; height: auto; display: block; }
+figure { margin: 1.25rem 0; overflow-x: auto; }
+figure svg { width: 100%; min-width: 34rem; height: auto; display: block; }
 figure svg * { stroke-linejoin: round; stroke-linecap: butt; }
 figcaption { color: var(--soft); font-size: .875rem; }
 details { margin: .75rem 0; } summary { cursor: pointer; color: var(--soft); }
