@@ -83,8 +83,8 @@ def test_the_wheel_works_from_an_empty_folder(tmp_path: Path) -> None:
     venv.create(tmp_path / "venv", with_pip=True, symlinks=True)
     python = tmp_path / "venv" / "bin" / "python"
     subprocess.run([python, "-m", "pip", "install", "-q", "--no-deps", wheel], check=True)
-    site = next(path for path in sys.path if path.endswith("site-packages"))
-    (next((tmp_path / "venv").glob("lib/*/site-packages")) / "deps.pth").write_text(site + "\n")
+    sites = [path for path in sys.path if path.endswith("site-packages")]
+    (next((tmp_path / "venv").glob("lib/*/site-packages")) / "deps.pth").write_text("\n".join(sites) + "\n")
     empty = tmp_path / "empty"
     empty.mkdir()
     where = subprocess.run(

@@ -48,12 +48,12 @@ class Resume:
     step: int
     cloning: bool = False
 
-    def keeps(self, row: Row) -> bool:
-        """Whether a row was recorded before."""
-        of_cloning = any(key.startswith(CLONING) for key in row)
-        if self.cloning:
-            return row[STEP] == 0 or (of_cloning and row[STEP] <= self.step)
-        return of_cloning or row[STEP] <= self.step
+    def kept(self, rows: Sequence[Row]) -> list[Row]:
+        """The rows that were recorded before, of all in the order of the record."""
+        if not self.cloning:
+            return [row for row in rows if _of_cloning(row) or row[STEP] <= self.step]
+        cloned = [index for index, row in enumerate(rows) if _of_cloning(row) and row[STEP] <= self.step]
+        return list(rows[: cloned[-1] + 1]) if cloned else [row for row in rows if row[STEP] == 0]
 
 
 class Tracker:
@@ -77,8 +77,8 @@ class Tracker:
         run_dir.mkdir(parents=True, exist_ok=True)
         where = Resume(resume) if isinstance(resume, int) else resume
         rows = [] if where is None else read_metrics(run_dir)
-        kept = [row for row in rows if where is not None and where.keeps(row)]
-        forgotten = [row for row in rows if where is not None and not where.keeps(row)]
+        kept = [] if where is None else where.kept(rows)
+        forgotten = [row for row in rows if row not in kept]
         write_file(self.path, lambda aside: aside.write_text("".join(json.dumps(row) + "\n" for row in kept)))
         purge = None if where is None else min([row[STEP] for row in forgotten], default=where.step + 1)
         logged = frozenset(map(_point, rows))
@@ -190,6 +190,10 @@ def _row(line: bytes) -> Row | None:
     if not isinstance(row, dict) or type(row.get(STEP)) is not int or not _is_number(row.get(WALL_TIME)):
         return None
     return row if all(value is None or _is_number(value) for value in row.values()) else None
+
+
+def _of_cloning(row: Row) -> bool:
+    return any(key.startswith(CLONING) for key in row)
 
 
 def _is_number(value: object) -> bool:

@@ -155,6 +155,7 @@ def train_bc(  # noqa: PLR0913 - three values, what it reports to, and what othe
     policy.network.eval()
     if run.average:
         run.average.take()
+    run.optimizer.zero_grad(set_to_none=True)  # what follows would record the last gradient as one of its own
     return counters
 
 

@@ -60,7 +60,7 @@ def test_finetuning_films_before_and_after(
     monkeypatch.setenv("MUJOCO_GL", "osmesa")
     run_dir = tmp_path / "run"
     small = ["env=reach-v3", "env.horizon=12", "data.episodes=2", "data.workers=1", "data.only_successes=false"]
-    small += ["algo.updates=4", "algo.learning_rate=0.1", "algo.warmup=0", "eval.episodes=1", "threads=1"]
+    small += ["algo.updates=4", "algo.learning_rate=0.1", "algo.warmup_steps=0", "eval.episodes=1", "threads=1"]
     assert finetune.main([f"policy={policy_folder}", f"run_dir={run_dir}", "video=true", *small]) == 0
     frames = iio.imread(run_dir / "videos" / "metaworld-reach-v3.gif").astype(int)
     before, after = frames[:, CAPTION_HEIGHT:, :240], frames[:, CAPTION_HEIGHT:, -240:]
