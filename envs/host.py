@@ -31,6 +31,8 @@ class StepArrays:
         reports_success: (n,), whether its infos have told of success since it was made.
         seeds: (n,), of the current episode.
         next_seeds: (n,), of the next one.
+        steps: (n,), begun in the current episode.
+        busy: (n,), whether a call of the environment has not returned.
     """
 
     actions: NDArray[np.float32]
@@ -44,15 +46,18 @@ class StepArrays:
     reports_success: NDArray[np.bool_]
     seeds: NDArray[np.int64]
     next_seeds: NDArray[np.int64]
+    steps: NDArray[np.int64]
+    busy: NDArray[np.bool_]
 
     @staticmethod
     def layout(num_envs: int, observation_dim: int, action_dim: int) -> dict[str, tuple[tuple[int, ...], type[Any]]]:
         """Shape and dtype of each array."""
         n = num_envs
-        flags = ("terminated", "truncated", "success", "success_now", "reports_success")
+        flags = ("terminated", "truncated", "success", "success_now", "reports_success", "busy")
         return {
             "seeds": ((n,), np.int64),
             "next_seeds": ((n,), np.int64),
+            "steps": ((n,), np.int64),
             "actions": ((n, action_dim), np.float32),
             "observations": ((n, observation_dim), np.float32),
             "final_observations": ((n, observation_dim), np.float32),
@@ -94,8 +99,9 @@ class EnvHost:
         for row in rows:
             seed = int(arrays.next_seeds[row])
             arrays.seeds[row], arrays.next_seeds[row] = seed, seed + self._stride
+            arrays.steps[row], arrays.busy[row] = 0, True
             observation, info = self.envs[row].reset(seed=seed)
-            arrays.observations[row] = observation
+            arrays.busy[row], arrays.observations[row] = False, observation
             arrays.success[row] = arrays.success_now[row] = False
             arrays.reports_success[row] |= success_of(info) is not None
 
@@ -110,8 +116,9 @@ class EnvHost:
 
     def _step(self, row: int) -> bool:
         arrays = self._arrays
+        arrays.steps[row], arrays.busy[row] = arrays.steps[row] + 1, True
         observation, reward, terminated, truncated, info = self.envs[row].step(arrays.actions[row])
-        arrays.observations[row], arrays.rewards[row] = observation, reward
+        arrays.busy[row], arrays.observations[row], arrays.rewards[row] = False, observation, reward
         arrays.terminated[row], arrays.truncated[row] = terminated, truncated
         success = success_of(info)
         if success is not None:

@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ from eva_rl.errors import EnvironmentFailedError, UserError
 log = logging.getLogger(__name__)
 PATIENCE = 60.0
 """Seconds without an answer after which a worker's silence is logged."""
+LIMIT = 600.0
+"""Seconds that one call of an environment may take in a worker; then the worker is ended."""
 PARENT_CHECK = 5.0
 """Seconds between two looks of an idle worker whether its parent is alive."""
 CONTEXT: Any = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
@@ -52,7 +55,12 @@ class Assignment:
 
     def host(self) -> EnvHost:
         """Make the environments."""
-        return EnvHost(StepArrays.over(self.memory, *self.sizes), self.makers, self.stride)
+        return EnvHost(self.arrays, self.makers, self.stride)
+
+    @property
+    def arrays(self) -> StepArrays:
+        """What the environments take and give."""
+        return StepArrays.over(self.memory, *self.sizes)
 
 
 def shared_memory(num_bytes: int) -> Any:
@@ -71,7 +79,7 @@ class WorkerProcess:
     """
 
     def __init__(self, assignment: Assignment, names: dict[int, str]) -> None:
-        self._names, self._begun, self._answered = names, 0, 0
+        self._names, self._arrays, self._begun, self._answered = names, assignment.arrays, 0, 0
         self._connection, theirs = CONTEXT.Pipe()
         _open_connections.add(self._connection)
         self.process = CONTEXT.Process(target=_serve, args=(theirs, assignment, os.getpid()), daemon=True)
@@ -94,7 +102,7 @@ class WorkerProcess:
         """Wait until a call and those before it are over; returns what the last of them returned.
 
         Raises:
-            EnvironmentFailedError: An environment failed, or the process died.
+            EnvironmentFailedError: An environment failed or did not return for :data:`LIMIT`, or the process died.
             UserError: An environment could not be made.
         """
         result = None
@@ -104,8 +112,7 @@ class WorkerProcess:
 
     def _answer(self) -> Any:
         try:
-            while not self._connection.poll(PATIENCE):
-                log.warning("The worker process of %s has not answered for %.0f s.", self._name, PATIENCE)
+            self._wait()
             kind, value = self._connection.recv()
         except (EOFError, OSError) as error:
             raise self._died() from error
@@ -113,6 +120,34 @@ class WorkerProcess:
         if kind == "error":
             raise value
         return value
+
+    def _wait(self) -> None:
+        """Wait for an answer, as long as the environments move on."""
+        state, since = self._state(), time.monotonic()
+        while not self._connection.poll(min(PATIENCE, LIMIT)):
+            before, state, now = state, self._state(), time.monotonic()
+            if state != before:
+                since = now
+            elif now - since >= LIMIT:
+                raise self._ended(now - since)
+            log.warning("The worker process of %s has not answered for %.0f s.", self._name, now - since)
+
+    def _state(self) -> tuple[bytes, ...]:
+        """Changes whenever an environment of this worker begins or ends a call."""
+        rows, arrays = list(self._names), self._arrays
+        return tuple(array[rows].tobytes() for array in (arrays.busy, arrays.steps, arrays.seeds))
+
+    def _ended(self, seconds: float) -> EnvironmentFailedError:
+        """End the process; says which environment did not return from which step."""
+        self.process.kill()
+        arrays, row = self._arrays, next((row for row in self._names if self._arrays.busy[row]), None)
+        more = f"has not returned for {seconds:.0f} s; its worker process was ended"
+        if row is None:
+            return EnvironmentFailedError(self._name, "while it was made", f"its constructor {more}")
+        step = int(arrays.steps[row])
+        where = f"in env step {step}" if step else "at the start"
+        cause = f"{'step()' if step else 'reset()'} {more}"
+        return EnvironmentFailedError(self._names[row], f"{where} of the episode seeded {arrays.seeds[row]}", cause)
 
     def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
         """Call a method of the host and wait."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import time
 from typing import Any
 
 import gymnasium as gym
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 from eva_rl import envs
+from eva_rl.envs import worker
 from eva_rl.errors import EnvironmentFailedError
 from eva_rl.rollouts.evaluation import evaluate_policy
 from tests.conftest import make_policy
@@ -49,12 +51,19 @@ def raises(error: BaseException) -> Any:
     return act
 
 
+def forever() -> Any:
+    while True:
+        time.sleep(0.05)
+
+
 RESETS = {
+    "reset_hangs": forever,
     "reset_raises": raises(RuntimeError("no licence")),
     "reset_old_interface": lambda: GOOD,
     "reset_nan": lambda: (np.full(3, np.nan), {}),
 }
 STEPS: dict[str, Any] = {
+    "hangs": forever,
     "raises": raises(ZeroDivisionError("by zero")),
     "exits": raises(OSError("device lost")),
     "asserts": raises(AssertionError("torque")),
@@ -69,6 +78,7 @@ STEPS: dict[str, Any] = {
     "no_reward": lambda: (GOOD, None, False, False, {}),
     "two_rewards": lambda: (GOOD, np.zeros(2), False, False, {}),
     "flag_none": lambda: (GOOD, 0.0, None, False, {}),
+    "slow": lambda: time.sleep(0.2) or (GOOD, 0.0, False, False, {}),
     "info_none": lambda: (GOOD, 0.0, False, False, None),
 }
 CAUSES = {
@@ -90,7 +100,7 @@ def play(vec_env: envs.TaskVecEnv, steps: int) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.parametrize("fault", [*STEPS, *RESETS])
+@pytest.mark.parametrize("fault", [fault for fault in (*STEPS, *RESETS) if "hangs" not in fault and fault != "slow"])
 def test_a_failing_environment_is_one_message(fault: str, workers: int) -> None:
     vec_env = envs.make_vec_env(f"Faulty-v0?fault={fault}", 2, seed=5, workers=workers)
     with pytest.raises(EnvironmentFailedError, match=CAUSES.get(fault, ".")) as caught:
@@ -98,6 +108,28 @@ def test_a_failing_environment_is_one_message(fault: str, workers: int) -> None:
     vec_env.close()
     where = "at the start" if fault.startswith("reset_") else "in env step 3"
     assert f"Faulty-v0?fault={fault} failed {where} of the episode seeded 5: " in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("fault", "where"), [("hangs", r"in env step 3 .* step\(\)"), ("reset_hangs", r"at the start .* reset\(\)")]
+)
+def test_an_environment_that_never_returns_is_ended(fault: str, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "LIMIT", 0.3)
+    vec_env = envs.make_vec_env(f"Faulty-v0?fault={fault}", 3, seed=5, workers=2)
+    with pytest.raises(EnvironmentFailedError, match=rf"failed {where} has not returned for 0 s") as caught:
+        play(vec_env, 3)
+    assert f"fault={fault} failed" in str(caught.value)
+    assert "of the episode seeded 5" in str(caught.value)
+    vec_env.close()
+    assert not any(process.is_alive() for process in vec_env.processes)
+
+
+def test_slow_environments_of_one_worker_are_not_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four that take 0.2 s each: the worker is silent for longer than one of them may be."""
+    monkeypatch.setattr(worker, "LIMIT", 0.5)
+    vec_env = envs.make_vec_env("Faulty-v0?fault=slow", 4, workers=1)
+    play(vec_env, 3)
+    vec_env.close()
 
 
 def test_a_healthy_one_passes() -> None:
