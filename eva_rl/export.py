@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 
 from eva_rl.adapters import load_policy
 from eva_rl.adapters.extensions import WEIGHTS_FILE as ADAPTER_WEIGHTS
 from eva_rl.adapters.folders import ADAPTER_FILES, ADAPTER_FOLDER
-from eva_rl.adapters.model_card import model_card, pretrained_card
+from eva_rl.adapters.model_card import NEEDED, model_card, pretrained_card
 from eva_rl.agents import DecisionTransformerPolicy
 from eva_rl.agents.huggingface import COMPANION_FILE, CONFIG_FILE, PICKLE_FILE, export_huggingface
 from eva_rl.agents.policy_folder import HUB_ID, POLICY_FILE, WEIGHTS_FILE, find_policy, write_policy_files
@@ -157,7 +158,7 @@ def write_onnx(out: Path, folder: Path, config: ExportConfig) -> Path:
     policy = open_policy(config.policy, torch.device("cpu"))
     hashes = {"base_sha256": policy.adapters.base_sha256, "adapter_sha256": _adapter_digest(config.policy.path)}
     policy.adapters.merge_and_unload()
-    facts = policy.metadata.get("finetuning") or {}
+    facts = finetuning_of(policy) or {}
     difference = export_onnx(policy, path, {"policy": config.policy.path, **hashes, "protocol": facts.get("protocol")})
     console.print(f"Acts as torch does: its actions differ by at most {difference:.1e} of half their range.")
     folder.mkdir()
@@ -172,9 +173,15 @@ def _adapter_digest(name_or_path: str) -> str:
     return sha256(weights) if weights.exists() else ""
 
 
+def finetuning_of(policy: DecisionTransformerPolicy) -> Mapping[str, Any] | None:
+    """What the policy remembers of the run that made it; None where nothing is a model card's."""
+    facts = policy.metadata.get("finetuning")
+    return facts if isinstance(facts, Mapping) and facts.keys() >= NEEDED else None
+
+
 def card_of(policy: DecisionTransformerPolicy, name: str, form: str) -> str:
     """Model card from what the policy remembers of its making."""
-    facts = policy.metadata.get("finetuning")
+    facts = finetuning_of(policy)
     return pretrained_card(name, policy.metadata, form) if facts is None else model_card(facts, form)
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
+from eva_rl.adapters.markdown import front_matter, markdown_block, markdown_cell, markdown_code
 from eva_rl.errors import counted
 
 FACTS = (
@@ -21,6 +24,8 @@ FACTS = (
     "protocol",
     "target_return",
 )
+NEEDED = frozenset(FACTS) - {"algo", "data", "updates", "env_steps"}
+"""What a card of a fine-tuned policy cannot do without."""
 RESULTS = ("success_rate", "mean_reward", "mean_ep_length", "normalized_score")
 FORMS = {
     "adapter": "`model.safetensors` holds the base policy as it was, `adapter/` what was learned; plain "
@@ -50,23 +55,21 @@ def model_card(facts: Mapping[str, Any], form: str = "adapter") -> str:
         facts: What :func:`card_facts` kept, or the whole summary.
         form: One of FORMS: what the folder holds.
     """
-    return f"""---
-library_name: {"transformers" if form == "huggingface" else "eva-rl"}
-pipeline_tag: reinforcement-learning
-tags: [reinforcement-learning, decision-transformer, {facts["method"].replace("_", "-")}]
----
-# {facts["env"]}: {facts["method"]}
+    command = f"python -m eva_rl.evaluate policy=THIS_FOLDER env={facts['env']}"
+    method = f"adapter={facts['method']} algo={facts.get('algo', 'bc')}"
+    return f"""{_front_matter(form, re.sub(r"[^A-Za-z0-9.]+", "-", str(facts["method"]))[:50])}
+# {markdown_cell(facts["env"])}: {markdown_cell(facts["method"])}
 
 A Decision Transformer policy. {FORMS[form]}
 
 | | |
 |---|---|
-| base | `{facts["policy"]}` |
-| env | `{facts["env"]}` |
+| base | {markdown_code(facts["policy"])} |
+| env | {markdown_code(facts["env"])} |
 | data | {_data(facts.get("data"))} |
-| method | `adapter={facts["method"]} algo={facts.get("algo", "bc")}`, {_steps(facts)}, seed {facts["seed"]} |
-| trained | {facts["trainable_parameters"]:,} of {facts["total_parameters"]:,} parameters |
-| protocol | {facts["protocol"]}; target return {facts["target_return"]:.1f} |
+| method | {markdown_code(method)}, {_steps(facts)}, seed {markdown_cell(facts["seed"])} |
+| trained | {_count(facts["trainable_parameters"])} of {_count(facts["total_parameters"])} parameters |
+| protocol | {markdown_cell(facts["protocol"])}; target return {_number(facts["target_return"], ".1f")} |
 
 | result | before | after |
 |---|---|---|
@@ -76,13 +79,11 @@ A Decision Transformer policy. {FORMS[form]}
 import eva_rl
 
 policy = eva_rl.load_policy("THIS_FOLDER")
-result = eva_rl.evaluate_policy(policy, "{facts["env"]}", episodes=50)
+result = eva_rl.evaluate_policy(policy, {json.dumps(str(facts["env"]))}, episodes=50)
 print(result.metrics(), result.protocol)
 ```
 
-```
-python -m eva_rl.evaluate policy=THIS_FOLDER env={facts["env"]}
-```
+{markdown_block(" ".join(command.split()))}
 """
 
 
@@ -94,13 +95,10 @@ def pretrained_card(name: str, about: Mapping[str, Any], form: str) -> str:
         about: Its metadata.
         form: One of FORMS.
     """
-    rows = "\n".join(f"| {key} | {str(value)[:300]} |" for key, value in about.items() if not isinstance(value, dict))
-    return f"""---
-library_name: {"transformers" if form == "huggingface" else "eva-rl"}
-pipeline_tag: reinforcement-learning
-tags: [reinforcement-learning, decision-transformer]
----
-# {name}
+    shown = {key: value for key, value in about.items() if not isinstance(value, dict)}
+    rows = "\n".join(f"| {markdown_cell(key)} | {markdown_cell(value)} |" for key, value in shown.items())
+    return f"""{_front_matter(form)}
+# {markdown_cell(name)}
 
 A pretrained Decision Transformer policy.
 
@@ -116,16 +114,25 @@ policy = eva_rl.load_policy("THIS_FOLDER")
 """
 
 
-def _data(data: Mapping[str, Any] | None) -> str:
-    if data is None:
+def _front_matter(form: str, *tags: str) -> str:
+    library = "transformers" if form == "huggingface" else "eva-rl"
+    all_tags = ["reinforcement-learning", "decision-transformer", *tags]
+    return front_matter({"library_name": library, "pipeline_tag": "reinforcement-learning", "tags": all_tags})
+
+
+def _data(data: object) -> str:
+    """In words; anything but a mapping, from a foreign file, is as good as none."""
+    if not isinstance(data, Mapping):
         return "none; it learned from its own episodes"
-    amount = f"{counted(data['episodes'], 'episode')}, {data['steps']:,} env steps"
-    return f"{amount} ({data['source']}), mean return {data['mean_return']:.1f}"
+    episodes = data.get("episodes")
+    shown = counted(episodes, "episode") if isinstance(episodes, int) else "- episodes"
+    amount = f"{shown}, {_count(data.get('steps'))} env steps"
+    return f"{amount} ({markdown_cell(data.get('source'))}), mean return {_number(data.get('mean_return'), '.1f')}"
 
 
 def _steps(facts: Mapping[str, Any]) -> str:
-    acted = f", {facts['env_steps']:,} env steps" if "env_steps" in facts else ""
-    return f"{facts.get('updates', 0):,} gradient steps{acted}"
+    acted = f", {_count(facts['env_steps'])} env steps" if "env_steps" in facts else ""
+    return f"{_count(facts.get('updates', 0))} gradient steps{acted}"
 
 
 def _results(facts: Mapping[str, Any]) -> str:
@@ -136,5 +143,9 @@ def _results(facts: Mapping[str, Any]) -> str:
     )
 
 
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3g}"
+def _number(value: object, form: str = ".3g") -> str:
+    return format(value, form) if isinstance(value, int | float) else "-"
+
+
+def _count(value: object) -> str:
+    return f"{value:,}" if isinstance(value, int | float) else "-"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -11,6 +10,7 @@ from matplotlib.figure import Figure
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from eva_rl.adapters.markdown import markdown_text
 from eva_rl.report.figures import inline_svg
 from eva_rl.report.tables import Table
 from eva_rl.report.warnings import ReportWarning
@@ -97,12 +97,6 @@ def _markdown_table(table: Table) -> str:
     return "\n".join(
         "| " + " | ".join(cell if line is lines[1] else markdown_text(cell) for cell in line) + " |" for line in lines
     )
-
-
-def markdown_text(text: str) -> str:
-    """Text that Markdown shows as it is: no link, no emphasis, no HTML, no end of a table cell."""
-    escaped = re.sub(r"([\\`*<>|~$#]|(?<!\w)_|_(?!\w)|!(?=\[)|\](?=[\[(:])|&(?=\w+;|#))", r"\\\1", text)
-    return re.sub(r"(?i)\b(https?|ftp|mailto|www)(?=[:.])", "\\g<1>\N{ZERO WIDTH NON-JOINER}", escaped)
 
 
 def page(title: str, lead: str, sections: Sequence[Section]) -> str:
