@@ -10,7 +10,7 @@ from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
 from eva_rl.agents.context import Acting, RolloutContext, Window
@@ -162,6 +162,45 @@ class DecisionTransformerPolicy:
                 f"takes {self.observation_dim} and {self.action_dim}. Name another policy= or another env= or data=."
             )
 
+    @property
+    def action_bounds(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Lowest and highest actions (act,) that the policy can take."""
+        center, half = (x.cpu().numpy() for x in (self.scaling.action_center, self.scaling.action_half_range))
+        return center - half, center + half
+
+    def with_action_bounds(self, low: ArrayLike, high: ArrayLike) -> None:
+        """Stretch the actions over other bounds, one number for all or (act,), from now on.
+
+        Raises:
+            UserError: A bound is not finite, or low is not below high.
+        """
+        shape = self.scaling.action_center.shape
+        lowest, highest = (np.broadcast_to(np.asarray(x, np.float32), shape) for x in (low, high))
+        if not (np.isfinite(lowest) & np.isfinite(highest) & (lowest < highest)).all():
+            given = f"{_numbers(lowest)} to {_numbers(highest)}"
+            raise UserError(f"Action bounds {given}: expected finite numbers, low below high.")
+        center, half = (torch.from_numpy(x / 2).to(self.device) for x in (highest + lowest, highest - lowest))
+        self.scaling = replace(self.scaling, action_center=center, action_half_range=half)
+
+    def check_action_bounds(self, low: ArrayLike, high: ArrayLike, what: str) -> None:
+        """Raise unless the actions span those of a task; where a task has no bounds, any do.
+
+        Raises:
+            UserError: Naming ``what`` and the bounds on both sides.
+        """
+        expected, own = (np.asarray(low, np.float32), np.asarray(high, np.float32)), self.action_bounds
+        close = [np.isclose(o, e, rtol=1e-3, atol=1e-4) | ~np.isfinite(e) for o, e in zip(own, expected, strict=True)]
+        if np.all(close):
+            return
+        given, asked = (f"{_numbers(pair[0])} to {_numbers(pair[1])}" for pair in (own, expected))
+        uniform = all(len(set(bound.tolist())) == 1 for bound in expected)
+        pair = f"[{_numbers(expected[0])},{_numbers(expected[1])}]" if uniform else "[LOW,HIGH]"
+        raise UserError(
+            f"{what} takes actions from {asked}, the policy acts from {given}. If its actions are meant to span the "
+            f"task's, add policy.action_bounds={pair} (in Python: policy.with_action_bounds); else name another "
+            "policy= or env=."
+        )
+
     def reset(self, env_ids: Sequence[str]) -> None:
         """Forget all histories and prepare for one environment per name."""
         targets = torch.tensor([self.conditioning.of(env_id) for env_id in env_ids], device=self.device)
@@ -227,3 +266,10 @@ def frozen(network: nn.Module) -> Iterator[None]:
     finally:
         for parameter in asking:
             parameter.requires_grad_(True)
+
+
+def _numbers(values: NDArray[np.float32]) -> str:
+    """One number where all are equal, else the first few in brackets."""
+    if len(set(values.tolist())) == 1:
+        return f"{values[0]:g}"
+    return f"[{', '.join(f'{value:g}' for value in values[:4])}{', ...' if len(values) > 4 else ''}]"

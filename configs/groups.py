@@ -119,6 +119,9 @@ class PolicyOptions:
     observation_mean: list[float] | None = option(None, "of an imported policy's training data; [0] for zeros")
     observation_std: list[float] | None = option(None, "of an imported policy's training data; [1] for ones")
     return_scale: float | None = option(None, "divides an imported policy's returns; null takes 1000")
+    action_bounds: list[float] | None = option(
+        None, "[LOW,HIGH] that the policy's actions are stretched over; null takes its own bounds"
+    )
     num_heads: int | None = option(None, "attention heads of imported bare weights; null takes their project's")
 
 

@@ -195,6 +195,7 @@ def check(cells: Sequence[Cell]) -> None:
             spec = env_spec(config.env.id, config.env.horizon)
             policy = open_policy(resolve_policy(config.policy, spec.env_id), device, merge=True)
             policy.check_dimensions(spec.observation_dim, spec.action_dim, spec.env_id)
+            policy.check_action_bounds(spec.action_low, spec.action_high, spec.env_id)
             check_adapter(policy, config.adapter)
 
 

@@ -59,7 +59,12 @@ def open_policy(
         num_heads=options.num_heads,
         allow_pickle=options.allow_pickle,
     )
-    return load_policy(options.path, device, imported, merge=merge, adapters=adapters)
+    policy = load_policy(options.path, device, imported, merge=merge, adapters=adapters)
+    if options.action_bounds is not None:
+        if len(options.action_bounds) != 2:
+            raise UserError(f"policy.action_bounds={options.action_bounds}: expected two numbers, [LOW,HIGH].")
+        policy.with_action_bounds(*options.action_bounds)
+    return policy
 
 
 FROM_DEMONSTRATIONS = "data"

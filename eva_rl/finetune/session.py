@@ -167,6 +167,7 @@ def open_session(config: FinetuneConfig) -> Session:
     named = resolve_policy(config.policy, spec.env_id)
     policy = open_policy(named, device, merge=True)
     policy.check_dimensions(spec.observation_dim, spec.action_dim, spec.env_id)
+    policy.check_action_bounds(spec.action_low, spec.action_high, spec.env_id)
     check_adapter(policy, config.adapter)
     if isinstance(config.algo, ODTAlgo):
         make_stochastic(policy, config.algo.initial_std)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from eva_rl.agents.policy import Policy
+from eva_rl.agents.policy import DecisionTransformerPolicy, Policy
 from eva_rl.distributed import ProcessGroup
 from eva_rl.envs import EnvSpec, env_spec, reference_scores, score_between
 from eva_rl.envs.vector import AUTO, TaskVecEnv, make_task_vec_env, make_vec_env
@@ -222,6 +222,8 @@ def _check_fit(policy: Policy, spec: EnvSpec) -> None:
             f"{spec.env_id} has {spec.observation_dim} numbers in an observation and {spec.action_dim} in an action; "
             f"the policy takes {policy.observation_dim} and {policy.action_dim}. Name another policy= or env=."
         )
+    if isinstance(policy, DecisionTransformerPolicy):  # others say nothing of their bounds
+        policy.check_action_bounds(spec.action_low, spec.action_high, spec.env_id)
 
 
 def evaluate_distributed(

@@ -1,0 +1,55 @@
+"""What a policy may do is the task's: its action bounds are held against the environment's by every entry."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from eva_rl import evaluate
+from eva_rl.agents.policy_folder import save_policy
+from eva_rl.errors import UserError
+from eva_rl.finetune import command as finetune
+from eva_rl.rollouts.evaluation import evaluate_policy
+from tests.conftest import make_policy
+
+REFUSED = "Pendulum-v1 takes actions from -2 to 2, the policy acts from -1 to 1."
+
+
+def test_bounds_are_compared_in_every_dimension() -> None:
+    policy = make_policy(3, 2)
+    low, high = policy.action_bounds
+    np.testing.assert_allclose([low, high], [[-1, -1], [1, 1]])
+    policy.check_action_bounds((-1.0, -1.0), (1.0, 1.0), "x")
+    policy.check_action_bounds((-np.inf, -1.0), (np.inf, 1.0), "x")
+    for bounds in (((-1.0, -2.0), (1.0, 1.0)), ((-0.4, -0.4), (0.4, 0.4)), ((0.0, 0.0), (1.0, 1.0))):
+        with pytest.raises(UserError, match="x takes actions from"):
+            policy.check_action_bounds(*bounds, "x")
+        policy.with_action_bounds(*bounds)
+        policy.check_action_bounds(*bounds, "x")
+        policy.with_action_bounds(-1, 1)
+    for wrong in ((1, -1), (0, 0), (-np.inf, 1), (np.nan, 1)):
+        with pytest.raises(UserError, match="low below high"):
+            policy.with_action_bounds(*wrong)
+
+
+def test_python_and_commands_refuse_and_stretch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    policy = make_policy(3, 1)
+    with pytest.raises(UserError, match=REFUSED):
+        evaluate_policy(policy, "Pendulum-v1", episodes=1, horizon=4)
+    save_policy(tmp_path / "base", policy)
+    typed = [f"policy={tmp_path / 'base'}", "env=Pendulum-v1", "env.horizon=4", "eval.episodes=1"]
+    for main, more in ((evaluate.main, []), (finetune.main, ["algo=odt_td3", f"run_dir={tmp_path / 'run'}"])):
+        assert main([*typed, *more]) == 2
+        message = " ".join(capsys.readouterr().err.split())
+        assert REFUSED in message
+        assert "add policy.action_bounds=[-2,2]" in message
+    assert not (tmp_path / "run").exists()
+    assert evaluate.main([*typed, "policy.action_bounds=[-2,2]"]) == 0
+    assert evaluate.main([*typed, "policy.action_bounds=[-2]"]) == 2
+    assert "expected two numbers" in " ".join(capsys.readouterr().err.split())
+    actions: list[np.ndarray] = []
+    policy.with_action_bounds(-2, 2)
+    evaluate_policy(policy, "Pendulum-v1", episodes=1, horizon=20, on_actions=actions.append)
+    assert np.abs(np.concatenate(actions)).max() <= 2
