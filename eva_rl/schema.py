@@ -156,6 +156,19 @@ class Boolean:
 
 
 @dataclass(frozen=True)
+class NotMeasured:
+    """Null or NaN, in place of a number that was not measured."""
+
+    expected: str = "null or NaN where it was not measured"
+
+    def of(self, value: Any, where: str, key: str = "") -> float | None:
+        """See :meth:`Check.of`."""
+        if value is not None and not (isinstance(value, float) and math.isnan(value)):
+            raise SchemaError(where, key, value, self.expected)
+        return value
+
+
+@dataclass(frozen=True)
 class Optional:
     """Null, or what ``inner`` admits."""
 

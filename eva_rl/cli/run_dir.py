@@ -18,9 +18,23 @@ from eva_rl.cli.machine import versions
 from eva_rl.cli.parsing import flat
 from eva_rl.distributed import ProcessGroup
 from eva_rl.errors import UserError
-from eva_rl.files import is_partial, read_json, read_yaml, remove_leftovers, write_file, write_json
+from eva_rl.files import (
+    FILES,
+    SEAL,
+    check_seal,
+    is_partial,
+    read_json,
+    read_yaml,
+    remove_leftovers,
+    sealed,
+    write_file,
+    write_json,
+)
+from eva_rl.schema import Record
 
 CONFIG_FILE, SUMMARY_FILE, VERSIONS_FILE = "config.yaml", "summary.json", "versions.json"
+SEALED_FILES = (CONFIG_FILE, VERSIONS_FILE, "metrics.jsonl", "evaluation.json", "eva_report.json")
+"""What the summary holds the digests of."""
 LOCK_FILE = ".lock"
 FREE_BYTES = 200 * 2**20
 """A run that would start with less room on its disk is refused."""
@@ -170,14 +184,21 @@ def _make(run_dir: Path) -> None:
 
 
 def write_summary(run_dir: Path, summary: Mapping[str, Any]) -> None:
-    """Write ``summary.json``, which marks a run as finished."""
-    write_json(run_dir / SUMMARY_FILE, summary)
+    """Write ``summary.json``, which marks a run as finished, with digests of itself and of what a report reads."""
+    names = [name for name in SEALED_FILES if (run_dir / name).is_file()]
+    write_json(run_dir / SUMMARY_FILE, sealed(summary, run_dir, names))
 
 
 def read_summary(run_dir: Path) -> dict[str, Any]:
-    """Read ``summary.json``."""
-    summary: dict[str, Any] = read_json(run_dir / SUMMARY_FILE)
-    return summary
+    """Read ``summary.json``, without its digests.
+
+    Raises:
+        UserError: It is missing, or was changed or damaged.
+    """
+    path = run_dir / SUMMARY_FILE
+    found = read_json(path, Record({}, others=True))
+    check_seal(found, path)
+    return {key: value for key, value in found.items() if key not in {FILES, SEAL}}
 
 
 def flat_hyperparameters(config: Any) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import stat
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +11,8 @@ from typing import Any
 import yaml
 
 from eva_rl.errors import UserError
+from eva_rl.files import FILES, SEAL
+from eva_rl.schema import DIGEST, Check, Either, Integer, MapOf, NotMeasured, Number, Optional, Record, Text
 
 MOST_BYTES = 256 * 2**20
 """Larger files are no record of a run."""
@@ -106,25 +107,53 @@ def numbers(values: object) -> Row:
     return {str(key): float(value) for key, value in items if is_number(value)}
 
 
+NAME, COUNT = Text(r"(?s).+", "a name"), Number(0, LARGEST)  # records keep counts as numbers
+MEASURED = Either((Number(-LARGEST, LARGEST), NotMeasured()))
+RATE = Either((Number(0, 1), NotMeasured()))
+EVALUATIONS = ("eval", "eval_before", "eval_cloned", "eval_residual")
+SCORES: dict[str, Check] = {
+    "success_rate": RATE,
+    "success_at_end": RATE,
+    "mean_reward": MEASURED,  # none where episodes ended at their first success
+    "std_reward": MEASURED,
+    "mean_ep_length": MEASURED,
+    "normalized_score": MEASURED,
+}
+DATA = Record({}, {"source": Text(), "hash": Text(), "episodes": COUNT, "steps": COUNT, "mean_return": MEASURED})
+SUMMARY = Record(
+    {"env": NAME, "method": NAME, "seed": Integer()},
+    {
+        **{f"{when}/{key}": check for when in EVALUATIONS for key, check in SCORES.items()},
+        **dict.fromkeys(("algo", "policy", "protocol", "study"), Text()),
+        **dict.fromkeys(("trainable_parameters", "total_parameters", "adapter_bytes", "peak_memory_bytes"), COUNT),
+        **dict.fromkeys(("updates", "env_steps", "processes", "episodes"), Number(0, LARGEST)),
+        **dict.fromkeys(("seconds_per_update", "eva/gain", "eva/effective_rank", "target_return"), MEASURED),
+        "data": Optional(DATA),
+        "seconds": MapOf(Number(0, LARGEST)),
+        "shared": MapOf(Text()),
+        "eval_at": MapOf(MapOf(MEASURED)),
+        FILES: MapOf(Text(DIGEST)),
+        SEAL: Text(DIGEST),
+    },
+    others=True,
+)
+"""What ``summary.json`` may hold; keys that are not listed pass unless they are nested too deeply."""
+
+
 def clean_summary(raw: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """What a report uses of ``summary.json``: names on one line, finite numbers, one level of groups.
 
     Raises:
-        UserError: The task, the method, the seed or the return is missing or of another type, or success is no rate.
+        UserError: It is not what :data:`SUMMARY` admits, or has no score.
     """
-    for key, kind in (("env", str), ("method", str), ("seed", int)):
-        if not isinstance(raw.get(key), kind) or isinstance(raw.get(key), bool) or raw[key] == "":
-            raise UserError(f"{path}: {key}={one_line(raw.get(key))}, expected {kind.__name__}.")
-    returns = raw.get("eval/mean_reward")  # not measured where episodes ended at their first success
-    if (not is_number(returns) and not (returns is None or _is_nan(returns))) or not _has_score(raw):
-        raise UserError(f"{path}: eval/mean_reward={one_line(returns)}, expected a finite number.")
-    for key in ("eval/success_rate", "eval_before/success_rate"):
-        if key in raw and not (is_number(raw[key]) and 0 <= raw[key] <= 1) and not _is_nan(raw[key]):
-            raise UserError(f"{path}: {key}={one_line(raw[key])}, expected 0 to 1.")
-    plain = {key: value for key, value in raw.items() if key not in GROUPS}
+    SUMMARY.of(raw, str(path))
+    if not _has_score(raw):
+        returns = one_line(raw.get("eval/mean_reward"))
+        raise UserError(f"{path}: eval/mean_reward={returns}, expected a finite number, or an eval/success_rate.")
+    plain = {key: value for key, value in raw.items() if key not in {*GROUPS, FILES, SEAL}}
     found: dict[str, Any] = {**numbers(plain), "seed": raw["seed"]}
     found |= {str(key): one_line(value) for key, value in plain.items() if isinstance(value, str)}
-    groups = {str(key): value for key, value in raw.items() if isinstance(value, Mapping)}
+    groups = {str(key): value for key, value in raw.items() if isinstance(value, Mapping) and key != FILES}
     return found | {
         key: {**numbers(own), **{str(k): one_line(v) for k, v in own.items() if isinstance(v, str)}}
         for key, own in groups.items()
@@ -133,10 +162,6 @@ def clean_summary(raw: Mapping[str, Any], path: Path) -> dict[str, Any]:
 
 def _has_score(raw: Mapping[str, Any]) -> bool:
     return is_number(raw.get("eval/success_rate")) or is_number(raw.get("eval/mean_reward"))
-
-
-def _is_nan(value: object) -> bool:
-    return isinstance(value, float) and math.isnan(value)
 
 
 def read_rows(path: Path) -> tuple[list[Row], int]:

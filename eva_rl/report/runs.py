@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from eva_rl.adapters import METHODS
-from eva_rl.cli.run_dir import CONFIG_FILE, FREE_TO_CHANGE, SUMMARY_FILE
+from eva_rl.cli.run_dir import CONFIG_FILE, FREE_TO_CHANGE, SUMMARY_FILE, VERSIONS_FILE
 from eva_rl.errors import UserError
+from eva_rl.files import check_files, check_seal
 from eva_rl.report.reading import (
     Row,
     clean_summary,
@@ -27,6 +28,8 @@ from eva_rl.report.reading import (
 from eva_rl.tracking.tracker import METRICS_FILE
 
 EVALUATION_FILE = "evaluation.json"
+READ_IN_PART = (METRICS_FILE, EVALUATION_FILE, VERSIONS_FILE)
+"""Files without which, or with other numbers in which, a run still counts."""
 RECORD, FORMAT, DIGEST = "eva_rl_record", 1, "sha256"
 """The key by which the record of a run is recognised, the number of its format, and the key of its checksum."""
 NO_SETTINGS = FREE_TO_CHANGE | {"seed", "env.id", "adapter.method", "data.source", "data.seed", "data.workers"}
@@ -190,14 +193,30 @@ def read_run(folder: Path) -> tuple[Run, list[Problem]]:
         return read_record(folder), []
     config = read_config(folder / CONFIG_FILE)
     rows, damaged_rows = _rows(folder)
-    if not (folder / SUMMARY_FILE).exists():
+    path = folder / SUMMARY_FILE
+    if not path.exists():
         last = int(rows[-1]["step"]) if rows else 0
         raise UnfinishedError(f"no {SUMMARY_FILE}; {len(rows)} points recorded, the last at step {last}")
-    summary = clean_summary(read_json_object(folder / SUMMARY_FILE), folder / SUMMARY_FILE)
+    raw = read_json_object(path)
+    summary = clean_summary(raw, path)
+    check_seal(raw, path)
+    check_files(raw, folder, [CONFIG_FILE], path)
     goals, damaged_goals = _goals(folder, summary["env"])
     run = make_run(folder, config, summary, goals, rows, _versions(folder))
     reasons = [reason for reason in (damaged_rows, damaged_goals) if reason]
+    reasons += _changed(raw, folder, [name for name in READ_IN_PART if name not in " ".join(reasons)])
     return run, [Problem(folder, "in part", reason) for reason in reasons]
+
+
+def _changed(raw: Mapping[str, Any], folder: Path, names: Sequence[str]) -> list[str]:
+    """Which files are not those that the run ended with: their numbers count, and whoever reads the report knows."""
+    reasons = []
+    for name in names:
+        try:
+            check_files(raw, folder, [name], folder / SUMMARY_FILE)
+        except (UserError, OSError):
+            reasons.append(f"{name} was changed or lost after the run ended")
+    return reasons
 
 
 def make_run(
@@ -289,7 +308,7 @@ def _goals(folder: Path, task: str) -> tuple[dict[int, Row], str]:
 
 def _versions(folder: Path) -> dict[str, str]:
     try:
-        found = read_json_object(folder / "versions.json")
+        found = read_json_object(folder / VERSIONS_FILE)
     except UserError:  # written since 0.1.0; a run without it counts
         return {}
     return {str(key): one_line(value) for key, value in found.items() if isinstance(value, str)}

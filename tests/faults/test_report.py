@@ -17,13 +17,14 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
+from eva_rl.adapters.markdown import markdown_text
 from eva_rl.benchmark.records import write_record
 from eva_rl.errors import UserError
 from eva_rl.report import command as report
-from eva_rl.report.page import markdown_text
 from eva_rl.report.reading import MOST_CHARACTERS
 from eva_rl.report.runs import find_runs, read_record, read_runs
 from eva_rl.report.tables import csv_cell, write_csv
+from tests.conftest import unseal
 from tests.report.making_runs import make_run
 
 FILES = ("config.yaml", "summary.json", "evaluation.json", "metrics.jsonl", "versions.json")
@@ -35,10 +36,12 @@ VALUES: tuple[Any, ...] = (
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As runs were before their summaries held digests: everything is left to the other checks."""
     root = tmp_path_factory.mktemp("runs")
     for method in ("eva", "lora"):
         for seed in range(2):
             make_run(root / f"{method}-{seed}", "reach-v3", [True, seed == 0], f"adapter={method}", f"seed={seed}")
+            unseal(root / f"{method}-{seed}" / "summary.json")
     return root
 
 
@@ -122,6 +125,27 @@ def test_hostile_names_are_text_everywhere(names: list[str], runs: Path, tmp_pat
     tables = [line for line in (out / "report.md").read_text().splitlines() if line.startswith("|")]
     assert max(len(cell) for line in tables for cell in line.split("|")) < 4 * MOST_CHARACTERS
     assert "<b>" not in (out / "report.html").read_text()
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "summary.json", "evaluation.json", "metrics.jsonl"])
+@pytest.mark.parametrize("seed", range(8))
+def test_no_number_of_a_finished_run_changes_silently(name: str, seed: int, tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", "reach-v3", [True, False], "adapter=eva")
+    (sound, *_), _ = read_runs([folder])
+    path, rng = folder / name, np.random.default_rng([seed, len(name)])
+    text = bytearray(path.read_bytes())
+    digits = [index for index, byte in enumerate(text) if chr(byte).isdigit()]
+    place = digits[int(rng.integers(len(digits)))]
+    text[place] = ord("0") + (text[place] - ord("0") + int(rng.integers(1, 10))) % 10
+    path.write_bytes(text)
+    found, problems = read_runs([folder])
+    assert [problem.kind for problem in problems] == [
+        "damaged" if name in {"config.yaml", "summary.json"} else "in part"
+    ]
+    assert len(found) == (problems[0].kind == "in part")
+    assert name in problems[0].reason
+    if found:
+        assert found[0].summary == sound.summary
 
 
 @pytest.mark.parametrize("kind", ["pipe", "folder", "link"])

@@ -24,6 +24,7 @@ from eva_rl.report.figures import aggregate_figure, task_figure
 from eva_rl.report.methods import group_tasks
 from eva_rl.report.runs import Run, find_runs, read_runs
 from eva_rl.report.warnings import warnings_of
+from tests.conftest import unseal
 from tests.report.making_runs import make_run, make_study
 
 QUICK = Resampling(200)
@@ -201,6 +202,7 @@ def test_the_red_line_gives_its_reason(tmp_path: Path) -> None:
 def test_the_first_lines_name_the_conditions(tmp_path: Path) -> None:
     make_run(tmp_path / "a", "reach-v3", [True, False])
     path = tmp_path / "a" / "summary.json"
+    unseal(path)
     known = {"updates": 200, "data": {"episodes": 25, "source": "expert"}}
     path.write_text(json.dumps(json.loads(path.read_text()) | known))
     (tmp_path / "a" / "versions.json").write_text(json.dumps({"torch": "2.13.0", "machine": "x86_64, 2 CPUs"}))
