@@ -98,10 +98,10 @@ METHODS = {
         Method("eva", "LoRA along the principal directions of the policy's own activations", EVA, eva=True),
         Method("lora", "low-rank updates from a random start", LORA),
         Method("dora", "LoRA with a trained magnitude per output", DORA, dora=True),
-        Method("rslora", "LoRA scaled by the square root of the rank", RSLORA, rslora=True, learning_rate=2e-3),
+        Method("rslora", "LoRA scaled by the square root of the rank", RSLORA, rslora=True, learning_rate=3e-3),
         Method("eva_dora", "DoRA along EVA's directions", f"{EVA}; {DORA}", eva=True, dora=True),
         Method(
-            "eva_rslora", "rsLoRA along EVA's directions", f"{EVA}; {RSLORA}", eva=True, rslora=True, learning_rate=2e-3
+            "eva_rslora", "rsLoRA along EVA's directions", f"{EVA}; {RSLORA}", eva=True, rslora=True, learning_rate=3e-3
         ),
         Method(
             "adalora",
@@ -123,7 +123,7 @@ METHODS = {
             "the weights' own leading singular triplets, taken out and trained",
             PISSA,
             init="pissa",
-            learning_rate=2e-3,
+            learning_rate=1e-3,
         ),
         Method(
             "olora",
@@ -140,22 +140,28 @@ METHODS = {
             "the part of the weights that acts most on the task's inputs, taken out and trained",
             CORDA,
             init="corda",
-            learning_rate=2e-3,
+            learning_rate=1e-3,
         ),
         Method(
             "lora_ga",
             "the leading directions of the loss's gradient, taken out and trained",
             LORA_GA,
             init="lora_ga",
-            learning_rate=2e-3,
+            learning_rate=3e-3,
         ),
-        Method("mica", "A alone, read out along the weights' minor left singular vectors", MICA, init="mica"),
+        Method(
+            "mica",
+            "A alone, read out along the weights' minor left singular vectors",
+            MICA,
+            init="mica",
+            learning_rate=3e-2,
+        ),
         Method("lora_plus", "LoRA whose B learns 16 times as fast as its A", LORA_PLUS, plus=True, learning_rate=1e-3),
         Method("milora", "the weights' own minor singular triplets, taken out and trained", MILORA, start="milora"),
         Method("lora_one", "LoRA from a first step along the loss's gradient", LORA_ONE, start="lora_one"),
-        Method("miss", "one small matrix for all shards of a layer's inputs", MISS, miss=True),
+        Method("miss", "one small matrix for all shards of a layer's inputs", MISS, miss=True, learning_rate=3e-3),
         Method("full", "every weight of the policy", "", adapter=False, learning_rate=5e-4),
-        Method("head", "the action head alone", "", adapter=False),
+        Method("head", "the action head alone", "", adapter=False, learning_rate=1e-2),
     )
 }
 
