@@ -136,12 +136,14 @@ def report(config: ReportConfig) -> None:
             rows = [row for analysis in groups for row in records(analysis)]
             for analysis in groups:
                 rows += verdict_records(analysis.group, config.endpoint, config.margin)
+                for further in [name for name in ENDPOINTS if name != config.endpoint]:
+                    rows += verdict_records(analysis.group, further, None)
             write_csv(folder / CSV, CSV_COLUMNS, rows)
             write_csv(folder / RUNS_CSV, RUN_COLUMNS, [row for analysis in groups for row in run_records(analysis)])
             write_csv(folder / CURVES_CSV, CURVE_COLUMNS, list(curve_records(groups, curves)))
 
         write_folder(out, fill)
-    show(out, groups, problems)
+    show(out, groups, problems, config)
 
 
 def read_places(places: Sequence[str]) -> tuple[list[Run], list[Problem]]:
@@ -239,7 +241,7 @@ def sections_of(
     found = [
         Section(
             analysis.group.title.capitalize(),
-            warnings=warnings_of(analysis, problems),
+            warnings=warnings_of(analysis, problems, config.endpoint, config.margin),
             tables=[aggregate_table(analysis)] if compared else [],
             pictures=summary,
         ),
@@ -314,12 +316,12 @@ def verdict_tables(group: TaskGroup, endpoint: str, margin: float | None) -> lis
     return [verdict_table(found, name, used, name == endpoint) for found, name, used in tables if found]
 
 
-def show(out: Path, groups: Sequence[Analysis], problems: Sequence[Problem]) -> None:
+def show(out: Path, groups: Sequence[Analysis], problems: Sequence[Problem], config: ReportConfig) -> None:
     """The tables at the end, and where everything lies."""
     for analysis in groups:
         table = aggregate_table(analysis) if analysis.aggregates else task_table(analysis)
         console.print(terminal_table(table))
-        for warning in warnings_of(analysis, problems):
+        for warning in warnings_of(analysis, problems, config.endpoint, config.margin):
             colour = "bold red" if warning.severe else "yellow"
             console.print(
                 f"[{colour}]{'Warning' if warning.severe else 'Note'}:[/] {escape(warning.text)}", soft_wrap=True

@@ -94,8 +94,9 @@ def comparison_table(analysis: Analysis) -> Table:
         "Which method is better?",
         [*columns, "goals", "p over goals", "significant"],
         rows,
-        "p over runs: paired permutation test over seeds and tasks, about the methods; corrected by Holm's method for "
-        "the number of pairs. p over goals: about these trained policies alone, on the same goals.",
+        "By the score after the last update. p over runs: paired permutation test over seeds and tasks, about the "
+        "methods; corrected by Holm's method for the number of pairs. p over goals: about these trained policies "
+        "alone, on the same goals.",
     )
 
 

@@ -18,6 +18,9 @@ LEVEL = 0.05
 SOLVED = 0.9
 FINAL, AREA, UPDATES_TO_90, CLONING_LOSS = "final", "area", "updates_to_90", "cloning_loss"
 
+EQUIVALENT, UNDECIDED = "equivalent", "undecided"
+"""Verdicts that name no better method."""
+
 
 def held_out(run: Run, key: str) -> Floats:
     """Held-out evaluations of a run, (N, 2): steps and scores, one a step, in order."""
@@ -165,4 +168,4 @@ def _in_words(first: str, second: str, better: float, superior: float, same: flo
     winner = f"{first if better > 0 else second} better"
     if superior < LEVEL:
         return f"{winner}, by less than the margin" if same < LEVEL else winner
-    return "equivalent" if same < LEVEL else "undecided"
+    return EQUIVALENT if same < LEVEL else UNDECIDED

@@ -12,6 +12,7 @@ from eva_rl.errors import counted
 from eva_rl.report.comparison import LEVEL, Analysis, overlapping
 from eva_rl.report.methods import RANK, TaskGroup, differing_settings
 from eva_rl.report.runs import Problem
+from eva_rl.report.verdicts import ENDPOINTS, EQUIVALENT, FINAL, UNDECIDED, Verdict, verdicts
 
 FEW_RUNS, FEW_EPISODES = 5, 50
 CEILING, FLOOR = 0.95, 0.05
@@ -30,11 +31,20 @@ class ReportWarning:
     severe: bool = False
 
 
-def warnings_of(analysis: Analysis, problems: Sequence[Problem]) -> list[ReportWarning]:
-    """All warnings about a group of tasks, the severe ones first."""
+def warnings_of(
+    analysis: Analysis, problems: Sequence[Problem], endpoint: str = FINAL, margin: float | None = None
+) -> list[ReportWarning]:
+    """All warnings about a group of tasks, the severe ones first.
+
+    Args:
+        analysis: The group.
+        problems: Runs that do not count.
+        endpoint: What methods are compared by.
+        margin: Difference below which methods count as equivalent.
+    """
     group = analysis.group
     found = [
-        *_verdict(analysis),
+        *_verdict(analysis, endpoint, margin),
         *_few(group),
         *_uninformative(analysis),
         *_unequal(group),
@@ -47,35 +57,44 @@ def warnings_of(analysis: Analysis, problems: Sequence[Problem]) -> list[ReportW
     return sorted(found, key=lambda warning: not warning.severe)
 
 
-def _verdict(analysis: Analysis) -> Iterator[ReportWarning]:
-    group, comparisons = analysis.group, analysis.comparisons
+def _verdict(analysis: Analysis, endpoint: str, margin: float | None) -> Iterator[ReportWarning]:
+    group = analysis.group
     if len(group.methods) < 2:
         yield ReportWarning("There is only one method: nothing is compared.")
     elif not group.tasks:
         yield ReportWarning("The methods have no task in common: they cannot be compared.", severe=True)
     else:
-        significant = [c for c in comparisons if c.significant]
-        if not significant:
-            text = "No two methods differ significantly. Do not pick a winner from the tables."
-            yield ReportWarning(f"{text} {_reason(analysis)}", severe=True)
-        elif len(significant) < len(comparisons):
-            others = [f"{c.first} and {c.second}" for c in comparisons if not c.significant]
-            yield ReportWarning(f"No significant difference between: {_listed(others)}.", severe=True)
+        yield from _undecided(analysis, verdicts(group, endpoint, margin), endpoint)
         yield from _overlap(analysis)
 
 
-def _reason(analysis: Analysis) -> str:
+def _undecided(analysis: Analysis, found: Sequence[Verdict], endpoint: str) -> Iterator[ReportWarning]:
+    """The pairs of which the endpoint says nothing; those that the verdicts call equivalent are not among them."""
+    by = "" if endpoint == FINAL else f" by {ENDPOINTS[endpoint].title}"
+    undecided = [v for v in found if v.text == UNDECIDED]
+    if not found:
+        yield ReportWarning(f"No two runs of one task and seed tell of the {ENDPOINTS[endpoint].title}.", severe=True)
+    elif len(undecided) == len(found):
+        text = f"No two methods differ significantly{by}. Do not pick a winner from the tables."
+        yield ReportWarning(f"{text} {_reason(analysis, found)}", severe=True)
+    elif undecided:
+        others = _listed([f"{v.first} and {v.second}" for v in undecided])
+        yield ReportWarning(f"No significant difference{by} between: {others}.", severe=True)
+    if same := [f"{v.first} and {v.second}" for v in found if v.text == EQUIVALENT]:
+        yield ReportWarning(f"Equivalent{by}, within the margin: {_listed(same)}.")
+
+
+def _reason(analysis: Analysis, found: Sequence[Verdict]) -> str:
     """Why nothing is significant though intervals may lie apart."""
-    comparisons = analysis.comparisons
-    best, pairs = min(comparisons, key=lambda c: c.p_corrected), max(c.pairs for c in comparisons)
-    least = min(1.0, len(comparisons) * 2 / 2**pairs)
+    best, pairs = min(found, key=lambda v: v.corrected[0]), max(v.pairs for v in found)
+    least = min(1.0, len(found) * 2 / 2**pairs)
     if least >= LEVEL:
         return (
             f"The reason: with {pairs} pairs of runs a permutation test cannot give a corrected p value below "
             f"{least:.2g}, whatever the intervals look like. Add seeds or tasks."
         )
     apart = " Intervals of single methods ignore the pairs and the number of comparisons." if _apart(analysis) else ""
-    return f"The smallest corrected p value is {best.p_corrected:.2g} ({best.first} and {best.second}).{apart}"
+    return f"The smallest corrected p value is {best.corrected[0]:.2g} ({best.first} and {best.second}).{apart}"
 
 
 def _apart(analysis: Analysis) -> bool:

@@ -164,7 +164,7 @@ def test_ranks_and_settings_are_rows_of_their_own(tmp_path: Path) -> None:
     found = analyse(group, QUICK)
     assert float(found.aggregates["eva (rank=4)"]["mean"].value) == 0.25  # not the best of both
     text = texts(read(tmp_path))
-    assert "algo.learning_rate: 0.001, 0.01" in text
+    assert "algo.learning_rate: 0.005, 0.01" in text
     assert "Ranks differ" in text
 
 

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 from scipy import stats as scipy
 
+from eva_rl.report.comparison import Resampling, analyse
 from eva_rl.report.methods import Method, TaskGroup
 from eva_rl.report.runs import Run
 from eva_rl.report.verdicts import area, held_out, updates_to_90, verdicts
+from eva_rl.report.warnings import warnings_of
 
 KEY = "success_rate"
 
@@ -72,6 +74,39 @@ def test_less_is_better_where_it_is() -> None:
     (found,) = verdicts(TaskGroup("success rate", KEY, ["t"], [], methods), "updates_to_90")
     assert found.text == "fast better"
     assert not verdicts(TaskGroup("success rate", KEY, ["t"], [], methods), "cloning_loss")
+
+
+def curves_of_two(final: dict[str, float], early: dict[str, float]) -> TaskGroup:
+    """Eight seeds: success after 10 updates and after 80."""
+    rng, methods = np.random.default_rng(0), []
+    for m, end in final.items():
+        scores = [(early[m] + n, end + n) for n in rng.uniform(0, 0.01, 8)]
+        runs = [run(m, "t", seed, {0: 0.0, 10: first, 80: last}) for seed, (first, last) in enumerate(scores)]
+        methods.append(Method(m, m, {}, {"t": runs}))
+    return TaskGroup("success rate", KEY, ["t"], [], methods)
+
+
+def told(group: TaskGroup, endpoint: str, margin: float | None = None) -> str:
+    analysis = analyse(group, Resampling(replicates=20))
+    return " ".join(w.text for w in warnings_of(analysis, [], endpoint, margin))
+
+
+def test_the_red_line_is_about_the_endpoint() -> None:
+    """Equal at the end, and apart on the way: the line once spoke of the end whatever was asked."""
+    faster = curves_of_two({"a": 0.8, "b": 0.8}, {"a": 0.7, "b": 0.2})
+    assert "No two methods differ significantly." in told(faster, "final")
+    assert "differ significantly" not in told(faster, "area")
+    better = curves_of_two({"a": 0.8, "b": 0.5}, {"a": 0.2, "b": 0.5})
+    assert "differ significantly" not in told(better, "final")
+    assert "tell of the cloning loss" in told(better, "cloning_loss")
+
+
+def test_equivalent_methods_are_no_undecided_ones() -> None:
+    same = curves_of_two({"a": 0.8, "b": 0.8}, {"a": 0.2, "b": 0.2})
+    assert "No two methods differ significantly" in told(same, "area")
+    found = told(same, "area", margin=0.1)
+    assert "Equivalent by area under the score against updates, within the margin: a and b." in found
+    assert "differ significantly" not in found
 
 
 @pytest.mark.parametrize(
