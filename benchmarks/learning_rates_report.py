@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from eva_rl.adapters import METHODS
@@ -56,10 +57,19 @@ def at(curve: Mapping[float, float], rate: float) -> float:
 def table(found: Curves, measure: str) -> str:
     """Markdown: a row a method."""
     better = min if measure == "loss" else max
-    lines = [f"| adapter | best rate | {measure} there | rate of `auto` | {measure} there |", "|---|---|---|---|---|"]
+    heads = [
+        "adapter",
+        "best rate of the sweep",
+        f"{measure} there",
+        "rate of `auto`",
+        f"{measure} there",
+        "`auto` / best",
+    ]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for method, curve in found.items():
         best, own = better(curve, key=curve.__getitem__), METHODS[method].learning_rate
-        lines.append(f"| `{method}` | {best:g} | {curve[best]:.2f} | {own:g} | {at(curve, own):.2f} |")
+        shown = f"{best:g} | {curve[best]:.2f} | {own:g} | {at(curve, own):.2f} | {at(curve, own) / curve[best]:.2f}"
+        lines.append(f"| `{method}` | {shown} |")
     return "\n".join(lines)
 
 
@@ -67,6 +77,7 @@ def draw(found: Curves, measure: str) -> Figure:
     """The curves, with the rule's rate of each method marked."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
+    axes.set_prop_cycle(color=colormaps["tab20"].resampled(20)(range(20)))
     for method, curve in found.items():
         (line,) = axes.plot(list(curve), list(curve.values()), marker="o", ms=3, label=method)
         own = METHODS[method].learning_rate
