@@ -165,7 +165,7 @@ def test_what_does_not_fit_is_refused(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("algo", ["bc_then_odt", "odt_td3", "sac"])
+@pytest.mark.parametrize("algo", ["bc_then_odt", "bc_then_residual", "odt_td3", "sac"])
 def test_a_killed_run_goes_on(algo: str, policy_folder: Path, tmp_path: Path) -> None:
     """Killed with SIGKILL after its first checkpoint, it ends with the weights of one that was left alone."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"

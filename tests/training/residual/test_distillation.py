@@ -1,0 +1,99 @@
+"""Back into one network: what is kept of an env step, what is cloned, and that the clone does what it was shown."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from eva_rl.data import Episode
+from eva_rl.training.bc import train_bc
+from eva_rl.training.online import train_online
+from eva_rl.training.options import DistillOptions, ResidualOptions
+from eva_rl.training.residual.actor import frozen_copy
+from eva_rl.training.residual.distillation import LabelledWindows, roll_out
+from eva_rl.training.residual.learner import ResidualLearner
+from eva_rl.training.residual.playback import FEATURES, PROPOSALS, played_through, until_success
+from tests.training.problems import LinearQuadratic, make_learner, make_task
+from tests.training.residual.test_learner import QUICK
+
+
+def taught() -> tuple[ResidualLearner, list[Episode]]:
+    """A learner whose residual is 0.4 everywhere, and episodes in which it acted with noise."""
+    learner = ResidualLearner(make_learner(), ResidualOptions(**QUICK | {"learning_starts": 10**6, "env_steps": 160}))
+    with torch.no_grad():
+        for actor in (learner.actor, learner.target_actor):
+            actor.head.bias.fill_(float(np.arctanh(0.4)))
+    replay = learner.new_replay(1000)
+    train_online(learner, replay, make_task(LinearQuadratic), log=lambda *_: None)
+    return learner, list(replay.episodes())
+
+
+def test_what_is_played_again_computes_what_it_computed_before() -> None:
+    learner, episodes = taught()
+    assert len(episodes) == 16
+    again = played_through(learner.policy, "problem", [replace(episode, extras={}) for episode in episodes])
+    for before, after in zip(episodes, again, strict=True):
+        for name in (FEATURES, PROPOSALS):
+            np.testing.assert_allclose(after.extras[name], before.extras[name], atol=1e-4)
+        assert np.abs(np.diff(after.extras[FEATURES], axis=0)).max() > 1e-3  # they do differ from step to step
+
+
+def test_windows_hold_what_the_residual_policy_would_do() -> None:
+    learner, episodes = taught()
+    windows = LabelledWindows(learner.acting, "problem", 4, seed=0)
+    windows.add(episodes)
+    batch = windows.sample(64, step=3)
+    assert batch.target_actions is not None
+    assert batch.attention_mask is not None
+    newest = batch.target_actions[:, -1, 0]
+    everything = np.concatenate([e.extras[PROPOSALS][:, 0] for e in episodes])
+    expected = np.clip(everything + 0.4, -1, 1)
+    assert np.isin(newest.numpy().round(4), expected.round(4)).all()
+    # asked for 1 at first, and rewards are negative: more and more is to come
+    rewards = np.concatenate([[0.0], np.cumsum(episodes[0].rewards)])[:-1]
+    np.testing.assert_allclose(windows._episodes[0].returns_to_go, 1 - rewards, atol=1e-5)
+    assert torch.equal(windows.sample(64, step=3).observations, batch.observations)
+
+
+def test_the_clone_does_what_the_residual_policy_does() -> None:
+    """Also in the env steps that it reaches itself."""
+    learner, episodes = taught()
+    student = frozen_copy(learner.policy)
+    student.network.requires_grad_(True)
+    windows = LabelledWindows(learner.acting, "problem", 4, seed=0)
+    windows.add(episodes)
+    options = DistillOptions(updates=150, learning_rate=1e-2, warmup_steps=5)
+    task = make_task(LinearQuadratic)
+
+    def error() -> float:
+        own = LabelledWindows(learner.acting, "problem", 4, seed=1)
+        own.add(roll_out(student, task, 160))
+        found = [episode.target_actions - episode.actions for episode in own._episodes]
+        return float(np.abs(np.concatenate(found)).mean())
+
+    before = error()
+    train_bc(student, windows, options, log=lambda *_: None)
+    windows.add(roll_out(student, task, 160))
+    train_bc(student, windows, options, log=lambda *_: None)
+    assert before > 0.3
+    assert error() < 0.05
+
+
+def test_a_demonstration_ends_at_its_first_success() -> None:
+    steps = np.arange(5, dtype=np.float32)
+    whole = Episode(
+        observations=np.arange(12, dtype=np.float32).reshape(6, 2),
+        actions=steps[:, None],
+        rewards=steps,
+        terminations=np.zeros(5, bool),
+        truncations=steps == 4,
+        successes=steps >= 2,
+    )
+    cut = until_success(whole)
+    assert cut.rewards.tolist() == [0, 1, 2]
+    assert cut.terminations.tolist() == [False, False, True]
+    assert not cut.truncations.any()
+    assert cut.observations.shape == (4, 2)
+    assert until_success(replace(whole, successes=np.zeros(5, bool))).rewards.tolist() == [0, 1, 2, 3, 4]
