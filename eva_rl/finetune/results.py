@@ -19,6 +19,7 @@ from eva_rl.cli.run_dir import flat_hyperparameters, write_summary
 from eva_rl.configs.algorithms import BCAlgo, OnlineAlgo
 from eva_rl.configs.finetune import FinetuneConfig
 from eva_rl.data import Trajectories
+from eva_rl.errors import counted
 from eva_rl.eva import EvaResult
 from eva_rl.files import write_json
 from eva_rl.finetune.adapter import activation_source
@@ -246,7 +247,8 @@ def warn_of_worse_data(data: Trajectories | None, before: EvaluationResult) -> N
 def show(run_dir: Path, summary: dict[str, Any], evaluations: Mapping[str, EvaluationResult]) -> None:
     """The table at the end, with a column for each evaluation."""
     after = evaluations["after"]
-    table = Table(title=f"{summary['env']}, {summary['method']}: {len(after.episodes)} held-out episodes")
+    episodes = counted(len(after.episodes), "held-out episode")
+    table = Table(title=f"{summary['env']}, {summary['method']}: {episodes}")
     for column in ("", *evaluations):
         table.add_column(column)
     if after.reports_success:

@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 
-from eva_rl import collect, evaluate, export, pretrain
+from eva_rl import collect, datasets, doctor, evaluate, export, pretrain
 from eva_rl.cli.parsing import parse
+from eva_rl.data import Trajectories, write_episodes
+from eva_rl.finetune import command as finetune
 from eva_rl.rollouts.experts import collect_expert  # noqa: F401 - imported before reading is recorded
 
 AT_ONCE = {"env.reward", "env.kwargs", "env.goal"}
@@ -53,9 +55,15 @@ def keys(config: Any) -> set[str]:
 
 
 COLLECTED = ["env=reach-v3", "env.horizon=20", "data.episodes=2", "data.only_successes=false", "data.workers=1"]
+RUN = ["run_dir=run", "threads=1"]
 SMALL = ["algo.updates=2", "algo.batch_size=2", "size.hidden_size=16", "size.num_layers=1", "size.num_heads=2"]
 UNREAD = {"resume", "algo.name", "algo.final_learning_rate", "size.name", "data.allow_pickle", "data.skip_damaged"}
 """Of pretraining: read for an unfinished run, a named size, the end of a longer training, and data from files."""
+ROLLOUTS = {"adapter.eva.rollout_envs", "adapter.eva.rollout_steps"}
+OF_A_COPY = {f"data.{name}" for name in ("episodes", "seed", "workers", "only_successes", "top", "first", "max_return")}
+"""Read where ``data=auto`` has been replaced by what it stands for."""
+FINETUNE_UNREAD = UNREAD - {"size.name", "algo.name"} | ROLLOUTS | OF_A_COPY | {"eval.quick_episodes"}
+"""Of fine-tuning by cloning: read by EVA from rollouts, by a longer training, for an unfinished run, and of a copy."""
 COMMANDS: dict[str, tuple[Any, list[str], set[str]]] = {
     "evaluate": (evaluate.evaluate, ["env=reach-v3", "env.horizon=12", "eval.episodes=1", "targets=[100,200]"], set()),
     "export": (export.export, ["out=exported"], {"private"}),
@@ -64,19 +72,34 @@ COMMANDS: dict[str, tuple[Any, list[str], set[str]]] = {
         ["env=reach-v3", "env.horizon=20", "episodes=2", "only_successes=false", "workers=1", "out=x.h5"],
         {"expert.steps", "expert.until"},
     ),
-    "pretrain": (pretrain.pretrain, [*COLLECTED, *SMALL, "run_dir=run", "threads=1"], UNREAD),
+    "doctor": (doctor.doctor, ["seconds=0.05"], set()),
+    "datasets": (datasets.run, ["action=filter", "data=reach.h5", "data.first=1", "out=kept.h5"], set()),
+    "finetune": (
+        finetune.finetune,
+        [*COLLECTED, *SMALL[:2], "eval.episodes=1", "run_dir=run", "threads=1"],
+        FINETUNE_UNREAD,
+    ),
+    "pretrain": (pretrain.pretrain, [*COLLECTED, *SMALL, *RUN], UNREAD),
 }
 """What runs each command, on what, and the keys that only another choice reads."""
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_every_key_is_read(name: str, policy_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_key_is_read(
+    name: str,
+    policy_folder: Path,
+    reach_demonstrations: Trajectories,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.chdir(tmp_path)
+    write_episodes(tmp_path / "reach.h5", reach_demonstrations)
     run, words, elsewhere = COMMANDS[name]
-    config = parse(name, words + [f"policy={policy_folder}"] * (name in {"evaluate", "export"}))
+    config = parse(name, words + [f"policy={policy_folder}"] * (name in {"evaluate", "export", "finetune"}))
     read = record(config, monkeypatch)
     run(config)
-    assert keys(config) - read - AT_ONCE <= elsewhere
+    unread = keys(config) - read - AT_ONCE - elsewhere
+    assert not unread, " ".join(sorted(unread))
 
 
 def test_evaluate_shows_nothing_of_training() -> None:
