@@ -19,7 +19,7 @@ from torch import Tensor
 
 import eva_rl
 from eva_rl.adapters import PROJECTIONS, Rollouts, compute_eva, input_moments, target_layers
-from eva_rl.adapters.choosing import captured_variance
+from eva_rl.adapters.eva_init import captured_variance
 from eva_rl.agents import DecisionTransformerPolicy
 from eva_rl.data import WindowSampler
 from eva_rl.envs import METAWORLD_TASKS, make_vec_env

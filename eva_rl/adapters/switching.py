@@ -189,7 +189,7 @@ class Adapters:
         Raises:
             UserError: There is no adapter, or they have no low-rank layer in common.
         """
-        from eva_rl.adapters.choosing import captured_variance, comparable_directions, start_moments
+        from eva_rl.adapters.eva_init import captured_variance, comparable_directions, start_moments
 
         if self._model is None:
             raise UserError("The policy has no adapter to choose from. Load some: load_policy(base, adapters={...}).")
