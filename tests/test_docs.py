@@ -162,6 +162,7 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.long  # about forty commands of 10 to 20 s each
 @pytest.mark.parametrize("command", documented_commands())
 def test_documented_commands_run(
     command: str, finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
