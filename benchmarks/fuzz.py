@@ -31,13 +31,14 @@ from typing import Any
 
 import fuzz_formats
 import fuzz_policies
+import fuzz_runs
 import h5py
 import numpy as np
 from fuzz_formats import Format
 
 from eva_rl.errors import UserError
 
-FORMATS = fuzz_formats.FORMATS | fuzz_policies.FORMATS
+FORMATS = fuzz_formats.FORMATS | fuzz_policies.FORMATS | fuzz_runs.FORMATS
 
 SECONDS, MEMORY = 30, 12 << 30
 OUTCOMES = ("equal", "refused", "different", "traceback", "hang", "crash")

@@ -30,7 +30,7 @@ from eva_rl.files import (
     write_file,
     write_json,
 )
-from eva_rl.schema import Record
+from eva_rl.schema import Integer, Record, Text
 
 CONFIG_FILE, SUMMARY_FILE, VERSIONS_FILE = "config.yaml", "summary.json", "versions.json"
 SEALED_FILES = (CONFIG_FILE, VERSIONS_FILE, "metrics.jsonl", "evaluation.json", "eva_report.json")
@@ -196,7 +196,7 @@ def read_summary(run_dir: Path) -> dict[str, Any]:
         UserError: It is missing, or was changed or damaged.
     """
     path = run_dir / SUMMARY_FILE
-    found = read_json(path, Record({}, others=True))
+    found = read_json(path, Record({"env": Text(), "method": Text(), "seed": Integer()}, others=True))
     check_seal(found, path)
     return {key: value for key, value in found.items() if key not in {FILES, SEAL}}
 
