@@ -35,7 +35,7 @@ def test_budgets_are_the_ends_of_shorter_looks_at_the_same_run(policy_folder: Pa
     plain = run(policy_folder, tmp_path / "plain", "adapter=eva", "algo.updates=6")
     for key in ("eval/mean_reward", "eval/success_rate", "eval_before/mean_reward"):
         assert one[key] == plain[key]
-    assert list(one["eval_at"]) == ["2", "4"]
+    assert list(one["eval_at"]) == ["2", "4", "6"]
     curve = rows(tmp_path / "one")
     assert sorted(curve) == [0, 2, 4, 6]
     assert curve[2]["eval/mean_reward"] == one["eval_at"]["2"]["eval/mean_reward"] != curve[6]["eval/mean_reward"]

@@ -158,7 +158,7 @@ def test_no_layer_is_dropped_or_added_by_its_name(adapters: dict[str, Path], tmp
                 load_policy(adapters["base"], adapters={"bad": folder})
 
 
-@pytest.mark.parametrize("kind", [*sorted(set(PeftType) - {"LORA", "ADALORA"}), "", None, 3, "lora"])
+@pytest.mark.parametrize("kind", [*sorted(set(PeftType) - {"LORA", "ADALORA", "MISS"}), "", None, 3, "lora"])
 def test_other_types_of_adapters_are_refused(adapters: dict[str, Path], tmp_path: Path, kind: Any) -> None:
     folder = changed_files(adapters["lora"], tmp_path / "bad", config=lambda c: c.update(peft_type=kind))
     with pytest.raises(UserError, match=r"peft_type is .*expected 'LORA' or 'ADALORA'"):
