@@ -63,7 +63,7 @@ def overview_figure(rows: Sequence[Mapping[str, Any]]) -> Figure | None:
         left.set_ylim(-0.03, 1.03)
     if losses:
         right.plot(*zip(*losses, strict=True), color="C2")
-        right.set(xlabel="step", title="Loss (of single batches)", yscale="log")
+        right.set(xlabel="step", title="Training loss", yscale="log")
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.margins(x=0.04)

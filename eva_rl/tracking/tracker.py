@@ -235,6 +235,9 @@ class NullTracker(Tracker):
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Do nothing."""
 
+    def log_once(self, metrics: Mapping[str, float], step: int) -> None:
+        """Do nothing."""
+
     def figure(self, tag: str, figure: Figure, step: int) -> None:
         """Do nothing."""
 

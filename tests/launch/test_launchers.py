@@ -163,6 +163,7 @@ def test_ray_on_this_machine(tmp_path: Path) -> None:
         wait_for(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
         running.stop()
         wait_for(lambda: not alive(int((tmp_path / "pid").read_text())))
+        wait_for(lambda: running.poll() is not None)
         assert running.poll() == 1
     finally:
         launcher.close()

@@ -19,7 +19,7 @@ from eva_rl.rollouts.video import write_video
 from eva_rl.tracking import Resume, Tracker, check_trackers
 from eva_rl.tracking.figures import overview_figure, pixels, rank_figure, spectrum_figure
 from eva_rl.tracking.layers import layer_norms, short_name
-from eva_rl.tracking.tracker import read_metrics
+from eva_rl.tracking.tracker import NullTracker, open_tracker, read_metrics
 
 
 def scalars(run_dir: Path, tag: str) -> list[tuple[int, float]]:
@@ -226,3 +226,12 @@ def test_a_finished_run_gets_an_overview(tmp_path: Path) -> None:
     }  # fmt: skip
     assert list(loss.lines[0].get_ydata()) == [0.5, 0.1]
     assert overview_figure([{"step": 1, "train/loss": 1.0}]) is None
+
+
+def test_what_does_not_write_takes_every_call(tmp_path: Path) -> None:
+    """Other processes than the first get it; a method that it inherited would look for a file."""
+    own = {name for name, member in vars(Tracker).items() if callable(member) and not name.startswith("_")}
+    assert own <= set(vars(NullTracker)), "each public method is overridden"
+    with open_tracker(tmp_path / "run", None, writes=False) as tracker:
+        tracker.log_once({"train/loss": 1.0}, 3)
+    assert not (tmp_path / "run").exists()
