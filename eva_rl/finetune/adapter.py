@@ -93,8 +93,8 @@ def attach(
     """
     options, method = config.adapter, find_method(config.adapter.method)
     found = find_eva(lambda: _compute_eva(policy, sampler, config)) if method.needs == DIRECTIONS else None
-    moments = None if found is None else found.moments
-    moments = _input_moments(policy, sampler, config) if moments is None else moments
+    moments = {} if found is None else found.moments  # which a pass that another run made does not hold
+    moments = moments or _input_moments(policy, sampler, config)
     adapter = attach_adapter(
         policy,
         options.method,

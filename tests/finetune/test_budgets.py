@@ -39,6 +39,7 @@ def test_budgets_are_the_ends_of_shorter_looks_at_the_same_run(policy_folder: Pa
     curve = rows(tmp_path / "one")
     assert sorted(curve) == [0, 2, 4, 6]
     assert curve[2]["eval/mean_reward"] == one["eval_at"]["2"]["eval/mean_reward"] != curve[6]["eval/mean_reward"]
+    assert one["eva/gain"] > 0, "measured, though the pass is read from a file"
     losses = [curve[step]["eval/cloning_loss"] for step in (0, 2, 4, 6)]
     assert losses[-1] == one["eval/cloning_loss"]
     assert len(set(losses)) == 4
@@ -51,6 +52,15 @@ def test_budgets_are_the_ends_of_shorter_looks_at_the_same_run(policy_folder: Pa
     assert {key: again[key] for key in same} == {key: one[key] for key in same}
     made = {kind.name: [p.name for p in kind.iterdir() if p.is_dir()] for kind in (tmp_path / "shared").iterdir()}
     assert {kind: len(found) for kind, found in made.items()} == {"data": 2, "before": 1, "eva": 1}
+
+
+def test_a_shared_pass_can_be_given_another_gain(policy_folder: Path, tmp_path: Path) -> None:
+    shared = [f"shared={tmp_path / 'shared'}", "algo.updates=1"]
+    own = run(policy_folder, tmp_path / "own", "adapter=eva", *shared)["eva/gain"]
+    lora = run(policy_folder, tmp_path / "lora", "adapter=lora", *shared)["eva/gain"]
+    rescaled = run(policy_folder, tmp_path / "rescaled", "adapter=eva", "adapter.gain=lora", *shared)["eva/gain"]
+    assert rescaled == pytest.approx(lora, rel=0.5)
+    assert own > 3 * rescaled
 
 
 @pytest.mark.parametrize("at", ["[0]", "[300]"])
