@@ -24,12 +24,10 @@ from eva_rl.finetune.residual import learn_residual
 from eva_rl.finetune.session import Session
 from eva_rl.finetune.shared import shared_eva
 from eva_rl.rollouts.evaluation import EvaluationResult
-from eva_rl.seeding import ONLINE, episode_seeds
 from eva_rl.tracking import Resume, Tracker
 from eva_rl.tracking.tracker import CLONING as CLONED
 from eva_rl.training.bc import Log, train_bc
 from eva_rl.training.checkpoint import Checkpoints, load_latest_checkpoint
-from eva_rl.training.collector import TaskEnvs
 from eva_rl.training.failures import failures_kept
 from eva_rl.training.learner import Learner, step_generators
 from eva_rl.training.odt import OnlineDecisionTransformer
@@ -147,7 +145,7 @@ def clone(session: Session, adapter: AttachedAdapter, algo: BCAlgo, log: Log) ->
 
 def learn(session: Session, adapter: AttachedAdapter, algo: Replayed, tracker: Tracker) -> dict[str, float]:
     """Alternate rollouts and gradient updates."""
-    policy, spec = session.policy, session.spec
+    policy = session.policy
     if policy.network.log_std_head is not None:
         policy.network.log_std_head.requires_grad_(True)
     replay = make_replay(session, algo)
@@ -158,11 +156,11 @@ def learn(session: Session, adapter: AttachedAdapter, algo: Replayed, tracker: T
             counters = train_online(
                 algorithm,
                 replay,
-                TaskEnvs(vec_env, spec.env_id, spec.reports_success, episode_seeds(ONLINE, session.config.seed)),
+                session.online_task(vec_env),
                 log=bar.also(tracker.log),
                 evaluate=session.validate,
                 refresh=make_refresh(session, adapter, algo, algorithm, replay),
-                checkpoints=online_checkpoints(session),
+                checkpoints=session.online_checkpoints,
             )
     finally:
         close_vec_env(vec_env)
@@ -176,10 +174,9 @@ def learn_sb3(session: Session, algo: PPOAlgo | TD3Algo, tracker: Tracker) -> di
     from eva_rl.training.sb3 import make_model, train_sb3
 
     vec_env = online_envs(session, algo)
-    seed, spec = session.config.seed, session.spec
-    task = TaskEnvs(vec_env, spec.env_id, spec.reports_success, episode_seeds(ONLINE, seed))
+    task = session.online_task(vec_env)
     try:
-        model = make_model(session.policy, task, algo, seed=seed)
+        model = make_model(session.policy, task, algo, seed=session.config.seed)
         with training_progress(algo.env_steps, "env steps") as bar:
             steps = train_sb3(
                 model,
@@ -187,7 +184,7 @@ def learn_sb3(session: Session, algo: PPOAlgo | TD3Algo, tracker: Tracker) -> di
                 algo,
                 log=bar.also(tracker.log),
                 evaluate=session.validate,
-                checkpoints=online_checkpoints(session),
+                checkpoints=session.online_checkpoints,
             )
         write_file(session.run_dir / "sb3.zip", lambda aside: _save_model(model, aside))
     finally:
@@ -259,8 +256,3 @@ def online_envs(session: Session, algo: OnlineAlgo, *, stop_at_success: bool = F
         workers=algo.workers * algo.num_envs,
         stop_at_success=stop_at_success,
     )
-
-
-def online_checkpoints(session: Session) -> Checkpoints:
-    """Where the checkpoints of online learning go; the algorithm's options say how many env steps they are apart."""
-    return Checkpoints(session.checkpoint_dir / "online", seconds=session.config.checkpoint.seconds)

@@ -15,7 +15,6 @@ from eva_rl.configs.algorithms import ResidualAlgo
 from eva_rl.data.samplers import prefetching
 from eva_rl.finetune.session import Session
 from eva_rl.rollouts.evaluation import EvaluationResult
-from eva_rl.seeding import ONLINE, episode_seeds
 from eva_rl.tracking import Tracker
 from eva_rl.training.bc import Log, train_bc
 from eva_rl.training.checkpoint import Checkpoints
@@ -56,8 +55,7 @@ def learn_residual(
         tracker: The record.
         vec_env: Where both act.
     """
-    seed, spec = session.config.seed, session.spec
-    task = TaskEnvs(vec_env, spec.env_id, spec.reports_success, episode_seeds(ONLINE, seed))
+    task = session.online_task(vec_env)
     learner = make_learner(session, algo)
     replay = learner.new_replay(algo.replay_size, session.run_dir / "replay" if algo.replay_on_disk else None)
     with training_progress(algo.env_steps, "env steps") as bar:
@@ -67,12 +65,12 @@ def learn_residual(
             task,
             log=bar.also(tracker.log),
             evaluate=partial(session.validate, policy=learner.acting),
-            checkpoints=Checkpoints(session.checkpoint_dir / "online", seconds=session.config.checkpoint.seconds),
+            checkpoints=session.online_checkpoints,
         )
     session.phases.end("train")
     evaluation, _ = session.evaluate("Residual", learner.acting)
     session.phases.end("evaluate_residual")
-    windows = LabelledWindows(learner.acting, spec.env_id, learner.context_length, seed)
+    windows = LabelledWindows(learner.acting, task.env_id, learner.context_length, session.config.seed)
     windows.add(replay.episodes())
     windows.add(learner.demonstrations.episodes())
     task = replace(task, first_episode=counters.next_seed)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from stable_baselines3.common.vec_env import VecEnv
 
 from eva_rl.adapters import GRADIENTS, find_method
 from eva_rl.agents import DecisionTransformerPolicy
@@ -43,7 +44,9 @@ from eva_rl.errors import UserError
 from eva_rl.finetune.adapter import activation_source, check_adapter
 from eva_rl.finetune.locations import alone, data_folder
 from eva_rl.rollouts.evaluation import EvaluationResult, evaluate_distributed, evaluate_policy, shared_envs
-from eva_rl.seeding import MAX_SEED, VALIDATION
+from eva_rl.seeding import MAX_SEED, ONLINE, VALIDATION, episode_seeds
+from eva_rl.training.checkpoint import Checkpoints
+from eva_rl.training.collector import TaskEnvs
 from eva_rl.training.losses import clone_loss
 
 HELD_OUT_WINDOWS, HELD_OUT_BATCHES = 256, 4
@@ -92,6 +95,16 @@ class Session:
     def checkpoint_dir(self) -> Path:
         """Where checkpoints go."""
         return self.run_dir / "checkpoint"
+
+    @property
+    def online_checkpoints(self) -> Checkpoints:
+        """Where checkpoints of online learning go; the algorithm's options say how many env steps they are apart."""
+        return Checkpoints(self.checkpoint_dir / "online", seconds=self.config.checkpoint.seconds)
+
+    def online_task(self, vec_env: VecEnv) -> TaskEnvs:
+        """The task in environments to learn in, with the goals that belong to the run's seed."""
+        spec = self.spec
+        return TaskEnvs(vec_env, spec.env_id, spec.reports_success, episode_seeds(ONLINE, self.config.seed))
 
     def play(self, policy: Policy | None = None, **arguments: Any) -> EvaluationResult:
         """Evaluate the policy, or another one, on this run's task; see :func:`evaluate_policy`."""
