@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import fcntl
 import os
-import signal
-import subprocess
-import sys
 import time
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import Any, Protocol
 
-from eva_rl.launch.forked import PATIENCE_SECONDS, ForkedProcess
+from eva_rl.launch.processes import ForkedProcess, FreshProcess
 from eva_rl.options import between, one_of, option
 
 LOCAL, RAY, SLURM = LAUNCHERS = ("local", "ray", "slurm")
@@ -85,23 +81,11 @@ class Job:
                 return None
             if self.done.exists():
                 return Ended()
-            if forked:
-                return ForkedProcess(self.command, self._environment(), lock.fileno(), log.fileno())
-            return Process(self._popen(log, lock.fileno()))
+            kind = ForkedProcess if forked else FreshProcess
+            return kind(self.command, self._environment(), lock.fileno(), log.fileno())
 
     def _environment(self) -> dict[str, str]:
         return {**os.environ, **dict.fromkeys(THREAD_VARIABLES, str(self.threads))}
-
-    def _popen(self, log: IO[bytes], lock: int) -> subprocess.Popen[bytes]:
-        return subprocess.Popen(
-            [sys.executable, "-m", *self.command],
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            env=self._environment(),
-            start_new_session=True,
-            pass_fds=(lock,),
-        )
 
     def __call__(self) -> int:
         """Run to the end, on whatever machine this is; returns the exit status."""
@@ -144,31 +128,6 @@ class Launcher(Protocol):
 
     def close(self) -> None:
         """Release what was acquired."""
-
-
-class Process:
-    """A run in a process here, with whatever it starts."""
-
-    def __init__(self, process: subprocess.Popen[bytes]) -> None:
-        self._process = process
-
-    def poll(self) -> int | None:
-        """Exit status, None while it runs."""
-        return self._process.poll()
-
-    def stop(self) -> None:
-        """Interrupt it, and kill it if that is not enough."""
-        if self._process.poll() is not None:
-            return
-        self._signal(signal.SIGINT)
-        with suppress(subprocess.TimeoutExpired):
-            self._process.wait(PATIENCE_SECONDS)
-        self._signal(signal.SIGKILL)
-        self._process.wait()
-
-    def _signal(self, number: signal.Signals) -> None:
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._process.pid, number)
 
 
 class Ended:

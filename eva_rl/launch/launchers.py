@@ -7,8 +7,8 @@ from typing import Any
 
 from eva_rl.cli.threads import thread_limits
 from eva_rl.errors import UserError
-from eva_rl.launch.forked import PATIENCE_SECONDS
 from eva_rl.launch.jobs import RAY, SLURM, Job, Launcher, LaunchOptions, Running
+from eva_rl.launch.processes import PATIENCE_SECONDS
 
 
 class RayLauncher:
