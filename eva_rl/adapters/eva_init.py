@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
-from typing import Any
+from typing import Any, Literal, cast
 
 import numpy as np
 from peft import PeftModel
@@ -22,6 +22,7 @@ from eva_rl.data.windows import WindowSampler
 from eva_rl.envs import make_vec_env
 from eva_rl.errors import UserError
 from eva_rl.eva import ActivationStatistics, EvaOptions, EvaResult, SecondMoment, StorageOptions, compute
+from eva_rl.eva.options import Method
 from eva_rl.seeding import ROLLOUTS, episode_seeds
 
 
@@ -103,14 +104,11 @@ def second_moments(
     Raises:
         UserError: No data reached a layer, or they were not finite.
     """
-    storage = StorageOptions(method="moments")
-    with frozen(policy.network), ActivationStatistics(policy.network, list(targets), storage) as statistics:
-        _accumulate(policy, statistics, islice(batches or (), max_batches), rollouts)
-        statistics.check_finite()
-    if silent := [name for name in targets if name not in statistics.group_of]:
+    moments = input_moments(policy, targets, batches, rollouts, max_batches=max_batches, method="moments")
+    if silent := [name for name in targets if name not in moments]:
         raise UserError(f"No data reached {silent[0]}. Give batches, rollouts or both.")
-    sums = {name: statistics.group_of[name].sums() for name in targets}
-    return {name: one.core.sum(0) / one.count.sum() for name, one in sums.items()}
+    found = {name: moments[name].dense for name in targets}
+    return {name: cast(Tensor, dense) for name, dense in found.items()}  # kept exactly, so that it is there
 
 
 def input_moments(
@@ -120,6 +118,7 @@ def input_moments(
     rollouts: Rollouts | None,
     *,
     max_batches: int,
+    method: Method | Literal["auto"] = "auto",
 ) -> dict[str, SecondMoment]:
     """Second moments of the inputs of each target layer, for :func:`eva_rl.adapters.measure_start`.
 
@@ -129,8 +128,10 @@ def input_moments(
         batches: Scaled windows, or None.
         rollouts: Where to act, or None.
         max_batches: Batches taken at most.
+        method: ``moments`` keeps them exactly in layers of any width.
     """
-    with frozen(policy.network), ActivationStatistics(policy.network, list(targets)) as statistics:
+    storage = StorageOptions(method)
+    with frozen(policy.network), ActivationStatistics(policy.network, list(targets), storage) as statistics:
         _accumulate(policy, statistics, islice(batches or (), max_batches), rollouts)
         return statistics.second_moments()
 
