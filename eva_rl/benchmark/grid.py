@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from yaml import YAMLError
 
+from eva_rl.adapters import AdaptedPolicy
 from eva_rl.benchmark.records import write_record
 from eva_rl.benchmark.study import METHOD, Study
 from eva_rl.cli.loading import open_policy, resolve_policy
@@ -184,8 +185,7 @@ def check(cells: Sequence[Cell]) -> None:
     Raises:
         UserError: Naming the first run that cannot.
     """
-    device = torch.device("cpu")
-    checked = set()
+    checked, policies = set(), dict[str, AdaptedPolicy]()
     for cell in cells:
         check_unchanged(cell)
         key = (cell.task, cell.method, setting_name(cell.chosen))
@@ -193,7 +193,10 @@ def check(cells: Sequence[Cell]) -> None:
             checked.add(key)
             config = cell.finetune
             spec = env_spec(config.env.id, config.env.horizon)
-            policy = open_policy(resolve_policy(config.policy, spec.env_id), device, merge=True)
+            named = resolve_policy(config.policy, spec.env_id)
+            if str(named) not in policies:
+                policies[str(named)] = open_policy(named, torch.device("cpu"), merge=True)
+            policy = policies[str(named)]
             policy.check_dimensions(spec.observation_dim, spec.action_dim, spec.env_id)
             policy.check_action_bounds(spec.action_low, spec.action_high, spec.env_id)
             check_adapter(policy, config.adapter)
