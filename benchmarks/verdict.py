@@ -21,8 +21,10 @@ import numpy as np
 
 from eva_rl.benchmark.study import Study, read_study
 from eva_rl.report.methods import TaskGroup, group_tasks
+from eva_rl.report.page import markdown_table
 from eva_rl.report.runs import Run, find_runs, read_runs
 from eva_rl.report.stats.equivalence import smallest_difference
+from eva_rl.report.tables import Table
 from eva_rl.report.verdicts import ENDPOINTS, Verdict, endpoint_values, held_out, paired_differences, verdicts
 
 ROOT = Path(__file__).parents[1]
@@ -45,12 +47,6 @@ def area(run: Run) -> float:
     return ENDPOINTS["area"].value(run, SUCCESS)
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table of Markdown."""
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def tuning_table(study: Study, runs: Sequence[Run]) -> str:
     """Mean success over the updates at each learning rate tried."""
     found: dict[tuple[str, float], list[float]] = defaultdict(list)
@@ -62,7 +58,7 @@ def tuning_table(study: Study, runs: Sequence[Run]) -> str:
         rates = [float(one[RATE]) for one in study.candidates(method)]
         cells = [f"{rate:g}: {_mean(found[method, rate])}" for rate in rates]
         rows.append([method, *cells])
-    return table(["method", "lowest rate", "middle", "highest"], rows)
+    return markdown_table(Table("", ["method", "lowest rate", "middle", "highest"], rows))
 
 
 def _mean(values: Sequence[float]) -> str:
@@ -92,7 +88,7 @@ def methods_table(group: TaskGroup) -> str:
             scores = f"{np.mean(areas):.2f}", spread, f"{np.mean(finals):.2f}", loss
             rows.append([method.label, name, str(len(areas)), *scores])
     columns = ["method", "task", "seeds", "area", "its std", "success at the end", "held-out loss x 1000"]
-    return table(columns, rows)
+    return markdown_table(Table("", columns, rows))
 
 
 def verdict_rows(group: TaskGroup, margin: float | None) -> str:
@@ -104,7 +100,7 @@ def verdict_rows(group: TaskGroup, margin: float | None) -> str:
         mean = "-" if one.mean is None else "{:+.3f} [{:+.3f}, {:+.3f}]".format(one.mean.mean, *one.mean.interval())
         text = one.text if one.text != "undecided" else f"undecided; {seeds_needed(one, differences, group, margin)}"
         rows.append([f"{one.first} - {one.second}", mean, str(one.pairs), f"{one.corrected[0]:.2g}", text])
-    return table(["pair", "difference in area", "pairs of runs", "p, corrected", "verdict"], rows)
+    return markdown_table(Table("", ["pair", "difference in area", "pairs of runs", "p, corrected", "verdict"], rows))
 
 
 def seeds_needed(verdict: Verdict, differences: Sequence[np.ndarray], group: TaskGroup, margin: float | None) -> str:

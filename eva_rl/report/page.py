@@ -87,12 +87,13 @@ def markdown(title: str, lead: str, sections: Sequence[Section]) -> str:
         parts += [f"> **{'Warning' if w.severe else 'Note'}**: {markdown_text(w.text)}" for w in section.warnings]
         for table in [*section.tables, *section.folded]:
             heading = [f"### {markdown_text(table.title)}"] if table.title else []
-            parts += [*heading, _markdown_table(table), markdown_text(table.note)]
+            parts += [*heading, markdown_table(table), markdown_text(table.note)]
         parts += [f"![{markdown_text(picture.caption)}](figures/{picture.name}.svg)" for picture in section.pictures]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _markdown_table(table: Table) -> str:
+def markdown_table(table: Table) -> str:
+    """The columns and rows of a table, without its title and note."""
     lines = [table.columns, [":---"] + ["---:"] * (len(table.columns) - 1), *table.rows]
     return "\n".join(
         "| " + " | ".join(cell if line is lines[1] else markdown_text(cell) for cell in line) + " |" for line in lines
