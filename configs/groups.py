@@ -27,7 +27,12 @@ class EnvOptions(Options):
     reward: str = option(
         DENSE, "Meta-World: dense, or sparse for 1 where the task is solved and else 0", choices=REWARDS
     )
-    goal: int | None = option(None, "Meta-World: seed of the one goal of all episodes; null gives each its own", low=0)
+    goal: int | str | None = option(
+        None,
+        "Meta-World: one goal for all episodes, by its seed, or by its index in Meta-World's own list of 50: index:7 "
+        "is that of MT1(task, seed=0).train_tasks, index:7@42 that of seed=42; null gives each episode its own",
+        low=0,
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

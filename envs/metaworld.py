@@ -16,7 +16,7 @@ import mujoco
 import numpy as np
 from numpy.typing import NDArray
 
-from eva_rl.envs.names import DENSE, REWARDS, SPARSE
+from eva_rl.envs.names import DENSE, REWARDS, SPARSE, goal_index
 from eva_rl.envs.names import METAWORLD_PREFIX as PREFIX
 from eva_rl.envs.sawyer import lean_class
 from eva_rl.envs.spec import EnvSpec
@@ -62,6 +62,16 @@ def _make_task(env_id: str, render_mode: str | None, **options: Any) -> Any:
     return task
 
 
+@cache
+def _train_tasks(name: str, seed: int) -> list[Any]:
+    """Meta-World's own list of 50 goals of a task, as its users make it; half a second to two."""
+    import metaworld
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        return list(metaworld.MT1(name, seed=seed).train_tasks)
+
+
 class MetaWorldTask(gym.Wrapper[NDArray[np.float32], NDArray[np.float32], NDArray[Any], NDArray[np.float32]]):
     """One Meta-World task with a visible goal, float32 observations and success at any step of the episode.
 
@@ -73,7 +83,9 @@ class MetaWorldTask(gym.Wrapper[NDArray[np.float32], NDArray[np.float32], NDArra
         env_id: Canonical name, for instance ``metaworld/push-v3``.
         horizon: Env steps after which an episode is truncated.
         render_mode: Gymnasium's render mode, or None.
-        goal: Seed of the one goal of all episodes; None lets each episode's seed draw its own.
+        goal: The one goal of all episodes: a seed, or ``index:7``, the seventh (from 0) of Meta-World's own list
+            ``MT1(task, seed=0).train_tasks``; ``index:7@42`` takes the list of seed 42. None lets each episode's seed
+            draw its own.
         reward: ``dense``, Meta-World's own, or ``sparse``: 1 at each env step in which the task is solved, else 0.
         **options: Of Meta-World's constructor, for instance ``reward_function_version="v1"``.
     """
@@ -83,7 +95,7 @@ class MetaWorldTask(gym.Wrapper[NDArray[np.float32], NDArray[np.float32], NDArra
         env_id: str,
         horizon: int = HORIZON,
         render_mode: str | None = None,
-        goal: int | None = None,
+        goal: int | str | None = None,
         reward: str = DENSE,
         **options: Any,
     ) -> None:
@@ -93,7 +105,10 @@ class MetaWorldTask(gym.Wrapper[NDArray[np.float32], NDArray[np.float32], NDArra
         if render_mode is not None:
             task.mujoco_renderer.camera_id = mujoco.mj_name2id(task.model, mujoco.mjtObj.mjOBJ_CAMERA, CAMERA)
         super().__init__(task)
-        self._task, self._goal = task, goal
+        index = goal_index(goal)
+        if index is not None:
+            task.set_task(_train_tasks(env_id.removeprefix(PREFIX), index[1])[index[0]])  # freezes its random vector
+        self._task, self._goal = task, None if index is not None else goal
         self._solved, self._sparse = False, reward == SPARSE
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, (OBSERVATION_DIM,), np.float32)
 
@@ -123,11 +138,16 @@ class MetaWorldTask(gym.Wrapper[NDArray[np.float32], NDArray[np.float32], NDArra
         return None if frame is None else np.rot90(frame, 2).copy()
 
 
-def metaworld_spec(env_id: str, horizon: int | None = None, goal: int | None = None, reward: str = DENSE) -> EnvSpec:
+def metaworld_spec(
+    env_id: str, horizon: int | None = None, goal: int | str | None = None, reward: str = DENSE
+) -> EnvSpec:
     """Describe a Meta-World task without making it."""
     horizon = horizon or HORIZON
     one_of(REWARDS, env__reward=reward)
+    index = goal_index(goal)
     goals = "one seeded goal an episode" if goal is None else f"the goal of seed {goal} in every episode"
+    if index is not None:
+        goals = f"goal {index[0]} of Meta-World's MT1(seed={index[1]}).train_tasks in every episode"
     return EnvSpec(
         env_id=env_id,
         observation_dim=OBSERVATION_DIM,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 from urllib.parse import quote, unquote
@@ -37,7 +38,9 @@ TASK_SETS = {"mt40": MT40, "cw10": CW10, "mt50": METAWORLD_TASKS}
 METAWORLD_GROUPS = ("mt10", "mt25", *(f"ml{n}{part}" for n in (10, 25, 45) for part in ("", "-train", "-test")))
 """Names of Meta-World's own lists of tasks; :func:`eva_rl.envs.metaworld.task_group` gives the tasks."""
 GOAL = "goal"
-"""Option of a Meta-World task: the seed of the one goal of all episodes."""
+"""Option of a Meta-World task: the one goal of all episodes, by its seed or by its index (:func:`goal_index`)."""
+NUM_GOALS = 50
+"""Goals in one of Meta-World's own lists."""
 REWARD = "reward"
 """Option of a Meta-World task: one of :data:`REWARDS`."""
 DENSE, SPARSE = REWARDS = ("dense", "sparse")
@@ -65,7 +68,7 @@ def task_list() -> list[str]:
     return [*METAWORLD_TASKS, *(f"{name}-{MUJOCO_VERSION}" for name in MUJOCO_TASKS.values())]
 
 
-def with_options(name: str, kwargs: Mapping[str, Any] | None = None, goal: int | None = None) -> str:
+def with_options(name: str, kwargs: Mapping[str, Any] | None = None, goal: int | str | None = None) -> str:
     """A task's name together with what it is made with, for instance ``Pendulum-v1?g=9.81`` or ``push-v3?goal=7``.
 
     The options are part of the name, so that whatever knows the name, worker processes and saved policies included,
@@ -74,7 +77,7 @@ def with_options(name: str, kwargs: Mapping[str, Any] | None = None, goal: int |
     Args:
         name: Tasks as ``env=`` takes them; names joined by ``+`` get the options each.
         kwargs: Keyword arguments of the environment's constructor, JSON values.
-        goal: Seed of the one goal of a Meta-World task; None gives each episode its own.
+        goal: The one goal of a Meta-World task, a seed or ``index:7``; None gives each episode its own.
 
     Raises:
         UserError: A value cannot be written as JSON.
@@ -82,7 +85,7 @@ def with_options(name: str, kwargs: Mapping[str, Any] | None = None, goal: int |
     given = dict(kwargs or {}) | ({} if goal is None else {GOAL: goal})
     if not given:
         return name
-    query = "&".join(f"{quote(key)}={quote(_as_text(key, value), safe='')}" for key, value in sorted(given.items()))
+    query = "&".join(f"{quote(key)}={quote(_as_text(key, value), safe=':@')}" for key, value in sorted(given.items()))
     return "+".join(f"{part}{'&' if '?' in part else '?'}{query}" for part in name.split("+"))
 
 
@@ -116,3 +119,26 @@ def value_of_text(text: str) -> Any:
         return json.loads(text)
     except json.JSONDecodeError:
         return text
+
+
+def goal_of(value: Any) -> int | str:
+    """A goal as it stands in a task's name: a seed from 0, or ``index:7`` or ``index:7@42`` (:func:`goal_index`).
+
+    Raises:
+        UserError: Neither.
+    """
+    index = goal_index(value)
+    if index is not None and index[0] < NUM_GOALS:
+        return f"index:{index[0]}" + (f"@{index[1]}" if index[1] else "")
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return value
+    raise UserError(
+        f"env.goal={value}: expected the seed of a goal, a whole number from 0; or index:0 to index:{NUM_GOALS - 1} of "
+        "metaworld.MT1(task, seed=0).train_tasks, where index:7@42 is the one of seed=42."
+    )
+
+
+def goal_index(goal: Any) -> tuple[int, int] | None:
+    """Index of a goal in ``metaworld.MT1(task, seed=SEED).train_tasks``, and SEED; None where it is given by a seed."""
+    found = re.fullmatch(r"index:(\d{1,9})(?:@(\d{1,9}))?", goal) if isinstance(goal, str) else None
+    return None if found is None else (int(found[1]), int(found[2] or 0))

@@ -24,6 +24,7 @@ from eva_rl.envs.names import (
     MUJOCO_VERSION,
     REWARD,
     TASK_SETS,
+    goal_of,
     split_options,
     task_list,
     with_options,
@@ -73,9 +74,7 @@ def canonical_id(name: str) -> str:
     base, options = split_options(name)
     resolved = _resolve(base)
     goal = options.pop(GOAL, None) if resolved.startswith(METAWORLD_PREFIX) else None
-    if goal is not None and (isinstance(goal, bool) or not isinstance(goal, int) or goal < 0):
-        raise UserError(f"env.goal={goal}: expected the seed of a goal, a whole number from 0.")
-    return with_options(resolved, options, goal)
+    return with_options(resolved, options, None if goal is None else goal_of(goal))
 
 
 def _resolve(name: str) -> str:
