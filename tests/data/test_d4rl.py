@@ -90,6 +90,54 @@ def test_without_timeouts_the_horizon_counts_from_the_last_end(tmp_path: Path) -
     assert np.flatnonzero(data.terminations).tolist() == [3]
 
 
+def endless(rows: int = 12, **changes: np.ndarray | None) -> dict[str, np.ndarray]:
+    """A table whose flags are never true."""
+    none = np.zeros(12, bool)
+    return {key: array[:rows] for key, array in table(**{"terminals": none, "timeouts": none, **changes}).items()}
+
+
+@pytest.mark.parametrize("rows", [1, 12])
+@pytest.mark.parametrize(
+    ("name", "changes", "query"),
+    [
+        ("mine.hdf5", {}, ""),
+        ("mine.hdf5", {"timeouts": None}, ""),
+        ("mine.hdf5", {"terminals": np.zeros((12, 1), np.uint8)}, ""),
+        ("mine.hdf5", {"timeouts": None, "episode_terminals": np.zeros(12)}, ""),
+        ("mine.hdf5", {"timeouts": None}, "?horizon=13"),
+        (NAME, {"timeouts": None}, ""),  # hopper: 1,000 env steps an episode
+        ("maze2d-umaze-sparse-v1.hdf5", {}, ""),
+        ("antmaze-umaze-v2.hdf5", {}, ""),
+    ],
+)
+def test_flags_that_are_never_true_make_one_truncated_episode(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    name: str,
+    changes: dict[str, np.ndarray | None],
+    query: str,
+    rows: int,
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        data = load_dataset(f"d4rl:{write_h5(tmp_path / name, endless(rows, **changes))}{query}")
+    assert data.lengths.tolist() == [rows]
+    assert np.flatnonzero(data.truncations).tolist() == [rows - 1]
+    assert not data.terminations.any()
+    assert f"The {rows} rows are read as one, truncated at the last row" in caplog.text
+    assert "?horizon=" in caplog.text
+
+
+def test_one_end_in_one_chunk_is_enough(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The rows of the other chunk are an unfinished episode then."""
+    chunks = [endless(), {key: array[:9] for key, array in table().items()}]
+    chunked = {f"virtual/{i}/{key}": array for i, chunk in enumerate(chunks) for key, array in chunk.items()}
+    assert starts_and_ends(write_h5(tmp_path / "mine.hdf5", chunked)) == [(0, 3), (4, 6)]
+    assert "read as one" not in caplog.text
+    chunked = {f"virtual/{i}/{key}": array for i in range(2) for key, array in endless().items()}
+    assert starts_and_ends(write_h5(tmp_path / "mine.hdf5", chunked)) == [(0, 11), (0, 11)]
+    assert caplog.text.count("read as one") == 2
+
+
 def test_horizon_of_named_files() -> None:
     names = [
         "hopper-medium-v0",

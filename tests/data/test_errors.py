@@ -41,7 +41,6 @@ D4RL = {
     "no numbers": (table(actions=np.zeros((12, 0))), r"actions has shape \(12, 0\), expected at least one number"),
     "flag of 2": (with_value("terminals", 4, 2), "terminals, row 4: 2, expected 0 or 1"),
     "flag of 0.5": (with_value("timeouts", 9, 0.5), "timeouts, row 9: 0.5, expected 0 or 1"),
-    "unfinished": (table(terminals=np.zeros(12), timeouts=np.zeros(12)), "no finished episode"),
     "group": ({"observations/a": 1}, "observations is missing"),
     "virtual": ({"virtual/a/observations": 1}, r"virtual holds \['a'\]"),
 }

@@ -66,6 +66,7 @@ def read_d4rl(
 
     An episode ends where ``terminals`` or ``timeouts`` say so; where no timeout is noted, after ``rules.horizon`` env
     steps. What follows the last end is an unfinished episode and is left out, as D4RL's own ``sequence_dataset`` does.
+    A file without any end is one episode, truncated at its last row, which a warning says.
     The observation after the last env step is that of ``next_observations``; where the file has none, the last
     observation is repeated, since the next row belongs to another episode. ``episode_terminals`` of d3rlpy's version 1
     count as timeouts where they are no terminals.
@@ -84,21 +85,16 @@ def read_d4rl(
     """
     with HdfFile(path) as file:
         tables = list(_tables(file))
-        found = 0
-        for table in tables:
-            begins, ends, terminations, truncations = _episodes(table, rules)
-            found += len(ends)
+        episodes = [_episodes(table, rules) for table in tables]
+        if not any(len(ends) for _, ends, _, _ in episodes):
+            episodes = [_one_episode(table, rules) for table in tables]
+        for table, (begins, ends, terminations, truncations) in zip(tables, episodes, strict=True):
+            _report_left_out(table, int((ends - begins).sum()))
             for first, last in _parts(begins, ends):
                 part = slice(first, last)
                 yield _read_part(
                     table, begins[part], ends[part], (terminations, truncations), (rules, bounds, metadata)
                 )
-    if not found:
-        raise UserError(f"{path}: no finished episode: neither terminals nor timeouts end one. {_advice(rules)}")
-
-
-def _advice(rules: Conventions) -> str:
-    return "Add ?horizon=STEPS to the source where episodes have a fixed length." if rules.horizon is None else ""
 
 
 def _tables(file: HdfFile) -> Iterator[_Table]:
@@ -136,7 +132,9 @@ def _episodes(table: _Table, rules: Conventions) -> tuple[Rows, Rows, Flags, Fla
     """First row and row after the last of each finished episode; terminations and truncations of all rows."""
     terminals = table.flags("terminals")
     timeouts = _noted_timeouts(table, terminals)
-    if timeouts is None or (rules.horizon is not None and not timeouts.any()):
+    if timeouts is None and rules.horizon is None and not terminals.any():
+        timeouts = np.zeros_like(terminals)
+    elif timeouts is None or (rules.horizon is not None and not timeouts.any()):
         timeouts = _counted_timeouts(table, terminals, rules)
     ends = timeouts if rules.goal_ends else terminals | timeouts
     stops: Rows = np.flatnonzero(ends).astype(np.int64) + 1
@@ -146,9 +144,21 @@ def _episodes(table: _Table, rules: Conventions) -> tuple[Rows, Rows, Flags, Fla
         last_rows = np.zeros(table.rows, bool)
         last_rows[stops - 1] = True
         terminals, timeouts = terminals & last_rows, timeouts & last_rows
-    starts = starts[: len(stops)]
-    _report_left_out(table, int((stops - starts).sum()))
-    return starts, stops, terminals, timeouts
+    return starts[: len(stops)], stops, terminals, timeouts
+
+
+def _one_episode(table: _Table, rules: Conventions) -> tuple[Rows, Rows, Flags, Flags]:
+    """What :func:`_episodes` returns, of a table whose flags are never true."""
+    limit = "" if rules.horizon is None else f" within {rules.horizon} env steps"
+    log.warning(
+        "%s: neither terminals nor timeouts end an episode%s. The %d rows are read as one, truncated at the last row. "
+        "Where episodes have a fixed length, write it behind the source, for instance d4rl:FILE?horizon=1000.",
+        table.file.source(table.group),
+        limit,
+        table.rows,
+    )
+    rows = np.arange(table.rows)
+    return rows[:1], rows[-1:] + 1, np.zeros(table.rows, bool), rows == table.rows - 1
 
 
 def _noted_timeouts(table: _Table, terminals: Flags) -> Flags | None:
