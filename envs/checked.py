@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,8 +12,10 @@ import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
 
+from eva_rl.envs.deadline import Deadline
 from eva_rl.errors import EnvironmentFailedError, UserError
 
+log = logging.getLogger(__name__)
 Step = tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]
 
 
@@ -72,6 +75,14 @@ class CheckedEnv(gym.Wrapper[NDArray[np.float32], NDArray[np.float32], Any, Any]
             self._info(info),
         )
 
+    def close(self) -> None:
+        """Close the environment; what goes wrong there spoils nothing, and is logged."""
+        try:
+            with self._failures("close()"):
+                self.env.close()
+        except EnvironmentFailedError as error:
+            log.warning("%s", error)
+
     def _action(self, action: NDArray[np.float32]) -> NDArray[Any]:
         action = np.asarray(action)
         if action.size != self._num_actions:
@@ -83,10 +94,11 @@ class CheckedEnv(gym.Wrapper[NDArray[np.float32], NDArray[np.float32], Any, Any]
     @contextmanager
     def _failures(self, call: str) -> Iterator[None]:
         try:
-            yield
+            with Deadline(self._error, call):
+                yield
         except UserError:
             raise
-        except Exception as error:  # foreign code may raise anything
+        except (Exception, SystemExit) as error:  # foreign code may raise anything, and call sys.exit()
             raise self._error(f"{call} raised {type(error).__name__}: {error}") from error
 
     def _parts(self, result: Any, count: int, call: str) -> tuple[Any, ...]:

@@ -108,7 +108,7 @@ class MetaWorldTask(gym.Wrapper[NDArray[np.float32], NDArray[np.float32], NDArra
         index = goal_index(goal)
         if index is not None:
             task.set_task(_train_tasks(env_id.removeprefix(PREFIX), index[1])[index[0]])  # freezes its random vector
-        self._task, self._goal = task, None if index is not None else goal
+        self._task, self._seed = task, goal if isinstance(goal, int) else None
         self._solved, self._sparse = False, reward == SPARSE
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, (OBSERVATION_DIM,), np.float32)
 
@@ -116,7 +116,7 @@ class MetaWorldTask(gym.Wrapper[NDArray[np.float32], NDArray[np.float32], NDArra
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[NDArray[np.float32], dict[str, Any]]:
         """Start an episode on the goal of ``seed``, or on the next goal when None."""
-        seed = seed if self._goal is None else self._goal
+        seed = seed if self._seed is None else self._seed
         if seed is not None:
             self._task.seed(seed)
         self._solved = False

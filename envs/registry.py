@@ -6,13 +6,14 @@ import importlib
 import logging
 import re
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import gymnasium as gym
 from gymnasium import spaces
 
 from eva_rl.envs.checked import CheckedEnv, StopAtSuccess
+from eva_rl.envs.deadline import Deadline
 from eva_rl.envs.names import (
     DENSE,
     GOAL,
@@ -30,7 +31,7 @@ from eva_rl.envs.names import (
     with_options,
 )
 from eva_rl.envs.spec import EnvSpec
-from eva_rl.errors import UnknownNameError, UserError
+from eva_rl.errors import EnvironmentFailedError, UnknownNameError, UserError
 
 log = logging.getLogger(__name__)
 
@@ -99,7 +100,7 @@ def _registered_by(module: str, env_id: str) -> str:
     """The id of an environment that a module registers when it is imported; without a version, its latest."""
     try:
         importlib.import_module(module)
-    except Exception as error:  # whatever the module's own code raises
+    except (Exception, SystemExit) as error:  # whatever the module's own code raises
         raise UserError(
             f"env={module}:{env_id}: the module {module} could not be imported ({type(error).__name__}: {error}). "
             "Start from the folder that holds it, or install it."
@@ -172,11 +173,13 @@ def _unchecked(env_id: str, horizon: int | None, render_mode: str | None) -> gym
 
 def _constructed(env_id: str, make: Callable[..., gym.Env[Any, Any]], *args: Any, **options: Any) -> gym.Env[Any, Any]:
     """What a constructor makes; one message for whatever it raises."""
+    failed = partial(EnvironmentFailedError, env_id, "while it was made")
     try:
-        return make(*args, **options)
+        with Deadline(failed, "its constructor"):
+            return make(*args, **options)
     except UserError:
         raise
-    except Exception as error:  # foreign constructors may raise anything
+    except (Exception, SystemExit) as error:  # foreign constructors may raise anything
         raise UserError(
             f"The environment {env_id} could not be made: {type(error).__name__}: {error}. Give its constructor what "
             "it needs with env.kwargs='{NAME:VALUE}', install what it needs, or name another env=."

@@ -13,7 +13,6 @@ import multiprocessing
 import os
 import signal
 import sys
-import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,14 +20,13 @@ from multiprocessing.connection import Connection
 from typing import Any
 from weakref import WeakSet
 
+from eva_rl.envs import deadline
 from eva_rl.envs.host import EnvHost, Maker, StepArrays
 from eva_rl.errors import EnvironmentFailedError, UserError
 
 log = logging.getLogger(__name__)
-PATIENCE = 60.0
-"""Seconds without an answer after which a worker's silence is logged."""
-LIMIT = 600.0
-"""Seconds that one call of an environment may take in a worker; then the worker is ended."""
+CLOSING = 5.0
+"""Seconds in which a worker has to close its environments; then it is ended."""
 PARENT_CHECK = 5.0
 """Seconds between two looks of an idle worker whether its parent is alive."""
 CONTEXT: Any = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
@@ -102,7 +100,8 @@ class WorkerProcess:
         """Wait until a call and those before it are over; returns what the last of them returned.
 
         Raises:
-            EnvironmentFailedError: An environment failed or did not return for :data:`LIMIT`, or the process died.
+            EnvironmentFailedError: An environment failed, did not return for :data:`eva_rl.envs.deadline.LIMIT`, or the
+                process died.
             UserError: An environment could not be made.
         """
         result = None
@@ -122,26 +121,25 @@ class WorkerProcess:
         return value
 
     def _wait(self) -> None:
-        """Wait for an answer, as long as the environments move on."""
-        state, since = self._state(), time.monotonic()
-        while not self._connection.poll(min(PATIENCE, LIMIT)):
-            before, state, now = state, self._state(), time.monotonic()
-            if state != before:
-                since = now
-            elif now - since >= LIMIT:
-                raise self._ended(now - since)
-            log.warning("The worker process of %s has not answered for %.0f s.", self._name, now - since)
+        """Wait for an answer, as long as the environments move on; the time of a suspended process does not count."""
+        state, silent, pause = self._state(), 0, deadline.LIMIT / deadline.LOOKS
+        while not self._connection.poll(pause):
+            before, state = state, self._state()
+            silent = 0 if state != before else silent + 1
+            if silent == deadline.LOOKS:
+                raise self._ended()
+            log.warning("The worker process of %s has not answered for %.0f s.", self._name, silent * pause)
 
     def _state(self) -> tuple[bytes, ...]:
         """Changes whenever an environment of this worker begins or ends a call."""
         rows, arrays = list(self._names), self._arrays
         return tuple(array[rows].tobytes() for array in (arrays.busy, arrays.steps, arrays.seeds))
 
-    def _ended(self, seconds: float) -> EnvironmentFailedError:
+    def _ended(self) -> EnvironmentFailedError:
         """End the process; says which environment did not return from which step."""
         self.process.kill()
         arrays, row = self._arrays, next((row for row in self._names if self._arrays.busy[row]), None)
-        more = f"has not returned for {seconds:.0f} s; its worker process was ended"
+        more = f"has not returned for {deadline.LIMIT:.0f} s; its worker process was ended"
         if row is None:
             return EnvironmentFailedError(self._name, "while it was made", f"its constructor {more}")
         step = int(arrays.steps[row])
@@ -156,7 +154,7 @@ class WorkerProcess:
     def close(self) -> None:
         """Close the environments and end the process."""
         self._connection.close()  # the worker closes its environments and ends when it reads the end
-        self.process.join(5)
+        self.process.join(CLOSING)
         if self.process.is_alive():
             self.process.kill()
             self.process.join()
@@ -177,6 +175,7 @@ def _serve(connection: Connection, assignment: Assignment, parent: int) -> None:
     """The worker's main function: host environments until the other end closes the connection."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    deadline.watched_elsewhere()  # by the parent, which ends this process
     for other in list(_open_connections):
         with contextlib.suppress(OSError):
             other.close()

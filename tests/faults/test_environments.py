@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import multiprocessing
 import os
 import re
 import signal
+import sys
+import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -13,7 +19,7 @@ import numpy as np
 import pytest
 
 from eva_rl import envs
-from eva_rl.envs import worker
+from eva_rl.envs import deadline, worker
 from eva_rl.errors import EnvironmentFailedError
 from eva_rl.rollouts.evaluation import evaluate_policy
 from tests.conftest import make_policy
@@ -56,17 +62,39 @@ def forever() -> Any:
         time.sleep(0.05)
 
 
+def spins() -> Any:
+    while True:
+        pass
+
+
+def swallows() -> Any:
+    while True:
+        with contextlib.suppress(Exception):
+            forever()
+
+
+def deadlock() -> Any:
+    """A call of compiled code that no signal interrupts."""
+    mutex = ctypes.create_string_buffer(64)
+    for _ in range(2):
+        ctypes.CDLL(None).pthread_mutex_lock(mutex)
+
+
+HANGS = {"hangs": forever, "spins": spins, "swallows": swallows, "deadlocks": deadlock}
 RESETS = {
     "reset_hangs": forever,
+    "reset_spins": spins,
     "reset_raises": raises(RuntimeError("no licence")),
+    "reset_quits": raises(SystemExit("no display")),
     "reset_old_interface": lambda: GOOD,
     "reset_nan": lambda: (np.full(3, np.nan), {}),
 }
 STEPS: dict[str, Any] = {
-    "hangs": forever,
+    **HANGS,
     "raises": raises(ZeroDivisionError("by zero")),
     "exits": raises(OSError("device lost")),
     "asserts": raises(AssertionError("torque")),
+    "quits": raises(SystemExit(3)),
     "old_interface": lambda: (GOOD, 0.0, False, {}),
     "wrong_shape": lambda: (np.zeros(4), 0.0, False, False, {}),
     "texts": lambda: (np.array(["a", "b", "c"]), 0.0, False, False, {}),
@@ -81,16 +109,36 @@ STEPS: dict[str, Any] = {
     "slow": lambda: time.sleep(0.2) or (GOOD, 0.0, False, False, {}),
     "info_none": lambda: (GOOD, 0.0, False, False, None),
 }
+ENDLESS = {*HANGS, "reset_hangs", "reset_spins", "slow"}
 CAUSES = {
     "raises": "ZeroDivisionError: by zero",
     "exits": "OSError: device lost",
     "asserts": "AssertionError: torque",
+    "quits": "SystemExit: 3",
     "old_interface": "expected 5, got 4",
     "wrong_shape": r"shape \(4,\)",
     "reset_raises": "RuntimeError: no licence",
+    "reset_quits": "SystemExit: no display",
     "two_rewards": r"shape \(2,\)",
 }
-gym.register("Faulty-v0", entry_point=Faulty)
+
+
+class Stuck(Faulty):
+    """Its constructor waits for ever."""
+
+    def __init__(self) -> None:
+        forever()
+
+
+class Unclosing(Faulty):
+    """Cannot be closed."""
+
+    def close(self) -> None:
+        raise OSError("device lost")
+
+
+for cls in (Faulty, Stuck, Unclosing):
+    gym.register(f"{cls.__name__}-v0", entry_point=cls)
 
 
 def play(vec_env: envs.TaskVecEnv, steps: int) -> None:
@@ -100,7 +148,7 @@ def play(vec_env: envs.TaskVecEnv, steps: int) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.parametrize("fault", [fault for fault in (*STEPS, *RESETS) if "hangs" not in fault and fault != "slow"])
+@pytest.mark.parametrize("fault", [fault for fault in (*STEPS, *RESETS) if fault in CAUSES or fault not in ENDLESS])
 def test_a_failing_environment_is_one_message(fault: str, workers: int) -> None:
     vec_env = envs.make_vec_env(f"Faulty-v0?fault={fault}", 2, seed=5, workers=workers)
     with pytest.raises(EnvironmentFailedError, match=CAUSES.get(fault, ".")) as caught:
@@ -114,7 +162,8 @@ def test_a_failing_environment_is_one_message(fault: str, workers: int) -> None:
     ("fault", "where"), [("hangs", r"in env step 3 .* step\(\)"), ("reset_hangs", r"at the start .* reset\(\)")]
 )
 def test_an_environment_that_never_returns_is_ended(fault: str, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker, "LIMIT", 0.3)
+    monkeypatch.setattr(deadline, "LIMIT", 0.3)
+    monkeypatch.setattr(worker, "CLOSING", 0.1)
     vec_env = envs.make_vec_env(f"Faulty-v0?fault={fault}", 3, seed=5, workers=2)
     with pytest.raises(EnvironmentFailedError, match=rf"failed {where} has not returned for 0 s") as caught:
         play(vec_env, 3)
@@ -124,9 +173,94 @@ def test_an_environment_that_never_returns_is_ended(fault: str, where: str, monk
     assert not any(process.is_alive() for process in vec_env.processes)
 
 
+@pytest.mark.parametrize("fault", ["hangs", "spins", "swallows", "reset_hangs", "reset_spins"])
+def test_one_in_this_process_is_interrupted(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deadline, "LIMIT", 0.2)
+    vec_env = envs.make_vec_env(f"Faulty-v0?fault={fault}", 1, seed=5)
+    where = r"at the start .* reset\(\)" if fault.startswith("reset_") else r"in env step 3 .* step\(\)"
+    with pytest.raises(EnvironmentFailedError, match=rf"fault={fault} failed {where} has not returned for 0 s"):
+        play(vec_env, 3)
+    vec_env.close()
+
+
+def test_a_constructor_that_never_returns_is_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deadline, "LIMIT", 0.2)
+    with pytest.raises(EnvironmentFailedError, match=r"Stuck-v0 failed while it was made: its constructor has not"):
+        envs.env_spec("Stuck-v0")
+
+
+def test_a_call_that_cannot_be_interrupted_ends_the_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deadline, "LIMIT", 0.2)
+    monkeypatch.setattr(deadline, "GRACE", 0.1)
+
+    def run() -> None:
+        sys.stderr = (tmp_path / "said").open("w")
+        play(envs.make_vec_env("Faulty-v0?fault=deadlocks", 1, seed=5), 3)
+
+    process = multiprocessing.get_context("fork").Process(target=run)
+    process.start()
+    process.join(60)
+    assert process.exitcode == 2
+    said = (tmp_path / "said").read_text()
+    assert said.count("\n") == 1
+    assert "fault=deadlocks failed in env step 3 of the episode seeded 5: step() has not returned for 0 s and" in said
+    assert "could not be interrupted" in said
+    assert "the same command continues" in said
+
+
+def test_the_signals_of_others_pass() -> None:
+    """One that somebody handles arrives in the middle of an env step, as it would without us."""
+
+    def run() -> None:
+        got: list[int] = []
+        signal.signal(deadline.SIGNAL, lambda number, _: got.append(number))
+        vec_env = envs.make_vec_env("Faulty-v0?fault=slow", 1)
+        threading.Timer(0.1, lambda: os.kill(os.getpid(), deadline.SIGNAL)).start()
+        play(vec_env, 3)
+        os._exit(len(got))
+
+    process = multiprocessing.get_context("fork").Process(target=run)
+    process.start()
+    process.join(60)
+    assert process.exitcode == 1
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_suspended_process_is_not_late(workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the clock it is, when it goes on."""
+    monkeypatch.setattr(deadline, "LIMIT", 0.4)
+
+    def run() -> None:
+        os.setpgrp()
+        vec_env = envs.make_vec_env("Faulty-v0?fault=slow", 1, workers=workers)
+        play(vec_env, 2)
+        (tmp_path / "begun").touch()
+        vec_env.step(np.zeros((1, 2), np.float32))  # takes 0.2 s
+        vec_env.close()
+
+    process = multiprocessing.get_context("fork").Process(target=run)
+    process.start()
+    while not (tmp_path / "begun").exists():
+        time.sleep(0.01)
+    assert process.pid
+    os.killpg(process.pid, signal.SIGSTOP)
+    time.sleep(0.6)
+    os.killpg(process.pid, signal.SIGCONT)
+    process.join(60)
+    assert process.exitcode == 0
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_fails_at_the_close_spoils_nothing(workers: int, caplog: pytest.LogCaptureFixture) -> None:
+    vec_env = envs.make_vec_env("Unclosing-v0?fault=none", 2, workers=workers)
+    play(vec_env, 2)
+    vec_env.close()
+    assert workers or caplog.text.count("close() raises OSError: device lost") == 2 or "device lost" in caplog.text
+
+
 def test_slow_environments_of_one_worker_are_not_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     """Four that take 0.2 s each: the worker is silent for longer than one of them may be."""
-    monkeypatch.setattr(worker, "LIMIT", 0.5)
+    monkeypatch.setattr(deadline, "LIMIT", 0.5)
     vec_env = envs.make_vec_env("Faulty-v0?fault=slow", 4, workers=1)
     play(vec_env, 3)
     vec_env.close()

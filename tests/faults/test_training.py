@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from eva_rl.data.replay import TrajectoryReplay
+from eva_rl.envs import deadline
 from eva_rl.envs.checked import CheckedEnv
 from eva_rl.errors import EnvironmentFailedError
 from eva_rl.training.checkpoint import Checkpoints
@@ -23,15 +25,29 @@ ENV_STEPS = 96
 
 
 class Breaks(Bandit):
-    """Loses its device at its fortieth step."""
+    """Loses its device at its fortieth step, or waits for it for ever."""
 
-    count = 0
+    count, waits = 0, False
 
     def step(self, action: Any) -> Any:
         type(self).count += 1
-        if type(self).count == 40:
-            raise OSError("device lost")
+        while type(self).count == 40:
+            if not self.waits:
+                raise OSError("device lost")
+            time.sleep(0.05)
         return super().step(action)
+
+
+FAULTS = {False: "OSError: device lost", True: r"step\(\) has not returned for 0 s"}
+
+
+@pytest.fixture(params=FAULTS, ids=["raises", "hangs"])
+def fault(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What is said of the failure."""
+    monkeypatch.setattr(deadline, "LIMIT", 0.3)
+    monkeypatch.setattr(Breaks, "waits", request.param)
+    Breaks.count = 0
+    return FAULTS[request.param]
 
 
 def task() -> TaskEnvs:
@@ -45,9 +61,8 @@ def learn_odt(folder: Path) -> OnlineCounters:
     return train_online(learner, replay, task(), log=lambda *_: None, checkpoints=Checkpoints(folder))
 
 
-def test_what_was_learned_is_saved_and_continued(tmp_path: Path) -> None:
-    Breaks.count = 0
-    with pytest.raises(EnvironmentFailedError, match=r"bandit failed in env step \d .*OSError: device lost") as caught:
+def test_what_was_learned_is_saved_and_continued(tmp_path: Path, fault: str) -> None:
+    with pytest.raises(EnvironmentFailedError, match=rf"bandit failed in env step \d .*{fault}") as caught:
         learn_odt(tmp_path)
     assert "what was learned before is saved" in str(caught.value)
     saved = Checkpoints(tmp_path).load()
@@ -58,11 +73,10 @@ def test_what_was_learned_is_saved_and_continued(tmp_path: Path) -> None:
     assert Breaks.count < ENV_STEPS + 40, "the second start did not begin afresh"
 
 
-def test_stable_baselines3_saves_too(tmp_path: Path) -> None:
-    Breaks.count = 0
+def test_stable_baselines3_saves_too(tmp_path: Path, fault: str) -> None:
     options = SACOptions(env_steps=ENV_STEPS, batch_size=8, learning_starts=8, replay_size=1000)
     where = task()
-    with pytest.raises(EnvironmentFailedError, match="what was learned before is saved"):
+    with pytest.raises(EnvironmentFailedError, match=f"{fault}.*what was learned before is saved"):
         train_sb3(
             make_model(make_learner(), where, options),
             where,
