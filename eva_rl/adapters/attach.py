@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
-from peft import AdaLoraConfig, LoraConfig, MissConfig, PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from eva_rl.adapters.extensions import (
@@ -21,7 +21,6 @@ from eva_rl.adapters.extensions import (
     initial_rank,
     schedule,
 )
-from eva_rl.adapters.fused import fuse_where_faster
 from eva_rl.adapters.gain import LayerStart
 from eva_rl.adapters.layers import capped, rank_limits
 from eva_rl.adapters.methods import DIRECTIONS, GRADIENTS, MOMENTS, PROJECTIONS, Method, find_method
@@ -29,6 +28,9 @@ from eva_rl.adapters.starts import Backward, prepare_corda, prepare_gradients, s
 from eva_rl.agents.policy import DecisionTransformerPolicy
 from eva_rl.errors import UserError
 from eva_rl.eva import EvaOptions, EvaResult
+
+if TYPE_CHECKING:
+    from peft import AdaLoraConfig, LoraConfig, PeftConfig, PeftModel
 
 log = logging.getLogger(__name__)
 
@@ -104,12 +106,14 @@ def attach_adapter(  # noqa: PLR0913 - PEFT's names for what a user may set
         for name, parameter in network.named_parameters():
             parameter.requires_grad_(method == "full" or name.startswith(HEAD))
         return AttachedAdapter(chosen, None, None)
+    from eva_rl.adapters.fused import fuse_where_faster
+
     limits = rank_limits(network, chosen, rank, targets, rank_caps)
     eva = None if eva is None else _complete(capped(eva, limits), limits)
     if chosen.adalora:
         peft_config: PeftConfig = _adalora_config(list(limits), rank, alpha, dropout, total_updates)
     elif chosen.miss:
-        peft_config = MissConfig(r=rank, miss_dropout=dropout, target_modules=list(limits))
+        peft_config = _miss_config(list(limits), rank, dropout)
     else:
         peft_config = _lora_config(chosen, limits, rank, alpha, dropout, eva)
     model, extension = _attached(network, chosen, peft_config, moments, backward)
@@ -149,6 +153,8 @@ def _attached(
     backward: Backward | None,
 ) -> tuple[PeftModel, Extension | None]:
     """PEFT's model, and what has to be kept of the weights from before."""
+    from peft import LoraConfig, get_peft_model
+
     originals = {}
     if method.rewrites:
         layers = peft_config.target_modules
@@ -188,6 +194,8 @@ def _lora_config(
     dropout: float,
     eva: EvaResult | None,
 ) -> LoraConfig:
+    from peft import LoraConfig
+
     scale = (rank if alpha is None else alpha) / rank
     ranks: Mapping[str, int] = {name: min(rank, limit) for name, limit in limits.items()}
     if eva is not None:
@@ -222,9 +230,17 @@ def _start_config(method: Method) -> dict[str, object]:
     return {"lora_ga_config": config.LoraGAConfig()} if method.needs == GRADIENTS else {}
 
 
+def _miss_config(layers: list[str], rank: int, dropout: float) -> PeftConfig:
+    from peft import MissConfig
+
+    return MissConfig(r=rank, miss_dropout=dropout, target_modules=layers)
+
+
 def _adalora_config(
     layers: list[str], rank: int, alpha: float | None, dropout: float, total_updates: int
 ) -> AdaLoraConfig:
+    from peft import AdaLoraConfig
+
     if total_updates < 3:
         raise UserError(f"AdaLoRA needs total_updates= of at least 3 for its schedule, {total_updates} were given.")
     first = initial_rank(rank)

@@ -8,10 +8,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
-from peft import PeftModel
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor, linalg, nn
 
@@ -24,6 +23,9 @@ from eva_rl.errors import UserError
 from eva_rl.eva import ActivationStatistics, EvaOptions, EvaResult, SecondMoment, StorageOptions, compute
 from eva_rl.eva.options import Method
 from eva_rl.seeding import ROLLOUTS, episode_seeds
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,14 @@ import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftModel
 from safetensors.torch import save_file
 from torch import Tensor
+
+if TYPE_CHECKING:  # importing PEFT takes seconds, which a policy without an adapter does not need
+    from peft import PeftModel
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 ADAPTER_NAME = "default"

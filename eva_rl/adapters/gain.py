@@ -10,11 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 
 from eva_rl.adapters.extensions import ADAPTER_NAME
@@ -22,6 +21,9 @@ from eva_rl.adapters.methods import EVA_GAIN, LORA_GAIN, OWN_GAIN
 from eva_rl.errors import UserError
 from eva_rl.eva import SecondMoment, effective_rank, gain
 from eva_rl.seeding import MAX_SEED
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
 @dataclass(frozen=True)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 
 from eva_rl.adapters.extensions import ADAPTER_NAME
 from eva_rl.eva import EvaResult
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 UNUSED = 1e-4
 """A direction counts as unused where its singular value of B A is at most this share of the largest one."""

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 
 from eva_rl.adapters.extensions import ADAPTER_NAME
 from eva_rl.errors import UserError
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
 
 Backward = Callable[[], None]
 """Runs forward and backward passes of the loss; gradients add up."""

@@ -7,13 +7,11 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
 
 from eva_rl.adapters.attach import AttachedAdapter, base_weights, extension_of
-from eva_rl.adapters.fused import fuse_where_faster
 from eva_rl.adapters.methods import METHODS
 from eva_rl.adapters.validation import CONFIG_FILE, ORIGIN_FILE, changed_weights, check_adapter, read_origin
 from eva_rl.agents.policy import DecisionTransformerPolicy
@@ -21,6 +19,9 @@ from eva_rl.agents.policy_folder import weights_digest
 from eva_rl.agents.weights import first_line
 from eva_rl.data.trajectories import Trajectories
 from eva_rl.errors import UnknownNameError, UserError
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 __all__ = ["CONFIG_FILE", "ORIGIN_FILE", "AdaptedPolicy", "Adapters"]
 
@@ -81,6 +82,8 @@ class Adapters:
             UserError: A file is missing or damaged, it was made for another base, its shapes are others, or the name
                 is taken.
         """
+        from eva_rl.adapters.fused import fuse_where_faster
+
         if name in self._origins:
             raise UserError(f"The policy has an adapter {name!r} already. Give this one another name.")
         self._refuse_merged()
@@ -102,6 +105,8 @@ class Adapters:
         self._active = name
 
     def _read(self, name: str, folder: Path, is_trainable: bool) -> None:
+        from peft import PeftConfig, PeftModel
+
         peft_config = PeftConfig.from_pretrained(str(folder))
         device = str(self._policy.device)
         if self._model is None:

@@ -34,3 +34,17 @@ def test_help_and_mistakes_wait_for_no_library(words: list[str], status: int, an
     assert found.returncode == status, found.stderr
     assert answer in found.stdout + found.stderr
     assert found.stdout.splitlines()[-1] == "imported:"
+
+
+def test_peft_waits_for_an_adapter() -> None:
+    """It imports transformers, which takes longer than everything else together."""
+    commands = ("evaluate", "pretrain", "collect", "export", "benchmark.command", "report.command", "finetune.command")
+    program = f"""
+import sys
+import {", ".join(f"eva_rl.{name}" for name in commands)}
+from eva_rl.adapters import load_policy
+load_policy("mt40")
+print(sorted({{"peft", "transformers"}} & set(sys.modules)))
+"""
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (found.stdout, found.returncode) == ("[]\n", 0), found.stderr
