@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
 
@@ -113,13 +115,18 @@ def parse(name: str, words: Sequence[str]) -> Any:
     chosen = chosen_options(name, typed, stored)
     values = [*_stored_values(name, stored, chosen), *_typed_values(name, typed, chosen)]
     try:
-        with initialize_config_module("eva_rl.configs", version_base="1.3"):
-            config = compose(name, [f"{group}={option}" for group, option in chosen.items()])
+        config = copy.deepcopy(_composed(name, tuple(f"{group}={option}" for group, option in chosen.items())))
         for key, value in values:
             _set(config, key, value)
         return OmegaConf.to_object(config)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(f"{_first_lines(error)} {see_help(name)}") from error
+
+
+@lru_cache(maxsize=64)  # Hydra takes 0.1 s, and a benchmark asks for each of its runs
+def _composed(name: str, options: tuple[str, ...]) -> DictConfig:
+    with initialize_config_module("eva_rl.configs", version_base="1.3"):
+        return compose(name, list(options))
 
 
 def see_help(name: str) -> str:
