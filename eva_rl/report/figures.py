@@ -164,17 +164,20 @@ def _legend(axes: Axes, entries: int) -> None:
 
 def picture(figure: Figure, kind: str) -> bytes:
     """A figure as a PNG or SVG file, on white."""
+    return _file(figure, format=kind, dpi=150, facecolor="white", metadata={"Date": None} if kind == "svg" else None)
+
+
+def _file(figure: Figure, **options: Any) -> bytes:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format=kind, dpi=150, facecolor="white", metadata={"Date": None} if kind == "svg" else None)
+    figure.savefig(buffer, **options)
+    figure.set_layout_engine("none")  # everything has its place, which takes longer to find than to draw
     return buffer.getvalue()
 
 
 def inline_svg(figure: Figure, name: str, title: str) -> str:
     """A figure as part of a page: in the page's own text colour, as wide as there is room, with names of its own."""
-    buffer = io.BytesIO()
     with mpl.rc_context({"svg.hashsalt": name}):
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    text = buffer.getvalue().decode()
+        text = _file(figure, format="svg", transparent=True, metadata={"Date": None}).decode()
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.S)
     text = re.sub(
         r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1), count=1
