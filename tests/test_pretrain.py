@@ -22,6 +22,7 @@ from tests.data.making import random_trajectories, write_h5
 SMALL = ["env=reach-v3+window-close-v3", "data.episodes=2", "data.workers=1", "env.horizon=60", "threads=1"]
 SMALL += ["data.only_successes=false", "size.hidden_size=16", "size.num_layers=1", "size.num_heads=2"]
 SMALL += ["size.context_length=5", "algo.updates=4", "algo.batch_size=8", "eval.episodes=1", "eval.every=2"]
+SMALL += ["tracker=[]"]
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +133,7 @@ def test_tasks_without_success_are_judged_by_their_return(tmp_path: Path) -> Non
         == 0
     )
     small = ["size.hidden_size=16", "size.num_layers=1", "size.num_heads=2", "size.context_length=4", "algo.updates=2"]
+    small += ["tracker=[]"]
     assert pretrain.main(["env=mujoco/hopper", f"data={data}", *small, "threads=1", f"run_dir={run_dir}"]) == 0
     summary = json.loads((run_dir / "summary.json").read_text())
     assert summary["validation/mean_reward"] == summary["validation/Hopper-v5"] > 0
@@ -139,7 +141,7 @@ def test_tasks_without_success_are_judged_by_their_return(tmp_path: Path) -> Non
 
 
 TINY = ["size.hidden_size=16", "size.num_layers=1", "size.num_heads=2", "size.context_length=4", "threads=1"]
-TINY += ["algo.updates=1", "algo.batch_size=4", "eval.every=0"]
+TINY += ["algo.updates=1", "algo.batch_size=4", "eval.every=0", "tracker=[]"]
 
 
 def swing_up(rows: int = 30) -> dict[str, np.ndarray]:

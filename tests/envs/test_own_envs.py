@@ -171,7 +171,7 @@ def test_pretraining_knows_success_from_returns(tmp_path: Path, caplog: pytest.L
     data = Trajectories.from_episodes([Episode(**steps, **ENDS)], env_id="OwnPoint-v2", source="own")  # type: ignore[arg-type]
     write_episodes(tmp_path / "own.h5", data)
     small = ["size.hidden_size=16", "size.num_layers=1", "size.num_heads=2", "size.context_length=4"]
-    words = [f"env={OWN}Point-v2", f"data={tmp_path}/own.h5", "algo.updates=1", "threads=1", *small]
+    words = [f"env={OWN}Point-v2", f"data={tmp_path}/own.h5", "algo.updates=1", "threads=1", "tracker=[]", *small]
     assert pretrain.main([*words, f"run_dir={tmp_path}/run"]) == 0
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert "validation/success_rate" in summary

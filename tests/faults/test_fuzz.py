@@ -2,38 +2,51 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
+
+import pytest
 
 BENCHMARKS = Path(__file__).parent.parent.parent / "benchmarks"
-FAULTY = """
-import sys
-sys.path.insert(0, {benchmarks!r})
-import fuzz, fuzz_formats
-fuzz.FORMATS["careless"] = fuzz_formats.Format(
-    lambda folder: (folder / "a.txt").write_text("12"),
-    lambda folder: str(int((folder / "a.txt").read_text())),
-    ours=True,
-)
-sys.argv = ["fuzz.py", "--formats", "careless", "--mutations", "15", "--seed", "0"]
-raise SystemExit(fuzz.main())
-"""
 
 
-def test_a_short_run_finds_nothing() -> None:
-    command = [sys.executable, str(BENCHMARKS / "fuzz.py"), "--mutations", "8", "--seed", "3"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.startswith("seed 3, 8 mutations of each format")
-    rows = {line[:16].strip(): line[16:].split() for line in done.stdout.splitlines()[2:]}
+@pytest.fixture
+def fuzz(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The benchmark's module; each mutated file is loaded in a fork of this process."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import fuzz
+
+    return fuzz
+
+
+def run(fuzz: ModuleType, monkeypatch: pytest.MonkeyPatch, *options: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["fuzz.py", *options])
+    status: int = fuzz.main()
+    return status
+
+
+@pytest.mark.parametrize("mutations", [4, pytest.param(40, marks=pytest.mark.slow)])
+def test_a_short_run_finds_nothing(
+    mutations: int, fuzz: ModuleType, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    status = run(fuzz, monkeypatch, "--mutations", str(mutations), "--seed", "3")
+    shown = capfd.readouterr().out
+    assert status == 0, shown
+    assert shown.startswith(f"seed 3, {mutations} mutations of each format")
+    rows = {line[:16].strip(): line[16:].split() for line in shown.splitlines()[2:]}
     assert {"episode file", "store", "D4RL", "pickle"} <= set(rows)
-    assert all(sum(map(int, row)) == 8 for row in rows.values() if row[0].isdecimal())
+    assert all(sum(map(int, row)) == mutations for row in rows.values() if row[0].isdecimal())
 
 
-def test_faults_are_seen() -> None:
-    command = [sys.executable, "-c", FAULTY.format(benchmarks=str(BENCHMARKS))]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 1, done.stdout + done.stderr
-    assert "careless, seed 0, mutation" in done.stdout
-    assert "ValueError: invalid literal for int()" in done.stdout
+def test_faults_are_seen(fuzz: ModuleType, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    careless = fuzz.Format(
+        lambda folder: (folder / "a.txt").write_text("12"),
+        lambda folder: str(int((folder / "a.txt").read_text())),
+        ours=True,
+    )
+    monkeypatch.setitem(fuzz.FORMATS, "careless", careless)
+    assert run(fuzz, monkeypatch, "--formats", "careless", "--mutations", "15", "--seed", "0") == 1
+    shown = capfd.readouterr().out
+    assert "careless, seed 0, mutation" in shown
+    assert "ValueError: invalid literal for int()" in shown

@@ -29,7 +29,12 @@ HOLD = """
 import sys, time
 from pathlib import Path
 from eva_rl.cli.run_dir import lock
-lock(Path(sys.argv[1]))
+from eva_rl.errors import UserError
+try:
+    lock(Path(sys.argv[1]))
+except UserError as error:
+    print(error, flush=True)
+lock(Path(sys.argv[2]))
 print("held", flush=True)
 time.sleep(60)
 """
@@ -38,12 +43,12 @@ time.sleep(60)
 def test_a_second_process_is_refused_until_the_first_ends(tmp_path: Path) -> None:
     options = Options(str(tmp_path / "run"))
     open_run("finetune", options)
-    refused = subprocess.run([sys.executable, "-c", HOLD, options.run_dir], capture_output=True, text=True, check=False)
-    assert "is in use by another process" in refused.stderr
     other = Options(str(tmp_path / "other"))
     Path(other.run_dir).mkdir()
-    with subprocess.Popen([sys.executable, "-c", HOLD, other.run_dir], stdout=subprocess.PIPE, text=True) as holder:
+    command = [sys.executable, "-c", HOLD, options.run_dir, other.run_dir]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout is not None
+        assert "is in use by another process" in holder.stdout.readline()
         assert holder.stdout.readline() == "held\n"
         with pytest.raises(UserError, match=rf"in use by another process \(pid {holder.pid}\)"):
             open_run("finetune", other)

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,12 @@ from eva_rl.adapters import load_policy
 from eva_rl.agents.policy_folder import save_policy
 from eva_rl.cli.profiling import peak_memory
 from eva_rl.finetune import command as finetune
+from eva_rl.training import checkpoint
+from tests import forks
 from tests.conftest import make_policy
 
 SMALL = ["env=reach-v3", "data.episodes=2", "data.workers=1", "algo.updates=6", "algo.batch_size=8", "threads=1"]
-SMALL += ["eval.episodes=2", "env.horizon=40", "data.only_successes=false", "algo.learning_rate=0.03"]
+SMALL += ["eval.episodes=2", "env.horizon=40", "data.only_successes=false", "algo.learning_rate=0.03", "tracker=[]"]
 PLAY = ["eval.episodes=2", "env.horizon=30", "threads=1"]
 
 
@@ -285,24 +288,23 @@ def test_every_source_for_every_method_that_needs_data(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora_ga", "mica", "adalora"])
-def test_killed_and_continued_equals_uninterrupted(method: str, folder: Path, tmp_path: Path) -> None:
+def test_killed_and_continued_equals_uninterrupted(
+    method: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The process dies while it trains; the same command goes on, with the start that it began with."""
     asked = [f"policy={folder}/base", *SMALL, f"adapter={method}", "checkpoint.every=2"]
     assert finetune.main([*asked, f"run_dir={tmp_path}/whole"]) == 0
-    code = f"""
-import os, signal
-from eva_rl.finetune import command as finetune
-from eva_rl.training import checkpoint
-save = checkpoint.save_checkpoint
-def dying(folder, state, *rest):
-    save(folder, state, *rest)
-    if state.step == 4:
-        os.kill(os.getpid(), signal.SIGKILL)
-checkpoint.save_checkpoint = dying
-finetune.main({[*asked, f"run_dir={tmp_path}/killed"]!r})
-"""
-    died = subprocess.run([sys.executable, "-c", code], timeout=300, check=False)
-    assert died.returncode == -signal.SIGKILL
+    save = checkpoint.save_checkpoint
+
+    def dying(folder: Path, state: Any, *rest: Any) -> None:
+        save(folder, state, *rest)
+        if state.step == 4:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "save_checkpoint", dying)
+        killed = partial(finetune.main, [*asked, f"run_dir={tmp_path}/killed"])
+        assert forks.status(killed, tmp_path / "log") == -signal.SIGKILL
     assert finetune.main([*asked, f"run_dir={tmp_path}/killed"]) == 0
     for name in ("model.safetensors", "adapter/adapter_model.safetensors", "adapter/adapter_config.json"):
         found, expected = (tmp_path / run / "policy" / name for run in ("killed", "whole"))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,15 @@ from eva_rl.adapters import METHODS
 from eva_rl.agents.policy_folder import save_policy
 from eva_rl.finetune import command as finetune
 from eva_rl.tracking.tracker import read_metrics
+from eva_rl.training import checkpoint
+from tests import forks
 from tests.conftest import make_policy
 
 SMALL = ["env=reach-v3", "data.episodes=2", "data.workers=1", "algo.updates=6", "algo.batch_size=8", "threads=1"]
 SMALL += ["eval.episodes=2", "env.horizon=40", "data.only_successes=false", "checkpoint.every=2", "seed=3"]
+SMALL += ["tracker=[]"]
+OFTEN = ("lora", "eva_dora", "adalora", "pissa", "corda", "lora_ga", "miss", "full")
+"""One method of each kind; the others are slow tests."""
 
 
 def small_run(base: Path, run_dir: Path, *more: str) -> int:
@@ -45,7 +52,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def finished(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_dir = tmp_path_factory.mktemp("runs") / "first"
-    assert small_run(base, run_dir) == 0
+    assert small_run(base, run_dir, "tracker=[tensorboard]") == 0
     return run_dir
 
 
@@ -126,9 +133,12 @@ def test_a_finetuned_policy_can_be_finetuned_again(finished: Path, tmp_path: Pat
     assert second["total_parameters"] == first["total_parameters"], "the first adapter was folded in"
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if m != "eva"])
+@pytest.mark.parametrize(
+    "method", [m if m in OFTEN else pytest.param(m, marks=pytest.mark.slow) for m in METHODS if m != "eva"]
+)
 def test_every_method_runs(method: str, base: Path, tmp_path: Path) -> None:
-    assert small_run(base, tmp_path / method, f"adapter={method}", "algo.updates=4") == 0
+    tiny = ["algo.updates=4", "env.horizon=16", "eval.episodes=1"]
+    assert small_run(base, tmp_path / method, f"adapter={method}", *tiny) == 0
     summary = read(tmp_path / method / "summary.json")
     assert summary["method"] == method
     assert (tmp_path / method / "policy" / "adapter").exists() == METHODS[method].adapter
@@ -149,23 +159,21 @@ def test_data_from_a_file(base: Path, tmp_path: Path) -> None:
     assert read(tmp_path / "run" / "summary.json")["data"]["steps"] == 120
 
 
-def test_killed_and_continued_equals_uninterrupted(base: Path, finished: Path, tmp_path: Path) -> None:
+def test_killed_and_continued_equals_uninterrupted(
+    base: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The process dies while it trains; the same command goes on and ends as if nothing had happened."""
     run_dir = tmp_path / "killed"
-    code = f"""
-import os, signal, sys
-from eva_rl.finetune import command as finetune
-from eva_rl.training import checkpoint
-save = checkpoint.save_checkpoint
-def dying(folder, state, *rest):
-    save(folder, state, *rest)
-    if state.step == 4:
-        os.kill(os.getpid(), signal.SIGKILL)
-checkpoint.save_checkpoint = dying
-finetune.main({[f"policy={base}", f"run_dir={run_dir}", *SMALL]!r})
-"""
-    died = subprocess.run([sys.executable, "-c", code], timeout=300, check=False)
-    assert died.returncode == -signal.SIGKILL
+    save = checkpoint.save_checkpoint
+
+    def dying(folder: Path, state: Any, *rest: Any) -> None:
+        save(folder, state, *rest)
+        if state.step == 4:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "save_checkpoint", dying)
+        assert forks.status(partial(small_run, base, run_dir), tmp_path / "log") == -signal.SIGKILL
     assert not (run_dir / "summary.json").exists()
     assert small_run(base, run_dir) == 0
     assert timeless(read_metrics(run_dir)) == timeless(read_metrics(finished))
@@ -245,17 +253,15 @@ def test_an_unfinished_run_with_other_settings(base: Path, tmp_path: Path, capsy
 def test_a_full_disk(base: Path, tmp_path: Path) -> None:
     """No file may grow beyond 60 kB: the checkpoint cannot be written, and what is there stays whole."""
 
-    def limit() -> None:
+    def limited() -> int:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (90_000, 90_000))
+        return small_run(base, tmp_path / "run", "adapter=full")
 
-    command = [sys.executable, "-m", "eva_rl.finetune", f"policy={base}", f"run_dir={tmp_path / 'run'}", *SMALL]
-    ended = subprocess.run(
-        [*command, "adapter=full"], capture_output=True, text=True, timeout=300, check=False, preexec_fn=limit
-    )
-    assert ended.returncode == 2, ended.stderr
-    assert "could not be written" in " ".join(ended.stderr.split())
-    assert "Traceback" not in ended.stderr
+    status, said = forks.status(limited, tmp_path / "log"), (tmp_path / "log").read_text()
+    assert status == 2, said
+    assert "could not be written" in " ".join(said.split())
+    assert "Traceback" not in said
     assert list((tmp_path / "run").rglob("*.partial")) == []
     assert not (tmp_path / "run" / "summary.json").exists()
 

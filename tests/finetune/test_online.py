@@ -36,6 +36,7 @@ SMALL = [
     "algo.eval_every=120",
     "algo.checkpoint_every=120",
     "threads=1",
+    "tracker=[]",
 ]
 REPLAYED = ["algo.steps_per_iteration=60", "algo.updates_per_iteration=2", "algo.batch_size=8"]
 SHORT = {
