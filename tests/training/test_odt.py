@@ -48,7 +48,7 @@ def test_the_temperature_defends_the_entropy(target: float, grows: bool) -> None
     assert (temperature > 0.1) == grows
 
 
-@pytest.mark.parametrize("kind", [Bandit, TwoSteps])
+@pytest.mark.parametrize("kind", [pytest.param(Bandit, marks=pytest.mark.slow), TwoSteps])
 def test_small_problems_are_solved(kind: type[gym.Env[Any, Any]]) -> None:
     policy = make_learner(stochastic=True)
     before = mean_return(policy, kind)
@@ -59,14 +59,14 @@ def test_small_problems_are_solved(kind: type[gym.Env[Any, Any]]) -> None:
             warmup_steps=10,
             weight_decay=0.0,
             initial_temperature=0.1,
-            env_steps=3200,
+            env_steps=1280,
             steps_per_iteration=80,
             updates_per_iteration=20,
         ),
     )
     counters = train_online(learner, TrajectoryReplay(2000, 2, 1), make_task(kind), log=lambda *_: None)
-    assert counters.env_steps == 3200
-    assert counters.update == 800
+    assert counters.env_steps == 1280
+    assert counters.update == 320
     assert before < kind.solved < mean_return(policy, kind)  # type: ignore[attr-defined]
 
 

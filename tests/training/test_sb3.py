@@ -161,11 +161,12 @@ class StopError(Exception):
 
 def run(name: str, folder: Path | None, *, stop: bool = False) -> tuple[Any, list[tuple[int, dict[str, float]]]]:
     task = TaskEnvs(envs.make_vec_env("mujoco/hopper", 2, horizon=15), "Hopper-v5", False)
-    chosen = options(name, 240, eval_every=80, batch_size=8, **({} if name == "ppo" else {"learning_starts": 20}))
+    few = {"epochs": 2} if name == "ppo" else {"learning_starts": 20, "gradient_steps": 2}
+    chosen = options(name, 160, eval_every=80, batch_size=8, **few)
     model, record = make_model(make_policy(11, 3, hidden_size=16, num_layers=1), task, chosen, seed=2), []
 
     def log(metrics: Mapping[str, float], step: int) -> None:
-        if stop and step > 160:
+        if stop and step > 80:
             raise StopError
         record.append((step, {k: v for k, v in metrics.items() if not k.startswith("time/")}))
 
@@ -181,7 +182,7 @@ def test_a_resumed_run_ends_with_the_same_weights(name: str, tmp_path: Path) -> 
     expected, _ = run(name, None)
     run(name, tmp_path, stop=True)
     found, _ = run(name, tmp_path)
-    assert found.num_timesteps == expected.num_timesteps == 240
+    assert found.num_timesteps == expected.num_timesteps == 160
     for key, value in expected.policy.state_dict().items():
         assert torch.equal(value, found.policy.state_dict()[key]), key
 
@@ -196,8 +197,8 @@ def test_saved_models_callbacks_and_the_logger_are_stable_baselines3_s(name: str
             return True
 
     task = TaskEnvs(envs.make_vec_env("mujoco/hopper", 2, horizon=10), "Hopper-v5", False)
-    starts = {} if name == "ppo" else {"learning_starts": 20}
-    chosen, keys, steps = options(name, 160, batch_size=8, **starts), set(), Steps()
+    few = {"epochs": 2} if name == "ppo" else {"learning_starts": 20, "gradient_steps": 2}
+    chosen, keys, steps = options(name, 160, batch_size=8, **few), set(), Steps()
     model = make_model(make_policy(11, 3, hidden_size=16, num_layers=1), task, chosen)
     train_sb3(model, task, chosen, log=lambda metrics, _: keys.update(metrics), callback=steps)
     assert steps.count == 80
