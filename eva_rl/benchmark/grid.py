@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import product
@@ -208,7 +208,8 @@ def check_unchanged(cell: Cell) -> None:
     Raises:
         UserError: Naming the settings.
     """
-    changed, where = [], cell.record
+    changed: Iterable[str] = ()
+    where = cell.record
     if cell.record.exists():
         read_record(cell.record)
         changed = _changed_record(cell)
@@ -228,10 +229,10 @@ def check_unchanged(cell: Cell) -> None:
         )
 
 
-def _changed_run(cell: Cell) -> list[str]:
+def _changed_run(cell: Cell) -> Iterable[str]:
     try:
         read_config(cell.run_dir / CONFIG_FILE)
-        return changed_settings(cell.run_dir, asdict(cell.finetune))
+        return changed_settings(cell.run_dir, cell.finetune)
     except (OSError, ValueError, YAMLError) as error:
         raise UserError(f"{cell.run_dir} cannot be read: {error}. Remove it and rerun the same command.") from error
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -42,6 +43,20 @@ FREE_TO_CHANGE = {"run_dir", "shared", "resume", "threads", "device", "checkpoin
 """Keys in which a continued run may differ from its first part."""
 FREE_IN_GROUPS = {"accumulate", "compile", "log_every"}
 """The same, within groups: what fits a machine and changes no result."""
+RENAMED = {
+    "warmup": "warmup_steps",
+    "random_steps": "learning_starts",
+    "train_every": "train_freq",
+    "updates_per_bout": "gradient_steps",
+    "target_share": "tau",
+    "clone_weight": "bc_coef",
+    "q_weight": "q_coef",
+}
+"""Settings within groups, by the names that an earlier version wrote."""
+DID_NOTHING = {"target_scale", "checkpoint_every"}
+"""Settings that are gone from some groups."""
+ADDED_LATER = {"study"}
+"""Groups that earlier versions did not write."""
 
 
 NOT_SHOWN = {"run_dir", "shared", "study", "resume", "threads", "device", "tracker", "video", "checkpoint"}
@@ -73,7 +88,7 @@ def _open(name: str, options: Any) -> Path:
             raise UserError(f"{run_dir} is not empty and holds no run of eva-rl. Name another run_dir=.")
         lock(run_dir)
         remove_leftovers(run_dir)
-        _continue(run_dir, config, options.resume)
+        _continue(run_dir, options)
     _make(run_dir)
     lock(run_dir)
     if not (run_dir / CONFIG_FILE).exists():
@@ -127,12 +142,12 @@ def _open_lock(path: Path) -> IO[str]:
         raise UserError(f"{path.parent} cannot be written: {error}. Name another run_dir=.") from error
 
 
-def _continue(run_dir: Path, config: Mapping[str, Any], resume: str) -> None:
+def _continue(run_dir: Path, options: Any) -> None:
     """Accept the settings that a run began with, or any where it ended before its first checkpoint."""
-    if resume == "never":
+    if options.resume == "never":
         raise UserError(f"{run_dir} holds an unfinished run. Continue it with resume=auto, or name another run_dir=.")
     try:
-        changed = changed_settings(run_dir, config)
+        changed = changed_settings(run_dir, options)
     except UserError as error:
         damaged = run_dir / f"{CONFIG_FILE}.damaged"
         (run_dir / CONFIG_FILE).replace(damaged)
@@ -144,30 +159,63 @@ def _continue(run_dir: Path, config: Mapping[str, Any], resume: str) -> None:
         return
     if changed and not (run_dir / "checkpoint").exists():
         (run_dir / CONFIG_FILE).unlink()
-        if {"env", "data"} & set(changed):
+        if any(key.startswith(("env.", "data.")) for key in changed):
             shutil.rmtree(run_dir / "data", ignore_errors=True)
     elif changed:
+        had = ", ".join(f"{key}={_typed(value)}" for key, value in changed.items())
         raise UserError(
             f"{run_dir} holds an unfinished run with other settings of {', '.join(changed)} (see {CONFIG_FILE} there). "
-            "Use the same settings to continue it, or name another run_dir=."
+            f"Use the same settings to continue it ({had}), or name another run_dir=."
         )
 
 
-def changed_settings(run_dir: Path, config: Mapping[str, Any]) -> list[str]:
-    """Keys in which a run's config differs from another, of those that decide its result.
+def _typed(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def changed_settings(run_dir: Path, options: Any) -> dict[str, Any]:
+    """The settings of a run that differ from a command's, by key, of those that decide its result.
+
+    What an earlier version did not know is taken to have been what is the default today.
+
+    Args:
+        run_dir: Of the run.
+        options: The whole config of the command; a dataclass.
 
     Raises:
         UserError: The run's config cannot be read, or is incomplete.
     """
-    before = read_yaml(run_dir / CONFIG_FILE)
-    if not isinstance(before, dict) or not config.keys() - FREE_TO_CHANGE <= before.keys():
+    before, now = read_yaml(run_dir / CONFIG_FILE), asdict(options)
+    if not isinstance(before, dict) or not now.keys() - FREE_TO_CHANGE - ADDED_LATER <= before.keys():
         raise UserError(f"{run_dir / CONFIG_FILE} is damaged: settings are missing.")
-    return [key for key in config if key not in FREE_TO_CHANGE and _kept(before.get(key)) != _kept(config[key])]
+    old, new, usual = _deciding(before), _deciding(now), _deciding(_defaults(options))
+    gone = {key: old[key] for key in old.keys() - new.keys() if key.rpartition(".")[2] not in DID_NOTHING}
+    there = {key: (usual | old).get(key) for key in new}
+    return gone | {key: value for key, value in there.items() if value != new[key]}
 
 
-def _kept(value: Any) -> Any:
-    """A setting, or a group of settings without those that may change."""
-    return {k: v for k, v in value.items() if k not in FREE_IN_GROUPS} if isinstance(value, dict) else value
+def _deciding(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that decide a result, flat and by the names of today."""
+    settings = {}
+    for key, value in flat({key: value for key, value in values.items() if key not in FREE_TO_CHANGE}):
+        group, dot, name = key.rpartition(".")
+        if not dot or name not in FREE_IN_GROUPS:
+            settings[f"{group}{dot}{RENAMED.get(name, name) if dot else name}"] = value
+    return settings
+
+
+def _defaults(options: Any) -> dict[str, Any]:
+    """The default of each setting that has one, in groups."""
+    found: dict[str, Any] = {}
+    for field in fields(options):
+        value = getattr(options, field.name)
+        if is_dataclass(value):
+            found[field.name] = _defaults(value)
+        elif field.default is not MISSING:
+            found[field.name] = field.default
+        elif field.default_factory is not MISSING:
+            found[field.name] = field.default_factory()
+    return found
 
 
 def _make(run_dir: Path) -> None:

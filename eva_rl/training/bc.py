@@ -28,6 +28,7 @@ from eva_rl.training.optimizer import (
     make_optimizer,
     optimizer_tensors,
     restore_optimizer,
+    restore_parameters,
     set_learning_rate,
 )
 from eva_rl.training.options import BCOptions
@@ -193,7 +194,8 @@ class _Run:
         state = checkpoints.load() if checkpoints else None
         if state is not None:
             assert checkpoints is not None
-            run.restore(state, str(checkpoints.folder))
+            with checkpoints.fitting():
+                run.restore(state)
         updates = process_group.all_gather_object(run.counters.update)
         if len(set(updates)) > 1:
             raise UserError(
@@ -216,17 +218,9 @@ class _Run:
             tensors |= {AVERAGE + name: value for name, value in self.average.tensors().items()}
         return TrainState(self.counters.update, tensors, asdict(self.counters))
 
-    def restore(self, state: TrainState, where: str) -> None:
+    def restore(self, state: TrainState) -> None:
         """Put back what :meth:`state` gave."""
-        missing = [name for name in self.parameters if f"parameter/{name}" not in state.tensors]
-        if missing:
-            raise UserError(
-                f"The checkpoint in {where} lacks {', '.join(missing[:3])}: it belongs to another adapter or policy. "
-                "Use the settings it was made with, or another run_dir."
-            )
-        with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                parameter.copy_(state.tensors[f"parameter/{name}"])
+        restore_parameters(self.parameters, state.tensors, "parameter/")
         restore_optimizer(self.optimizer, self.parameters, state.tensors)
         if self.extension is not None:
             self.extension.restore(_below(state.tensors, EXTENSION))
@@ -235,7 +229,7 @@ class _Run:
         torch.set_rng_state(state.tensors["random/torch"])
         if LOSS in state.tensors:  # not in older checkpoints
             self.loss_since_point.copy_(state.tensors[LOSS])
-        for name, value in state.record.items():
+        for name, value in asdict(Counters(**state.record)).items():
             setattr(self.counters, name, value)
 
 

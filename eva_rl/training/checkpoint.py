@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,22 @@ class Checkpoints:
     def load(self) -> TrainState | None:
         """See :func:`load_latest_checkpoint`."""
         return load_latest_checkpoint(self.folder)
+
+    @contextmanager
+    def fitting(self) -> Iterator[None]:
+        """Raise one error for whatever does not fit while a checkpoint is put back.
+
+        Raises:
+            UserError: The checkpoint is of another policy or algorithm, or of a version with other parts.
+        """
+        try:
+            yield
+        except (LookupError, ValueError, TypeError, RuntimeError) as error:
+            cause = f"{error} is missing there" if isinstance(error, KeyError) else str(error)
+            raise UserError(
+                f"The checkpoint in {self.folder} does not fit ({cause}): it belongs to another adapter or policy, or "
+                "to another version of eva-rl. Use the settings and the version it was made with, or another run_dir="
+            ) from error
 
     def save(self, state: TrainState) -> None:
         """See :func:`save_checkpoint`."""

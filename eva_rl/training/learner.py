@@ -19,6 +19,7 @@ from eva_rl.training.optimizer import (
     make_optimizer,
     optimizer_tensors,
     restore_optimizer,
+    restore_parameters,
     set_learning_rate,
 )
 from eva_rl.training.options import ReplayOptions
@@ -138,9 +139,7 @@ class Learner(ABC):
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Put back what :meth:`tensors` gave."""
         for kind, (parameters, optimizer) in self._trained.items():
-            with torch.no_grad():
-                for name, parameter in parameters.items():
-                    parameter.copy_(tensors[f"{kind}/parameter/{name}"])
+            restore_parameters(parameters, tensors, f"{kind}/parameter/")
             restore_optimizer(optimizer, parameters, _below(tensors, f"{kind}/"))
         if self.extension is not None:
             self.extension.restore(_below(tensors, EXTENSION))

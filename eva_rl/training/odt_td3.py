@@ -15,6 +15,7 @@ from eva_rl.training.critics import CriticEnsemble, polyak_update, random_pair, 
 from eva_rl.training.failures import NotFiniteError
 from eva_rl.training.learner import Choice, Explore, Learner, named, noise_levels, step_generators
 from eva_rl.training.losses import masked_mean
+from eva_rl.training.optimizer import restore_parameters
 from eva_rl.training.options import TD3Options
 
 
@@ -132,11 +133,8 @@ class TD3DecisionTransformer(Learner):
 
     def restore_state(self, tensors: Mapping[str, Tensor]) -> None:
         """Put back what :meth:`state_of` gave."""
-        with torch.no_grad():
-            for name, value in self.target_critics.state_dict().items():
-                value.copy_(tensors[f"target_critics/{name}"])
-            for name, parameter in self._slow().items():
-                parameter.copy_(tensors[f"target_network/{name}"])
+        restore_parameters(self.target_critics.state_dict(), tensors, "target_critics/")
+        restore_parameters(self._slow(), tensors, "target_network/")
         self._reward_scale = float(tensors["reward_scale"])
 
     def _slow(self) -> dict[str, nn.Parameter]:

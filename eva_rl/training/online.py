@@ -167,7 +167,9 @@ def _resume(
         prefix: {k.removeprefix(prefix): v for k, v in state.tensors.items() if k.startswith(prefix)}
         for prefix in (ALGORITHM, REPLAY, BEST)
     }
-    learner.restore(parts[ALGORITHM])
-    replay.restore(parts[REPLAY])
-    best.parameters = parts[BEST]
-    return OnlineCounters(**state.record)
+    assert checkpoints is not None
+    with checkpoints.fitting():
+        learner.restore(parts[ALGORITHM])
+        replay.restore(parts[REPLAY])
+        best.parameters = parts[BEST]
+        return OnlineCounters(**state.record)

@@ -103,3 +103,25 @@ def restore_optimizer(
             optimizer.state[parameter] = {
                 key: value if key == "step" else value.to(parameter.device) for key, value in state.items()
             }
+
+
+def restore_parameters(parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor], prefix: str) -> None:
+    """Put parameters back from a checkpoint.
+
+    Args:
+        parameters: By name.
+        tensors: Of the checkpoint, under ``prefix`` and the same names.
+        prefix: For instance ``parameter/``.
+
+    Raises:
+        ValueError: One is missing, or has another shape.
+    """
+    missing = [name for name in parameters if prefix + name not in tensors]
+    if missing:
+        raise ValueError(f"it lacks {', '.join(missing[:3])}")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            value = tensors[prefix + name]
+            if value.shape != parameter.shape:
+                raise ValueError(f"{name} has shape {tuple(value.shape)} there, {tuple(parameter.shape)} here")
+            parameter.copy_(value)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -64,7 +64,7 @@ def test_a_cut_config_is_written_anew_and_kept(cut: int, tmp_path: Path, capsys:
     (path.parent / "checkpoint").mkdir()
     path.write_bytes(path.read_bytes()[:cut])
     assert open_run("finetune", options) == path.parent
-    assert changed_settings(path.parent, asdict(options)) == []
+    assert changed_settings(path.parent, options) == {}
     assert (path.parent / "config.yaml.damaged").stat().st_size == cut
     assert "written anew" in capsys.readouterr().err
 
@@ -75,14 +75,14 @@ def test_other_damage_of_a_config(content: bytes, tmp_path: Path) -> None:
     path = open_run("finetune", options) / CONFIG_FILE
     path.write_bytes(content)
     open_run("finetune", options)
-    assert changed_settings(path.parent, asdict(options)) == []
+    assert changed_settings(path.parent, options) == {}
 
 
 def test_other_settings_are_still_refused(tmp_path: Path) -> None:
     run_dir = open_run("finetune", Options(str(tmp_path / "run")))
     (run_dir / "checkpoint").mkdir()
     assert open_run("finetune", Options(str(run_dir))) == run_dir, "1e-5 and ${...} read back as they were"
-    with pytest.raises(UserError, match="other settings of learning_rate"):
+    with pytest.raises(UserError, match=r"other settings of learning_rate .*\(learning_rate=1e-05\)"):
         open_run("finetune", Options(str(run_dir), learning_rate=1e-4))
 
 

@@ -26,6 +26,7 @@ def test_targets_bootstrap_through_time_limits_only() -> None:
 
 
 def test_the_smaller_of_two_critics_counts() -> None:
+    torch.manual_seed(0)
     critics = CriticEnsemble(2, 1, 8, size=3)
     observations, actions = torch.randn(5, 4, 2), torch.randn(5, 4, 1)
     values = critics(observations, actions)

@@ -21,6 +21,7 @@ from eva_rl.data.trajectories import Episode
 from eva_rl.training.critics import CriticEnsemble, polyak_update, random_pair
 from eva_rl.training.failures import NotFiniteError
 from eva_rl.training.learner import Choice, Explore, Learner, named, noise_levels, step_generators
+from eva_rl.training.optimizer import restore_parameters
 from eva_rl.training.options import ResidualOptions
 from eva_rl.training.residual.actor import ResidualActor, ResidualPolicy
 from eva_rl.training.residual.playback import FEATURES, PROPOSALS, TARGETS, extra_widths, played_through, until_success
@@ -197,8 +198,6 @@ class ResidualLearner(Learner):
 
     def restore_state(self, tensors: Mapping[str, Tensor]) -> None:
         """Put back what :meth:`state_of` gave."""
-        with torch.no_grad():
-            for kind, module in (("target_critics", self.target_critics), ("target_actor", self.target_actor)):
-                for name, value in module.state_dict().items():
-                    value.copy_(tensors[f"{kind}/{name}"])
+        restore_parameters(self.target_critics.state_dict(), tensors, "target_critics/")
+        restore_parameters(self.target_actor.state_dict(), tensors, "target_actor/")
         self._reward_scale, self._solved_value = tensors["scales"].tolist()

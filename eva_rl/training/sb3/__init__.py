@@ -242,6 +242,13 @@ def _resume(model: Model, played: OnlineCounters, checkpoints: Checkpoints | Non
     state = checkpoints.load() if checkpoints else None
     if state is None:
         return
+    assert checkpoints is not None
+    with checkpoints.fitting():
+        _restore(model, played, state)
+
+
+def _restore(model: Model, played: OnlineCounters, state: TrainState) -> None:
+    """Put back what :func:`_state` gave."""
     tensors, record = state.tensors, state.record
     model.policy.load_state_dict({k.removeprefix(POLICY): v for k, v in tensors.items() if k.startswith(POLICY)})
     for kind, (optimizer, parameters) in _optimizers(model).items():
