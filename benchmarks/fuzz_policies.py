@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from fuzz_formats import Format
 
+from eva_rl import eva
 from eva_rl.adapters import attach_adapter, load_policy, save_adapted_policy
 from eva_rl.agents import (
     Conditioning,
@@ -123,7 +124,20 @@ def _load_checkpoints(folder: Path) -> str:
     return "sound" if same and torch.equal(state.tensors["w"], torch.full((3,), float(state.step))) else repr(state)
 
 
+def _make_eva_result(folder: Path) -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.ReLU(), torch.nn.Linear(4, 3))
+    found = eva.compute(model, [torch.randn(20, 5) for _ in range(2)], rank=2)
+    found.ended("max_batches", 1.0).save(folder / "eva")
+
+
+def _load_eva_result(folder: Path) -> str:
+    found = eva.EvaResult.load(folder / "eva")
+    return repr((found.to_report(), [layer.components.tolist() for layer in found.layers.values()]))
+
+
 FORMATS: dict[str, Format] = {
+    "EVA result": Format(_make_eva_result, _load_eva_result, ours=True),
     "policy": Format(
         lambda folder: save_policy(folder / "policy", policy()), lambda folder: _described(folder / "policy"), ours=True
     ),

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -16,7 +15,8 @@ from torch import Tensor
 from eva_rl.errors import UserError
 from eva_rl.eva.gram import SecondMoment
 from eva_rl.eva.options import EvaOptions, Method
-from eva_rl.files import read_json, write_file
+from eva_rl.files import check_files, check_seal, read_json, regular_size, sealed, write_file, write_json
+from eva_rl.schema import Boolean, Integer, ListOf, MapOf, Number, OneOf, Optional, Record, Text
 
 Stopped = Literal["converged", "max_batches", "data exhausted", "listening ended"]
 
@@ -166,23 +166,26 @@ class EvaResult:
         """Write `path`.safetensors (components) and `path`.json (the report)."""
         from safetensors.torch import save_file
 
-        components = {name: value.contiguous() for name, value in self.state_dict().items()}
-        write_file(_beside(path, ".safetensors"), lambda aside: save_file(components, aside))
-        write_file(_beside(path, ".json"), lambda aside: aside.write_text(json.dumps(self.to_report(), indent=1)))
+        components, file = {n: value.contiguous() for n, value in self.state_dict().items()}, _beside(path, ".json")
+        weights = _beside(path, ".safetensors")
+        write_file(weights, lambda aside: save_file(components, aside))
+        write_json(file, sealed(self.to_report(), file.parent, [weights.name]))
 
     @classmethod
     def load(cls, path: str | Path) -> EvaResult:
-        """Read what `save` wrote."""
-        from safetensors.torch import load_file
+        """Read what `save` wrote.
 
-        file = _beside(path, ".json")
+        Raises:
+            UserError: There is nothing, or it is damaged or was changed.
+        """
+        file, weights = _beside(path, ".json"), _beside(path, ".safetensors")
         if not file.is_file():
             raise UserError(f"{file} does not exist: expected a path given to EvaResult.save().")
-        report = read_json(file)
-        components = load_file(_beside(path, ".safetensors"))
-        layers = {name: _layer(values, components[name]) for name, values in report["layers"].items()}
+        report = read_json(file, REPORT)
+        check_seal(report, file)
+        check_files(report, file.parent, [weights.name], file)
         return cls(
-            layers,
+            _layers(report["layers"], weights, str(file)),
             EvaOptions(**report["options"]),
             report["batches"],
             report["stopped"],
@@ -226,6 +229,70 @@ def _report(layer: LayerResult) -> dict[str, Any]:
         **{name: None if math.isnan(value) else value for name, value in splits.items()},  # JSON has no nan
         **{name: getattr(layer, name).tolist() for name in _SPECTRA},
     }
+
+
+_count, _share = Integer(0), Optional(Number())
+_spectrum = ListOf(Number())
+LAYER = Record(
+    {
+        **dict.fromkeys(("rank", "width", "outputs", "input_group", "rows"), _count),
+        **dict.fromkeys(_SPLITS, _share),
+        **dict.fromkeys(_SPECTRA, _spectrum),
+        "lora_alpha": Number(0),
+        "method": OneOf(get_args(Method)),
+        "note": Text(),
+        "explained_variance": Number(),
+    }
+)
+OPTIONS = Record(
+    {"rank": Integer(1)},
+    {
+        **dict.fromkeys(("rho", "tau", "alpha"), Number()),
+        **dict.fromkeys(("center", "keep_scale"), Boolean()),
+        **dict.fromkeys(("score", "criterion"), Text()),
+        "variant": Optional(Text()),
+        "seed": Integer(),
+    },
+)
+REPORT = Record(
+    {
+        "options": OPTIONS,
+        "batches": _count,
+        "stopped": OneOf(get_args(Stopped)),
+        "converged": Boolean(),
+        "seconds": Number(0),
+        "skipped": ListOf(Text()),
+        "layers": MapOf(LAYER),
+    },
+    others=True,
+)
+"""What `save` writes beside the components."""
+
+
+def _layers(layers: Mapping[str, Any], weights: Path, where: str) -> dict[str, LayerResult]:
+    """The layers of a report with their components.
+
+    Raises:
+        UserError: The components are missing, damaged, of other shapes, or not finite.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        regular_size(weights)
+        components = load_file(weights)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{weights} cannot be read: {error}. Save the result again.") from error
+    for name, values in layers.items():
+        found, expected = components.get(name), (values["rank"], values["width"])
+        if found is None or (tuple(found.shape), found.dtype) != (expected, torch.float32):
+            given = "missing" if found is None else f"{found.dtype} of shape {tuple(found.shape)}"
+            raise UserError(
+                f"{weights}: {name} is {given}; expected torch.float32 of shape {expected}, as {where} says."
+            )
+        if not bool(torch.isfinite(found).all()):
+            raise UserError(f"{weights}: {name} is not finite. Save the result again.")
+    return {name: _layer(values, components[name]) for name, values in layers.items()}
 
 
 def _layer(values: dict[str, Any], components: Tensor) -> LayerResult:
