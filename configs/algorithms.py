@@ -25,6 +25,7 @@ from eva_rl.training.options import (
     ReplayOptions,
     ResidualOptions,
     SACOptions,
+    SelfImitationOptions,
     TD3Options,
 )
 
@@ -42,8 +43,7 @@ class BCAlgo(BCOptions, AlgoOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.learning_rate, str) and self.learning_rate != AUTO:
-            raise UserError(f"{self.PREFIX}learning_rate={self.learning_rate}: expected a number or {AUTO}.")
+        _check_rate(self.learning_rate, self.PREFIX)
 
     def with_default(self, learning_rate: float) -> Self:
         """With a learning rate where none is given."""
@@ -58,6 +58,11 @@ class BCAlgo(BCOptions, AlgoOptions):
     def final_step(self) -> int:
         """Where the record ends, in gradient steps."""
         return self.updates
+
+
+def _check_rate(learning_rate: float | str, prefix: str) -> None:
+    if isinstance(learning_rate, str) and learning_rate != AUTO:
+        raise UserError(f"{prefix}learning_rate={learning_rate}: expected a number or {AUTO}.")
 
 
 @dataclass
@@ -127,6 +132,24 @@ class ODTTD3Algo(TD3Options, ReplayAlgo):
 
 
 @dataclass
+class SelfImitationAlgo(SelfImitationOptions, ReplayAlgo):
+    """Self-imitation of solved episodes, with retries of those that fail (after arXiv 1806.05635)."""
+
+    learning_rate: float | str = option(  # type: ignore[assignment]  # a number once the command's config is made
+        AUTO, "peak learning rate of AdamW; auto takes a fifth of what suits cloning with the adapter", above=0
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_rate(self.learning_rate, self.PREFIX)
+
+    @property
+    def total_updates(self) -> int:
+        """Gradient steps after cloning, at most."""
+        return -(-self.env_steps // self.steps_per_iteration) * self.updates_per_iteration
+
+
+@dataclass
 class DistillAlgo(DistillOptions):
     """Cloning of the residual policy into the policy itself."""
 
@@ -186,6 +209,7 @@ class SACAlgo(SACOptions, TD3Algo):
 
 SB3Algo = PPOAlgo | SACAlgo | TD3Algo
 _ONLINE: Mapping[str, type[OnlineAlgo]] = {
+    "self_imitation": SelfImitationAlgo,
     "odt": ODTAlgo,
     "odt_td3": ODTTD3Algo,
     "residual": ResidualAlgo,
@@ -218,6 +242,8 @@ def for_method(algo: AlgoOptions, name: str) -> AlgoOptions:
     learning_rate = METHODS[name].learning_rate
     if isinstance(algo, BCAlgo):
         return algo.with_default(learning_rate)
+    if isinstance(algo, SelfImitationAlgo) and algo.learning_rate == AUTO:
+        algo = replace(algo, learning_rate=learning_rate / 5)
     return replace(algo, bc=algo.bc.with_default(learning_rate)) if isinstance(algo, OnlineAlgo) else algo
 
 

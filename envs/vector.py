@@ -100,6 +100,10 @@ class TaskVecEnv(VecEnv):
         self.arrays.next_seeds[:] = seed + np.arange(self.num_envs)
         return [int(first) for first in self.arrays.next_seeds]
 
+    def seed_each(self, seeds: Sequence[int]) -> None:
+        """Let the next episodes of the first environments be those of these seeds."""
+        self.arrays.next_seeds[: len(seeds)] = seeds
+
     def reset(self) -> VecEnvObs:
         """Begin the next episode of every environment."""
         self._all.begin_reset()

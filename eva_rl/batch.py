@@ -154,3 +154,30 @@ class InputScaling:
     def raw_actions(self, scaled: Tensor) -> Tensor:
         """Bring actions (..., act) from [-1, 1] to the environment's bounds."""
         return scaled * self.action_half_range + self.action_center
+
+
+@dataclass(frozen=True)
+class TransitionWindows:
+    """Windows of T env steps whose successive steps are transitions.
+
+    Attributes:
+        windows: B windows; the last step of one may be the observation after an episode's end, with zeros for its
+            action.
+        rewards: (B, T), unscaled, of the env step taken in each observation.
+        terminated: (B, T), True where that step ended the episode for good.
+        returns: (B, T), discounted sum of the rewards that were obtained from each step on.
+        acted: (B, T), True where the step is real and an action was taken in it.
+        valid: (B, T - 1), True where a step and its successor are both in the window.
+    """
+
+    windows: WindowBatch
+    rewards: Tensor
+    terminated: Tensor
+    returns: Tensor
+    acted: Tensor
+    valid: Tensor
+
+    def to(self, device: torch.device | str) -> TransitionWindows:
+        """The same windows on a device."""
+        moved = {f.name: getattr(self, f.name).to(device) for f in fields(self)}
+        return TransitionWindows(**moved)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,40 +11,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from eva_rl.batch import InputScaling, NStepBatch, WindowBatch
+from eva_rl.batch import InputScaling, NStepBatch, TransitionWindows, WindowBatch
+from eva_rl.data.arrays import new_array
 from eva_rl.data.trajectories import Episode
-from eva_rl.data.windows import gather_windows
+from eva_rl.data.windows import discounted_returns, gather_windows, window_rows
 from eva_rl.errors import UserError
 
 COLUMNS = ("observations", "actions", "rewards", "returns_to_go", "discounted_returns", "asked")
 _EPISODES, _EXTRAS = "episodes", "extras/"
-
-
-@dataclass(frozen=True)
-class TransitionWindows:
-    """Windows of T env steps whose successive steps are transitions.
-
-    Attributes:
-        windows: B windows; the last step of one may be the observation after an episode's end, with zeros for its
-            action.
-        rewards: (B, T), unscaled, of the env step taken in each observation.
-        terminated: (B, T), True where that step ended the episode for good.
-        returns: (B, T), discounted sum of the rewards that were obtained from each step on.
-        acted: (B, T), True where the step is real and an action was taken in it.
-        valid: (B, T - 1), True where a step and its successor are both in the window.
-    """
-
-    windows: WindowBatch
-    rewards: Tensor
-    terminated: Tensor
-    returns: Tensor
-    acted: Tensor
-    valid: Tensor
-
-    def to(self, device: torch.device | str) -> TransitionWindows:
-        """The same windows on a device."""
-        moved = {f.name: getattr(self, f.name).to(device) for f in fields(self)}
-        return TransitionWindows(**moved)
 
 
 class TrajectoryReplay:
@@ -78,18 +52,18 @@ class TrajectoryReplay:
     ) -> None:
         self.capacity, self._discount = capacity, discount
         shapes = {"observations": (observation_dim,), "actions": (action_dim,)}
-        arrays = {name: _array(name, (capacity, *shapes.get(name, ())), folder) for name in COLUMNS}
+        arrays = {name: new_array(name, (capacity, *shapes.get(name, ())), folder) for name in COLUMNS}
         self.observations, self.actions = arrays["observations"], arrays["actions"]
         self.rewards, self.returns_to_go = arrays["rewards"], arrays["returns_to_go"]
         self.asked, self.discounted_returns = arrays["asked"], arrays["discounted_returns"]
         widths = extras or {}
-        self.extras = {name: _array(f"extras_{name}", (capacity, width), folder) for name, width in widths.items()}
+        self.extras = {name: new_array(f"extras_{name}", (capacity, width), folder) for name, width in widths.items()}
         self.target_actions: None = None
         self._starts = np.zeros(0, np.int64)
         self._lengths = np.zeros(0, np.int64)
         self._terminated = np.zeros(0, bool)
         self._complete = np.zeros(0, bool)
-        self._solved, self._demonstrated = np.zeros(0, bool), np.zeros(0, bool)
+        self._solved, self._demonstrated, self._retried = np.zeros(0, bool), np.zeros(0, bool), np.zeros(0, bool)
         self._next_row = 0
 
     @property
@@ -101,6 +75,11 @@ class TrajectoryReplay:
     def num_complete(self) -> int:
         """Episodes kept that were not broken off."""
         return int(self._complete.sum())
+
+    @property
+    def num_demonstrated(self) -> int:
+        """Episodes kept that were given."""
+        return int(self._demonstrated.sum())
 
     @property
     def num_solved(self) -> int:
@@ -127,7 +106,15 @@ class TrajectoryReplay:
         """Mean magnitude, over all env steps kept, of the discounted sum of the rewards from there on."""
         return float(np.abs(self.discounted_returns[self._rows()]).sum()) / max(1, self.num_steps)
 
-    def add(self, episode: Episode, asked: float, *, complete: bool = True, demonstrated: bool = False) -> None:
+    def add(
+        self,
+        episode: Episode,
+        asked: float,
+        *,
+        complete: bool = True,
+        demonstrated: bool = False,
+        retried: bool = False,
+    ) -> None:
         """Keep an episode.
 
         Args:
@@ -136,6 +123,7 @@ class TrajectoryReplay:
             complete: False for the beginning of an episode that was broken off: its returns-to-go are not what would
                 have been obtained, so that it serves for transitions only.
             demonstrated: Whether it was given, not played by the policy that learns.
+            retried: Whether the policy had failed from the same start before.
 
         Raises:
             UserError: It is longer than the whole replay.
@@ -152,7 +140,7 @@ class TrajectoryReplay:
         to_go = np.cumsum(episode.rewards[::-1], dtype=np.float64)[::-1]
         self.returns_to_go[rows] = to_go
         self.asked[rows] = asked - (to_go[0] - to_go)
-        self.discounted_returns[rows] = _discounted(episode.rewards, self._discount)
+        self.discounted_returns[rows] = discounted_returns(episode.rewards, self._discount)
         last = begin + length
         self.actions[last], self.rewards[last] = 0, 0
         self.returns_to_go[last], self.discounted_returns[last], self.asked[last] = 0, 0, asked - to_go[0]
@@ -163,6 +151,7 @@ class TrajectoryReplay:
         self._terminated = np.append(self._terminated, bool(episode.terminations[-1]))
         self._complete = np.append(self._complete, complete)
         self._demonstrated = np.append(self._demonstrated, demonstrated)
+        self._retried = np.append(self._retried, retried)
         self._solved = np.append(self._solved, episode.successes is not None and bool(episode.successes[-1]))
         self._next_row = last + 1
 
@@ -180,6 +169,7 @@ class TrajectoryReplay:
         self._starts, self._lengths = self._starts[keep], self._lengths[keep]
         self._terminated, self._complete = self._terminated[keep], self._complete[keep]
         self._solved, self._demonstrated = self._solved[keep], self._demonstrated[keep]
+        self._retried = self._retried[keep]
 
     def sample(
         self,
@@ -208,6 +198,31 @@ class TrajectoryReplay:
         rows, episodes = self._draw(batch_size, rng, self._shared_out(weights, demonstration_share, 0), extra=0)
         return gather_windows(self, rows, self._starts[episodes], context_length, scaling)
 
+    def sample_as_asked(
+        self,
+        batch_size: int,
+        rng: np.random.Generator,
+        context_length: int,
+        scaling: InputScaling,
+        weights: NDArray[np.float64],
+    ) -> WindowBatch:
+        """Windows with the returns-to-go that the policy was asked for when it acted.
+
+        Args:
+            batch_size: B.
+            rng: What draws.
+            context_length: T.
+            scaling: How raw numbers become what the network sees; on the CPU.
+            weights: (E,), relative probability of each env step of an episode to be the last of a window.
+        """
+        rows, episodes = self._draw(batch_size, rng, weights, extra=0)
+        starts = self._starts[episodes]
+        windows = gather_windows(self, rows, starts, context_length, scaling)
+        return replace(windows, returns_to_go=self._asked_in(*window_rows(rows, starts, context_length), scaling))
+
+    def _asked_in(self, span: NDArray[np.int64], real: NDArray[np.bool_], scaling: InputScaling) -> Tensor:
+        return torch.from_numpy(self.asked[span] * real).unsqueeze(-1) / scaling.return_scale
+
     def sample_transitions(
         self,
         batch_size: int,
@@ -232,12 +247,9 @@ class TrajectoryReplay:
         rows, episodes = self._draw(batch_size, rng, weights, extra=1)
         starts = self._starts[episodes]
         windows = gather_windows(self, rows, starts, context_length, scaling)
-        span = rows[:, None] + np.arange(1 - context_length, 1)
-        real = span >= starts[:, None]
-        span = np.where(real, span, rows[:, None])
+        span, real = window_rows(rows, starts, context_length)
         if as_asked:
-            asked = torch.from_numpy(self.asked[span] * real).unsqueeze(-1) / scaling.return_scale
-            windows = replace(windows, returns_to_go=asked)
+            windows = replace(windows, returns_to_go=self._asked_in(span, real, scaling))
         last_step = (starts + self._lengths[episodes] - 1)[:, None]
         return TransitionWindows(
             windows=windows,
@@ -303,6 +315,20 @@ class TrajectoryReplay:
         shared: NDArray[np.float64] = weights * np.where(self._demonstrated, share / given, (1 - share) / played)
         return shared
 
+    def imitation_weights(self, demonstrations: float, retries: float) -> NDArray[np.float64]:
+        """Relative probability with which env steps of each episode (E,) are imitated, for :meth:`sample_as_asked`.
+
+        Args:
+            demonstrations: Share of the env steps drawn that are of demonstrations; solved episodes have the others.
+                Where one of the two is missing, all are of the other.
+            retries: How many times as often as others env steps are drawn of solved episodes that began where one had
+                failed before.
+        """
+        weights = np.where(self._retried, retries, 1.0) * self._complete * (self._demonstrated | self._solved)
+        for kind, share in ((self._demonstrated, demonstrations), (~self._demonstrated, 1 - demonstrations)):
+            weights[kind] *= share / max(1e-12, float((weights * self._lengths)[kind].sum()))
+        return weights
+
     def _above_worst(self) -> NDArray[np.float64]:
         """Return of each episode between the worst complete one's, 0.01, and the best one's, 1."""
         returns = self.episode_returns.astype(np.float64)
@@ -329,7 +355,7 @@ class TrajectoryReplay:
         rows = self._rows()
         state = {name: torch.from_numpy(np.array(getattr(self, name)[rows])) for name in COLUMNS}
         state |= {_EXTRAS + name: torch.from_numpy(np.array(array[rows])) for name, array in self.extras.items()}
-        flags = (self._terminated, self._complete, self._starts, self._solved, self._demonstrated)
+        flags = (self._terminated, self._complete, self._starts, self._solved, self._demonstrated, self._retried)
         episodes = np.stack([self._lengths, *flags])
         return state | {_EPISODES: torch.from_numpy(episodes.astype(np.int64)), "next": torch.tensor(self._next_row)}
 
@@ -338,8 +364,9 @@ class TrajectoryReplay:
         lengths, terminated, complete, starts, *later = state[_EPISODES].numpy()
         self._starts, self._lengths = starts.copy(), lengths.copy()
         self._terminated, self._complete = terminated.astype(bool), complete.astype(bool)
-        solved, demonstrated = later or np.zeros((2, len(starts)))  # older ones do not tell
-        self._solved, self._demonstrated = solved.astype(bool), demonstrated.astype(bool)
+        unknown = [np.zeros(len(starts), np.int64)] * (3 - len(later))  # in older ones
+        flags: list[NDArray[np.int64]] = [*later, *unknown]
+        self._solved, self._demonstrated, self._retried = (flag.astype(bool) for flag in flags)
         self._next_row = int(state["next"])
         rows = self._rows()
         for name in COLUMNS:
@@ -368,22 +395,3 @@ class TrajectoryReplay:
         """Keep several complete episodes that were given."""
         for episode in episodes:
             self.add(episode, asked, demonstrated=True)
-
-
-def _discounted(rewards: NDArray[np.float32], discount: float) -> list[float]:
-    """Discounted sum of the rewards from each env step on."""
-    sums, total = [], 0.0
-    for reward in reversed(rewards.tolist()):
-        total = reward + discount * total
-        sums.append(total)
-    return sums[::-1]
-
-
-def _array(name: str, shape: tuple[int, ...], folder: Path | None) -> NDArray[np.float32]:
-    if folder is None:
-        return np.zeros(shape, np.float32)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        return np.lib.format.open_memmap(folder / f"{name}.npy", "w+", np.float32, shape)
-    except OSError as error:
-        raise UserError(f"The replay cannot be kept in {folder}: {error}. Name another run_dir=.") from error

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from eva_rl.data.trajectories import Trajectories
+from eva_rl.data.trajectories import Episode, Trajectories
 from eva_rl.errors import UnknownNameError, UserError
 
 WEIGHTINGS = ("uniform", "episode", "length", "return")
@@ -125,3 +126,22 @@ def sampling_weights(
         if len(solved):
             weights[begin + solved[0] + GRACE : end] = after_success
     return weights if drawn is None else weights * drawn
+
+
+def until_success(episode: Episode) -> Episode:
+    """The episode up to its first success, which ends it for good; all of it where there is none."""
+    if episode.successes is None or not episode.successes.any():
+        return episode
+    length = int(np.argmax(episode.successes)) + 1
+    terminations = np.zeros(length, bool)
+    terminations[-1] = True
+    return replace(
+        episode,
+        observations=episode.observations[: length + 1],
+        actions=episode.actions[:length],
+        rewards=episode.rewards[:length],
+        terminations=terminations,
+        truncations=np.zeros(length, bool),
+        successes=episode.successes[:length],
+        target_actions=None if episode.target_actions is None else episode.target_actions[:length],
+    )

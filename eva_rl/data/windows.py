@@ -141,3 +141,21 @@ def _cumulative(weights: NDArray[np.float64], num_steps: int) -> NDArray[np.floa
             f"Window weights of shape {weights.shape}: expected ({num_steps},), finite, none negative, not all zero."
         )
     return np.cumsum(weights, dtype=np.float64)
+
+
+def window_rows(
+    rows: NDArray[np.int64], starts: NDArray[np.int64], context_length: int
+) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """Rows of the windows (B, T) that end in ``rows``, and which of them lie in the episode."""
+    span = rows[:, None] + np.arange(1 - context_length, 1)
+    real = span >= starts[:, None]
+    return np.where(real, span, rows[:, None]), real
+
+
+def discounted_returns(rewards: NDArray[np.float32], discount: float) -> list[float]:
+    """Discounted sum of the rewards from each env step on."""
+    sums, total = [], 0.0
+    for reward in reversed(rewards.tolist()):
+        total = reward + discount * total
+        sums.append(total)
+    return sums[::-1]

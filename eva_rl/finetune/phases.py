@@ -14,9 +14,19 @@ from stable_baselines3.common.vec_env import VecEnv
 from eva_rl.adapters import AttachedAdapter, compute_eva, refresh_directions
 from eva_rl.cli.console import console, training_progress
 from eva_rl.cli.profiling import peak_memory
-from eva_rl.configs.algorithms import BCAlgo, ODTAlgo, ODTTD3Algo, OnlineAlgo, PPOAlgo, ResidualAlgo, TD3Algo
+from eva_rl.configs.algorithms import (
+    BCAlgo,
+    ODTAlgo,
+    ODTTD3Algo,
+    OnlineAlgo,
+    PPOAlgo,
+    ResidualAlgo,
+    SelfImitationAlgo,
+    TD3Algo,
+)
 from eva_rl.data.replay import TrajectoryReplay
 from eva_rl.data.samplers import ShardedSampler, prefetching
+from eva_rl.data.selection import until_success
 from eva_rl.envs import close_vec_env, make_vec_env
 from eva_rl.files import write_file
 from eva_rl.finetune.adapter import attach
@@ -34,8 +44,10 @@ from eva_rl.training.odt import OnlineDecisionTransformer
 from eva_rl.training.odt_td3 import TD3DecisionTransformer
 from eva_rl.training.online import train_online
 from eva_rl.training.options import AUTO, BFLOAT16
+from eva_rl.training.self_imitation.learner import SelfImitation
+from eva_rl.training.self_imitation.retries import RetryingCollector
 
-Replayed: TypeAlias = ODTAlgo | ODTTD3Algo
+Replayed: TypeAlias = ODTAlgo | ODTTD3Algo | SelfImitationAlgo
 """Algorithms that learn from a replay of whole episodes."""
 
 
@@ -88,7 +100,7 @@ def _train(session: Session, adapter: AttachedAdapter, tracker: Tracker) -> Trai
         return replace(first, costs={**first.costs, **learn_sb3(session, algo, tracker)})
     if isinstance(algo, ResidualAlgo):
         return _learn_residual(session, adapter, algo, tracker, first)
-    assert isinstance(algo, ODTAlgo | ODTTD3Algo)
+    assert isinstance(algo, Replayed)
     return replace(first, costs={**first.costs, **learn(session, adapter, algo, tracker)})
 
 
@@ -150,17 +162,19 @@ def learn(session: Session, adapter: AttachedAdapter, algo: Replayed, tracker: T
         policy.network.log_std_head.requires_grad_(True)
     replay = make_replay(session, algo)
     algorithm = make_algorithm(session, adapter, algo)
-    vec_env = online_envs(session, algo)
+    vec_env = online_envs(session, algo, stop_at_success=isinstance(algo, SelfImitationAlgo))
+    task = session.online_task(vec_env)
     try:
         with training_progress(algo.env_steps, "env steps") as bar:
             counters = train_online(
                 algorithm,
                 replay,
-                session.online_task(vec_env),
+                task,
                 log=bar.also(tracker.log),
                 evaluate=session.validate,
                 refresh=make_refresh(session, adapter, algo, algorithm, replay),
                 checkpoints=session.online_checkpoints,
+                collector=RetryingCollector(policy, task, algo) if isinstance(algo, SelfImitationAlgo) else None,
             )
     finally:
         close_vec_env(vec_env)
@@ -198,7 +212,10 @@ def _save_model(model: Any, path: Path) -> None:
 
 
 def make_replay(session: Session, algo: Replayed) -> TrajectoryReplay:
-    """A replay that holds the demonstrations, the best last, as many as fit."""
+    """A replay that holds the demonstrations, the best last, as many as fit.
+
+    Self-imitation, whose episodes end at their first success, has them end there, too.
+    """
     policy = session.policy
     folder = session.run_dir / "replay" if algo.replay_on_disk else None
     discount = algo.discount if isinstance(algo, ODTTD3Algo) else 1.0
@@ -206,7 +223,9 @@ def make_replay(session: Session, algo: Replayed) -> TrajectoryReplay:
     if session.data is not None:
         target_return = policy.conditioning.of(session.spec.env_id)
         order = session.data.returns.argsort(kind="stable")
-        replay.extend((session.data.episode(int(index)) for index in order), target_return)
+        episodes = (session.data.episode(int(index)) for index in order)
+        shown = map(until_success, episodes) if isinstance(algo, SelfImitationAlgo) else episodes
+        replay.extend(shown, target_return)
     return replay
 
 
@@ -215,6 +234,8 @@ def make_algorithm(session: Session, adapter: AttachedAdapter, algo: Replayed) -
     policy, seed, extension = session.policy, session.config.seed, adapter.extension
     if isinstance(algo, ODTTD3Algo):
         return TD3DecisionTransformer(policy, algo, seed=seed, extension=extension)
+    if isinstance(algo, SelfImitationAlgo):
+        return SelfImitation(policy, algo, seed=seed, extension=extension)
     return OnlineDecisionTransformer(policy, algo, seed=seed, extension=extension)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -57,6 +58,8 @@ class OnlineCounters:
         lengths: Of the last episodes.
         best_step: Env step of the best evaluation so far; -1 where there was none.
         best_score: Success rate and return there.
+        retries: Episodes that began where one had failed before; they count among no other episodes.
+        retries_solved: Those of them in which the task was solved.
     """
 
     env_steps: int = 0
@@ -70,6 +73,8 @@ class OnlineCounters:
     best_step: int = -1
     best_score: list[float] = field(default_factory=list)
     validation_steps: int = 0
+    retries: int = 0
+    retries_solved: int = 0
 
     def finished(self, episode: Episode) -> None:
         """Count an episode."""
@@ -78,6 +83,10 @@ class OnlineCounters:
         self.lengths = [*self.lengths, len(episode.rewards)][-RECENT:]
         if episode.successes is not None:
             self.successes = [*self.successes, bool(episode.successes.any())][-RECENT:]
+
+    def tried_again(self, solved: bool) -> None:
+        """Count an episode from a start at which one had failed."""
+        self.retries, self.retries_solved = self.retries + 1, self.retries_solved + solved
 
     def validated(self, metrics: Mapping[str, float]) -> None:
         """Count the env steps that a validation says it played."""
@@ -103,7 +112,26 @@ class OnlineCounters:
             }
         if self.successes:
             found["rollout/success_rate"] = float(np.mean(self.successes))
+        if self.retries:
+            found["rollout/retry_success_rate"] = self.retries_solved / self.retries
         return found
+
+
+class EpisodeCollector(Protocol):
+    """How a policy that learns comes by episodes."""
+
+    @property
+    def acting(self) -> bool:
+        """Whether episodes are under way."""
+
+    def begin(self, counters: OnlineCounters) -> None:
+        """Start new episodes."""
+
+    def collect(self, learner: Learner, replay: TrajectoryReplay, counters: OnlineCounters) -> None:
+        """Act for an iteration, and keep and count what ends."""
+
+    def truncate_episodes(self, replay: TrajectoryReplay, counters: OnlineCounters) -> None:
+        """End what is under way."""
 
 
 class Collector:
@@ -146,7 +174,7 @@ class Collector:
             stepped, self._rewards, self._starts, infos = self._vec_env.step(actions)
             self._observations = _rows(stepped)
             counters.env_steps += n
-            self._check(counters.env_steps)
+            check_finite(self._rewards, self._observations, counters.env_steps)
             finished = self._recorder.step(actions, self._observations, self._rewards, self._starts, infos, extras)
             for index, episode in finished:
                 replay.add(episode, target_return)
@@ -174,11 +202,17 @@ class Collector:
         counters.next_seed += self._vec_env.num_envs * (1 + int(self._ended.max()))
         self.acting = False
 
-    def _check(self, env_step: int) -> None:
-        if not np.isfinite(self._rewards).all():
-            raise NotFiniteError("a reward of the environment", env_step)
-        if not np.isfinite(self._observations).all():
-            raise NotFiniteError("an observation of the environment", env_step)
+
+def check_finite(rewards: NDArray[np.float32], observations: NDArray[np.float32], env_step: int) -> None:
+    """Raise where an environment gave a number that is not finite.
+
+    Raises:
+        NotFiniteError: It did.
+    """
+    if not np.isfinite(rewards).all():
+        raise NotFiniteError("a reward of the environment", env_step)
+    if not np.isfinite(observations).all():
+        raise NotFiniteError("an observation of the environment", env_step)
 
 
 def _rows(observations: object) -> NDArray[np.float32]:

@@ -84,6 +84,14 @@ class Learner(ABC):
         """What has been learned so far, without exploration."""
         return self.policy
 
+    def schedule(self, update: int) -> float:
+        """What the learning rate is multiplied by at gradient step ``update``: a linear warm-up."""
+        return min(1.0, (update + 1) / max(1, self.options.warmup_steps))
+
+    def can_learn(self, replay: TrajectoryReplay) -> bool:
+        """Whether a replay holds anything to learn from: a whole episode."""
+        return replay.num_complete > 0
+
     @abstractmethod
     def explore(self, generator: torch.Generator) -> Explore:
         """How to act while learning."""
@@ -102,8 +110,7 @@ class Learner(ABC):
         Raises:
             NotFiniteError: The loss or the gradient is not finite; the parameters are as they were.
         """
-        warmed_up = min(1.0, (update + 1) / max(1, self.options.warmup_steps))
-        set_learning_rate(self.optimizer, self.options.learning_rate * warmed_up)
+        set_learning_rate(self.optimizer, self.options.learning_rate * self.schedule(update))
         whole = loss if self.extension is None else loss + self.extension.penalty()
         self.optimizer.zero_grad(set_to_none=True)
         whole.backward(inputs=list(self.parameters.values()))  # type: ignore[no-untyped-call]  # not the critics'

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from eva_rl.agents.policy import DecisionTransformerPolicy, frozen
-from eva_rl.data.replay import TrajectoryReplay, TransitionWindows
+from eva_rl.batch import TransitionWindows
+from eva_rl.data.replay import TrajectoryReplay
 from eva_rl.training.bc import Extension
 from eva_rl.training.critics import CriticEnsemble, polyak_update, random_pair, td_targets
 from eva_rl.training.failures import NotFiniteError

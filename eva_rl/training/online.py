@@ -15,7 +15,7 @@ from eva_rl.data.replay import TrajectoryReplay
 from eva_rl.errors import EnvironmentFailedError
 from eva_rl.training.bc import Log
 from eva_rl.training.checkpoint import Checkpoints, TrainState
-from eva_rl.training.collector import Collector, OnlineCounters, TaskEnvs
+from eva_rl.training.collector import Collector, EpisodeCollector, OnlineCounters, TaskEnvs
 from eva_rl.training.learner import Learner
 
 REPLAY, ALGORITHM, BEST = "replay/", "algorithm/", "best/"
@@ -23,7 +23,7 @@ SCORES = ("success_rate", "mean_reward")
 """What the best validation is chosen by, in this order."""
 
 
-def train_online(
+def train_online(  # noqa: PLR0913 - one call for all algorithms; all but four have defaults
     learner: Learner,
     replay: TrajectoryReplay,
     task: TaskEnvs,
@@ -32,6 +32,7 @@ def train_online(
     evaluate: Callable[[int], Mapping[str, float]] | None = None,
     refresh: Callable[[int], Mapping[str, float]] | None = None,
     checkpoints: Checkpoints | None = None,
+    collector: EpisodeCollector | None = None,
 ) -> OnlineCounters:
     """Alternate rollouts and gradient updates, resuming from the latest checkpoint if one exists.
 
@@ -48,6 +49,7 @@ def train_online(
         refresh: Called with the gradient steps done every ``refresh_every`` env steps; what it returns is logged.
         checkpoints: Where to save, besides every ``checkpoint_every`` env steps at validations when the time has come;
             None keeps no checkpoint.
+        collector: How the policy's episodes come about; None lets it act in all environments without a pause.
 
     Raises:
         NotFiniteError: A loss or a gradient is not finite.
@@ -55,23 +57,23 @@ def train_online(
     """
     options, best = learner.options, _Best()
     counters = _resume(checkpoints, learner, replay, best) or OnlineCounters(next_seed=task.first_episode)
-    collector = Collector(learner.policy, task)
+    collector = collector or Collector(learner.policy, task)
     validate = partial(evaluate_and_keep_best, evaluate, log, best, counters, learner) if evaluate else None
     if validate and options.keep_best and counters.best_step < 0:
         validate()
     while counters.env_steps < options.env_steps:
-        began = time.perf_counter()
+        began, before = time.perf_counter(), counters.env_steps
         if not collector.acting:
             collector.begin(counters)
         with _saved_on_failure(collector, learner, replay, counters, checkpoints, best):
             collector.collect(learner, replay, counters)
         metrics = _learn(learner, replay, counters)
-        if refresh is not None and _due(counters, options.refresh_every, options.steps_per_iteration):
+        if refresh is not None and _due(counters, options.refresh_every, before):
             metrics |= refresh(counters.update)
         counters.seconds += time.perf_counter() - began
         done = counters.env_steps >= options.env_steps
-        evaluating = _due(counters, options.eval_every, options.steps_per_iteration)
-        saving = done or _due(counters, options.checkpoint_every, options.steps_per_iteration)
+        evaluating = _due(counters, options.eval_every, before)
+        saving = done or _due(counters, options.checkpoint_every, before)
         log(metrics | counters.metrics(), counters.env_steps_played)
         if evaluating or saving:
             collector.truncate_episodes(replay, counters)
@@ -86,7 +88,7 @@ def train_online(
 
 @contextmanager
 def _saved_on_failure(
-    collector: Collector,
+    collector: EpisodeCollector,
     learner: Learner,
     replay: TrajectoryReplay,
     counters: OnlineCounters,
@@ -133,9 +135,9 @@ def evaluate_and_keep_best(
 
 
 def _learn(learner: Learner, replay: TrajectoryReplay, counters: OnlineCounters) -> dict[str, float]:
-    """The gradient steps of an iteration, once there is a finished episode; returns the last metrics."""
+    """The gradient steps of an iteration, once there is something to learn from; returns the last metrics."""
     metrics: dict[str, float] = {}
-    if counters.env_steps < learner.options.learning_starts or not replay.num_complete:
+    if counters.env_steps < learner.options.learning_starts or not learner.can_learn(replay):
         return metrics
     learner.policy.network.train()
     for _ in range(learner.options.updates_per_iteration):
@@ -145,9 +147,9 @@ def _learn(learner: Learner, replay: TrajectoryReplay, counters: OnlineCounters)
     return metrics
 
 
-def _due(counters: OnlineCounters, every: int, step: int) -> bool:
-    """Whether the last ``step`` env steps crossed a multiple of ``every``."""
-    return every > 0 and counters.env_steps // every > (counters.env_steps - step) // every
+def _due(counters: OnlineCounters, every: int, before: int) -> bool:
+    """Whether a multiple of ``every`` env steps was reached since there were ``before``."""
+    return every > 0 and counters.env_steps // every > before // every
 
 
 def _state(counters: OnlineCounters, learner: Learner, replay: TrajectoryReplay, best: _Best) -> TrainState:

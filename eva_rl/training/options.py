@@ -86,6 +86,41 @@ class ReplayOptions(OptimizerOptions, OnlineOptions):
 
 
 @dataclass
+class SelfImitationOptions(ReplayOptions):
+    """Self-imitation of solved episodes, with further attempts at those that failed.
+
+    In each round the policy attempts new goals without exploration; from the starts at which it fails it tries again
+    with noise, half of it and all of it by turns, until the task is solved. Solved episodes are cloned, with a learning
+    rate that falls to zero in every iteration.
+    """
+
+    env_steps: int = option(20_000, "env steps in all", above=0)
+    eval_every: int = option(0, "validate every N env steps; 0 disables", low=0, high=MANY)
+    steps_per_iteration: int = option(
+        500, "env steps of an iteration at least: rounds are played to their end", above=0
+    )
+    updates_per_iteration: int = option(25, "gradient steps of an iteration", above=0)
+    batch_size: int = option(32, "windows a gradient step", above=0)
+    learning_rate: float = option(1e-3, "AdamW's learning rate", above=0)
+    warmup_steps: int = option(20, "gradient steps of linear learning-rate warm-up", low=0, high=MANY)
+    demonstration_share: float = option(0.25, "share of a batch drawn from demonstrations", low=0, high=1)
+    retry_weight: float = option(
+        10.0,
+        "how many times as often solved retries are drawn as other solved episodes",
+        low=0,
+        high=100,
+    )
+    retries: int = option(4, "further attempts at a start from which the policy failed", low=0, high=1000)
+    exploration_noise: float = option(
+        0.2,
+        "standard deviation of the noise on (scaled) actions of every second retry; half of it in the others",
+        low=0,
+        high=2,
+    )
+    noise_steps: float = option(10.0, "env steps over which the noise decorrelates; 0 draws it anew", low=0, high=MANY)
+
+
+@dataclass
 class ODTOptions(ReplayOptions):
     """Online Decision Transformer.
 

@@ -29,11 +29,13 @@ from eva_rl.training.options import (
     PPOOptions,
     ResidualOptions,
     SACOptions,
+    SelfImitationOptions,
     TD3Options,
 )
 
 LOOPS: dict[str, type[Options]] = {
     "bc": BCOptions,
+    "self_imitation": SelfImitationOptions,
     "odt": ODTOptions,
     "odt_td3": TD3Options,
     "residual": ResidualOptions,
@@ -67,8 +69,8 @@ def test_an_algorithm_has_its_loop_s_defaults(name: str) -> None:
     loop, algo = loop_of(name), parse("finetune", [f"algo={name}"]).algo
     assert isinstance(algo, type(loop))
     for f in fields(loop):
-        if (name, f.name) == ("bc", "learning_rate"):  # chosen by the adapter's method
-            continue
+        if f.name == "learning_rate" and name.removeprefix(BC_FIRST) in {"bc", "self_imitation"}:
+            continue  # chosen by the adapter's method
         assert getattr(algo, f.name) == getattr(loop, f.name) == getattr(ALGORITHMS[name], f.name), f.name
     if name.startswith(BC_FIRST):
         assert algo.bc == BCFirst(updates=BCOptions.updates, learning_rate=METHODS["eva"].learning_rate)
@@ -82,6 +84,7 @@ def test_cloning_takes_its_learning_rate_from_the_method(method: str) -> None:
     assert parse("finetune", [f"adapter={method}", "algo.learning_rate=auto"]).algo.learning_rate == rate
     for typed in ("1e-05", "0.00001"):
         assert parse("finetune", [f"adapter={method}", f"algo.learning_rate={typed}"]).algo.learning_rate == 1e-5
+    assert parse("finetune", [f"adapter={method}", "algo=self_imitation"]).algo.learning_rate == rate / 5
     assert parse("pretrain", []).algo.learning_rate == BCOptions.learning_rate, "there is no adapter to choose by"
 
 

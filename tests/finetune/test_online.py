@@ -40,6 +40,7 @@ SMALL = [
 ]
 REPLAYED = ["algo.steps_per_iteration=60", "algo.updates_per_iteration=2", "algo.batch_size=8"]
 SHORT = {
+    "self_imitation": REPLAYED,
     "odt": REPLAYED,
     "odt_td3": [*REPLAYED, "algo.critic_warmup=2", "algo.policy_delay=1"],
     "residual": [
@@ -57,7 +58,7 @@ SHORT = {
 
 
 def command(policy: Path, run_dir: Path, algo: str, *others: str) -> list[str]:
-    replayed = algo.removeprefix("bc_then_") in {"odt", "odt_td3"}
+    replayed = algo.removeprefix("bc_then_") in {"odt", "odt_td3", "self_imitation"}
     steps = [o for o in SMALL if replayed or "checkpoint_every" not in o]
     return [
         f"policy={policy}",
@@ -166,7 +167,7 @@ def test_what_does_not_fit_is_refused(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("algo", ["bc_then_odt", "bc_then_residual", "odt_td3", "sac"])
+@pytest.mark.parametrize("algo", ["bc_then_odt", "bc_then_residual", "bc_then_self_imitation", "odt_td3", "sac"])
 def test_a_killed_run_goes_on(algo: str, policy_folder: Path, tmp_path: Path) -> None:
     """Killed with SIGKILL after its first checkpoint, it ends with the weights of one that was left alone."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"

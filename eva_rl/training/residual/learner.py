@@ -17,6 +17,7 @@ from torch import Tensor
 from eva_rl.agents.policy import DecisionTransformerPolicy
 from eva_rl.batch import NStepBatch
 from eva_rl.data.replay import TrajectoryReplay
+from eva_rl.data.selection import until_success
 from eva_rl.data.trajectories import Episode
 from eva_rl.training.critics import CriticEnsemble, polyak_update, random_pair
 from eva_rl.training.failures import NotFiniteError
@@ -24,7 +25,7 @@ from eva_rl.training.learner import Choice, Explore, Learner, named, noise_level
 from eva_rl.training.optimizer import restore_parameters
 from eva_rl.training.options import ResidualOptions
 from eva_rl.training.residual.actor import ResidualActor, ResidualPolicy
-from eva_rl.training.residual.playback import FEATURES, PROPOSALS, TARGETS, extra_widths, played_through, until_success
+from eva_rl.training.residual.playback import FEATURES, PROPOSALS, TARGETS, extra_widths, played_through
 
 
 class ResidualLearner(Learner):

@@ -78,22 +78,3 @@ def _with_extras(
     targets = policy.scaling.to("cpu").actions(torch.from_numpy(np.array(wanted))).numpy()
     kept = {FEATURES: features[:length], PROPOSALS: proposals[:length], TARGETS: targets}
     return replace(episode, extras=kept)
-
-
-def until_success(episode: Episode) -> Episode:
-    """The episode up to its first success, which ends it for good; all of it where there is none."""
-    if episode.successes is None or not episode.successes.any():
-        return episode
-    length = int(np.argmax(episode.successes)) + 1
-    terminations = np.zeros(length, bool)
-    terminations[-1] = True
-    return replace(
-        episode,
-        observations=episode.observations[: length + 1],
-        actions=episode.actions[:length],
-        rewards=episode.rewards[:length],
-        terminations=terminations,
-        truncations=np.zeros(length, bool),
-        successes=episode.successes[:length],
-        target_actions=None if episode.target_actions is None else episode.target_actions[:length],
-    )

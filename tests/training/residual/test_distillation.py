@@ -8,13 +8,14 @@ import numpy as np
 import torch
 
 from eva_rl.data import Episode
+from eva_rl.data.selection import until_success
 from eva_rl.training.bc import train_bc
 from eva_rl.training.online import train_online
 from eva_rl.training.options import DistillOptions, ResidualOptions
 from eva_rl.training.residual.actor import frozen_copy
 from eva_rl.training.residual.distillation import LabelledWindows, roll_out
 from eva_rl.training.residual.learner import ResidualLearner
-from eva_rl.training.residual.playback import FEATURES, PROPOSALS, played_through, until_success
+from eva_rl.training.residual.playback import FEATURES, PROPOSALS, played_through
 from tests.training.problems import LinearQuadratic, make_learner, make_task
 from tests.training.residual.test_learner import QUICK
 

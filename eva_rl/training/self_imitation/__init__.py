@@ -1,0 +1,1 @@
+"""Self-imitation: clone solved episodes, retry the starts that failed."""

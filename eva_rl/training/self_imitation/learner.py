@@ -1,0 +1,70 @@
+"""Self-imitation: clone demonstrations and the policy's own solved episodes (Oh et al. 2018, arXiv 1806.05635).
+
+In place of that paper's value function, what is worth imitating is decided by success alone, and the policy retries
+the starts from which it fails (:mod:`eva_rl.training.self_imitation.retries`): its successes at the first attempt teach
+it little.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from eva_rl.agents.policy import DecisionTransformerPolicy
+from eva_rl.data.replay import TrajectoryReplay
+from eva_rl.training.bc import Extension
+from eva_rl.training.learner import Choice, Explore, Learner, step_generators
+from eva_rl.training.losses import clone_loss
+from eva_rl.training.options import SelfImitationOptions
+
+
+class SelfImitation(Learner):
+    """Clones demonstrations and solved episodes, with the returns-to-go that the policy was asked for.
+
+    Args:
+        policy: Its trainable parameters are changed in place.
+        options: Hyperparameters.
+        seed: Of all random draws.
+        extension: What the adapter's method adds.
+    """
+
+    def __init__(
+        self,
+        policy: DecisionTransformerPolicy,
+        options: SelfImitationOptions,
+        *,
+        seed: int = 0,
+        extension: Extension | None = None,
+    ) -> None:
+        super().__init__(policy, options, seed=seed, extension=extension)
+        self._weights = (options.demonstration_share, options.retry_weight)
+
+    def can_learn(self, replay: TrajectoryReplay) -> bool:
+        """Whether a replay holds a demonstration or a solved episode."""
+        return replay.num_demonstrated + replay.num_solved > 0
+
+    def schedule(self, update: int) -> float:
+        """A warm-up at the start of each iteration, then a cosine to zero (warm restarts, arXiv 1608.03983).
+
+        The policy always acts with parameters that a small learning rate has settled.
+        """
+        updates = self.options.updates_per_iteration
+        position, warmup = update % updates, min(self.options.warmup_steps, updates // 4)
+        if position < warmup:
+            return (position + 1) / (warmup + 1)
+        return 0.5 * (1 + math.cos(math.pi * (position - warmup) / max(1, updates - warmup)))
+
+    def explore(self, generator: torch.Generator) -> Explore:
+        """The policy's own actions: noise is a matter of retries."""
+        return lambda features, _: Choice(self.policy.network.actions(features))
+
+    def update(self, replay: TrajectoryReplay, update: int) -> dict[str, float]:
+        """One gradient step of cloning."""
+        rng, _ = step_generators(self.seed, update)
+        weights = replay.imitation_weights(*self._weights)
+        batch = replay.sample_as_asked(self.options.batch_size, rng, self.context_length, self.scaling, weights)
+        batch = batch.to(self.policy.device)
+        loss = clone_loss(self.policy.network, batch)
+        norm = self.step_actor(loss, update, batch)
+        return {"train/loss": loss.item(), "train/gradient_norm": norm}

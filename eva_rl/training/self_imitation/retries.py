@@ -1,0 +1,181 @@
+"""Episodes from new starts, and retries with noise of those that failed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from eva_rl.agents.policy import DecisionTransformerPolicy
+from eva_rl.data.replay import TrajectoryReplay
+from eva_rl.data.trajectories import Episode
+from eva_rl.envs.vector import TaskVecEnv
+from eva_rl.errors import UserError
+from eva_rl.training.collector import OnlineCounters, TaskEnvs, check_finite
+from eva_rl.training.learner import Learner
+from eva_rl.training.options import SelfImitationOptions
+
+
+class RetryingCollector:
+    """Rounds of one episode an environment, with retries of those that failed; solved episodes are kept.
+
+    The first attempts are the policy's own, without noise. Retry k of n adds k/n of the noise, until one succeeds:
+    the least disturbed success is imitated. Nothing is under way between two iterations.
+
+    Args:
+        policy: Acts.
+        task: Where: a :class:`TaskVecEnv` whose episodes end at their first success.
+        options: How often, and with which noise.
+    """
+
+    acting = True
+
+    def __init__(self, policy: DecisionTransformerPolicy, task: TaskEnvs, options: SelfImitationOptions) -> None:
+        assert isinstance(task.vec_env, TaskVecEnv)
+        self._policy, self._env_id, self._vec_env, self._options = policy, task.env_id, task.vec_env, options
+
+    def begin(self, counters: OnlineCounters) -> None:
+        """Nothing to start."""
+
+    def truncate_episodes(self, replay: TrajectoryReplay, counters: OnlineCounters) -> None:
+        """Nothing to end."""
+
+    def collect(self, learner: Learner, replay: TrajectoryReplay, counters: OnlineCounters) -> None:
+        """Play rounds until an iteration's env steps are reached, or those of the whole run.
+
+        An episode that the end of the env steps cuts off is dropped.
+
+        Raises:
+            UserError: The environment reports no success.
+            NotFiniteError: An environment gave a number that is not finite.
+        """
+        options, n = self._options, self._vec_env.num_envs
+        rng = np.random.default_rng((learner.seed, counters.env_steps))
+        generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+        until = min(counters.env_steps + options.steps_per_iteration, options.env_steps)
+        while counters.env_steps < until:
+            failed: Sequence[int] = range(counters.next_seed, counters.next_seed + n)
+            counters.next_seed += n
+            for attempt in range(1 + options.retries):
+                std = options.exploration_noise * (0, 0.5, 1)[min(attempt, 2 - attempt % 2)]
+                failed = self._attempt(failed, SmoothNoise(std, options.noise_steps, generator), replay, counters)
+
+    def _attempt(
+        self, seeds: Sequence[int], noise: SmoothNoise, replay: TrajectoryReplay, counters: OnlineCounters
+    ) -> list[int]:
+        """Play one episode from each start; returns those in which the task was not solved."""
+        left = self._options.env_steps - counters.env_steps
+        if not seeds or left <= 0:
+            return []
+        attempts = Attempts(self._vec_env, seeds)
+        self._policy.reset([self._env_id] * len(seeds))
+        while attempts.alive.any() and attempts.env_steps < left:
+            attempts.step(self._policy, noise)
+            check_finite(attempts.rewards, attempts.observations, counters.env_steps + attempts.env_steps)
+        counters.env_steps += attempts.env_steps
+        if not self._vec_env.arrays.reports_success.any():
+            raise UserError(
+                f"algo=self_imitation learns from episodes in which the task is solved, and {self._env_id} reports no "
+                "success. Use algo=odt_td3."
+            )
+        return self._count_and_keep(attempts.finished(), noise, replay, counters)
+
+    def _count_and_keep(
+        self, episodes: dict[int, Episode], noise: SmoothNoise, replay: TrajectoryReplay, counters: OnlineCounters
+    ) -> list[int]:
+        asked, failed, retried = self._policy.conditioning.of(self._env_id), [], noise.std > 0
+        for seed, episode in episodes.items():
+            assert episode.successes is not None
+            solved = bool(episode.successes[-1])
+            counters.tried_again(solved) if retried else counters.finished(episode)
+            if solved:
+                replay.add(episode, asked, retried=retried)
+            else:
+                failed.append(seed)
+        return failed
+
+
+@dataclass
+class SmoothNoise:
+    """Gaussian noise on scaled actions that keeps its direction for some env steps (Ornstein-Uhlenbeck).
+
+    Attributes:
+        std: Standard deviation at each env step.
+        steps: Env steps after which the correlation is 1/e; 0 draws anew at each.
+        generator: What draws.
+    """
+
+    std: float
+    steps: float
+    generator: torch.Generator
+    _last: Tensor | None = field(default=None, init=False)
+
+    def added(self, actions: Tensor) -> Tensor:
+        """Actions (n, act) with the noise of the next env step."""
+        if not self.std:
+            return actions
+        drawn = torch.randn(actions.shape, generator=self.generator)
+        if self._last is not None and self.steps:
+            kept = math.exp(-1 / self.steps)
+            drawn = kept * self._last + math.sqrt(1 - kept**2) * drawn
+        self._last = drawn
+        return actions + self.std * drawn.to(actions.device)
+
+
+class Attempts:
+    """One episode from each of some starts, at once.
+
+    Args:
+        vec_env: At least as many environments as starts.
+        seeds: Of the starts.
+    """
+
+    def __init__(self, vec_env: TaskVecEnv, seeds: Sequence[int]) -> None:
+        self._seeds, self._arrays, self._block = seeds, vec_env.arrays, vec_env.block(range(len(seeds)))
+        vec_env.seed_each(seeds)
+        self._block.begin_reset()
+        self._block.finish()
+        self.alive = np.ones(len(seeds), bool)
+        self.rewards = np.zeros(len(seeds), np.float32)
+        self.observations = self._rows(self._arrays.observations)
+        self.env_steps = 0
+        self._past: list[dict[str, NDArray[Any]]] = []
+
+    def step(self, policy: DecisionTransformerPolicy, noise: SmoothNoise) -> None:
+        """Let the policy act once in the episodes that go on."""
+        before, alive = self.observations, self.alive.copy()
+        starts = np.full(len(alive), not self._past)
+        actions = policy.act_by(lambda f: noise.added(policy.network.actions(f)), before, self.rewards, starts)
+        self._block.begin_step(actions, alive)
+        self._block.finish()
+        self.env_steps += int(alive.sum())
+        found = {name: self._rows(getattr(self._arrays, name)) for name in ("terminated", "truncated", "success")}
+        self.observations = self._rows(self._arrays.observations)
+        self.rewards = np.where(alive, self._rows(self._arrays.rewards), np.float32(0))
+        self._past.append({"observations": before, "actions": actions, "rewards": self.rewards, "lived": alive} | found)
+        self.alive = alive & ~(found["terminated"] | found["truncated"])
+
+    def finished(self) -> dict[int, Episode]:
+        """The episodes that are over, by their seed."""
+        return {seed: self._episode(row) for row, seed in enumerate(self._seeds) if not self.alive[row]}
+
+    def _episode(self, row: int) -> Episode:
+        steps = [past for past in self._past if past["lived"][row]]
+        columns = {name: np.stack([past[name][row] for past in steps]) for name in steps[0]}
+        return Episode(
+            observations=np.concatenate([columns["observations"], self.observations[row : row + 1]]),
+            actions=columns["actions"],
+            rewards=columns["rewards"],
+            terminations=columns["terminated"],
+            truncations=columns["truncated"],
+            successes=columns["success"],
+        )
+
+    def _rows(self, values: NDArray[Any]) -> NDArray[Any]:
+        return values[self._block.rows]  # a copy
