@@ -156,9 +156,12 @@ class StopAtSuccess(gym.Wrapper[Any, Any, Any, Any]):
 
 
 def success_of(info: dict[str, Any]) -> bool | None:
-    """Whether a step's info tells success, under Stable-Baselines3's name or Meta-World's; None where it does not."""
+    """Whether a step's info tells success, under Stable-Baselines3's name or Meta-World's; None where it does not.
+
+    NaN tells nothing.
+    """
     value = info.get("is_success")
     value = info.get("success") if value is None else value
-    if value is None or np.asarray(value).dtype.kind not in "biuf":
+    if value is None or np.asarray(value).dtype.kind not in "biuf" or np.isnan(value).any():
         return None
     return bool(np.any(value))

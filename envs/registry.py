@@ -5,11 +5,12 @@ from __future__ import annotations
 import importlib
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache, partial
 from typing import Any
 
 import gymnasium as gym
+import numpy as np
 from gymnasium import spaces
 
 from eva_rl.envs.checked import CheckedEnv, StopAtSuccess
@@ -193,14 +194,39 @@ def _horizon(env_id: str, horizon: int | None) -> int:
 
 
 def _flat(env: gym.Env[Any, Any], env_id: str) -> gym.Env[Any, Any]:
+    for space in _parts(env.observation_space):
+        if isinstance(space, spaces.Text) or (
+            isinstance(space, spaces.Box) and space.dtype == np.uint8 and len(space.shape) > 1
+        ):
+            kind = "text" if isinstance(space, spaces.Text) else "images"
+            raise UserError(
+                f"{env_id} observes {kind} ({space}); a Decision Transformer of this package sees vectors of numbers. "
+                "Name an env with state observations, or wrap it so that it gives features."
+            )
     if isinstance(env.observation_space, spaces.Dict | spaces.Tuple):
         env = gym.wrappers.FlattenObservation(env)
-    if not isinstance(env.observation_space, spaces.Box) or not isinstance(env.action_space, spaces.Box):
+    observations, actions = env.observation_space, env.action_space
+    boxes = isinstance(observations, spaces.Box) and isinstance(actions, spaces.Box)
+    if not boxes or not np.issubdtype(actions.dtype, np.floating):
         raise UserError(
-            f"{env_id} has observations {env.observation_space} and actions {env.action_space}; a Decision "
+            f"{env_id} has observations {observations} and actions {actions}; a Decision "
             "Transformer needs Box observations and Box (continuous) actions. Name another env."
         )
-    return env if len(env.observation_space.shape) == 1 else gym.wrappers.FlattenObservation(env)
+    if 0 in (*observations.shape, *actions.shape):
+        raise UserError(
+            f"{env_id} has observations of shape {observations.shape} and actions of shape {actions.shape}; expected "
+            "at least one number in each. Name another env."
+        )
+    return env if len(observations.shape) == 1 else gym.wrappers.FlattenObservation(env)
+
+
+def _parts(space: gym.Space[Any]) -> Iterator[gym.Space[Any]]:
+    """A space, or those that a Dict or Tuple is made of, at any depth."""
+    if isinstance(space, spaces.Dict | spaces.Tuple):
+        for part in space.values() if isinstance(space, spaces.Dict) else space:
+            yield from _parts(part)
+    else:
+        yield space
 
 
 @cache
