@@ -206,8 +206,11 @@ def _flat(env: gym.Env[Any, Any], env_id: str) -> gym.Env[Any, Any]:
     if isinstance(env.observation_space, spaces.Dict | spaces.Tuple):
         env = gym.wrappers.FlattenObservation(env)
     observations, actions = env.observation_space, env.action_space
-    boxes = isinstance(observations, spaces.Box) and isinstance(actions, spaces.Box)
-    if not boxes or not np.issubdtype(actions.dtype, np.floating):
+    if (
+        not isinstance(observations, spaces.Box)
+        or not isinstance(actions, spaces.Box)
+        or not np.issubdtype(actions.dtype, np.floating)
+    ):
         raise UserError(
             f"{env_id} has observations {observations} and actions {actions}; a Decision "
             "Transformer needs Box observations and Box (continuous) actions. Name another env."

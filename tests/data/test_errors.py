@@ -41,6 +41,8 @@ D4RL = {
     "no numbers": (table(actions=np.zeros((12, 0))), r"actions has shape \(12, 0\), expected at least one number"),
     "flag of 2": (with_value("terminals", 4, 2), "terminals, row 4: 2, expected 0 or 1"),
     "flag of 0.5": (with_value("timeouts", 9, 0.5), "timeouts, row 9: 0.5, expected 0 or 1"),
+    "images": (table(observations=np.zeros((12, 4, 4, 3), np.uint8), next_observations=None), "uint8: images, and"),
+    "grey images": (table(observations=np.zeros((12, 4, 4), np.uint8), next_observations=None), "uint8: images, and"),
     "group": ({"observations/a": 1}, "observations is missing"),
     "virtual": ({"virtual/a/observations": 1}, r"virtual holds \['a'\]"),
 }

@@ -103,13 +103,18 @@ class Source:
             raw: (T,) or (T, ...), of any numeric type; further axes are flattened.
 
         Raises:
-            UserError: Not numbers, no row axis, or not finite as float32.
+            UserError: Not numbers, images, no row axis, or not finite as float32.
         """
         with self.reading():
             raw = np.asarray(raw)
         self.check_dtype(raw.dtype)
         if raw.ndim == 0:
             raise UserError(f"{self} is a single number, expected one row per env step.")
+        if raw.dtype == np.uint8 and raw.ndim > 2:
+            raise UserError(
+                f"{self} has shape {raw.shape} and type uint8: images, and a Decision Transformer of this package sees "
+                "vectors of numbers. Name data of state observations, or of features of the images."
+            )
         width = int(np.prod(raw.shape[1:]))
         if width == 0:
             raise UserError(f"{self} has shape {raw.shape}, expected at least one number a row.")
