@@ -1,7 +1,7 @@
 """CW10 from two demonstrations, at equal env steps: after cloning, after online learning, and SAC from scratch.
 
-    python benchmarks/online_residual.py run push-v3 --algo residual --seed 1 --out runs/cw10
-    python benchmarks/online_residual.py table runs/cw10 --out docs/results/online-cw10.json
+    python benchmarks/online_cw10.py run push-v3 --algo self_imitation --seed 1 --out runs/cw10
+    python benchmarks/online_cw10.py table runs/cw10 --out docs/results/online-cw10.json
 
 ``run`` does one task, one seed and one algorithm on one thread, and leaves ``OUT/ALGO-TASK-SEED.json``. Everything that
 begins with the shipped policy ``mt40`` clones the same two demonstrations first (``--seed`` chooses them, the goals of
@@ -30,6 +30,7 @@ TASKS = (
 )  # fmt: skip
 CLONING = ("algo.bc.updates=80", "algo.bc.batch_size=32", "algo.bc.learning_rate=3e-3")
 SETTINGS: dict[str, tuple[str, ...]] = {
+    "self_imitation": (),
     "residual": (),
     "odt": (
         "algo.steps_per_iteration=1000",
@@ -150,20 +151,22 @@ def table(arguments: argparse.Namespace) -> None:
     """Success by task, means over seeds; written where asked to."""
     records = [json.loads(path.read_text()) for path in sorted(arguments.folder.glob("*.json"))]
     algos = [algo for algo in (*SETTINGS, "sac") if any(record["algo"] == algo for record in records)]
-    shown = Table("task", "seeds", "before", "cloned", "residual before distillation", *algos)
+    shown = Table("task", "seeds", "before", "cloned", *algos)
     for task in TASKS:
         mine = [record for record in records if record["task"] == task]
         if mine:
-            first = [_mean(mine, "residual", key) for key in ("before", "cloned", "residual")]
+            first = [_mean(mine, key) for key in ("before", "cloned")]
             seeds = ",".join(str(seed) for seed in sorted({record["seed"] for record in mine}))
-            shown.add_row(task, seeds, *first, *(_mean(mine, algo, "after") for algo in algos))
+            shown.add_row(
+                task, seeds, *first, *(_mean([r for r in mine if r["algo"] == algo], "after") for algo in algos)
+            )
     Console(width=140).print(shown)
     if arguments.out:
         arguments.out.write_text(json.dumps(records, indent=1) + "\n")
 
 
-def _mean(records: Sequence[dict[str, Any]], algo: str, key: str) -> str:
-    values = [r[key] for r in records if r["algo"] == algo and r.get(key) is not None]
+def _mean(records: Sequence[dict[str, Any]], key: str) -> str:
+    values = [r[key] for r in records if r.get(key) is not None]
     return f"{np.mean(values):.2f}" if values else "-"
 
 
@@ -173,7 +176,7 @@ def main() -> None:
     commands = parser.add_subparsers(required=True)
     one = commands.add_parser("run")
     one.add_argument("task")
-    one.add_argument("--algo", choices=[*SETTINGS, "sac"], default="residual")
+    one.add_argument("--algo", choices=[*SETTINGS, "sac"], default="self_imitation")
     one.add_argument("--seed", type=int, default=1)
     one.add_argument("--env-steps", type=int, default=20_000)
     one.add_argument("--episodes", type=int, default=100, help="held-out goals")
