@@ -58,12 +58,14 @@ def overview_figure(rows: Sequence[Mapping[str, Any]]) -> Figure | None:
     for (label, points), style in zip(series.items(), ("D", "o-"), strict=True):
         if points:
             left.plot(*zip(*points, strict=True), style, label=label, clip_on=False)
-    left.set(xlabel="step", title="Success rate" if success else "Return of an episode")
+    steps = "env steps" if any("rollout/ep_rew_mean" in row for row in rows) else "gradient steps"
+    left.set(xlabel=steps, title="Success rate" if success else "Return of an episode")
     if success:
         left.set_ylim(-0.03, 1.03)
     if losses:
         right.plot(*zip(*losses, strict=True), color="C2")
-        right.set(xlabel="step", title="Training loss", yscale="log")
+        positive = any(loss > 0 for _, loss in losses)
+        right.set(xlabel=steps, title="Training loss", yscale="log" if positive else "linear")
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.margins(x=0.04)

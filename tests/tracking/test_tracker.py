@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sqlite3
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch import nn
 
@@ -19,6 +21,7 @@ from eva_rl.rollouts.video import write_video
 from eva_rl.tracking import Resume, Tracker, check_trackers
 from eva_rl.tracking.figures import overview_figure, pixels, rank_figure, spectrum_figure
 from eva_rl.tracking.layers import layer_norms, short_name
+from eva_rl.tracking.tensorboard import LAYOUT
 from eva_rl.tracking.tracker import NullTracker, open_tracker, read_metrics
 
 
@@ -160,6 +163,51 @@ def test_tensorboard_reads_what_is_written(tmp_path: Path) -> None:
     assert (begun["rank"].number_value, begun["env"].string_value, "nothing" in begun) == (8, "reach", False)
     assert "_hparams_/session_end_info" in events.summary_metadata
     assert "custom_scalars__config__" in events.summary_metadata
+
+
+def charts(run_dir: Path) -> dict[str, list[str]]:
+    """Titles of the dashboard's charts by category, as TensorBoard reads them: a run's last layout."""
+    events = EventAccumulator(str(run_dir / "tb"))
+    events.Reload()
+    content = events.Tensors("custom_scalars__config__")[-1].tensor_proto.string_val[0]
+    layout = Layout.FromString(content)
+    return {category.title: [chart.title for chart in category.chart] for category in layout.category}
+
+
+def test_the_dashboard_has_no_chart_that_stays_empty(tmp_path: Path) -> None:
+    with Tracker(tmp_path) as tracker:
+        tracker.log({"eval/mean_reward": 100.0}, 0)
+        assert charts(tmp_path) == {"Return": ["Return, held out, before and after"]}
+        tracker.log({"train/loss": 0.5}, 5)
+    expected = {"Return": ["Return, held out, before and after"], "Training": ["Loss"]}
+    assert charts(tmp_path) == expected
+    with Tracker(tmp_path, resume=5) as tracker:
+        assert charts(tmp_path) == expected, "a run that goes on shows what it has"
+        tracker.log({"rollout/success_rate": 0.5}, 6)
+    assert charts(tmp_path) == {"Success rate": ["Success rate, rollouts while learning"], **expected}
+    for kind, tags in (chart for category in LAYOUT.values() for chart in category.values()):
+        assert kind == "Margin" or re.compile(*tags), "one regular expression each"
+
+
+def test_both_ends_of_two_points_are_inside_the_axis() -> None:
+    """TensorBoard's "Ignore outliers" takes the axis from the values between the quantiles .05 and .95."""
+    points = [535.0, 1485.0]
+    kind, tags = LAYOUT["Return"]["Return, held out, before and after"]
+    assert (kind, set(tags)) == ("Margin", {"eval/mean_reward"})
+    for repeats, inside in ((1, set()), (len(tags), set(points))):
+        values = points * repeats
+        low, high = np.quantile(values, [0.05, 0.95])
+        assert {value for value in values if low <= value <= high} == inside
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_loss_of_zero_is_drawn_without_a_warning() -> None:
+    for losses in ([0.0, 0.0], [0.5, 0.0], [-1.0, -2.0]):
+        rows = [{"step": step, "train/loss": loss, "eval/success_rate": 1.0} for step, loss in enumerate(losses)]
+        figure = overview_figure(rows)
+        assert figure is not None
+        pixels(figure)
+        assert list(figure.axes[1].lines[0].get_ydata()) == losses
 
 
 def test_a_tracker_that_is_unknown_or_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
