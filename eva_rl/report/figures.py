@@ -36,6 +36,8 @@ STYLE: Any = {
     "text.parse_math": False,  # a name may hold dollar signs
 }
 MOST_PAIRS = 20
+WIDTH = 7.0
+"""Inches. A page shows figures from the width of a phone to that of its text: letters stay legible at both."""
 
 
 def style() -> AbstractContextManager[Any]:
@@ -46,27 +48,29 @@ def style() -> AbstractContextManager[Any]:
 def aggregate_figure(analysis: Analysis) -> Figure:
     """Each aggregate of each method, with its interval."""
     labels = list(analysis.aggregates)[::-1]
-    figure = Figure(figsize=(9, 1.2 + 0.42 * len(labels)), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 1.2 + 0.42 * len(labels)), layout="constrained")
     for axes, name in zip(figure.subplots(1, len(STATISTICS), sharey=True), STATISTICS, strict=True):
         for place, label in enumerate(labels):
             _interval(axes, analysis.aggregates[label][name], place, _colour(analysis, label))
         axes.set(title=name, ylim=(-0.6, len(labels) - 0.4), xlabel=analysis.group.title)
         axes.set_yticks(range(len(labels)), labels)
         axes.grid(axis="y", visible=False)
-        _whole_axis(axes, analysis)
+        axes.locator_params(axis="x", nbins=4)
+        _whole_axis(axes, analysis, wide=False)
     return figure
 
 
-def _whole_axis(axes: Axes, analysis: Analysis) -> None:
+def _whole_axis(axes: Axes, analysis: Analysis, *, wide: bool = True) -> None:
     """Show rates from 0 to 1, so that small differences look small."""
     if analysis.group.bounded:
         axes.set_xlim(-0.02, 1.02)
+        axes.set_xticks([0, 0.25, 0.5, 0.75, 1] if wide else [0, 0.5, 1])
 
 
 def improvement_figure(analysis: Analysis) -> Figure:
     """Probability of improvement of each pair."""
     comparisons = analysis.comparisons[:MOST_PAIRS][::-1]
-    figure = Figure(figsize=(9, 1.2 + 0.36 * len(comparisons)), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 1.2 + 0.36 * len(comparisons)), layout="constrained")
     axes = figure.subplots()
     for place, comparison in enumerate(comparisons):
         _interval(axes, comparison.improvement, place, _colour(analysis, comparison.first))
@@ -81,7 +85,7 @@ def improvement_figure(analysis: Analysis) -> Figure:
 
 def profile_figure(analysis: Analysis) -> Figure:
     """Share of runs that score above each threshold."""
-    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 3.8), layout="constrained")
     axes = figure.subplots()
     for label, estimate in analysis.profiles.items():
         _band(axes, analysis.thresholds, estimate, _colour(analysis, label), label)
@@ -93,7 +97,7 @@ def profile_figure(analysis: Analysis) -> Figure:
 def task_figure(analysis: Analysis) -> Figure:
     """The mean of each method on each task, with its interval."""
     tasks, labels = list(analysis.tasks)[::-1], list(analysis.aggregates) or [m.label for m in analysis.group.methods]
-    figure = Figure(figsize=(9, 1.4 + (0.25 + 0.16 * len(labels)) * len(tasks)), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 1.4 + (0.25 + 0.16 * len(labels)) * len(tasks)), layout="constrained")
     axes = figure.subplots()
     offsets = np.linspace(0.3, -0.3, len(labels)) if len(labels) > 1 else np.zeros(1)
     for place, task in enumerate(tasks):
@@ -114,10 +118,11 @@ def task_figure(analysis: Analysis) -> Figure:
 
 def curve_figure(analysis: Analysis, curves: Mapping[str, Sequence[Curve]]) -> Figure:
     """Learning curves, one picture an axis."""
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 3.6), layout="constrained")
     for index, (axes, axis) in enumerate(zip(_row(figure, len(curves)), curves, strict=True)):
         for curve in curves[axis]:
             _band(axes, curve.places, curve.estimate, _colour(analysis, curve.label), curve.label, marked=True)
+        axes.locator_params(axis="x", nbins=5)
         axes.set(xlabel=AXES[axis], ylabel=f"IQM of {analysis.group.title}" if index == 0 else "")
         if analysis.group.bounded:
             axes.set_ylim(-0.02, 1.02)

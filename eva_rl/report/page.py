@@ -33,15 +33,19 @@ p, .note { max-width: 46rem; } .lead, .note { color: var(--soft); } .note { font
 .warning { margin: .6rem 0; padding: .6rem .9rem; border-left: 4px solid var(--mild); background: var(--mild-card);
   border-radius: 0 6px 6px 0; }
 .warning.severe { border-color: var(--severe); background: var(--severe-card); font-weight: 600; }
-.scroll { overflow-x: auto; }
+.scroll, figure { overflow-x: auto; background:
+  linear-gradient(to right, var(--paper) 40%, transparent) 0 0 / 2.5rem 100% no-repeat local,
+  linear-gradient(to left, var(--paper) 40%, transparent) 100% 0 / 2.5rem 100% no-repeat local,
+  linear-gradient(to right, var(--line), transparent) 0 0 / .9rem 100% no-repeat scroll,
+  linear-gradient(to left, var(--line), transparent) 100% 0 / .9rem 100% no-repeat scroll; }
 table.words td, table.words th { text-align: left; white-space: normal; overflow-wrap: anywhere; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; min-width: 50%; }
 th, td { padding: .35rem .8rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
 th { font-weight: 600; color: var(--soft); vertical-align: bottom; white-space: normal; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
 tbody tr:hover { background: var(--card); }
-figure { margin: 1.25rem 0; overflow-x: auto; }
-figure svg { width: 100%; min-width: 34rem; height: auto; display: block; }
+figure { margin: 1.25rem 0; }
+figure svg { width: 100%; min-width: 22rem; max-width: 46rem; height: auto; display: block; }
 figure svg * { stroke-linejoin: round; stroke-linecap: butt; }
 figcaption { color: var(--soft); font-size: .875rem; }
 details { margin: .75rem 0; } summary { cursor: pointer; color: var(--soft); }

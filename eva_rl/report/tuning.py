@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
-from eva_rl.report.figures import COLOURS, MARKERS, legend_label
+from eva_rl.report.figures import COLOURS, MARKERS, WIDTH, legend_label
 from eva_rl.report.page import Picture, Section
 from eva_rl.report.runs import Run, score_keys
 from eva_rl.report.tables import Table, number
@@ -105,10 +105,14 @@ def _edges(scores: Scores, chosen: dict[str, str]) -> list[str]:
     return [f"At an end of the grid, so that a better value may lie outside: {', '.join(ends)}."] if ends else []
 
 
+ROOM = 60
+"""Letters that fit side by side below a figure."""
+
+
 def tuning_figure(scores: Scores, title: str) -> Figure:
     """The mean endpoint of each setting, with its single runs."""
     settings = list(dict.fromkeys(setting for own in scores.values() for setting in own))
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 3.6), layout="constrained")
     axes = figure.subplots()
     for index, (method, own) in enumerate(sorted(scores.items())):
         colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
@@ -122,7 +126,8 @@ def tuning_figure(scores: Scores, title: str) -> Figure:
         )
         for place, values in zip(places, own.values(), strict=True):
             axes.plot([place] * len(values), values, color=colour, marker=".", ls="", alpha=0.4)
-    axes.set_xticks(range(len(settings)), settings)
+    slanted = {"rotation": 20, "ha": "right"} if len(" ".join(settings)) > ROOM else {}
+    axes.set_xticks(range(len(settings)), settings, **slanted)
     axes.set(ylabel=title)
     figure.legend(
         *axes.get_legend_handles_labels(), loc="outside lower center", ncols=min(len(scores), 5), fontsize="small"

@@ -293,11 +293,16 @@ def test_folders_are_named_without_a_key() -> None:
     assert parse("report", ["runs=[a,b]"]).runs == ["a", "b"]
 
 
+def browse(page: Path, folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    """A page's document and the browser's log, after its scripts have run."""
+    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", *options]
+    command += [f"--user-data-dir={folder}", "--enable-logging=stderr", "--dump-dom", page.as_uri()]
+    return subprocess.run(command, capture_output=True, text=True, timeout=180, check=True)
+
+
 def chromium(page: Path, folder: Path) -> str:
     """What the browser's console says of a page."""
-    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-    command += [f"--user-data-dir={folder}", "--enable-logging=stderr", "--dump-dom", page.as_uri()]
-    found = subprocess.run(command, capture_output=True, text=True, timeout=180, check=True)
+    found = browse(page, folder)
     assert "</main>" in found.stdout
     return "\n".join(line for line in found.stderr.splitlines() if "CONSOLE" in line)
 
@@ -311,3 +316,27 @@ def test_a_browser_shows_the_page_without_errors_or_requests(written: Path, tmp_
     text = (written / "report.html").read_text()
     changed.write_text(text.replace("<main>", '<main><img src="http://127.0.0.1:9/x.png">', 1))
     assert "Content Security Policy" in chromium(changed, tmp_path / "profile2")
+
+
+PHONE = """<iframe id="phone" src="{name}" width="400" height="800" style="border: 0"></iframe>
+<script>onload = () => {{
+  const inside = document.getElementById("phone").contentDocument
+  const width = element => element.getBoundingClientRect().right
+  const figures = [...inside.querySelectorAll("svg")]
+  document.title = JSON.stringify([inside.documentElement.scrollWidth, ...figures.map(width)])
+}}</script>"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="Debian's chromium is not installed")
+def test_the_page_fits_a_phone(written: Path, tmp_path: Path) -> None:
+    """400 pixels: the page does not scroll sideways, and figures are seen whole."""
+    harness = written / "phone.html"
+    harness.write_text(PHONE.format(name="report.html"))
+    found = browse(harness, tmp_path / "profile", "--allow-file-access-from-files")
+    harness.unlink()
+    (title,) = re.findall(r"<title>(.*?)</title>", found.stdout)
+    page, *figures = json.loads(title)
+    assert page <= 400
+    assert len(figures) > 3
+    assert max(figures) <= 400
