@@ -165,7 +165,7 @@ def _layer(block: nn.Module) -> _Layer:
 
 def _linear(module: nn.Module | None) -> Linear:
     """Weight and bias of a linear layer; of another module what it does to the unit vectors, if that says all."""
-    if module is None or _is_listened_to(module):
+    if module is None or _has_hooks(module):
         raise _NotFoldableError
     if type(module) is nn.Linear:
         return module.weight.detach(), None if module.bias is None else module.bias.detach()
@@ -187,18 +187,18 @@ def _check_affine(module: Callable[[Tensor], Tensor], weight: Tensor, bias: Tens
 
 
 def _norm(module: nn.Module) -> Norm:
-    if type(module) is not nn.LayerNorm or module.weight is None or module.bias is None or _is_listened_to(module):
+    if type(module) is not nn.LayerNorm or module.weight is None or module.bias is None or _has_hooks(module):
         raise _NotFoldableError
     return module.weight.detach(), module.bias.detach(), module.eps
 
 
 def _embedding(module: nn.Module) -> Tensor:
-    if type(module) is not nn.Embedding or _is_listened_to(module):
+    if type(module) is not nn.Embedding or _has_hooks(module):
         raise _NotFoldableError
     return module.weight.detach()
 
 
-def _is_listened_to(module: nn.Module) -> bool:
+def _has_hooks(module: nn.Module) -> bool:
     return any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
 
 

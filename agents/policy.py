@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from eva_rl.agents.context import Acting, RolloutContext, Window
 from eva_rl.agents.decision_transformer import DecisionTransformer
 from eva_rl.batch import InputScaling, WindowBatch
-from eva_rl.errors import UserError
+from eva_rl.errors import UserError, counted
 
 
 class Policy(Protocol):
@@ -104,7 +104,7 @@ class DecisionTransformerPolicy:
         """Size, dimensions, context, target return and task, in one line."""
         config = self.network.config
         parameters = sum(parameter.numel() for parameter in self.network.parameters())
-        task = self.env_id or f"{len(self.conditioning.per_env)} tasks"
+        task = self.env_id or counted(len(self.conditioning.per_env), "task")
         return (
             f"{type(self).__name__}({task}: {parameters / 1e6:.2f}M parameters, observations {self.observation_dim}, "
             f"actions {self.action_dim}, context {config.context_length}, "

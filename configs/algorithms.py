@@ -84,7 +84,7 @@ class OnlineAlgo(OnlineOptions, AlgoOptions):
     workers: int = option(
         0, "0 steps all environments in this process, 1 gives each a process of its own", low=0, high=1
     )
-    bc: BCFirst = group(BCFirst, "behaviour cloning before; bc.updates=0 for none")
+    bc: BCFirst = group(BCFirst, "behaviour cloning before; algo.bc.updates=0 for none")
 
     @property
     def final_step(self) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from eva_rl.cli.command import run_command
-from eva_rl.cli.console import console
+from eva_rl.cli.console import say
 from eva_rl.cli.parsing import register
 from eva_rl.cli.saving import MINARI, check_output, write_output
 from eva_rl.configs.groups import EnvOptions, NoiseOptions
@@ -75,10 +75,9 @@ def collect(config: CollectConfig) -> None:
     about = {"algorithm_name": name} if out.startswith(MINARI) else {"seed": config.seed, **noise}
     source = write_output(out, data, about)
     solved = int(data.successes[data.offsets[1:] - 1].sum()) if data.successes is not None else 0
-    console.print(
+    say(
         f"{data.env_id}: {data.amount}, {solved} solved, mean return {data.returns.mean():.1f}. "
         f"Use them with data={source}",
-        soft_wrap=True,
     )
 
 

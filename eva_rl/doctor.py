@@ -56,7 +56,7 @@ def doctor(config: DoctorConfig) -> None:
     import torch
     from rich.table import Table
 
-    from eva_rl.cli.console import console
+    from eva_rl.cli.console import console, say
     from eva_rl.cli.machine import choose_device, versions
     from eva_rl.cli.threads import thread_limits
 
@@ -74,8 +74,8 @@ def doctor(config: DoctorConfig) -> None:
         table.add_row(name, f"{speed.per_second:,.0f} a second ({speed.cpu_share:.0%} of the time on a CPU)")
     console.print(table)
     found = list(advice(threads, limits.cpus, speeds, has_renderer=renderer() is not None))
-    for line in found or ["Nothing to mend."]:
-        console.print(f"- {line}", soft_wrap=True, markup=False)
+    for line in found or ["Nothing to improve."]:
+        say(f"- {line}", markup=False)
 
 
 def describe(device: torch.device) -> str:
@@ -188,7 +188,10 @@ def advice(threads: int, cpus: int, speeds: dict[str, Speed], *, has_renderer: b
     elif simulator.per_second < SLOW_ENV_STEPS or acting.per_second < SLOW_POLICY_STEPS:
         yield "One thread is slow here: an evaluation takes minutes (eval.episodes=20 shortens it)."
     if threads < cpus:
-        yield f"{cpus} CPUs may be used, {threads} are (OMP_NUM_THREADS or threads=). Unset it, or type threads={cpus}."
+        yield (
+            f"{cpus} CPUs are available, {threads} in use (OMP_NUM_THREADS or threads=). Unset it, or type "
+            f"threads={cpus}."
+        )
     if cpus >= 8:
         yield f"benchmark starts several runs at once here: jobs={cpus // 2} threads=2."
     if not has_renderer:

@@ -13,6 +13,10 @@ class UserError(Exception):
     """
 
 
+class TerminatedError(KeyboardInterrupt):
+    """SIGTERM: handled like Ctrl-C, but a command that it ends also ends the program that called it."""
+
+
 class EnvironmentFailedError(UserError):
     """An environment raised, gave what no environment may give, or its process died.
 
@@ -55,13 +59,13 @@ class UnknownNameError(UserError):
             expected = "Did you mean " + " or ".join(repr(match) for match in close) + "?"
         else:
             listed = ", ".join(known[:12]) + (", ..." if len(known) > 12 else "")
-            expected = f"Known: {listed}."
+            expected = f"Known: {listed}." if known else "There are none."
         super().__init__(f"Unknown {kind} {name!r}. {expected} {hint}".strip())
 
 
 def close_matches(name: str, known: Iterable[str]) -> list[str]:
     """The three names at most that a misspelt one may stand for, the closest first."""
-    return difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
+    return difflib.get_close_matches(name, list(dict.fromkeys(known)), n=3, cutoff=0.5)
 
 
 def counted(number: int, noun: str) -> str:

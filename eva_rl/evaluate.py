@@ -14,7 +14,7 @@ from eva_rl.adapters import ADAPTER_NAME, AdaptedPolicy
 from eva_rl.agents import DecisionTransformerPolicy
 from eva_rl.agents.context import Acting
 from eva_rl.cli.command import run_command
-from eva_rl.cli.console import console, counting_progress
+from eva_rl.cli.console import console, counting_progress, say
 from eva_rl.cli.loading import open_policy
 from eva_rl.cli.machine import prepare_machine, versions
 from eva_rl.cli.parsing import register
@@ -233,7 +233,7 @@ def show(results: Sequence[EvaluationResult], without: Sequence[EvaluationResult
         console.print(comparison(results, without))
     else:
         console.print(_table(results))
-    console.print(f"Protocol: {results[0].protocol}.", soft_wrap=True)
+    say(f"Protocol: {results[0].protocol}.")
 
 
 def _table(results: Sequence[EvaluationResult]) -> Table:

@@ -19,7 +19,7 @@ from eva_rl.agents import DecisionTransformerPolicy
 from eva_rl.agents.huggingface import COMPANION_FILE, CONFIG_FILE, PICKLE_FILE, export_huggingface
 from eva_rl.agents.policy_folder import HUB_ID, POLICY_FILE, WEIGHTS_FILE, find_policy, write_policy_files
 from eva_rl.cli.command import run_command
-from eva_rl.cli.console import console
+from eva_rl.cli.console import console, say
 from eva_rl.cli.loading import open_policy
 from eva_rl.cli.parsing import register
 from eva_rl.configs.groups import PolicyOptions
@@ -87,9 +87,9 @@ def export(config: ExportConfig) -> None:
         else:
             write_exported(out, config)
         if named:
-            console.print(f"Policy: {out}", soft_wrap=True)
+            say(f"Policy: {out}")
         if config.push:
-            console.print(f"Pushed: {push_folder(pushed, config.push, config.private)}", soft_wrap=True)
+            say(f"Pushed: {push_folder(pushed, config.push, config.private)}")
 
 
 def write_exported(out: Path, config: ExportConfig) -> None:

@@ -16,7 +16,7 @@ from eva_rl.agents.decision_transformer import SIZES
 from eva_rl.agents.policy_folder import save_policy
 from eva_rl.batch import InputScaling
 from eva_rl.cli.command import run_command
-from eva_rl.cli.console import console, training_progress
+from eva_rl.cli.console import say, training_progress
 from eva_rl.cli.loading import Demonstrations, load_demonstrations
 from eva_rl.cli.machine import prepare_machine
 from eva_rl.cli.parsing import register
@@ -177,7 +177,7 @@ MEANS = ("validation/success_rate", "validation/mean_reward")
 
 def _announce(num_tasks: int, final: Mapping[str, float], run_dir: Path) -> None:
     shown_scores = ", ".join(f"{key} {final[key]:.2f}" for key in MEANS if key in final)
-    console.print(f"{counted(num_tasks, 'task')}: {shown_scores}. Policy: {run_dir / 'policy'}", soft_wrap=True)
+    say(f"{counted(num_tasks, 'task')}: {shown_scores}. Policy: {run_dir / 'policy'}")
 
 
 def _validation_metrics(scores: Mapping[str, TaskScore]) -> dict[str, float]:
@@ -218,17 +218,15 @@ def _new_policy(config: PretrainConfig, tasks: Sequence[str], found: Demonstrati
 def _say_what_was_found(policy: DecisionTransformerPolicy, found: Demonstrations) -> None:
     data = found.data
     low, high = data.returns.min(), data.returns.max()
-    console.print(
+    say(
         f"{counted(data.num_episodes, 'episode')} with returns from {low:.4g} to {high:.4g}. "
         f"Return scale {policy.scaling.return_scale:g} (return_scale=), {policy.network.config.max_timestep} timesteps "
         "(size.max_timestep=).",
-        soft_wrap=True,
     )
     if found.shared:
-        console.print(
+        say(
             f"The {len(found.target_returns)} tasks share these episodes, which are read and used once, and the target "
             f"return {next(iter(found.target_returns.values())):.4g}. For episodes of each task's own: data=expert.",
-            soft_wrap=True,
         )
 
 

@@ -39,7 +39,7 @@ class Refresh:
         return {
             "eva/overlap_mean": sum(values) / len(values),
             "eva/overlap_min": min(values),
-            "eva/directions_aimed": float(sum(self.reinitialised.values())),
+            "eva/directions_reinitialised": float(sum(self.reinitialised.values())),
         }
 
 

@@ -15,7 +15,7 @@ from eva_rl.benchmark.plan import plan_table, read_pilot
 from eva_rl.benchmark.study import METHOD, Study, names_of, read_study, seeds_of, tasks_of
 from eva_rl.benchmark.tuning import Chosen, choose
 from eva_rl.cli.command import run_command
-from eva_rl.cli.console import console
+from eva_rl.cli.console import console, say
 from eva_rl.cli.parsing import register
 from eva_rl.errors import UserError, counted
 from eva_rl.launch.jobs import Job, LaunchOptions
@@ -139,7 +139,7 @@ def benchmark(config: BenchmarkConfig) -> None:
         run_cells(tuned, config, "Tuning")
         chosen = choose(study, tuned)
         for method in study.methods:
-            console.print(f"Tuned {method}: {setting_name(chosen[method]) or 'nothing to tune'}", soft_wrap=True)
+            say(f"Tuned {method}: {setting_name(chosen[method]) or 'nothing to tune'}")
     tested = comparison_cells(study, place, chosen)
     check(tested)
     try:
@@ -178,7 +178,7 @@ def show_plan(config: BenchmarkConfig, study: Study, tuning_runs: int, test_runs
     """Print what the study costs and what it can detect."""
     table = plan_table(study, read_pilot(config.pilot, study.endpoint), tuning_runs, test_runs, config.threads)
     console.print(terminal_table(table))
-    console.print(table.note, markup=False, soft_wrap=True)
+    say(table.note, markup=False)
 
 
 def run_cells(cells: Sequence[Cell], config: BenchmarkConfig, phase: str) -> None:
@@ -190,9 +190,8 @@ def run_cells(cells: Sequence[Cell], config: BenchmarkConfig, phase: str) -> Non
     out = config.place.out
     left = [cell for cell in cells if not cell.keep()]
     by_name = {cell.name: cell for cell in left}
-    console.print(
+    say(
         f"{phase}: {counted(len(cells), 'run')}, {len(cells) - len(left)} of them finished before. {out}",
-        soft_wrap=True,
     )
 
     def ended(job: Job) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -12,10 +13,10 @@ from rich.logging import RichHandler
 from rich.markup import escape
 
 from eva_rl._version import __version__
-from eva_rl.cli.console import console
+from eva_rl.cli.console import console, say
 from eva_rl.cli.help import print_help
 from eva_rl.cli.parsing import Config, parse
-from eva_rl.errors import UserError
+from eva_rl.errors import TerminatedError, UserError
 
 MULTIRUN = {"--multirun", "-m"}
 """Flags that start one run for each combination of values, as with Hydra."""
@@ -49,7 +50,8 @@ def run_command(
         format="%(message)s",
         handlers=[RichHandler(console=console, show_path=False, show_time=False)],
     )
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # it would tell of each request to the hub
+    for name_of_logger in ("httpx", "OpenGL"):  # they would tell of each request to the hub, and of optional modules
+        logging.getLogger(name_of_logger).setLevel(logging.WARNING)
     if any(flag in overrides for flag in ("--help", "-h")):
         print_help(name, help_text, overrides)
         return 0
@@ -70,9 +72,11 @@ def run_command(
     except UserError as error:
         where = f" (process {process})" if console.quiet else ""
         console.quiet = False
-        console.print(f"[bold red]Error{where}:[/] {escape(str(error))}", soft_wrap=True)
+        say(f"[bold red]Error{where}:[/] {escape(str(error))}")
         return 2
-    except KeyboardInterrupt:
-        console.print("Interrupted. Type the same command again to continue from the last checkpoint.")
+    except KeyboardInterrupt as interruption:
+        say("Interrupted. Type the same command again to continue from the last checkpoint.")
+        if isinstance(interruption, TerminatedError):
+            raise SystemExit(128 + signal.SIGTERM) from interruption  # also ends a program that called the command
         return 130
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -28,6 +29,14 @@ LINE_SECONDS = 30.0
 """Between two lines where the output is no terminal."""
 
 console = Console(stderr=True, highlight=False)
+
+
+def say(text: str, *, markup: bool = True) -> None:
+    """Print sentences: a terminal gets whole words, and paths that can be copied; a log gets one line a paragraph."""
+    if console.is_terminal:
+        wrapper = textwrap.TextWrapper(console.width, break_long_words=False, break_on_hyphens=False)
+        text = "\n".join(map(wrapper.fill, text.split("\n")))
+    console.print(text, markup=markup, soft_wrap=True)
 
 
 class Bar(Protocol):

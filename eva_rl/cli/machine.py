@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 
 from eva_rl._version import __version__
-from eva_rl.cli.console import console
+from eva_rl.cli.console import say
 from eva_rl.cli.threads import thread_limits
 from eva_rl.configs.groups import MachineOptions
 from eva_rl.distributed import init_distributed, is_torchrun, local_rank, local_world_size
-from eva_rl.errors import UserError
+from eva_rl.errors import UserError, counted
 from eva_rl.seeding import seed_everything
 
 
@@ -30,8 +30,8 @@ def prepare_machine(options: MachineOptions) -> torch.device:
     torch.set_num_threads(threads)
     device = choose_device(options.device)
     init_distributed(device)
-    reason = "as threads= says" if options.threads else str(limits)
-    console.print(f"Device {device}, {threads} CPU thread{'s' * (threads > 1)} ({reason}).", soft_wrap=True)
+    reason = "set by threads=" if options.threads else str(limits)
+    say(f"Device {device}, {counted(threads, 'CPU thread')} ({reason}).")
     return device
 
 
@@ -61,7 +61,7 @@ def versions() -> dict[str, str]:
         "eva-rl": __version__,
         "git": _git_revision(),
         "python": platform.python_version(),
-        "machine": f"{platform.machine()}, {thread_limits().cpus} CPUs",
+        "machine": f"{platform.machine()}, {counted(thread_limits().cpus, 'CPU')}",
         **{name: _version(name) for name in packages},
     }
 

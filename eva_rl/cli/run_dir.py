@@ -14,7 +14,7 @@ from typing import IO, Any
 
 from omegaconf import OmegaConf
 
-from eva_rl.cli.console import console
+from eva_rl.cli.console import say
 from eva_rl.cli.machine import versions
 from eva_rl.cli.parsing import flat
 from eva_rl.distributed import ProcessGroup
@@ -151,10 +151,9 @@ def _continue(run_dir: Path, options: Any) -> None:
     except UserError as error:
         damaged = run_dir / f"{CONFIG_FILE}.damaged"
         (run_dir / CONFIG_FILE).replace(damaged)
-        console.print(
+        say(
             f"{error} It was moved to {damaged.name}, and {CONFIG_FILE} is written anew from this command: make sure "
-            "that it is the command which the run began with.",
-            soft_wrap=True, markup=False,
+            "that it is the command which the run began with.", markup=False,
         )  # fmt: skip
         return
     if changed and not (run_dir / "checkpoint").exists():

@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from eva_rl.errors import counted
+
 CGROUP, PROCESS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 VARIABLE = "OMP_NUM_THREADS"
 
@@ -37,9 +39,11 @@ class ThreadLimits:
         return self.cpus if self.environment is None else max(1, min(self.environment, self.affinity))
 
     def __str__(self) -> str:
-        quota = "no quota" if math.isinf(self.quota) else f"a quota of {self.quota:g} CPUs"
+        quota = (
+            "no quota" if math.isinf(self.quota) else f"a quota of {self.quota:g} CPU{'' if self.quota == 1 else 's'}"
+        )
         variable = "" if self.environment is None else f", {VARIABLE}={self.environment}"
-        return f"{self.affinity} CPUs by affinity, {quota}{variable}"
+        return f"{counted(self.affinity, 'CPU')} by affinity, {quota}{variable}"
 
 
 def thread_limits(

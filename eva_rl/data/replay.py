@@ -131,7 +131,7 @@ class TrajectoryReplay:
         length = len(episode.rewards)
         if length + 1 > self.capacity:
             raise UserError(
-                f"algo.replay_size={self.capacity} does not hold an episode of {length} env steps. Give it more."
+                f"algo.replay_size={self.capacity} does not hold an episode of {length} env steps. Increase it."
             )
         begin = self._make_room(length + 1)
         rows = slice(begin, begin + length)

@@ -129,7 +129,7 @@ class Trajectories:
             if array.ndim != COLUMNS[name][1]:
                 raise UserError(where + f"{name} has {array.ndim} axes, expected {COLUMNS[name][1]}.")
             if len(array) != length:
-                raise UserError(where + f"{name} has {len(array)} rows, expected {length}.")
+                raise UserError(where + f"{name} has {counted(len(array), 'row')}, expected {length}.")
 
     @property
     def num_episodes(self) -> int:

@@ -28,6 +28,7 @@ from eva_rl.data.replay import TrajectoryReplay
 from eva_rl.data.samplers import ShardedSampler, prefetching
 from eva_rl.data.selection import until_success
 from eva_rl.envs import close_vec_env, make_vec_env
+from eva_rl.errors import counted
 from eva_rl.files import write_file
 from eva_rl.finetune.adapter import attach
 from eva_rl.finetune.residual import learn_residual
@@ -134,7 +135,9 @@ def clone(session: Session, adapter: AttachedAdapter, algo: BCAlgo, log: Log) ->
     """Behaviour cloning of the demonstrations."""
     config, policy = session.config, session.policy
     assert session.sampler is not None
-    console.print(f"Cloning: {algo.updates} gradient steps, peak learning rate {float(algo.learning_rate):g}.")
+    console.print(
+        f"Cloning: {counted(algo.updates, 'gradient step')}, peak learning rate {float(algo.learning_rate):g}."
+    )
     draw = ShardedSampler(session.sampler, session.process_group)
     with training_progress(algo.updates) as bar, prefetching(draw, policy.device) as ahead:
         counters = train_bc(

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from eva_rl.adapters import AttachedAdapter, LayerStart, adapter_bytes, count_parameters, save_adapted_policy
 from eva_rl.adapters.model_card import card_facts, model_card
-from eva_rl.cli.console import console
+from eva_rl.cli.console import console, say
 from eva_rl.cli.run_dir import flat_hyperparameters, write_summary
 from eva_rl.configs.algorithms import BCAlgo, OnlineAlgo
 from eva_rl.configs.finetune import FinetuneConfig
@@ -64,7 +64,7 @@ def start_metrics(start: Mapping[str, LayerStart]) -> dict[str, float]:
 
 
 def _report_eva(session: Session, result: EvaResult, start: Mapping[str, Any], tracker: Tracker) -> None:
-    origin: dict[str, Any] = {"listened_to": activation_source(session.config, session.data is not None)}
+    origin: dict[str, Any] = {"activation_source": activation_source(session.config, session.data is not None)}
     if session.data is not None:
         origin |= {"source": session.data.source, "hash": session.data.content_hash}
     write_json(session.run_dir / "eva_report.json", {"data": origin, **start, **result.to_report()})
@@ -236,11 +236,10 @@ def warn_of_worse_data(data: Trajectories | None, before: EvaluationResult) -> N
     if data is None or before.stopped_at_success or before.mean_reward <= 0:
         return
     if data.returns.max() < WORSE * before.mean_reward:
-        console.print(
+        say(
             f"[bold yellow]Warning:[/] the best demonstration has a return of {data.returns.max():.0f}, "
             f"the policy {before.mean_reward:.0f} on average: cloning will make it worse. Use better data (data=), "
             "or learn online: algo=odt_td3 data=none.",
-            soft_wrap=True,
         )
 
 
@@ -266,13 +265,13 @@ def show(run_dir: Path, summary: dict[str, Any], evaluations: Mapping[str, Evalu
     console.print(f"Trained {trainable:,} of {total:,} parameters. Seconds: {seconds}.")
     if "eva/gain" in summary:
         console.print(
-            f"Start: gain {summary['eva/gain']:.3g}, effective rank {summary['eva/effective_rank']:.1f} (means)."
+            f"Initial A, mean over layers: gain {summary['eva/gain']:.3g}, effective rank "
+            f"{summary['eva/effective_rank']:.1f}."
         )
-    console.print(f"Protocol: {summary['protocol']}.", soft_wrap=True)
-    console.print(
+    say(f"Protocol: {summary['protocol']}.")
+    say(
         f"Policy:      {run_dir / 'policy'}\n"
         f"TensorBoard: tensorboard --logdir {run_dir / 'tb'}, then http://localhost:6006/{DASHBOARD}",
-        soft_wrap=True,
     )
 
 
@@ -316,5 +315,5 @@ def compare_snapshots(
     frames = side_by_side(before.clip.captioned("before"), after.clip.captioned("after"))
     path = session.run_dir / "videos" / f"{session.spec.env_id.replace('/', '-')}.gif"
     for written in write_video(path, frames):
-        console.print(f"Video:       {written}", soft_wrap=True)
+        say(f"Video:       {written}")
     tracker.video("eval/before_and_after", path, last)

@@ -9,11 +9,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from eva_rl.cli.console import console
+from eva_rl.cli.console import console, say
+from eva_rl.errors import TerminatedError
 from eva_rl.launch.jobs import POLL_SECONDS, Job, Launcher, LaunchOptions, Running
 from eva_rl.launch.launchers import make_launcher
 
@@ -118,7 +120,7 @@ def launch(
     if not jobs:
         return []
     launcher = make_launcher(options, folder)
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that kill ends the runs as Ctrl-C does
+    before = signal.signal(signal.SIGTERM, _terminate)  # ends the runs as Ctrl-C does
     columns = (TextColumn("Runs"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[shown]}"))
     try:
         with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as progress:
@@ -140,6 +142,10 @@ def launch(
         launcher.close()
 
 
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise TerminatedError
+
+
 def in_words(state: State) -> str:
     """What runs and what failed."""
     names = [job.name for job in state.running]
@@ -151,8 +157,8 @@ def in_words(state: State) -> str:
 def list_failed(failed: Sequence[Job]) -> None:
     """Say which runs failed, why, and where their logs are."""
     for job in failed:
-        console.print(f"[bold red]Failed:[/] {escape(f'{job.name}: {last_words(job.log)}')}", soft_wrap=True)
-        console.print(f"        {escape(str(job.log))}", soft_wrap=True)
+        say(f"[bold red]Failed:[/] {escape(f'{job.name}: {last_words(job.log)}')}")
+        say(f"        {escape(str(job.log))}")
 
 
 def last_words(log: Path) -> str:

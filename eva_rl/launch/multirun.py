@@ -13,7 +13,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from eva_rl.cli.console import console
+from eva_rl.cli.console import say
 from eva_rl.cli.parsing import parse
 from eva_rl.cli.run_dir import SUMMARY_FILE
 from eva_rl.cli.values import quoted
@@ -41,14 +41,12 @@ def multirun(name: str, typed: Sequence[str]) -> None:
     root = Path(given[-1] if given else f"runs/multirun-{time.strftime('%Y%m%d-%H%M%S')}").expanduser().resolve()
     jobs = [_job(name, fixed, swept, root, options) for fixed, swept in combinations(words)]
     left = [job for job in jobs if not job.done.exists()]
-    console.print(
-        f"{counted(len(jobs), 'run')}, {len(jobs) - len(left)} of them finished before. {root}", soft_wrap=True
-    )
+    say(f"{counted(len(jobs), 'run')}, {len(jobs) - len(left)} of them finished before. {root}")
     failed = launch(left, len(jobs) - len(left), options, root / "logs" / "launcher")
     list_failed(failed)
     if failed:
         raise UserError(f"{len(failed)} of {len(jobs)} runs failed. Continue with run_dir={root}.")
-    console.print(f"Compare them: python -m eva_rl.report {root}", soft_wrap=True)
+    say(f"Compare them: python -m eva_rl.report {root}")
 
 
 def launch_options(typed: Sequence[str]) -> LaunchOptions:

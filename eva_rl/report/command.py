@@ -14,10 +14,10 @@ from pathlib import Path
 from rich.markup import escape
 
 from eva_rl.cli.command import run_command
-from eva_rl.cli.console import console
+from eva_rl.cli.console import console, say
 from eva_rl.cli.parsing import register
 from eva_rl.cli.values import quoted
-from eva_rl.errors import UserError
+from eva_rl.errors import UserError, counted
 from eva_rl.files import write_file, write_folder
 from eva_rl.options import between, one_of, option, positive
 from eva_rl.report.comparison import Analysis, Resampling, analyse
@@ -121,8 +121,7 @@ def report(config: ReportConfig) -> None:
     found, problems = read_places(config.runs)
     runs = [run for run in found if run.tuning is None]
     if not runs:
-        reasons = "; ".join(f"{p.place}: {p.kind}, {p.reason}" for p in problems[:3])
-        raise UserError(f"None of {len(problems)} runs is finished and sound ({reasons}). Continue them first.")
+        raise UserError(nothing_to_compare(config.runs, found, problems))
     resampling = Resampling(config.replicates, config.confidence, config.seed)
     groups = [analyse(group, resampling) for group in group_tasks(runs)]
     curves = [curves_of(analysis.group, resampling) for analysis in groups]
@@ -144,6 +143,15 @@ def report(config: ReportConfig) -> None:
 
         write_folder(out, fill)
     show(out, groups, problems, config)
+
+
+def nothing_to_compare(places: Sequence[str], tuned: Sequence[Run], problems: Sequence[Problem]) -> str:
+    """Why there is no run to report on."""
+    if problems:
+        reasons = "; ".join(f"{p.place}: {p.kind}, {p.reason}" for p in problems[:3])
+        return f"No finished, undamaged run among {len(problems)} ({reasons}). Continue them first."
+    where = ", ".join(places)
+    return f"{where} holds tuning runs only ({len(tuned)}). Name the folder with the study's test runs, too."
 
 
 def read_places(places: Sequence[str]) -> tuple[list[Run], list[Problem]]:
@@ -188,15 +196,10 @@ def lead(runs: Sequence[Run], config: ReportConfig) -> str:
     tasks, seeds = {run.task for run in runs}, {run.seed for run in runs}
     policies = ", ".join(sorted({str(run.summary.get("policy")) for run in runs}))
     return (
-        f"{plural(len(runs), 'finished run')}, {plural(len(tasks), 'task')}, {plural(len(seeds), 'seed')}, starting "
+        f"{counted(len(runs), 'finished run')}, {counted(len(tasks), 'task')}, {counted(len(seeds), 'seed')}, starting "
         f"from {policies}. {_conditions(runs)}Intervals: {config.confidence:.0%}, {config.replicates} resamples, seed "
         f"{config.seed}. Each row is a method at one rank and one set of settings."
     )
-
-
-def plural(number: int, noun: str) -> str:
-    """``1 task``, ``2 tasks``."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _conditions(runs: Sequence[Run]) -> str:
@@ -323,12 +326,10 @@ def show(out: Path, groups: Sequence[Analysis], problems: Sequence[Problem], con
         console.print(terminal_table(table))
         for warning in warnings_of(analysis, problems, config.endpoint, config.margin):
             colour = "bold red" if warning.severe else "yellow"
-            console.print(
-                f"[{colour}]{'Warning' if warning.severe else 'Note'}:[/] {escape(warning.text)}", soft_wrap=True
-            )
+            say(f"[{colour}]{'Warning' if warning.severe else 'Note'}:[/] {escape(warning.text)}")
     for problem in problems:
-        console.print(f"{problem.kind.capitalize()}: {escape(f'{problem.place}: {problem.reason}')}", soft_wrap=True)
-    console.print(f"Report: {out / PAGE}  ({TEXT}, {CSV}, figures/ beside it)", soft_wrap=True)
+        say(f"{problem.kind.capitalize()}: {escape(f'{problem.place}: {problem.reason}')}")
+    say(f"Report: {out / PAGE}  ({TEXT}, {CSV}, figures/ beside it)")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

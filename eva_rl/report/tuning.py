@@ -126,8 +126,9 @@ def tuning_figure(scores: Scores, title: str) -> Figure:
         )
         for place, values in zip(places, own.values(), strict=True):
             axes.plot([place] * len(values), values, color=colour, marker=".", ls="", alpha=0.4)
-    slanted = {"rotation": 20, "ha": "right"} if len(" ".join(settings)) > ROOM else {}
-    axes.set_xticks(range(len(settings)), settings, **slanted)
+    axes.set_xticks(range(len(settings)), settings)
+    if len(" ".join(settings)) > ROOM:
+        axes.tick_params(axis="x", labelrotation=20)
     axes.set(ylabel=title)
     figure.legend(
         *axes.get_legend_handles_labels(), loc="outside lower center", ncols=min(len(scores), 5), fontsize="small"

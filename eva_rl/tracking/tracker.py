@@ -33,6 +33,9 @@ TRAINING = "train/"
 LAYER_POINTS = 50
 """Norms of layers are recorded at most this often in a run."""
 
+RENAMED = {"eva/directions_aimed": "eva/directions_reinitialised"}
+"""Metrics of earlier versions, and what they are called now."""
+
 Row = dict[str, Any]
 
 
@@ -189,7 +192,9 @@ def _row(line: bytes) -> Row | None:
         return None
     if not isinstance(row, dict) or type(row.get(STEP)) is not int or not _is_number(row.get(WALL_TIME)):
         return None
-    return row if all(value is None or _is_number(value) for value in row.values()) else None
+    if not all(value is None or _is_number(value) for value in row.values()):
+        return None
+    return {RENAMED.get(str(key), str(key)): value for key, value in row.items()}
 
 
 def _of_cloning(row: Row) -> bool:

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, TypeAlias
 
-from eva_rl.errors import UserError
+from eva_rl.errors import TerminatedError, UserError
 from eva_rl.files import write_file
 
 if TYPE_CHECKING:
@@ -72,14 +72,14 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 @contextmanager
 def sigterm_like_ctrl_c() -> Iterator[None]:
-    """Raise KeyboardInterrupt on SIGTERM inside the block; forked children keep what SIGTERM does by default."""
+    """Raise TerminatedError, a KeyboardInterrupt, on SIGTERM; forked children keep what SIGTERM does by default."""
     owner = os.getpid()
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         if os.getpid() != owner:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             os.kill(os.getpid(), signal.SIGTERM)
-        raise KeyboardInterrupt
+        raise TerminatedError
 
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread may set handlers
@@ -96,15 +96,18 @@ class DeferredInterrupt:
 
     Attributes:
         requested: A signal came inside the block.
+        interruption: What the signal raises.
     """
 
     def __init__(self) -> None:
         self.requested = False
+        self.interruption: type[KeyboardInterrupt] = KeyboardInterrupt
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         """Handle a signal: the first waits, a second one interrupts at once."""
+        self.interruption = TerminatedError if number == signal.SIGTERM else KeyboardInterrupt
         if self.requested:
-            raise KeyboardInterrupt
+            raise self.interruption
         self.requested = True
 
 
@@ -122,4 +125,4 @@ def interrupts_deferred() -> Iterator[DeferredInterrupt]:
         for number, handler in before.items():
             signal.signal(number, handler)
     if deferred.requested:
-        raise KeyboardInterrupt
+        raise deferred.interruption

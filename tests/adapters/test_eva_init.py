@@ -99,5 +99,5 @@ def test_sources_are_reachable_by_the_command(source: str, policy_folder, tmp_pa
     small += ["adapter.eva.rollout_envs=2", "adapter.eva.rollout_steps=25"]
     assert finetune.main([f"policy={policy_folder}", f"run_dir={tmp_path / 'run'}", *small]) == 0
     report = (tmp_path / "run" / "eva_report.json").read_text()
-    assert f'"listened_to": "{source}"' in report
+    assert f'"activation_source": "{source}"' in report
     assert {p.name for p in (tmp_path / "run" / "figures").iterdir()} >= {"eva_spectrum.png", "eva_ranks.png"}

@@ -1,8 +1,17 @@
 from __future__ import annotations
 
-import pytest
+import os
+import signal
+import time
+from io import StringIO
 
-from eva_rl.cli.console import LINE_SECONDS, LineProgress, counting_progress, training_progress
+import pytest
+from rich.console import Console
+
+from eva_rl import doctor
+from eva_rl.cli import console as console_module
+from eva_rl.cli.command import run_command
+from eva_rl.cli.console import LINE_SECONDS, LineProgress, counting_progress, say, training_progress
 
 
 def test_a_log_gets_a_line_a_phase(capsys: pytest.CaptureFixture[str]) -> None:
@@ -24,3 +33,40 @@ def test_a_log_gets_a_line_each_half_minute(capsys: pytest.CaptureFixture[str]) 
         now += LINE_SECONDS / 10
         progress.show(step)
     assert len(capsys.readouterr().err.splitlines()) == 1 + 10
+
+
+def test_a_terminal_gets_whole_words_and_a_log_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    path = "/" + "long/" * 20
+    text = f"[red]Error:[/] {'some words ' * 12}and the path {path} stays whole"
+    for is_terminal in (True, False):
+        printed = StringIO()
+        own = Console(file=printed, force_terminal=is_terminal, width=80, highlight=False, color_system=None)
+        monkeypatch.setattr(console_module, "console", own)
+        say(text)
+        lines = printed.getvalue().splitlines()
+        assert path in " ".join(lines)
+        if is_terminal:
+            assert all(len(line) <= 80 or line == path for line in lines)
+            assert all(word in {"Error:", "some", "words", "and", "the", "path", path, "stays", "whole"}
+                       for line in lines for word in line.split())  # fmt: skip
+        else:
+            assert len(lines) == 1
+
+
+def interrupted(number: signal.Signals) -> object:
+    """What comes after a command, in a program that calls one and gets a signal in it."""
+
+    def main(_: object) -> None:
+        os.kill(os.getpid(), number)
+        time.sleep(10)
+
+    return run_command("doctor", main, doctor.HELP, ["seconds=0.1"])
+
+
+def test_sigterm_ends_the_program_that_called_a_command_and_ctrl_c_the_command() -> None:
+    assert interrupted(signal.SIGINT) == 130
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as ended:
+        interrupted(signal.SIGTERM)
+    assert ended.value.code == 143
+    assert signal.getsignal(signal.SIGTERM) is before

@@ -78,3 +78,20 @@ def test_own_keys_come_before_shared_ones(capsys: pytest.CaptureFixture[str], mo
     text = help_of(capsys, monkeypatch, "benchmark")
     places = [text.index(f"\n  {key}=") for key in ("tasks", "seeds", "launcher", "partition")]
     assert places == sorted(places)
+
+
+def test_every_key_that_a_text_names_exists() -> None:
+    """``bc.updates=0`` in the text of ``algo.bc`` was no key that can be typed."""
+    texts, known = {}, set()
+    for name in COMMANDS:
+        command_module(name)
+        command = parsing.COMMANDS[name]
+        options = max((len(choices) for choices in command.choices.values()), default=1)
+        for index in range(options):
+            nodes = {group: list(several.values())[index % len(several)] for group, several in command.choices.items()}
+            for group in groups_of(defaults_of(command.schema), nodes):
+                texts |= {group.name: group.text} | {key.name: key.text for key in group.keys}
+                known |= {key.name for key in group.keys}
+    named = {key for text in texts.values() for key in re.findall(r"\b((?:[a-z_]+\.)+[a-z_]+)=", text)}
+    assert "algo.bc.updates" in named
+    assert {key.removeprefix("finetune.") for key in named} <= known

@@ -11,10 +11,13 @@ from typing import Any
 import pytest
 
 from eva_rl import collect, datasets, doctor, evaluate, export, pretrain
+from eva_rl.benchmark import command as benchmark
 from eva_rl.cli.parsing import parse
 from eva_rl.data import Trajectories, write_episodes
 from eva_rl.finetune import command as finetune
+from eva_rl.report import command as report
 from eva_rl.rollouts.experts import collect_expert  # noqa: F401 - imported before reading is recorded
+from tests.report.making_runs import make_study
 
 AT_ONCE = {"env.reward", "env.kwargs", "env.goal"}
 """Read when the config is made: they become part of the task's name."""
@@ -64,6 +67,9 @@ OF_A_COPY = {f"data.{name}" for name in ("episodes", "seed", "workers", "only_su
 """Read where ``data=auto`` has been replaced by what it stands for."""
 FINETUNE_UNREAD = UNREAD - {"size.name", "algo.name"} | ROLLOUTS | OF_A_COPY | {"eval.quick_episodes"}
 """Of fine-tuning by cloning: read by EVA from rollouts, by a longer training, for an unfinished run, and of a copy."""
+PASSED = [f"finetune.{word}" for word in (*COLLECTED[1:], *SMALL[:2], "eval.episodes=1", "tracker=[]")]
+LAUNCHERS = {"partition", "hours", "cluster", "address", "cpus_per_run", "gpus_per_run", "pilot"}
+"""Of a benchmark: read by Ray and Slurm, and by plan=true."""
 COMMANDS: dict[str, tuple[Any, list[str], set[str]]] = {
     "evaluate": (evaluate.evaluate, ["env=reach-v3", "env.horizon=12", "eval.episodes=1", "targets=[100,200]"], set()),
     "export": (export.export, ["out=exported"], {"private"}),
@@ -80,11 +86,15 @@ COMMANDS: dict[str, tuple[Any, list[str], set[str]]] = {
         FINETUNE_UNREAD,
     ),
     "pretrain": (pretrain.pretrain, [*COLLECTED, *SMALL, *RUN], UNREAD),
+    "benchmark": (benchmark.benchmark, ["tasks=reach-v3", "methods=head", "seeds=1", "out=all", *PASSED], LAUNCHERS),
+    "report": (report.report, ["studied", "out=compared", "replicates=20"], set()),
 }
 """What runs each command, on what, and the keys that only another choice reads."""
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name == "benchmark" else name for name in COMMANDS]
+)
 def test_every_key_is_read(
     name: str,
     policy_folder: Path,
@@ -95,7 +105,11 @@ def test_every_key_is_read(
     monkeypatch.chdir(tmp_path)
     write_episodes(tmp_path / "reach.h5", reach_demonstrations)
     run, words, elsewhere = COMMANDS[name]
-    config = parse(name, words + [f"policy={policy_folder}"] * (name in {"evaluate", "export", "finetune"}))
+    words = words + [f"policy={policy_folder}"] * (name in {"evaluate", "export", "finetune"})
+    words = words + [f"finetune.policy={policy_folder}"] * (name == "benchmark")
+    if name == "report":
+        make_study(tmp_path / "studied", ["eva", "lora"], lambda *_: 0.5, seeds=2, goals=10)
+    config = parse(name, words)
     read = record(config, monkeypatch)
     run(config)
     unread = keys(config) - read - AT_ONCE - elsewhere

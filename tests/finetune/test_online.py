@@ -92,7 +92,7 @@ def test_a_policy_learns_without_demonstrations(algo: str, policy_folder: Path, 
     assert found["env_steps_played"] == looks[-1] + (120 if algo == "ppo" else 0)
     assert any("rollout/ep_rew_mean" in row for row in rows)
     report = json.loads((run_dir / "eva_report.json").read_text())
-    assert report["data"] == {"listened_to": "rollouts"}
+    assert report["data"] == {"activation_source": "rollouts"}
     assert load_policy(run_dir).env_id == "metaworld/reach-v3"
 
 

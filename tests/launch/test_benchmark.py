@@ -182,7 +182,7 @@ def test_killed_and_started_again_it_reports_the_same(base: Path, tmp_path: Path
             time.sleep(0.1)
         process.send_signal(number)
         status = process.wait()
-        assert status == (-9 if number == signal.SIGKILL else 130)
+        assert status == (-9 if number == signal.SIGKILL else 128 + signal.SIGTERM)
         assert finished(killed) < 12
     assert benchmark.main(grid(base, killed, jobs)) == 0
     assert benchmark.main(grid(base, alone, jobs)) == 0

@@ -71,6 +71,14 @@ def test_a_killed_run_has_shown_all_that_it_recorded(tmp_path: Path) -> None:
     tracker.close()
 
 
+def test_metrics_of_earlier_versions_are_read_under_their_new_names(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 3, "wall_time": 1.0, "eva/directions_aimed": 2.0}\n')
+    with Tracker(tmp_path, resume=3) as tracker:
+        tracker.log({"eva/directions_reinitialised": 5.0}, 6)
+    assert [row["eva/directions_reinitialised"] for row in read_metrics(tmp_path)] == [2, 5]
+    assert "directions_aimed" not in (tmp_path / "metrics.jsonl").read_text()
+
+
 def test_numbers_that_are_not_finite_stay_valid_json(tmp_path: Path) -> None:
     with Tracker(tmp_path) as tracker:
         tracker.log({"a": math.nan, "b": 1.0}, 1)

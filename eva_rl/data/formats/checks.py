@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from eva_rl.errors import UserError
+from eva_rl.errors import UserError, counted
 
 READ_ERRORS = (
     OSError,
@@ -168,7 +168,7 @@ class Source:
             UserError: Naming both lengths.
         """
         if rows != expected:
-            raise UserError(f"{self} has {rows} rows, expected {expected}: {because}.")
+            raise UserError(f"{self} has {counted(rows, 'row')}, expected {expected}: {because}.")
 
     def bounded(self, actions: NDArray[np.float32], bounds: ActionBounds | None) -> NDArray[np.float32]:
         """Actions within their bounds.
@@ -180,7 +180,7 @@ class Source:
             return actions
         low, high = np.asarray(bounds.low, np.float32), np.asarray(bounds.high, np.float32)
         if low.ndim and low.shape != actions.shape[1:]:
-            raise UserError(f"{self} has {actions.shape[1]} numbers a row, expected {len(low)}.")
+            raise UserError(f"{self} has {counted(actions.shape[1], 'number')} a row, expected {len(low)}.")
         if bounds.outside == "keep":
             return actions
         if bounds.outside == "clip":

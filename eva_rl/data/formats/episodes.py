@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from eva_rl.data.formats.checks import ActionBounds, Source
 from eva_rl.data.trajectories import Episode
-from eva_rl.errors import UserError
+from eva_rl.errors import UserError, counted
 
 log = logging.getLogger(__name__)
 
@@ -148,7 +148,7 @@ class EpisodeChecker:
             own, expected = (getattr(each, name).shape[1] for each in (episode, self._first or episode))
             if own != expected:
                 raise UserError(
-                    f"{source / name} has {own} numbers a row, expected {expected} as in the first episode."
+                    f"{source / name} has {counted(own, 'number')} a row, expected {expected} as in the first episode."
                 )
         if episode.target_actions is not None and episode.target_actions.shape != episode.actions.shape:
             raise UserError(

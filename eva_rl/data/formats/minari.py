@@ -75,7 +75,7 @@ def _download(dataset_id: str) -> None:
             f"It is not below {minari_root()}, and the download failed ({reason}). On a machine with a network: "
             f"minari download {dataset_id}; then copy it there, or set MINARI_DATASETS_PATH."
         )
-        raise UnknownNameError("local Minari data set", dataset_id, local, hint) from error
+        raise UnknownNameError("Minari data set on this machine", dataset_id, local, hint) from error
     if not (minari_root() / dataset_id / "data").is_dir():
         raise UserError(f"minari downloaded nothing for {dataset_id}. Type `minari list remote` for the ids.")
 

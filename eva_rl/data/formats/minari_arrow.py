@@ -14,7 +14,7 @@ from eva_rl.data.formats.episode_folder import Read
 from eva_rl.data.formats.episodes import Arrays
 from eva_rl.data.formats.minari_file import INFOS, REQUIRED
 from eva_rl.data.formats.spaces import INDEX, Layout, Spaces, Tree, flattened
-from eva_rl.errors import UserError
+from eva_rl.errors import UserError, counted
 from eva_rl.files import read_json
 
 FORMATS = ("arrow", "parquet")
@@ -91,7 +91,9 @@ def _steps(source: Source, folder: Path, rows: int) -> int:
         said = read_json(file)
         steps = said["total_steps"] if isinstance(said, dict) and "total_steps" in said else rows - 1
         if not 0 < int(steps) <= rows:
-            raise UserError(f"{source / 'metadata.json'} says {steps} env steps, there are {rows} rows.")
+            raise UserError(
+                f"{source / 'metadata.json'} says {counted(int(steps), 'env step')}, there are {rows} rows."
+            )
     return int(steps)
 
 
