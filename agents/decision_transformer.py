@@ -39,7 +39,7 @@ class DecisionTransformerConfig:
         hidden_size: Width D.
         num_layers: Blocks L.
         num_heads: Attention heads; divides ``hidden_size``.
-        inner_size: Width of the MLP; 0 takes ``4 * hidden_size``.
+        inner_size: Width of the MLP; 0 uses ``4 * hidden_size``.
         context_length: Env steps T that the network was trained to see at most.
         max_timestep: Rows of the timestep embedding; later steps share the last row.
         activation: ``gelu``, ``gelu_new`` (tanh form) or ``relu``.

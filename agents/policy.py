@@ -53,7 +53,7 @@ class Policy(Protocol):
 
 @dataclass(frozen=True)
 class Conditioning:
-    """Which return the policy is asked for.
+    """The target return of the policy.
 
     Attributes:
         target_return: Used for tasks that ``per_env`` does not name.

@@ -39,10 +39,10 @@ def curve(run: Path, out: Path) -> None:
     left, right = figure.subplots(1, 2)
     loss = [(row["step"], row["train/loss"]) for row in rows if "train/loss" in row]
     left.plot(*zip(*loss, strict=True), lw=0.8)
-    left.set(xlabel="gradient steps", ylabel="train/loss", yscale="log")
+    left.set(xlabel="gradient steps", ylabel="training loss", yscale="log")
     success = [(row["step"], row["validation/success_rate"]) for row in rows if "validation/success_rate" in row]
     right.plot(*zip(*success, strict=True), marker="o")
-    right.set(xlabel="gradient steps", ylabel="validation/success_rate", ylim=(0, 1))
+    right.set(xlabel="gradient steps", ylabel="success rate, validation", ylim=(-0.02, 1.02))
     for axes in (left, right):
         axes.locator_params(axis="x", nbins=5)
         axes.grid(alpha=0.3)

@@ -70,17 +70,23 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """Validation against env steps, one line a seed."""
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(6.5, 4), layout="constrained")
     axes = figure.subplots()
     for index, row in enumerate(rows):
         steps, values = zip(*row["curve"], strict=True)
         axes.plot(steps, values, color=f"C{index}", marker="o", label=f"seed {row['seed']}")
         axes.axhline(row["before_online"], color=f"C{index}", ls=":", lw=1)
+    key = rows[0]["judged_by"]
     axes.set(
-        xlabel="env steps", ylabel=f"{rows[0]['judged_by']} (validation)", title=f"{rows[0]['env']}, {rows[0]['algo']}"
+        xlabel="env steps",
+        ylabel=f"{'success rate' if key == 'success_rate' else 'mean return'} on validation episodes",
+        title=f"{rows[0]['env'].removeprefix('metaworld/')}, algo={rows[0]['algo']}",
     )
+    if key == "success_rate":
+        axes.set_ylim(-0.02, 1.02)
+    axes.locator_params(axis="x", nbins=6)
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False, title="dotted: before online")
+    axes.legend(frameon=False, title="dotted: held out, before online")
     figure.savefig(path, dpi=110)
 
 

@@ -38,7 +38,7 @@ class BCAlgo(BCOptions, AlgoOptions):
     """Behaviour cloning."""
 
     learning_rate: float | str = option(  # type: ignore[assignment]  # a number once the command's config is made
-        AUTO, "peak learning rate of AdamW; auto takes what suits the adapter (pretraining: 0.001)", above=0
+        AUTO, "peak learning rate of AdamW; auto chooses by adapter (pretraining: 0.001)", above=0
     )
 
     def __post_init__(self) -> None:
@@ -80,7 +80,7 @@ class OnlineAlgo(OnlineOptions, AlgoOptions):
     With ``bc.updates`` above 0 the policy clones the demonstrations first.
     """
 
-    num_envs: int = option(10, "environments to act in at once, from no exploration to all of it", above=0)
+    num_envs: int = option(10, "parallel environments, from no exploration noise to all of it", above=0)
     workers: int = option(
         0, "0 steps all environments in this process, 1 gives each a process of its own", low=0, high=1
     )
@@ -97,7 +97,7 @@ class ReplayAlgo(OnlineAlgo):
     """What the command adds to the algorithms that learn from a replay of whole episodes."""
 
     replay_size: int = option(
-        500_000, "env steps kept at most; the oldest episodes go first", low=MIN_REPLAY, high=MAX_REPLAY
+        500_000, "capacity in env steps; the oldest episodes are dropped first", low=MIN_REPLAY, high=MAX_REPLAY
     )
     replay_on_disk: bool = option(False, "keep the replay in run_dir/replay, mapped into memory")
     refresh_below: float = option(
@@ -123,7 +123,7 @@ class ODTAlgo(ODTOptions, ReplayAlgo):
 class ODTTD3Algo(TD3Options, ReplayAlgo):
     """Decision Transformer with twin critics (arXiv 2410.24108)."""
 
-    num_envs: int = option(5, "environments to act in at once, from no exploration to all of it", above=0)
+    num_envs: int = option(5, "parallel environments, from no exploration noise to all of it", above=0)
 
     @property
     def total_updates(self) -> int:
@@ -136,7 +136,7 @@ class SelfImitationAlgo(SelfImitationOptions, ReplayAlgo):
     """Self-imitation of solved episodes, with retries of those that fail (after arXiv 1806.05635)."""
 
     learning_rate: float | str = option(  # type: ignore[assignment]  # a number once the command's config is made
-        AUTO, "peak learning rate of AdamW; auto takes a fifth of what suits cloning with the adapter", above=0
+        AUTO, "peak learning rate of AdamW; auto uses a fifth of what suits cloning with the adapter", above=0
     )
 
     def __post_init__(self) -> None:
@@ -160,7 +160,7 @@ class DistillAlgo(DistillOptions):
 class ResidualAlgo(ResidualOptions, ReplayAlgo):
     """Residual reinforcement learning on the frozen policy, then distilled into it."""
 
-    num_envs: int = option(5, "environments to act in at once, from no exploration to all of it", above=0)
+    num_envs: int = option(5, "parallel environments, from no exploration noise to all of it", above=0)
     distill: DistillAlgo = group(DistillAlgo, "cloning of the residual policy afterwards")
 
     @property
@@ -177,8 +177,8 @@ class ResidualAlgo(ResidualOptions, ReplayAlgo):
         super().__post_init__()
         if self.residual_env_steps < 1:
             raise UserError(
-                f"algo.env_steps={self.env_steps} leaves none to learn from: algo.distill.rounds={self.distill.rounds} "
-                f"take {self.distill.env_steps} each. Give more, or set algo.distill.rounds=0."
+                f"algo.env_steps={self.env_steps} leaves none for training: algo.distill.rounds={self.distill.rounds} "
+                f"take {self.distill.env_steps} each. Increase it, or set algo.distill.rounds=0."
             )
 
 

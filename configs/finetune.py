@@ -30,13 +30,13 @@ class EvaSourceOptions(Options):
     PREFIX: ClassVar[str] = "adapter.eva."
     source: str = option(
         "auto",
-        "trajectories, rollouts (of the policy, while it acts) or mixed; auto takes trajectories if there are any",
+        "trajectories, rollouts (of the policy, while it acts) or mixed; auto uses trajectories if there are any",
         choices=("auto", *SOURCES),
     )
-    max_batches: int = option(MAX_BATCHES, "batches of windows at most", above=0)
-    batch_size: int = option(64, "windows a batch", above=0)
+    max_batches: int = option(MAX_BATCHES, "maximum number of batches", above=0)
+    batch_size: int = option(64, "windows per batch", above=0)
     rollout_envs: int = option(10, "environments in which the policy acts", above=0)
-    rollout_steps: int = option(200, "env steps in each", above=0)
+    rollout_steps: int = option(200, "env steps per environment", above=0)
 
 
 @dataclass
@@ -48,18 +48,18 @@ class AdapterOptions(Options):
     rank: int = option(
         EvaOptions.rank, "rank of each target layer (on average, where EVA redistributes ranks)", above=0
     )
-    alpha: float | None = option(None, "LoRA's alpha; null takes the rank, an update scale of 1", above=0)
+    alpha: float | None = option(None, "LoRA's alpha; null uses the rank, an update scale of 1", above=0)
     dropout: float = option(0.0, "LoRA's dropout", low=0, high=0.99)
     targets: list[str] = option(list(PROJECTIONS), "layers that get an adapter, by (ending of) name")
     rank_caps: dict[str, int] = option({}, "highest rank of some layers, by (ending of) name: {action_head:2}")
     rho: float = option(
         EvaOptions.rho, "EVA: no layer gets more than rank * rho; 1 gives all the same", low=1, high=1000
     )
-    tau: float = option(EvaOptions.tau, "EVA: stop when two halves of the data agree to this", low=0, high=1)
+    tau: float = option(EvaOptions.tau, "EVA: stop once two halves of the data agree to this degree", low=0, high=1)
     center: bool = option(EvaOptions.center, "EVA: subtract the mean activation")
     score: str = option(
         EvaOptions.score,
-        "EVA: compare layers by explained-variance ratio, or by the paper's formula (paper)",
+        "EVA: compare layers by explained-variance ratio, or by the paper's formula (score=paper)",
         choices=get_args(Score),
     )
     variant: str | None = option(
@@ -109,7 +109,9 @@ class FinetuneConfig(TrainOptions):
 
     shared: str = option("", "folder for work that runs have in common: demonstrations, evaluation before, EVA pass")
     study: str = option("", "SHA-256 of the study file that the run belongs to; set by the benchmark")
-    video: bool = option(False, "record one episode before and after, side by side; takes time, and a renderer")
+    video: bool = option(
+        False, "record one episode before and after, side by side; slow without a GPU; needs a renderer"
+    )
     env: EnvOptions = group(EnvOptions, "the new task")
     policy: PolicyOptions = group(partial(PolicyOptions, path="auto"), "what to start from")
     data: DataOptions = group(partial(DataOptions, source="auto"), "demonstrations")

@@ -22,7 +22,7 @@ class EnvOptions(Options):
         "metaworld/push-v3",
         "task: metaworld/push-v3, Hopper-v5 or any other Gymnasium id, or module:Env-v0 of your own; same as env=",
     )
-    horizon: int | None = option(None, "env steps an episode; null takes the task's own (Meta-World: 200)", above=0)
+    horizon: int | None = option(None, "env steps per episode; null uses the task's own (Meta-World: 200)", above=0)
     kwargs: dict[str, Any] = option({}, "arguments of the environment's constructor, '{NAME:VALUE}'")
     reward: str = option(
         DENSE, "Meta-World: dense, or sparse for 1 where the task is solved and else 0", choices=REWARDS
@@ -65,18 +65,18 @@ class DataOptions(Options):
         "a path; finetune: none, or auto for the expert where there is something to clone; same as data=",
     )
     episodes: int = option(25, "episodes to collect, for each task", above=0)
-    seed: int = option(0, "chooses the goals and the noise of collected episodes", low=0, high=MAX_SEED)
+    seed: int = option(0, "seed of the goals and the noise of collected episodes", low=0, high=MAX_SEED)
     noise: NoiseOptions = group(NoiseOptions, "action noise")
     only_successes: bool = option(True, "leave out episodes in which the expert failed")
     after_success: float = option(
         0.25, "sampling weight of env steps more than 10 after the first success", low=0, high=1
     )
-    workers: int = option(2, "processes that collect", above=0)
-    top: float = option(1.0, "fraction of the episodes that is used, those with the highest returns", above=0, high=1)
-    first: int = option(0, "number of first episodes that are used; 0 for all", low=0, high=MANY)
+    workers: int = option(2, "number of collecting processes", above=0)
+    top: float = option(1.0, "use this fraction of the episodes, with the highest returns", above=0, high=1)
+    first: int = option(0, "use the first N episodes; 0 uses all", low=0, high=MANY)
     max_return: float | None = option(None, "leave out episodes with a higher return; null for none")
     weight_by: str = option(
-        "uniform", "what windows are drawn by: uniform (env steps), episode, length or return", choices=WEIGHTINGS
+        "uniform", "how windows are sampled: uniform (env steps), episode, length or return", choices=WEIGHTINGS
     )
     allow_pickle: bool = option(False, "open pickles, admitting numpy arrays and builtin containers alone")
     skip_damaged: bool = option(False, "leave out damaged episodes, with a count, instead of refusing the data")
@@ -88,7 +88,7 @@ class HeldOutOptions(Options):
 
     PREFIX: ClassVar[str] = "eval."
     episodes: int = option(50, "episodes, each with its own goal", above=0)
-    seed: int = option(0, "chooses the episodes; no demonstration shares one", low=0, high=MAX_SEED)
+    seed: int = option(0, "seed of the episodes, which demonstrations never share", low=0, high=MAX_SEED)
     stop_at_success: bool | None = option(
         None,
         "end an episode at its first success: same success rate, return and length not measured; null does so in "
@@ -113,8 +113,8 @@ class PolicyOptions:
         "a shipped name (finetune: auto for the one that fits the task), a policy folder, a run directory, or a "
         "Hugging Face folder or hub id; same as policy=",
     )
-    target_return: float | None = option(None, "target return; null takes the demonstrations' or the policy's own")
-    context_length: int | None = option(None, "env steps an imported policy was trained to see; null takes 20")
+    target_return: float | None = option(None, "target return; null uses the demonstrations' or the policy's own")
+    context_length: int | None = option(None, "env steps an imported policy was trained to see; null uses 20")
     allow_pickle: bool = option(False, "read imported weights from a torch.save file, admitting tensors alone")
     observations_from: str = option(
         "",
@@ -123,11 +123,11 @@ class PolicyOptions:
     )
     observation_mean: list[float] | None = option(None, "of an imported policy's training data; [0] for zeros")
     observation_std: list[float] | None = option(None, "of an imported policy's training data; [1] for ones")
-    return_scale: float | None = option(None, "divides an imported policy's returns; null takes 1000")
+    return_scale: float | None = option(None, "divides an imported policy's returns; null uses 1000")
     action_bounds: list[float] | None = option(
-        None, "[LOW,HIGH] that the policy's actions are stretched over; null takes its own bounds"
+        None, "[LOW,HIGH] that the policy's actions are stretched over; null uses its own bounds"
     )
-    num_heads: int | None = option(None, "attention heads of imported bare weights; null takes their project's")
+    num_heads: int | None = option(None, "attention heads of imported bare weights; null uses their project's")
 
 
 @dataclass
@@ -163,10 +163,10 @@ class AlgoOptions(Options):
 class MachineOptions(Options):
     """What the commands that use a network share."""
 
-    seed: int = option(0, "seed of everything that has none of its own", low=0, high=MAX_SEED)
+    seed: int = option(0, "random seed of whatever has none of its own", low=0, high=MAX_SEED)
     device: str = option("auto", "auto, cpu, cuda or cuda:1")
     threads: int = option(
-        0, "CPU threads; 0 takes those that affinity, container quota and OMP_NUM_THREADS allow", low=0, high=4096
+        0, "CPU threads; 0 uses those that affinity, container quota and OMP_NUM_THREADS allow", low=0, high=4096
     )
 
 
@@ -174,7 +174,7 @@ class MachineOptions(Options):
 class RunOptions(MachineOptions):
     """What the commands that make a run directory share."""
 
-    run_dir: str = option("", "where everything is written; empty makes a new folder under runs/")
+    run_dir: str = option("", "run directory; empty creates a new one under runs/")
     resume: str = option("auto", "auto continues an unfinished run_dir, never refuses", choices=("auto", "never"))
 
 

@@ -36,7 +36,7 @@ class ExpertOptions:
     """Who demonstrates."""
 
     name: str = option("scripted", "scripted (Meta-World's own), or sac (trained on the spot); same as expert=")
-    steps: int = option(100_000, "sac: env steps of training at most")
+    steps: int = option(100_000, "sac: maximum env steps of training")
     until: float | None = option(None, "sac: mean return at which training ends; null trains for all steps")
 
     def __post_init__(self) -> None:
@@ -49,8 +49,8 @@ class CollectConfig:
     """Config of ``python -m eva_rl.collect``."""
 
     episodes: int = option(25, "episodes to keep")
-    out: str = option("", "FILE.h5, minari:NAMESPACE/NAME-v0 or a folder; empty takes data/<task>.h5")
-    seed: int = option(0, "chooses the goals and the noise")
+    out: str = option("", "FILE.h5, minari:NAMESPACE/NAME-v0 or a folder; empty uses data/<task>.h5")
+    seed: int = option(0, "seed of the goals and the noise")
     only_successes: bool = option(True, "leave out episodes in which the expert failed")
     workers: int = option(2, "processes")
     env: EnvOptions = group(EnvOptions, "the task")
@@ -77,7 +77,7 @@ def collect(config: CollectConfig) -> None:
     solved = int(data.successes[data.offsets[1:] - 1].sum()) if data.successes is not None else 0
     say(
         f"{data.env_id}: {data.amount}, {solved} solved, mean return {data.returns.mean():.1f}. "
-        f"Use them with data={source}",
+        f"To use them: data=={source}",
     )
 
 

@@ -50,8 +50,8 @@ class SelectedData:
     """The data set and which of its episodes."""
 
     source: str = option("", "d4rl:NAME, d4rl:FILE, minari:ID, trajectories:PATH or a path; same as data=")
-    top: float = option(1.0, "fraction of the episodes that is kept, those with the highest returns")
-    first: int = option(0, "number of first episodes that are kept; 0 for all")
+    top: float = option(1.0, "keep this fraction of the episodes, with the highest returns")
+    first: int = option(0, "keep the first N episodes; 0 keeps all")
     min_return: float | None = option(None, "lowest return that is kept; null for any")
     allow_pickle: bool = option(False, "open pickles, admitting numpy arrays and builtin containers alone")
     skip_damaged: bool = option(False, "leave out damaged episodes, with a count, instead of refusing the data")
@@ -121,13 +121,13 @@ def convert(config: DatasetsConfig) -> None:
     check_output(config.out)
     data = _load(config)
     source = write_output(config.out, data)
-    _print(f"{data.amount}. Use them with data={escape(source)}")
+    _print(f"{data.amount}. To use them: data=={escape(source)}")
 
 
 def filter_episodes(config: DatasetsConfig) -> None:
     """Write some episodes of a data set."""
     if not config.data.selects:
-        raise UserError("Nothing says what to keep. Give data.top=0.1, data.first=100 or data.min_return=1000.")
+        raise UserError("No filter given. Type for instance data.top=0.1, data.first=100 or data.min_return=1000.")
     convert(config)
 
 

@@ -37,10 +37,10 @@ BUSY = 0.6
 class DoctorConfig:
     """Config of ``eva-rl doctor``."""
 
-    env: str = option("metaworld/push-v3", "task whose simulator is measured")
-    policy: str = option("mt40", "policy that is measured")
+    env: str = option("metaworld/push-v3", "task whose simulator to measure")
+    policy: str = option("mt40", "policy to measure")
     device: str = option("auto", "auto, cpu, cuda or cuda:1")
-    threads: int = option(0, "CPU threads; 0 takes those that this process may use")
+    threads: int = option(0, "CPU threads; 0 uses those that this process may use")
     seconds: float = option(2.0, "seconds of each measurement")
 
     def __post_init__(self) -> None:

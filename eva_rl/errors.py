@@ -1,4 +1,4 @@
-"""Errors that a user can act on, and the words they share."""
+"""Errors that a user can act on, and helpers for their messages."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ class EvaluateEnvOptions(EnvOptions):
     """The tasks."""
 
     id: str = option(
-        "", "a task, tasks joined by +, or a group such as mt40 or cw10; empty takes the policy's own; same as env="
+        "", "a task, tasks joined by +, or a group such as mt40 or cw10; empty uses the policy's own; same as env="
     )
 
 
@@ -64,12 +64,14 @@ class EvaluateConfig(MachineOptions):
     targets: list[float] = field(
         default_factory=list, metadata={"help": "target returns to choose from, by the validation episodes"}
     )
-    adapter: str = option("on", "on, off, or both: with the policy's adapter, without it, or one beside the other")
+    adapter: str = option("on", "on, off, or both: with the policy's adapter, without it, or compare the two")
     adapters: dict[str, str] = field(
         default_factory=dict,
-        metadata={"help": "an adapter for some tasks, '{push-v3:runs/push}'; the others get the policy as it is"},
+        metadata={"help": "an adapter for some tasks, '{push-v3:runs/push}'; other tasks use the policy without one"},
     )
-    validation: bool = option(False, "play the validation episodes, for choices that a report must not see")
+    validation: bool = option(
+        False, "play the validation episodes, to choose settings without using the evaluation episodes"
+    )
     env: EvaluateEnvOptions = group(EvaluateEnvOptions, "the tasks")
     policy: PolicyOptions = group(PolicyOptions, "what to evaluate")
     eval: HeldOutOptions = group(HeldOutOptions, "evaluation")
@@ -121,7 +123,7 @@ def chosen_tasks(config: EvaluateConfig, policy: DecisionTransformerPolicy) -> l
     """The tasks of ``env=``, of ``adapters=`` or the policy's own, each of which can be made."""
     asked = config.env.id or "+".join(config.adapters) or policy.env_id
     if not asked:
-        raise UserError(f"The policy {config.policy.path} was made for several tasks. Name one with env=.")
+        raise UserError(f"The policy {config.policy.path} was trained on several tasks. Name one with env=.")
     tasks = task_ids(asked)
     for task in tasks:
         env_spec(task, config.env.horizon)

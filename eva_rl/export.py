@@ -58,14 +58,14 @@ class ExportConfig:
     out: str = option(
         "", "new folder, or FILE.onnx; empty writes none where the policy is pushed, and NAME.onnx for onnx"
     )
-    push: str = option("", "USER/NAME of a repository on the Hugging Face hub; made if it is not there")
+    push: str = option("", "USER/NAME of a repository on the Hugging Face hub; created if missing")
     private: bool = option(False, "make the repository private")
     policy: PolicyOptions = group(PolicyOptions, "what to export")
 
     def __post_init__(self) -> None:
         one_of(TARGETS, to=self.to)
         if not (self.out or self.push or self.to == "onnx"):
-            raise UserError("Nowhere to write: name a folder with out=, or a hub repository with push=USER/NAME.")
+            raise UserError("No output given: name a folder with out=, or a hub repository with push=USER/NAME.")
         if self.push and not HUB_ID.fullmatch(self.push):
             raise UserError(f"push={self.push}: expected USER/NAME.")
 
@@ -160,7 +160,7 @@ def write_onnx(out: Path, folder: Path, config: ExportConfig) -> Path:
     policy.adapters.merge_and_unload()
     facts = finetuning_of(policy) or {}
     difference = export_onnx(policy, path, {"policy": config.policy.path, **hashes, "protocol": facts.get("protocol")})
-    console.print(f"Acts as torch does: its actions differ by at most {difference:.1e} of half their range.")
+    console.print(f"Checked against torch: actions differ by at most {difference:.1e} of half their range.")
     folder.mkdir()
     shutil.copyfile(path, folder / ONNX_FILE)
     (folder / CARD_FILE).write_text(card_of(policy, config.policy.path, "onnx"))

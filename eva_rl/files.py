@@ -274,4 +274,4 @@ def _disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} could not be written: {error}. Free some room, or name another folder.") from error
+        raise UserError(f"{path} could not be written: {error}. Free some space, or name another folder.") from error

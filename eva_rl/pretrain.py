@@ -66,13 +66,11 @@ class SizeOptions(Options):
     hidden_size: int = option(DecisionTransformerConfig.hidden_size, "width", above=0)
     num_layers: int = option(DecisionTransformerConfig.num_layers, "blocks", above=0)
     num_heads: int = option(DecisionTransformerConfig.num_heads, "attention heads", above=0)
-    context_length: int = option(
-        DecisionTransformerConfig.context_length, "env steps that the policy sees at most", above=0
-    )
+    context_length: int = option(DecisionTransformerConfig.context_length, "context length in env steps", above=0)
     dropout: float = option(DecisionTransformerConfig.dropout, "dropout while training", low=0, high=0.9)
     max_timestep: int | None = option(
         None,
-        "rows of the timestep embedding; null takes the longest episode of the data and the tasks",
+        "rows of the timestep embedding; null uses the longest episode of the data and the tasks",
         above=0,
     )
 
@@ -90,7 +88,7 @@ class ValidationOptions(Options):
     PREFIX: ClassVar[str] = "eval."
     episodes: int = option(1, "episodes of each task", above=0)
     every: int = option(100, "validate every N gradient steps; 0 disables", low=0, high=MANY)
-    seed: int = option(0, "chooses the episodes; no demonstration shares one", low=0, high=MAX_SEED)
+    seed: int = option(0, "seed of the episodes, which demonstrations never share", low=0, high=MAX_SEED)
 
 
 @dataclass
@@ -98,7 +96,7 @@ class PretrainConfig(TrainOptions):
     """Config of ``python -m eva_rl.pretrain``."""
 
     return_scale: float | None = option(
-        None, "returns are divided by this; null takes a fifth of the largest return-to-go in the data"
+        None, "returns are divided by this; null uses a fifth of the largest return-to-go in the data"
     )
     weight_dtype: str = option("float16", "precision of the weights in the policy folder")
     env: EnvOptions = group(EnvOptions, "tasks: mt40, cw10, mt50, or names joined by +")

@@ -72,7 +72,7 @@ def test_a_store_is_checked_number_by_number(tmp_path: Path, capsys: pytest.Capt
         (["action=convert", "data=a.h5"], "out= is missing"),
         (["action=convert", "data=a.h5", "out=a.h5"], "exists and is not overwritten"),
         (["action=convert", "data=a.h5", "out=b.csv"], "expected FILE.h5"),
-        (["action=filter", "data=a.h5", "out=b.h5"], "Nothing says what to keep"),
+        (["action=filter", "data=a.h5", "out=b.h5"], "No filter given"),
         (["action=show", "data=a.h5", "data.top=2"], "data.top=2.0: expected"),
     ],
 )

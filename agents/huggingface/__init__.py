@@ -86,13 +86,13 @@ def read_original(path: Path, options: ImportOptions) -> DecisionTransformerPoli
     if path.suffix == ".safetensors":
         weights = read_safetensors(path)
     elif path.suffix not in PICKLE_SUFFIXES:
-        raise UserError(f"{path} is no policy. Expected a folder, or a .safetensors file of a Decision Transformer.")
+        raise UserError(f"{path} is not a policy. Expected a folder, or a .safetensors file of a Decision Transformer.")
     elif options.allow_pickle:
         weights, known = read_checkpoint(path)
     else:
         raise UserError(
-            f"{path} is a pickle, which is not read unasked. Write its state_dict() with safetensors.torch.save_file, "
-            "or read the tensors, and nothing else, in it: policy.allow_pickle=true, in Python "
+            f"{path} is a pickle, which is read only on request. Write its state_dict() with "
+            "safetensors.torch.save_file, or read only the tensors in it: policy.allow_pickle=true, in Python "
             "options=ImportOptions(allow_pickle=True)."
         )
     found = recognise(weights, str(path))
@@ -119,7 +119,7 @@ def _config_of_shapes(found: StateDict, options: ImportOptions, path: Path) -> d
             **{key: value for key, value in given.items() if value is not None},
         }
     except (KeyError, IndexError, ValueError) as error:
-        raise UserError(f"{path} is no Decision Transformer: {error} is missing or misshapen.") from error
+        raise UserError(f"{path} is not a Decision Transformer: {error} is missing or has the wrong shape.") from error
 
 
 def _build(

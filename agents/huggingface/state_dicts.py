@@ -70,8 +70,8 @@ def recognise(weights: Mapping[str, Tensor], where: str) -> StateDict:
         return StateDict(_encoder(named), {"n_head": 1, "activation_function": "relu"})
     held = ", ".join(list(named)[:4]) or "nothing"
     raise UserError(
-        f"{where} is no Decision Transformer of a known layout: it holds {held}. Known are {KNOWN}. Rename its weights "
-        "as one of them has them, or load it where it came from and save its state_dict()."
+        f"{where} is not a Decision Transformer of a known layout: it holds {held}. Known are {KNOWN}. Rename its "
+        "weights as one of them has them, or load it where it came from and save its state_dict()."
     )
 
 

@@ -53,7 +53,7 @@ def export_onnx(policy: DecisionTransformerPolicy, path: str | Path, about: Mapp
         onnx.save_model(model, str(aside))
         found = largest_difference(policy, aside, steps=3 * policy.network.config.context_length)
         if not found <= TOLERANCE:
-            raise UserError(f"{path} would act otherwise than torch does, by {found:.2g}. It is not written.")
+            raise UserError(f"{path} differs from torch's actions by {found:.2g}. It is not written.")
 
     write_file(Path(path), write)
     return found

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Rollouts:
-    """Where a policy acts while its activations are listened to.
+    """Where a policy acts while its activations are recorded.
 
     Attributes:
         vec_env: n environments, seeded already.
@@ -144,7 +144,7 @@ def _accumulate(
     batches: Iterable[WindowBatch],
     rollouts: Rollouts | None,
 ) -> None:
-    """Run the batches, and the rollouts where there are some."""
+    """Run the batches, and the rollouts if any."""
     for batch in batches:
         with statistics.masked(partial(_mask, batch)):
             policy.network(batch)

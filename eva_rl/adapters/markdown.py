@@ -1,4 +1,4 @@
-"""Text of other people in Markdown and in YAML front matter: shown as it is, whatever it holds."""
+"""Escape untrusted text for Markdown and YAML front matter."""
 
 from __future__ import annotations
 

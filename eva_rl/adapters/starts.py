@@ -1,4 +1,4 @@
-"""How factors start: what PEFT has to be told for the starts that it has, and the starts that it lacks."""
+"""Initialisation of the low-rank factors: PEFT's own options, and the methods that PEFT lacks."""
 
 from __future__ import annotations
 

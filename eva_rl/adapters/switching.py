@@ -71,7 +71,7 @@ class Adapters:
         return self._active
 
     def add(self, name: str, folder: Path, *, is_trainable: bool = False) -> None:
-        """Read an adapter and put it to work; target returns that came with it are asked for on its task.
+        """Load an adapter and activate it; its target returns apply to its task.
 
         Args:
             name: To call it by.
@@ -90,8 +90,8 @@ class Adapters:
         origin = read_origin(folder)
         if origin.get("base_sha256", self._base) != self._base:
             raise UserError(
-                f"The adapter in {folder} was trained on other base weights than this policy's "
-                f"({origin['base_sha256'][:12]}, not {self._base[:12]}). Use it on the policy that it was saved beside."
+                f"The adapter in {folder} was trained on different base weights than this policy's "
+                f"({origin['base_sha256'][:12]}, not {self._base[:12]}). Use it on the policy it was trained on."
             )
         check_adapter(self._policy.network, folder)
         with self._base_kept(name, folder), _fitting(folder):
@@ -197,7 +197,7 @@ class Adapters:
         from eva_rl.adapters.eva_init import captured_variance, comparable_directions, start_moments
 
         if self._model is None:
-            raise UserError("The policy has no adapter to choose from. Load some: load_policy(base, adapters={...}).")
+            raise UserError("The policy has no adapters to choose from. Load some: load_policy(base, adapters={...}).")
         directions = comparable_directions(self._model, self.names)
         layers = sorted(next(iter(directions.values())))
         with self.off():

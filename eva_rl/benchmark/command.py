@@ -62,9 +62,9 @@ class BenchmarkOptions:
     seeds: Any = option(5, "how many seeds, from 0 on, or a [list] of them")
     set: list[str] = field(
         default_factory=list,
-        metadata={"help": "what every run gets: [algo.updates=400]; same as finetune.algo.updates=400"},
+        metadata={"help": "settings of every run: [algo.updates=400]; same as finetune.algo.updates=400"},
     )
-    out: str = option("benchmark", "folder for everything; continue in it by typing the same command")
+    out: str = option("benchmark", "output folder; the same command resumes what it holds")
     records: str = option("", "folder of the records of finished runs, to be committed; empty for OUT/records")
     plan: bool = option(False, "only show runs, core-hours and the smallest difference that can be detected")
     pilot: str = option("", "plan: finished runs or records from which the spread over seeds is taken")
@@ -165,7 +165,7 @@ def check_overrides(overrides: Sequence[str]) -> None:
         if not equals:
             raise UserError(f"set=[{override}]: expected KEY=VALUE, for instance set=[algo.updates=400].")
         if key in OWN_KEYS:
-            raise UserError(f"{PASSED}{key}: a benchmark decides on that by {OWN_KEYS[key]}.")
+            raise UserError(f"{PASSED}{key}: a benchmark sets that through {OWN_KEYS[key]}.")
 
 
 def keep_study(path: Path, out: Path) -> None:

@@ -180,7 +180,7 @@ def comparison_cells(study: Study, place: Place, chosen: Mapping[str, Mapping[st
 
 
 def check(cells: Sequence[Cell]) -> None:
-    """Raise unless every run can start: its config, task, policy and adapter, and what is there of it.
+    """Raise unless every run can start: its config, task, policy and adapter, and its output folder.
 
     Raises:
         UserError: Naming the first run that cannot.
@@ -224,7 +224,7 @@ def check_unchanged(cell: Cell) -> None:
         )
     if changed:
         raise UserError(
-            f"{where} was made with other settings of {', '.join(changed)}. Use the same settings to continue, "
+            f"{where} was created with different settings of {', '.join(changed)}. Use the same settings to continue, "
             "or name another out=."
         )
 

@@ -1,4 +1,4 @@
-"""What the commands say while they run."""
+"""Console output of the commands."""
 
 from __future__ import annotations
 

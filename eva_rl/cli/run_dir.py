@@ -85,7 +85,7 @@ def _open(name: str, options: Any) -> Path:
         raise UserError(f"{run_dir} holds a finished run, which is not overwritten. Name another run_dir=.")
     if run_dir.is_dir() and any(not _left_by_a_start(path) for path in run_dir.iterdir()):
         if not (run_dir / CONFIG_FILE).exists():
-            raise UserError(f"{run_dir} is not empty and holds no run of eva-rl. Name another run_dir=.")
+            raise UserError(f"{run_dir} is not empty and not a run of eva-rl. Name another run_dir=.")
         lock(run_dir)
         remove_leftovers(run_dir)
         _continue(run_dir, options)
@@ -163,8 +163,8 @@ def _continue(run_dir: Path, options: Any) -> None:
     elif changed:
         had = ", ".join(f"{key}={_typed(value)}" for key, value in changed.items())
         raise UserError(
-            f"{run_dir} holds an unfinished run with other settings of {', '.join(changed)} (see {CONFIG_FILE} there). "
-            f"Use the same settings to continue it ({had}), or name another run_dir=."
+            f"{run_dir} holds an unfinished run with different settings of {', '.join(changed)} (see {CONFIG_FILE} "
+            f"there). Use the same settings to continue it ({had}), or name another run_dir=."
         )
 
 
@@ -226,7 +226,7 @@ def _make(run_dir: Path) -> None:
     if free < FREE_BYTES:
         raise UserError(
             f"{run_dir}: {free / 2**20:.0f} MiB are free on its disk, a run needs {FREE_BYTES / 2**20:.0f} MiB. "
-            "Free some room, or name a run_dir= on another disk."
+            "Free some space, or name a run_dir= on another disk."
         )
 
 

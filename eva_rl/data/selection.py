@@ -51,7 +51,7 @@ def select_episodes(
     if not len(kept):
         raise UserError(
             f"{trajectories.source}: no episode has a return from {low:g} to {high:g}; they have {returns.min():g} to "
-            f"{returns.max():g}. Ask for others."
+            f"{returns.max():g}. Widen the range."
         )
     if top < 1:
         chosen = trajectories.returns[kept]  # of equal returns the earlier episode wins

@@ -70,7 +70,7 @@ def parse_source(text: str) -> ParsedSource:
             "kind of data", kind, KINDS, f"Expected {', '.join(f'{k}:NAME' for k in KINDS)} or a path."
         )
     if not name:
-        raise UserError(f"{text!r} names no data. Expected for instance d4rl:hopper-medium-v2 or {kind}:NAME.")
+        raise UserError(f"{text!r} names no data. Expected, for instance, d4rl:hopper-medium-v2 or {kind}:NAME.")
     source = ParsedSource(kind, name)
     for key, value in parse_qsl(query, keep_blank_values=True):
         source = _with_option(source, key, value)

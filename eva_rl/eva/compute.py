@@ -176,7 +176,7 @@ def _run(feed: _Feed, max_batches: int, options: EvaOptions) -> Stopped:
         taken = feed.take()
         anyone, failed = feed.statistics.process_group.any(taken, feed.error is not None)
         if failed:
-            raise feed.error or UserError("Another process could not go on; its own message says why.")
+            raise feed.error or UserError("Another process failed; see its own message.")
         if not anyone:
             return "data exhausted"
         if turn >= due:

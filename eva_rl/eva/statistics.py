@@ -83,7 +83,7 @@ class ActivationStatistics(Listener):
         return self._estimate(options).agreement(self._stacks(options))
 
     def result(self, **options: Any) -> EvaResult:
-        """Components and ranks from everything heard so far.
+        """Components and ranks from all activations so far.
 
         Args:
             **options: The fields of `EvaOptions`: rank, rho, tau, center, score, variant, alpha, keep_scale, criterion,
@@ -107,7 +107,7 @@ class ActivationStatistics(Listener):
         return EvaResult(ordered, options, self.batches, "listening ended", agreed, seconds, tuple(skipped))
 
     def second_moments(self) -> dict[str, SecondMoment]:
-        """E[x x^T] of the input x of every layer that was called, from everything heard so far.
+        """E[x x^T] of the input x of every layer that was called, from all activations so far.
 
         All processes of the group have to call it.
 
@@ -149,7 +149,7 @@ class ActivationStatistics(Listener):
         if self._sketched and asked > self.storage.components:
             raise UserError(
                 f"rank * rho = {asked} components were asked for, but the sketches were sized for "
-                f"{self.storage.components}. Listen with components={asked} or more."
+                f"{self.storage.components}. Call listen() with components={asked} or more."
             )
         return self._reduced()
 
@@ -172,7 +172,7 @@ class ActivationStatistics(Listener):
         return missing
 
     def _why_silent(self) -> str:
-        """What to do when no layer was heard."""
+        """What to do when no target layer was called."""
         if self.model_calls and all(self._inside_attention(name) for name in self.layers):
             return _ATTENTION
         if self.model_calls:

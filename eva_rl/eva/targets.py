@@ -1,4 +1,4 @@
-"""Which layers of a model can carry an adapter, and which of them were asked for."""
+"""Which layers of a model can have an adapter, and which of them are targets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where work lies that several runs of a study have in common (``shared=FOLDER``)."""
+"""Where work shared by several runs of a study is stored (``shared=FOLDER``)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Residual reinforcement learning on the session's policy, frozen as it is, and distillation back into it."""
+"""Residual reinforcement learning on the session's frozen policy, and distillation back into it."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ from eva_rl.tracking.figures import action_figure, rank_figure, spectrum_figure
 from eva_rl.tracking.tracker import open_tracker, read_metrics
 
 DASHBOARD = "#custom_scalars&_smoothingWeight=0"
-"""The page of TensorBoard to begin with; its smoothing would bend curves of a few points."""
+"""TensorBoard's start page; smoothing, which distorts curves of few points, is off."""
 
 
 WORSE = 0.9

@@ -173,7 +173,7 @@ def open_session(config: FinetuneConfig) -> Session:
     process_group = ProcessGroup.current()
     if process_group.world_size > 1 and isinstance(config.algo, OnlineAlgo):
         raise UserError(
-            f"algo={config.algo.name} learns in one process; this run has {process_group.world_size}. Start it "
+            f"algo={config.algo.name} runs in a single process; this run has {process_group.world_size}. Start it "
             "without torchrun, or use algo=bc."
         )
     spec = env_spec(config.env.id, config.env.horizon)
@@ -186,7 +186,7 @@ def open_session(config: FinetuneConfig) -> Session:
         make_stochastic(policy, config.algo.initial_std)
     source = data_source(config)
     if source == NONE and config.policy.observations_from == FROM_DEMONSTRATIONS:
-        raise UserError("policy.observations_from=data: there are none (data=none). Name a source of data instead.")
+        raise UserError("policy.observations_from=data, but data=none. Name a source of data instead.")
     check_method(config.algo, find_method(config.adapter.method))
     _check_activations(config, source != NONE)
     run_dir = open_run("finetune", config)

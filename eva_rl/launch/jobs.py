@@ -23,12 +23,12 @@ class LaunchOptions:
     """How many runs are started."""
 
     launcher: str = option(LOCAL, "local processes, a ray cluster, or slurm")
-    jobs: int = option(0, "local: runs at once; 0 for as many as there are cores for")
+    jobs: int = option(0, "local: number of parallel runs; 0 for as many as the cores allow")
     threads: int = option(1, "CPU threads of each run")
-    retries: int = option(1, "further attempts at a run that failed")
-    cpus_per_run: float = option(0, "ray, slurm: CPUs that each run asks for; 0 takes threads=")
+    retries: int = option(1, "retries of a failed run")
+    cpus_per_run: float = option(0, "ray, slurm: CPUs that each run asks for; 0 uses threads=")
     gpus_per_run: float = option(0, "ray, slurm: GPUs that each run asks for; Ray takes fractions")
-    address: str = option("", "ray: auto or ray://HOST:PORT for a cluster that is up; empty starts one here")
+    address: str = option("", "ray: auto or ray://HOST:PORT for a running cluster; empty starts a local one")
     partition: str = option("", "slurm: partition")
     hours: float = option(24, "slurm: time limit of a run, which continues in another job if it needs more")
     cluster: str = option(SLURM, "submitit's cluster: slurm, or local and debug for a try without one")

@@ -45,7 +45,7 @@ class RayLauncher:
             if asked > there.get(name, 0):
                 self.close()
                 raise UserError(
-                    f"A run asks for {asked:g} {name}, and this machine has {there.get(name, 0):g}. Ask for less."
+                    f"A run asks for {asked:g} {name}, and this machine has {there.get(name, 0):g}. Request less."
                 )
 
     def start(self, job: Job) -> Running:

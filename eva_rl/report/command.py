@@ -1,4 +1,4 @@
-"""``python -m eva_rl.report``: what the runs of several methods, tasks and seeds say, and what they do not."""
+"""``python -m eva_rl.report``: compare runs of several methods, tasks and seeds."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class ReportConfig:
     )
     out: str = option("report", "folder for the report; an earlier report there is replaced")
     title: str = option("Comparison of fine-tuning methods", "heading")
-    endpoint: str = option("final", "what methods are compared by: " + ", ".join(ENDPOINTS))
+    endpoint: str = option("final", "score by which methods are compared: " + ", ".join(ENDPOINTS))
     margin: float | None = option(None, "difference below which methods count as equivalent; null tests none")
     replicates: int = option(2_000, "bootstrap resamples")
     confidence: float = option(0.95, "of the intervals")

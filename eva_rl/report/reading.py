@@ -39,7 +39,7 @@ def read_text(path: Path, most: int = MOST_BYTES) -> str:
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
-            raise UserError(f"{path} is no regular file.")
+            raise UserError(f"{path} is not a regular file.")
         if status.st_size > most:
             raise UserError(f"{path} has {status.st_size} bytes, more than the {most} that are read.")
         return path.read_text(encoding="utf-8")

@@ -254,7 +254,7 @@ def read_record(path: Path) -> Run:
     try:
         return _run(path, body)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{path} is no record of a run: {type(error).__name__} {error}.") from error
+        raise UserError(f"{path} is not the record of a run: {type(error).__name__} {error}.") from error
 
 
 def _run(path: Path, body: Mapping[str, Any]) -> Run:

@@ -1,4 +1,4 @@
-"""Demonstrations from Meta-World's scripted experts, with injected noise and clean labels where asked for."""
+"""Demonstrations from Meta-World's scripted experts, optionally with injected noise and clean labels."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def collect_expert(
             return Trajectories.from_episodes(kept, env_id=env_id, source=f"expert:{env_id}?episodes={episodes}")
     raise UserError(
         f"The scripted expert of {env_id} succeeded in {len(kept)} of {len(attempts)} attempts, {episodes} were asked "
-        "for. Ask for fewer episodes, less noise, or keep failures too (data.only_successes=false)."
+        "for. Request fewer episodes or less noise, or keep failures (data.only_successes=false)."
     )
 
 

@@ -95,7 +95,7 @@ def record_clip(policy: Policy, env: str, *, seed: int = 0, horizon: int | None 
             raise
         raise UserError(
             f"Video frames cannot be rendered here ({type(error).__name__}: {error}). Install Debian's libosmesa6 "
-            "(apt-get install libosmesa6) or use a machine with a GPU, or leave video=true out."
+            "(apt-get install libosmesa6) or use a machine with a GPU, or leave out video=true."
         ) from error
     finally:
         environment.close()

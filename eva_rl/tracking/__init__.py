@@ -1,4 +1,4 @@
-"""One dictionary of metrics, in every place it is looked at."""
+"""Metrics to metrics.jsonl, TensorBoard and other trackers."""
 
 from __future__ import annotations
 

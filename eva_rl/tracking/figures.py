@@ -1,4 +1,4 @@
-"""Pictures of what EVA found."""
+"""Figures of a run: EVA's directions, results, actions."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def spectrum_figure(spectra: Mapping[str, Sequence[float]]) -> Figure:
 
 
 def overview_figure(rows: Sequence[Mapping[str, Any]]) -> Figure | None:
-    """The run at one look: success (or the return) on validation and held-out episodes, and the loss.
+    """The whole run in one figure: success (or the return) on validation and held-out episodes, and the loss.
 
     Args:
         rows: Of ``metrics.jsonl``.

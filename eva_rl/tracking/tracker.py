@@ -174,7 +174,7 @@ class Tracker:
 
 
 def read_metrics(run_dir: Path) -> list[Row]:
-    """Rows of ``metrics.jsonl``; damaged lines are left out, and said, but for a last one that a crash cut off."""
+    """Rows of ``metrics.jsonl``; damaged lines are skipped with a warning, except a last one cut off by a crash."""
     path = run_dir / METRICS_FILE
     lines = path.read_bytes().splitlines() if path.exists() else []
     rows = [_row(line) for line in lines]
@@ -185,7 +185,7 @@ def read_metrics(run_dir: Path) -> list[Row]:
 
 
 def _row(line: bytes) -> Row | None:
-    """A row, or None where the line holds something else."""
+    """A row, or None if the line is not one."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):

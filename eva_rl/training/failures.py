@@ -1,4 +1,4 @@
-"""What ends training early, and what is kept of it: numbers that are not finite, dead workers, Ctrl-C and SIGTERM."""
+"""What ends training early, and what is saved then: numbers that are not finite, dead workers, Ctrl-C and SIGTERM."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class NotFiniteError(UserError):
 
 @contextmanager
 def failures_kept(run_dir: Path) -> Iterator[None]:
-    """Save the batch of a :class:`NotFiniteError`, and say what happened and what to do.
+    """Save the batch of a :class:`NotFiniteError`, and explain what happened and what to do.
 
     Raises:
         UserError: A NotFiniteError was raised inside, or a worker process of an environment died.

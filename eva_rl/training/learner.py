@@ -28,7 +28,7 @@ ACTOR = "actor"
 
 
 class Choice(NamedTuple):
-    """What environments are told to do, and what is kept of it.
+    """A policy's actions in vectorised environments, and the transitions recorded.
 
     Attributes:
         actions: (n, act), scaled.

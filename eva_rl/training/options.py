@@ -18,7 +18,7 @@ MIN_REPLAY, MAX_REPLAY = 1_000, 10**10
 class OptimizerOptions(Options):
     """How the policy's trainable parameters are trained."""
 
-    batch_size: int = option(64, "windows a gradient step", above=0)
+    batch_size: int = option(64, "windows per gradient step", above=0)
     learning_rate: float = option(3e-4, "AdamW's learning rate", above=0)
     warmup_steps: int = option(100, "gradient steps of linear learning-rate warm-up", low=0, high=MANY)
     weight_decay: float = option(1e-4, "AdamW's weight decay, on matrices", low=0, high=10)
@@ -40,7 +40,7 @@ class BCOptions(OptimizerOptions):
     warmup_steps: int = option(20, "gradient steps of linear learning-rate warm-up", low=0, high=MANY)
     final_learning_rate: float = option(0.05, "end of the cosine, as a fraction of the peak", low=0, high=1)
     ema: float = option(
-        0.0, "fraction of the gradient steps, the last ones, whose mean weights are kept; 0 for none", low=0, high=1
+        0.0, "average the weights over this last fraction of the gradient steps; 0 disables", low=0, high=1
     )
     loss: str = option("mse", "mse or l1", choices=LOSSES)
     precision: str = option(
@@ -48,18 +48,18 @@ class BCOptions(OptimizerOptions):
         "float32, bfloat16 for mixed precision, or auto for what is faster on this machine",
         choices=(*PRECISIONS, AUTO),
     )
-    accumulate: int = option(1, "microbatches of a gradient step: more take less memory", above=0)
+    accumulate: int = option(1, "microbatches per gradient step: more need less memory", above=0)
     compile: str = option(
         "none", "torch.compile: none, default or reduce-overhead (CUDA graphs)", choices=COMPILE_MODES
     )
-    log_every: int = option(20, "gradient steps between two points of the training curves", above=0)
+    log_every: int = option(20, "gradient steps between logged training metrics", above=0)
 
 
 @dataclass
 class OnlineOptions(Options):
     """What all algorithms share that act in the environment."""
 
-    env_steps: int = option(100_000, "env steps in all", above=0)
+    env_steps: int = option(100_000, "total env steps", above=0)
     eval_every: int = option(10_000, "validate every N env steps; 0 disables", low=0, high=MANY)
 
 
@@ -76,7 +76,7 @@ class ReplayOptions(OptimizerOptions, OnlineOptions):
     updates_per_iteration: int = option(100, "gradient steps of an iteration", above=0)
     learning_starts: int = option(0, "env steps before the first gradient step", low=0, high=MANY)
     checkpoint_every: int = option(10_000, "env steps between two checkpoints; 0 for none", low=0, high=MANY)
-    keep_best: bool = option(False, "end with the parameters of the best validation, not with the last ones")
+    keep_best: bool = option(False, "return the parameters with the best validation score instead of the last")
     demonstration_share: float = option(
         0.0, "share of a batch drawn from demonstrations; 0 draws them as often as other env steps", low=0, high=1
     )
@@ -94,13 +94,13 @@ class SelfImitationOptions(ReplayOptions):
     rate that falls to zero in every iteration.
     """
 
-    env_steps: int = option(20_000, "env steps in all", above=0)
+    env_steps: int = option(20_000, "total env steps", above=0)
     eval_every: int = option(0, "validate every N env steps; 0 disables", low=0, high=MANY)
     steps_per_iteration: int = option(
         500, "env steps of an iteration at least: rounds are played to their end", above=0
     )
     updates_per_iteration: int = option(25, "gradient steps of an iteration", above=0)
-    batch_size: int = option(32, "windows a gradient step", above=0)
+    batch_size: int = option(32, "windows per gradient step", above=0)
     learning_rate: float = option(1e-3, "AdamW's learning rate", above=0)
     warmup_steps: int = option(20, "gradient steps of linear learning-rate warm-up", low=0, high=MANY)
     demonstration_share: float = option(0.25, "share of a batch drawn from demonstrations", low=0, high=1)
@@ -127,10 +127,12 @@ class ODTOptions(ReplayOptions):
     Env steps are drawn by the return of their episode above the worst one's, rather than uniformly as in the paper.
     """
 
-    initial_temperature: float = option(0.02, "weight of the entropy at first (lambda)", above=0)
-    temperature_learning_rate: float = option(1e-2, "Adam's learning rate for the logarithm of that weight", above=0)
+    initial_temperature: float = option(0.02, "initial entropy weight (lambda)", above=0)
+    temperature_learning_rate: float = option(
+        1e-2, "Adam's learning rate for the logarithm of the entropy weight", above=0
+    )
     by_return: bool = option(True, "draw env steps in proportion to their episode's return, not uniformly")
-    target_entropy: float | None = option(None, "lower bound of the entropy in nats; null takes -2 x action dimensions")
+    target_entropy: float | None = option(None, "lower bound of the entropy in nats; null uses -2 x action dimensions")
 
 
 @dataclass
@@ -144,7 +146,7 @@ class TD3Options(ReplayOptions):
 
     eval_every: int = option(2_000, "validate every N env steps; 0 disables", low=0, high=MANY)
     updates_per_iteration: int = option(500, "gradient steps of an iteration", above=0)
-    batch_size: int = option(32, "windows a gradient step", above=0)
+    batch_size: int = option(32, "windows per gradient step", above=0)
     critic_learning_rate: float = option(1e-3, "Adam's learning rate, for the critics", above=0)
     critic_hidden_size: int = option(256, "width of the critics", above=0)
     critics: int = option(2, "critics; the target is the minimum over two of them, drawn at each step", low=2, high=100)
@@ -156,7 +158,7 @@ class TD3Options(ReplayOptions):
     )
     exploration_noise: float = option(0.2, "standard deviation of the noise on (scaled) actions", low=0, high=2)
     target_noise: float = option(0.2, "standard deviation of the noise on target actions", low=0, high=2)
-    target_noise_clip: float = option(0.5, "its largest magnitude", low=0, high=2)
+    target_noise_clip: float = option(0.5, "largest magnitude of that noise", low=0, high=2)
     q_coef: float = option(1.0, "weight of the critic in the policy's loss", low=0, high=1000)
     bc_coef: float = option(1.0, "weight of the error to the replay's actions in the policy's loss", low=0, high=1000)
 
@@ -175,7 +177,7 @@ class ResidualOptions(ReplayOptions):
     learning_starts: int = option(
         2_000, "env steps of the frozen policy before the first gradient step", low=0, high=MANY
     )
-    batch_size: int = option(128, "transitions a gradient step, half of them from demonstrations", above=1)
+    batch_size: int = option(128, "transitions per gradient step, half of them from demonstrations", above=1)
     learning_rate: float = option(3e-4, "AdamW's learning rate, for the actor", above=0)
     weight_decay: float = option(0.0, "AdamW's weight decay, on matrices", low=0, high=10)
     gradient_clip: float = option(1.0, "largest norm of the actor's gradient", above=0)
@@ -213,8 +215,8 @@ class DistillOptions(BCOptions):
     """Cloning of the residual policy, first on the replay, then with env steps of the clone in every round."""
 
     updates: int = option(200, "gradient steps of each round, and of the first one on the replay", above=0)
-    rounds: int = option(2, "times that the clone acts and its env steps are labelled", low=0, high=100)
-    env_steps: int = option(1_000, "env steps of the clone in a round; part of algo.env_steps", above=0)
+    rounds: int = option(2, "DAgger rounds: the clone acts, the residual policy labels", low=0, high=100)
+    env_steps: int = option(1_000, "env steps of the clone per round; part of algo.env_steps", above=0)
 
 
 @dataclass
@@ -222,9 +224,9 @@ class SB3Options(OnlineOptions):
     """What Stable-Baselines3's algorithms share."""
 
     learning_rate: float = option(1e-4, "Adam's learning rate", above=0)
-    batch_size: int = option(64, "windows a gradient step", above=0)
+    batch_size: int = option(64, "windows per gradient step", above=0)
     discount: float = option(0.99, "gamma", low=0, high=1)
-    initial_std: float = option(0.2, "standard deviation of the actions at first", above=0)
+    initial_std: float = option(0.2, "initial standard deviation of the actions", above=0)
     critic_hidden_size: int = option(256, "width of the value networks", above=0)
 
 
@@ -244,7 +246,7 @@ class PPOOptions(SB3Options):
 class OffPolicyOptions(SB3Options):
     """What SAC and TD3 share; TD3 (arXiv 1802.09477) has no more."""
 
-    replay_size: int = option(200_000, "env steps kept at most; each is stored once", low=MIN_REPLAY, high=MAX_REPLAY)
+    replay_size: int = option(200_000, "capacity in env steps; each is stored once", low=MIN_REPLAY, high=MAX_REPLAY)
     learning_starts: int = option(1_000, "env steps before the first gradient step", low=0, high=MANY)
     train_freq: int = option(10, "env steps of each environment between two updates", above=0)
     gradient_steps: int = option(10, "gradient steps of an update", above=0)
@@ -255,4 +257,4 @@ class OffPolicyOptions(SB3Options):
 class SACOptions(OffPolicyOptions):
     """Soft actor-critic (arXiv 1801.01290)."""
 
-    entropy: float = option(0.01, "weight of the entropy at first; it is adapted", above=0, high=10)
+    entropy: float = option(0.01, "initial entropy weight; adapted during training", above=0, high=10)

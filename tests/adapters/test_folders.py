@@ -149,9 +149,9 @@ def test_an_adapter_of_another_base_is_refused(saved: Path) -> None:
     other = make_policy(seed=1)
     save_policy(saved.parent / "other", other)
     shutil.copytree(saved / "adapter", saved.parent / "other/adapter")
-    refused(saved.parent / "other", "other base weights")
+    refused(saved.parent / "other", "different base weights")
     (saved / "model.safetensors").write_bytes((saved.parent / "other/model.safetensors").read_bytes())
-    refused(saved, "other base weights")
+    refused(saved, "different base weights")
 
 
 def test_a_failed_save_leaves_the_old_folder(saved: Path, reach_demonstrations: Trajectories) -> None:

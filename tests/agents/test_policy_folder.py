@@ -126,7 +126,7 @@ def test_pickles_are_not_opened(tmp_path: Path, name: str) -> None:
             return (Path.touch, (tmp_path / "exploded",))
 
     (tmp_path / name).write_bytes(pickle.dumps(Bomb()))
-    with pytest.raises(UserError, match="is a pickle, which is not read unasked"):
+    with pytest.raises(UserError, match="is a pickle, which is read only on request"):
         load_base_policy(tmp_path / name)
     assert not (tmp_path / "exploded").exists()
 

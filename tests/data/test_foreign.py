@@ -182,7 +182,7 @@ CONTENTS = {
 @pytest.mark.parametrize("content", CONTENTS)
 def test_other_files_are_recognised(tmp_path: Path, kind: str, content: str) -> None:
     (tmp_path / "a.hdf5").write_bytes(CONTENTS[content])
-    with pytest.raises(UserError, match=rf"a\.hdf5: not readable: it is no HDF5 file but {content}"):
+    with pytest.raises(UserError, match=rf"a\.hdf5: not readable: it is not an HDF5 file but {content}"):
         load_dataset(f"{kind}{tmp_path / 'a.hdf5'}")
 
 

@@ -117,7 +117,7 @@ def test_a_start_that_was_killed_while_it_marked_the_folder(tmp_path: Path) -> N
     other = tmp_path / "other"
     other.mkdir()
     (other / ".notes.txt.0123abcd.partial").write_text("of another program")
-    with pytest.raises(UserError, match="holds no run of eva-rl"):
+    with pytest.raises(UserError, match="not a run of eva-rl"):
         open_run("finetune", Options(str(other)))
 
 

@@ -183,7 +183,7 @@ def windows() -> Any:
 def test_wrong_exports(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for asked, words in (
         ([f"out={folder}/base"], ["exists and is not overwritten"]),
-        ([], ["Nowhere to write", "out=", "push="]),
+        ([], ["No output given", "out=", "push="]),
         (["push=only-a-name"], ["expected USER/NAME"]),
         ([f"out={tmp_path}/x", "to=onxx"], ["'onxx'", "'onnx'"]),
         ([f"out={tmp_path}/x", "policy=nowhere"], ["'nowhere'"]),

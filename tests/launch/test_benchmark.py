@@ -104,7 +104,7 @@ def test_failures_are_listed_with_their_logs(base: Path, tmp_path: Path, capfd: 
     assert benchmark.main(grid(base, out, *only)) == 2
     shown = " ".join(capfd.readouterr().err.split())
     assert "Failed: reach-v3/lora/seed_0" in shown
-    assert "is not empty and holds no run" in shown.replace("\n", " ")
+    assert "is not empty and not a run" in shown.replace("\n", " ")
     assert str(out / "logs" / "reach-v3-lora-seed_0.log") in shown
     assert {row["method"] for row in rows(out / "report" / "report.csv") if row["method"]} == {"head"}
     in_the_way.unlink()

@@ -112,7 +112,7 @@ def _tables(file: HdfFile) -> Iterator[_Table]:
 
 def _table(file: HdfFile, group: str) -> _Table:
     if not file.is_group(group):
-        raise UserError(f"{file.source(group)} is no group. Expected one with {', '.join(REQUIRED)}.")
+        raise UserError(f"{file.source(group)} is not a group. Expected one with {', '.join(REQUIRED)}.")
     present = [*REQUIRED, *(key for key in OPTIONAL if key in file.names(group))]
     arrays = {key: file.array(_joined(group, key), ", ".join(REQUIRED)) for key in present}
     rows = len(arrays["rewards"])

@@ -49,8 +49,8 @@ class HdfFile:
         if not h5py.is_hdf5(path):
             kind = kind_of_file(path)
             raise UserError(
-                f"{path}: not readable: it is no HDF5 file{kind and f' but {kind}'}. It is damaged, cut short or of "
-                "another format; download or write it again, or name another."
+                f"{path}: not readable: it is not an HDF5 file{kind and f' but {kind}'}. It is damaged, cut short or "
+                "of another format; download or write it again, or name another."
             )
         with self.source().reading():
             self._file = h5py.File(path, "r")
@@ -120,7 +120,7 @@ class HdfFile:
         """
         found = self._member(key)
         if not isinstance(found, h5py.Dataset) or found.shape != () or found.external or found.is_virtual:
-            raise UserError(f"{self.source(key)} is no single number.")
+            raise UserError(f"{self.source(key)} is not a single number.")
         self.source(key).check_dtype(found.dtype)
         with self.source(key).reading():
             return float(found[()])

@@ -183,7 +183,7 @@ def _raw_episode(
     """Arrays of one group of a file."""
     source = file.source(name)
     if not file.is_group(name):
-        raise UserError(f"{source} is no group. Expected one with {', '.join(REQUIRED)}.")
+        raise UserError(f"{source} is not a group. Expected one with {', '.join(REQUIRED)}.")
     trees: dict[str, Tree] = {key: read_tree(file, f"{name}/{key}", REQUIRED) for key in REQUIRED}
     infos = [key for key in INFOS if key in file.names(f"{name}/infos")]
     trees |= {key: file.read(f"{name}/infos/{key}") for key in infos}

@@ -1,4 +1,4 @@
-"""Pickled trajectories, opened only when asked for and only as far as arrays and builtin containers go.
+"""Pickled trajectories, opened only on request and only as far as arrays and builtin containers go.
 
 What a pickle builds is bounded by its size: no object repeats so often, and no copy is made so often, that more comes
 out than was put in.
@@ -192,8 +192,8 @@ def read_pickle(path: Path, allow_pickle: bool) -> Any:
     """
     if not allow_pickle:
         raise UserError(
-            f"{path} is a pickle, which is opened only when you say that you trust it: data.allow_pickle=true "
-            "(load_dataset(..., allow_pickle=True)). Even then only numpy arrays and builtin containers are admitted."
+            f"{path} is a pickle, which is opened only if you state that you trust it: data.allow_pickle=true "
+            "(load_dataset(..., allow_pickle=True)). Even then, only numpy arrays and builtin containers are admitted."
         )
     check_regular_file(path)
     with Source(path).reading():
