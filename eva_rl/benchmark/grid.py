@@ -224,7 +224,7 @@ def check_unchanged(cell: Cell) -> None:
         )
     if changed:
         raise UserError(
-            f"{where} was created with different settings of {', '.join(changed)}. Use the same settings to continue, "
+            f"{where} was created with other settings of {', '.join(changed)}. Use the same settings to continue, "
             "or name another out=."
         )
 

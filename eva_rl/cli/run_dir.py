@@ -163,7 +163,7 @@ def _continue(run_dir: Path, options: Any) -> None:
     elif changed:
         had = ", ".join(f"{key}={_typed(value)}" for key, value in changed.items())
         raise UserError(
-            f"{run_dir} holds an unfinished run with different settings of {', '.join(changed)} (see {CONFIG_FILE} "
+            f"{run_dir} holds an unfinished run with other settings of {', '.join(changed)} (see {CONFIG_FILE} "
             f"there). Use the same settings to continue it ({had}), or name another run_dir=."
         )
 
