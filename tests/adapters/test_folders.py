@@ -6,6 +6,8 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -53,10 +55,26 @@ def trained(method: str, data: Trajectories, folder: Path, rho: float = 1.0) -> 
     return policy.network(windows(data)).detach()
 
 
+@pytest.fixture(scope="module")
+def once(
+    reach_demonstrations: Trajectories, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], tuple[Path, torch.Tensor]]:
+    """The folder of a method that was trained, and its actions on the windows; only read."""
+    root = tmp_path_factory.mktemp("trained")
+
+    @cache
+    def found(method: str) -> tuple[Path, torch.Tensor]:
+        return root / method, trained(method, reach_demonstrations, root / method, rho=2.0)
+
+    return found
+
+
 @pytest.mark.parametrize("method", METHODS)
-def test_loaded_and_merged_act_the_same(method: str, tmp_path: Path, reach_demonstrations: Trajectories) -> None:
-    folder, batch = tmp_path / "policy", windows(reach_demonstrations)
-    expected = trained(method, reach_demonstrations, folder, rho=2.0)
+def test_loaded_and_merged_act_the_same(
+    method: str, once: Callable[[str], tuple[Path, torch.Tensor]], reach_demonstrations: Trajectories
+) -> None:
+    batch = windows(reach_demonstrations)
+    folder, expected = once(method)
     untouched, original = read_policy(folder), make_policy()
     if METHODS[method].adapter:
         for name, value in original.network.state_dict().items():
@@ -67,10 +85,13 @@ def test_loaded_and_merged_act_the_same(method: str, tmp_path: Path, reach_demon
     assert merged.network.state_dict().keys() == original.network.state_dict().keys()
 
 
-def test_plain_peft_in_a_new_process_acts_the_same(tmp_path: Path, reach_demonstrations: Trajectories) -> None:
+def test_plain_peft_in_a_new_process_acts_the_same(
+    once: Callable[[str], tuple[Path, torch.Tensor]], tmp_path: Path, reach_demonstrations: Trajectories
+) -> None:
     """Every method: adapter on, off and merged, on the base that is saved beside it."""
     batch, before = windows(reach_demonstrations), make_policy().network(windows(reach_demonstrations)).detach()
-    expected = {m: trained(m, reach_demonstrations, tmp_path / m, rho=2.0) for m in PEFT_METHODS}
+    for method in PEFT_METHODS:
+        shutil.copytree(once(method)[0], tmp_path / method)
     torch.save(batch, tmp_path / "batch.pt")
     folders = [str(tmp_path / method) for method in PEFT_METHODS]
     command = [sys.executable, "-c", PLAIN_PEFT, str(tmp_path / "batch.pt"), *folders]
@@ -79,8 +100,8 @@ def test_plain_peft_in_a_new_process_acts_the_same(tmp_path: Path, reach_demonst
         plain, acted, off, merged = torch.load(tmp_path / method / "out.pt", weights_only=True)
         torch.testing.assert_close(plain, before, atol=1e-6, rtol=0)
         torch.testing.assert_close(off, before, atol=1e-6, rtol=0)
-        torch.testing.assert_close(acted, expected[method], atol=1e-5, rtol=0)
-        torch.testing.assert_close(merged, expected[method], atol=1e-5, rtol=0)
+        torch.testing.assert_close(acted, once(method)[1], atol=1e-5, rtol=0)
+        torch.testing.assert_close(merged, once(method)[1], atol=1e-5, rtol=0)
         assert (acted - before).abs().max() > 1e-4, method
 
 

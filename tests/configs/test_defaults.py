@@ -82,9 +82,13 @@ def test_cloning_takes_its_learning_rate_from_the_method(method: str) -> None:
     assert parse("finetune", [f"adapter={method}"]).algo.learning_rate == rate
     assert parse("finetune", [f"adapter={method}", "algo=bc_then_odt"]).algo.bc.learning_rate == rate
     assert parse("finetune", [f"adapter={method}", "algo.learning_rate=auto"]).algo.learning_rate == rate
+    assert parse("finetune", [f"adapter={method}", "algo=self_imitation"]).algo.learning_rate == rate / 5
+
+
+@pytest.mark.parametrize("method", ["eva", "full"])
+def test_a_learning_rate_that_is_typed_is_taken(method: str) -> None:
     for typed in ("1e-05", "0.00001"):
         assert parse("finetune", [f"adapter={method}", f"algo.learning_rate={typed}"]).algo.learning_rate == 1e-5
-    assert parse("finetune", [f"adapter={method}", "algo=self_imitation"]).algo.learning_rate == rate / 5
     assert parse("pretrain", []).algo.learning_rate == BCOptions.learning_rate, "there is no adapter to choose by"
 
 

@@ -86,18 +86,18 @@ def test_one_run_with_damaged_bytes_is_read_in_part_or_listed(runs: Path, tmp_pa
     assert len(found) == 4 or [p.folder.name for p in problems if p.kind == "damaged"] == ["eva-0"]
 
 
-@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2, 3))])
-def test_every_value_of_a_summary_may_be_anything(seed: int, runs: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("first", [0, *(pytest.param(first, marks=pytest.mark.slow) for first in (2, 4))])
+def test_every_value_of_a_summary_may_be_anything(first: int, runs: Path, tmp_path: Path) -> None:
     """Each place of each JSON file takes some of the odd values; what is left is a report of sound values."""
     folder = tmp_path / "runs"
     for name in ("eva-0", "lora-0"):
         shutil.copytree(runs / name, folder / name)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     for name in ("summary.json", "evaluation.json"):
         victim = folder / "eva-0" / name
         sound = json.loads(victim.read_text())
         for place in places_in(sound):
-            for value in rng.permutation(len(VALUES))[:2]:
+            for value in rng.permutation(len(VALUES))[first : first + 2]:
                 victim.write_text(json.dumps(with_value(sound, place, VALUES[value])))
                 found, problems = read_runs(find_runs([str(folder)]))
                 assert len(found) == 2 or any(p.folder.name == "eva-0" for p in problems), (place, VALUES[value])

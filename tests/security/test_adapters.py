@@ -115,16 +115,20 @@ def test_adapters_of_plain_peft_load(adapters: dict[str, Path]) -> None:
         assert np.abs(acted(policy) - base).max() > 1e-3, method
 
 
-@pytest.mark.parametrize("key", ["base_model.model.{}", "base_model.model.{}.base_layer", "{}", "base_model.{}"])
-def test_no_key_reaches_a_weight_of_the_base(adapters: dict[str, Path], tmp_path: Path, key: str) -> None:
+@pytest.mark.parametrize(
+    ("first", "key"),
+    [(0, "base_model.model.{}"), (1, "base_model.model.{}.base_layer"), (2, "{}"), (0, "base_model.{}")],
+)
+def test_no_key_reaches_a_weight_of_the_base(adapters: dict[str, Path], tmp_path: Path, first: int, key: str) -> None:
+    """A third of the weights each, all of them together."""
     values = small_policy(seed=3).network.state_dict()
-    for number, name in enumerate(BASE):
+    for number, name in enumerate(BASE[first::3]):
         layer, _, kind = name.rpartition(".")
         full = key.format(f"{layer}.base_layer.{kind}") if "base_layer" in key else key.format(name)
         folder = changed_files(
             adapters["lora"], tmp_path / "bad", lambda w, full=full, name=name: w.update({full: values[name]})
         )
-        if number % 8 == 0:  # on a live policy
+        if number % 4 == 0:  # on a live policy
             refused_and_harmless(adapters, folder, "belongs to no layer that it adapts")
         with pytest.raises(UserError, match="belongs to no layer that it adapts"):
             load_policy(adapters["base"], adapters={"bad": folder})
@@ -182,7 +186,7 @@ def test_every_other_option_of_peft_is_refused(adapters: dict[str, Path], tmp_pa
     load_policy(adapters["base"], adapters={"fine": folder})
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_odd_values_anywhere_in_a_config(adapters: dict[str, Path], tmp_path: Path, data: st.DataObject) -> None:
     """Refused in words, or the adapter acts finite and leaves the base alone."""

@@ -165,7 +165,7 @@ def learned(kind: type[gym.Env[Any, Any]], **others: Any) -> ResidualLearner:
     return learner
 
 
-@pytest.mark.parametrize("n_step", [1, 3])
+@pytest.mark.parametrize("n_step", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_credit_goes_to_what_earned_it(n_step: int) -> None:
     """What decides pays one env step later; the greedy action earns a fifth."""
     assert mean_return(learned(TwoSteps, discount=0.9, n_step=n_step), TwoSteps, steps=2) > 0.95 * TwoSteps.best
@@ -174,7 +174,8 @@ def test_credit_goes_to_what_earned_it(n_step: int) -> None:
 def test_linear_quadratic_control_is_solved() -> None:
     """Actions are those of the Riccati equation, for ever: truncated episodes must not look like ends."""
     discount = 0.9
-    learner = learned(LinearQuadratic, env_steps=1760, discount=discount, exploration_noise=0.3, target_noise=0.0)
+    fewer = {"env_steps": 960, "batch_size": 32}
+    learner = learned(LinearQuadratic, discount=discount, exploration_noise=0.3, target_noise=0.0, **fewer)
     gain = LinearQuadratic.best_gain(discount)
     x = np.linspace(-0.5, 0.5, 16, dtype=np.float32)
     policy = learner.acting
