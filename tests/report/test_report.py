@@ -287,6 +287,12 @@ def test_mistakes(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert "replicate" in capfd.readouterr().err
 
 
+def test_tuning_runs_alone_are_named_as_such(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    records = Path(__file__).parents[2] / "docs/results/cw10_a/tuning"
+    assert report.main([str(records), f"out={tmp_path / 'report'}"]) == 2
+    assert "holds tuning runs only" in " ".join(capfd.readouterr().err.split())
+
+
 def test_folders_are_named_without_a_key() -> None:
     assert parse("report", ["runs/a", "runs/b=c", "out=d", "seed=2"]).runs == ["runs/a", "runs/b=c"]
     assert parse("report", ["it's", "*"]).runs == ["it's", "*"]
