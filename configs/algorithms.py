@@ -209,9 +209,9 @@ class SACAlgo(SACOptions, TD3Algo):
 
 SB3Algo = PPOAlgo | SACAlgo | TD3Algo
 _ONLINE: Mapping[str, type[OnlineAlgo]] = {
-    "self_imitation": SelfImitationAlgo,
     "odt": ODTAlgo,
     "odt_td3": ODTTD3Algo,
+    "self_imitation": SelfImitationAlgo,
     "residual": ResidualAlgo,
     "ppo": PPOAlgo,
     "sac": SACAlgo,

@@ -42,7 +42,7 @@ def test_version_is_written_once_in_effect() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert project["version"] == eva_rl.__version__
     assert f"version: {eva_rl.__version__}" in (ROOT / "CITATION.cff").read_text()
-    assert f"## {eva_rl.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+    assert f"version {eva_rl.__version__}" in (ROOT / "CHANGELOG.md").read_text()
 
 
 def test_public_names() -> None:

@@ -35,7 +35,7 @@ def message(name: str, *words: str) -> str:
         (["adapter.rnk=3"], "Did you mean adapter.rank=3"),
         (["model.lr=1"], "Type algo.learning_rate=1"),
         (["task=push-v3"], "Type env=push-v3"),
-        (["algo.env_steps=5"], "a key of algo=odt or odt_td3 or residual. Type algo=odt as well"),
+        (["algo.env_steps=5"], "a key of algo=odt or odt_td3 or self_imitation. Type algo=odt as well"),
         (["algo=od"], "Did you mean odt"),
         (["algo=nothing_like_it"], "Expected one of bc, odt"),
         (["push-v3"], "'push-v3' is not KEY=VALUE. A task is named by env=push-v3"),

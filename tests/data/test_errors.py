@@ -59,7 +59,7 @@ def test_d4rl(tmp_path: Path, case: str) -> None:
 EPISODES = {
     "missing key": ("rewards", None, "episode_1/rewards is missing"),
     "NaN": ("observations", np.full((2, 3), np.nan), "episode_1/observations, row 0: nan"),
-    "T observations": ("observations", np.zeros((1, 3)), "episode_1/observations has 1 rows, expected 2"),
+    "T observations": ("observations", np.zeros((1, 3)), "episode_1/observations has 1 row, expected 2"),
     "zero length": ("rewards", np.zeros(0), "episode_1/rewards is empty"),
     "other width": ("actions", np.zeros((1, 5)), "episode_1/actions has 5 numbers a row, expected 2"),
     "text": ("actions", np.array([[b"a", b"b"]]), "episode_1/actions holds .S1"),

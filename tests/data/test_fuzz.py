@@ -41,7 +41,7 @@ def expected_rows(arrays: dict[str, np.ndarray]) -> list[list[float]]:
         if terminal or timeout:
             episodes.append(current)
             current = []
-    return episodes
+    return episodes or [current]  # a file without any end is one episode
 
 
 @st.composite
@@ -69,9 +69,7 @@ def test_sound_tables_are_read_as_the_oracle_says(arrays: dict[str, np.ndarray])
         path = write_h5(Path(folder) / "a.hdf5", arrays)
         data = load(path, f"d4rl:{path}")
     expected = expected_rows(arrays)
-    if data is None:
-        assert not expected
-        return
+    assert data is not None
     found = [data.episode(index) for index in range(data.num_episodes)]
     assert [episode.rewards.tolist() for episode in found] == expected
     assert [episode.observations[:-1, 0].tolist() for episode in found] == expected

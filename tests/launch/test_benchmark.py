@@ -75,7 +75,7 @@ def test_what_is_typed() -> None:
         ("seeds=none", "a number of seeds"),
         ("seeds=[]", "a number of seeds"),
         ("finetune.algo.update=3", "update"),
-        ("finetune.seed=3", "a benchmark decides on that by seeds="),
+        ("finetune.seed=3", "a benchmark sets that through seeds="),
         ("finetune.adapter=eva", "methods="),
         ("set=[updates]", "expected KEY=VALUE"),
         ("finetune.adapter.targets=[nowhere]", "nowhere"),

@@ -123,7 +123,9 @@ class EpisodeChecker:
         if "target_actions" in raw:
             arrays["target_actions"] = (source / "infos/target_actions").floats(raw["target_actions"])
         for name, array in arrays.items():
-            (source / name).check_rows(len(array), steps + (name == "observations"), f"the episode has {steps} rewards")
+            (source / name).check_rows(
+                len(array), steps + (name == "observations"), f"the episode has {counted(steps, 'reward')}"
+            )
         self._check_ends(source, arrays)
         episode = Episode(rewards=rewards, **arrays)
         self._check_dims(source, episode)
