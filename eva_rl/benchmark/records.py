@@ -10,6 +10,8 @@ from eva_rl.files import write_json
 from eva_rl.report.reading import UPDATES, Row
 from eva_rl.report.runs import DIGEST, FORMAT, RECORD, digest, read_config, read_run
 
+PLACES = ("run_dir", "shared")
+"""Settings that say where a run lay on its machine: a record goes to others, to whom they say nothing."""
 MOST_POINTS = 200
 """Points of the learning curve that a record keeps; of more, every second is left out until they fit."""
 
@@ -30,7 +32,7 @@ def write_record(path: Path, run_dir: Path, name: str, about: Mapping[str, Any] 
     goals = sorted(run.goals)
     body = {
         "about": dict(about or {"method": run.method, "tuning": None}),
-        "config": read_config(run_dir / "config.yaml"),
+        "config": {key: value for key, value in read_config(run_dir / "config.yaml").items() if key not in PLACES},
         "summary": run.summary,
         "episodes": {
             "seed": goals,

@@ -171,6 +171,7 @@ def test_a_report_from_records_alone(tmp_path: Path, capfd: pytest.CaptureFixtur
     assert "At an end of the grid" in text
     assert "By score after the last update" in text
     record = next(where.records.rglob("seed_0.json"))
+    assert not {"run_dir", "shared"} & set(json.loads(record.read_text())["config"]), "they are this machine's"
     changed = json.loads(record.read_text())
     changed["summary"]["eval/success_rate"] = 1.0
     record.write_text(json.dumps(changed))
