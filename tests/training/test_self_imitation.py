@@ -128,7 +128,7 @@ def test_noise_without_a_memory_is_white_and_none_is_none() -> None:
     drawn = torch.stack([white.added(torch.zeros(2000, 1)) for _ in range(2)])
     assert abs(float((drawn[0] * drawn[1]).mean())) < 0.1 * 0.2**2
     actions = torch.ones(4, 1)
-    assert SmoothNoise(0.0, 5.0, generator).added(actions) is actions
+    assert torch.equal(SmoothNoise(0.0, 5.0, generator).added(actions), actions)
 
 
 def test_first_attempts_are_the_policy_s_own() -> None:
@@ -140,7 +140,7 @@ def test_first_attempts_are_the_policy_s_own() -> None:
     attempts = Attempts(vec_env, range(100, 106))
     policy.reset(["reach"] * 6)
     while attempts.alive.any():
-        attempts.step(policy, SmoothNoise(0.0, 1.0, torch.Generator()))
+        attempts.step(policy, None)
     episodes = attempts.finished()
     assert list(episodes) == [record.episode_seed for record in expected]
     assert [len(e.rewards) for e in episodes.values()] == [record.length for record in expected]
@@ -171,6 +171,14 @@ def test_only_failed_starts_are_retried_and_only_solved_episodes_kept() -> None:
     goals = [episode.observations[0, 1] for episode in kept]
     assert len(set(goals)) == len(goals), "a start that is solved is not tried again"
     assert all(episode.terminations[-1] for episode in kept)
+
+
+def test_retries_count_as_retries_whatever_their_noise() -> None:
+    _, replay, counters = collect(options(steps_per_iteration=1, retries=2, exploration_noise=0.0), make_task())
+    assert counters.episodes == 6
+    failed = 6 - sum(counters.successes)
+    assert (counters.retries, counters.retries_solved) == (2 * failed, 0), "the same actions fail again"
+    assert replay.num_episodes == sum(counters.successes)
 
 
 def test_every_env_step_is_counted_and_none_is_played_beyond_the_last() -> None:

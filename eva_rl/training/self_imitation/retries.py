@@ -25,8 +25,8 @@ from eva_rl.training.options import SelfImitationOptions
 class RetryingCollector:
     """Rounds of one episode an environment, with retries of those that failed; solved episodes are kept.
 
-    The first attempts are the policy's own, without noise. Retry k of n adds k/n of the noise, until one succeeds:
-    the least disturbed success is imitated. Nothing is under way between two iterations.
+    The first attempts are the policy's own, without noise. Retries add half of it and all
+    of it by turns, until one succeeds. Nothing is under way between two iterations.
 
     Args:
         policy: Acts.
@@ -63,11 +63,17 @@ class RetryingCollector:
             failed: Sequence[int] = range(counters.next_seed, counters.next_seed + n)
             counters.next_seed += n
             for attempt in range(1 + options.retries):
-                std = options.exploration_noise * (0, 0.5, 1)[min(attempt, 2 - attempt % 2)]
-                failed = self._attempt(failed, SmoothNoise(std, options.noise_steps, generator), replay, counters)
+                failed = self._attempt(failed, self._noise(attempt, generator), replay, counters)
+
+    def _noise(self, attempt: int, generator: torch.Generator) -> SmoothNoise | None:
+        """Of an attempt, the first of which is 0 and has none."""
+        if not attempt:
+            return None
+        std = self._options.exploration_noise * (0.5 if attempt % 2 else 1.0)
+        return SmoothNoise(std, self._options.noise_steps, generator)
 
     def _attempt(
-        self, seeds: Sequence[int], noise: SmoothNoise, replay: TrajectoryReplay, counters: OnlineCounters
+        self, seeds: Sequence[int], noise: SmoothNoise | None, replay: TrajectoryReplay, counters: OnlineCounters
     ) -> list[int]:
         """Play one episode from each start; returns those in which the task was not solved."""
         left = self._options.env_steps - counters.env_steps
@@ -84,12 +90,12 @@ class RetryingCollector:
                 f"algo=self_imitation learns from episodes in which the task is solved, and {self._env_id} reports no "
                 "success. Use algo=odt_td3."
             )
-        return self._count_and_keep(attempts.finished(), noise, replay, counters)
+        return self._count_and_keep(attempts.finished(), noise is not None, replay, counters)
 
     def _count_and_keep(
-        self, episodes: dict[int, Episode], noise: SmoothNoise, replay: TrajectoryReplay, counters: OnlineCounters
+        self, episodes: dict[int, Episode], retried: bool, replay: TrajectoryReplay, counters: OnlineCounters
     ) -> list[int]:
-        asked, failed, retried = self._policy.conditioning.of(self._env_id), [], noise.std > 0
+        asked, failed = self._policy.conditioning.of(self._env_id), []
         for seed, episode in episodes.items():
             assert episode.successes is not None
             solved = bool(episode.successes[-1])
@@ -118,8 +124,6 @@ class SmoothNoise:
 
     def added(self, actions: Tensor) -> Tensor:
         """Actions (n, act) with the noise of the next env step."""
-        if not self.std:
-            return actions
         drawn = torch.randn(actions.shape, generator=self.generator)
         if self._last is not None and self.steps:
             kept = math.exp(-1 / self.steps)
@@ -147,11 +151,16 @@ class Attempts:
         self.env_steps = 0
         self._past: list[dict[str, NDArray[Any]]] = []
 
-    def step(self, policy: DecisionTransformerPolicy, noise: SmoothNoise) -> None:
+    def step(self, policy: DecisionTransformerPolicy, noise: SmoothNoise | None) -> None:
         """Let the policy act once in the episodes that go on."""
         before, alive = self.observations, self.alive.copy()
         starts = np.full(len(alive), not self._past)
-        actions = policy.act_by(lambda f: noise.added(policy.network.actions(f)), before, self.rewards, starts)
+
+        def choose(features: Tensor) -> Tensor:
+            actions: Tensor = policy.network.actions(features)
+            return actions if noise is None else noise.added(actions)
+
+        actions = policy.act_by(choose, before, self.rewards, starts)
         self._block.begin_step(actions, alive)
         self._block.finish()
         self.env_steps += int(alive.sum())
