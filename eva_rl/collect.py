@@ -77,7 +77,7 @@ def collect(config: CollectConfig) -> None:
     solved = int(data.successes[data.offsets[1:] - 1].sum()) if data.successes is not None else 0
     say(
         f"{data.env_id}: {data.amount}, {solved} solved, mean return {data.returns.mean():.1f}. "
-        f"To use them: data=={source}",
+        f"To use them: data={source}",
     )
 
 

@@ -121,7 +121,7 @@ def convert(config: DatasetsConfig) -> None:
     check_output(config.out)
     data = _load(config)
     source = write_output(config.out, data)
-    _print(f"{data.amount}. To use them: data=={escape(source)}")
+    _print(f"{data.amount}. To use them: data={escape(source)}")
 
 
 def filter_episodes(config: DatasetsConfig) -> None:

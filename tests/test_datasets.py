@@ -43,7 +43,7 @@ def test_convert_filter_check_show_list(tmp_path: Path, capsys: pytest.CaptureFi
     assert "store is sound: 2 episodes, 8 env steps" in printed
     assert "mean 4.2, -1.2 to 11.9" in printed  # normalised: of returns 60, 150 and 450 between pen's references
     assert "none of the shipped ones" in printed
-    assert "minari:mine/table-v0" in printed
+    assert "To use them: data=minari:mine/table-v0" in " ".join(printed.split())
     assert "d4rl:hopper-medium-v2" in printed
     assert minari.load_dataset("mine/table-v0").total_episodes == 3
 
