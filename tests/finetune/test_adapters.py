@@ -6,7 +6,6 @@ import base64
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -24,7 +23,6 @@ from eva_rl.adapters import load_policy
 from eva_rl.agents.policy_folder import save_policy
 from eva_rl.cli.profiling import peak_memory
 from eva_rl.finetune import command as finetune
-from eva_rl.training import checkpoint
 from tests import forks
 from tests.conftest import make_policy
 
@@ -288,23 +286,12 @@ def test_every_source_for_every_method_that_needs_data(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora_ga", "mica", "adalora"])
-def test_killed_and_continued_equals_uninterrupted(
-    method: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_killed_and_continued_equals_uninterrupted(method: str, folder: Path, tmp_path: Path) -> None:
     """The process dies while it trains; the same command goes on, with the start that it began with."""
     asked = [f"policy={folder}/base", *SMALL, f"adapter={method}", "checkpoint.every=2"]
     assert finetune.main([*asked, f"run_dir={tmp_path}/whole"]) == 0
-    save = checkpoint.save_checkpoint
-
-    def dying(folder: Path, state: Any, *rest: Any) -> None:
-        save(folder, state, *rest)
-        if state.step == 4:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(checkpoint, "save_checkpoint", dying)
-        killed = partial(finetune.main, [*asked, f"run_dir={tmp_path}/killed"])
-        assert forks.status(killed, tmp_path / "log") == -signal.SIGKILL
+    killed = partial(finetune.main, [*asked, f"run_dir={tmp_path}/killed"])
+    assert forks.killed_at_checkpoint(killed, 4, tmp_path / "log")
     assert finetune.main([*asked, f"run_dir={tmp_path}/killed"]) == 0
     for name in ("model.safetensors", "adapter/adapter_model.safetensors", "adapter/adapter_config.json"):
         found, expected = (tmp_path / run / "policy" / name for run in ("killed", "whole"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import resource
 import signal
 import subprocess
@@ -19,7 +18,6 @@ from eva_rl.adapters import METHODS
 from eva_rl.agents.policy_folder import save_policy
 from eva_rl.finetune import command as finetune
 from eva_rl.tracking.tracker import read_metrics
-from eva_rl.training import checkpoint
 from tests import forks
 from tests.conftest import make_policy
 
@@ -152,28 +150,18 @@ def test_every_method_runs(method: str, base: Path, tmp_path: Path) -> None:
         assert ("layers" in read(report)) == METHODS[method].eva
 
 
-def test_data_from_a_file(base: Path, tmp_path: Path) -> None:
+def test_data_from_a_file(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "demos.h5"
     assert collect.main(["env=reach-v3", "episodes=2", f"out={out}", "workers=1", "env.horizon=60"]) == 0
+    assert f"To use them: data={out}" in capsys.readouterr().err
     assert small_run(base, tmp_path / "run", f"data={out}") == 0
     assert read(tmp_path / "run" / "summary.json")["data"]["steps"] == 120
 
 
-def test_killed_and_continued_equals_uninterrupted(
-    base: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_killed_and_continued_equals_uninterrupted(base: Path, finished: Path, tmp_path: Path) -> None:
     """The process dies while it trains; the same command goes on and ends as if nothing had happened."""
     run_dir = tmp_path / "killed"
-    save = checkpoint.save_checkpoint
-
-    def dying(folder: Path, state: Any, *rest: Any) -> None:
-        save(folder, state, *rest)
-        if state.step == 4:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(checkpoint, "save_checkpoint", dying)
-        assert forks.status(partial(small_run, base, run_dir), tmp_path / "log") == -signal.SIGKILL
+    assert forks.killed_at_checkpoint(partial(small_run, base, run_dir), 4, tmp_path / "log")
     assert not (run_dir / "summary.json").exists()
     assert small_run(base, run_dir) == 0
     assert timeless(read_metrics(run_dir)) == timeless(read_metrics(finished))
