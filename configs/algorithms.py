@@ -12,7 +12,7 @@ from typing import ClassVar, Self
 from eva_rl.adapters import METHODS, Method
 from eva_rl.configs.groups import AlgoOptions
 from eva_rl.errors import UserError
-from eva_rl.options import group, option
+from eva_rl.options import Options, group, option
 from eva_rl.training.options import (
     MAX_REPLAY,
     MIN_REPLAY,
@@ -33,21 +33,31 @@ AUTO = "auto"
 """The learning rate that suits what is trained."""
 
 
+class RateByAdapter(Options):
+    """Options whose learning rate may be left to the adapter's method; no dataclass, so that it adds no defaults."""
+
+    SHARE: ClassVar[float] = 1.0
+    learning_rate: float | str
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.learning_rate, str) and self.learning_rate != AUTO:
+            raise UserError(f"{self.PREFIX}learning_rate={self.learning_rate}: expected a number or {AUTO}.")
+
+    def with_default(self, learning_rate: float) -> Self:
+        """With a share of the rate that suits cloning, where none is given."""
+        if self.learning_rate != AUTO:
+            return self
+        return replace(self, learning_rate=self.SHARE * learning_rate)  # type: ignore[type-var]  # they are dataclasses
+
+
 @dataclass
-class BCAlgo(BCOptions, AlgoOptions):
+class BCAlgo(RateByAdapter, BCOptions, AlgoOptions):
     """Behaviour cloning."""
 
     learning_rate: float | str = option(  # type: ignore[assignment]  # a number once the command's config is made
         AUTO, "peak learning rate of AdamW; auto chooses by adapter (pretraining: 0.001)", above=0
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_rate(self.learning_rate, self.PREFIX)
-
-    def with_default(self, learning_rate: float) -> Self:
-        """With a learning rate where none is given."""
-        return replace(self, learning_rate=learning_rate) if self.learning_rate == AUTO else self
 
     @property
     def total_updates(self) -> int:
@@ -58,11 +68,6 @@ class BCAlgo(BCOptions, AlgoOptions):
     def final_step(self) -> int:
         """Where the record ends, in gradient steps."""
         return self.updates
-
-
-def _check_rate(learning_rate: float | str, prefix: str) -> None:
-    if isinstance(learning_rate, str) and learning_rate != AUTO:
-        raise UserError(f"{prefix}learning_rate={learning_rate}: expected a number or {AUTO}.")
 
 
 @dataclass
@@ -113,11 +118,6 @@ class ODTAlgo(ODTOptions, ReplayAlgo):
         0.1, "standard deviation, before the tanh, that a deterministic policy begins with", above=0
     )
 
-    @property
-    def total_updates(self) -> int:
-        """Gradient steps after cloning."""
-        return -(-self.env_steps // self.steps_per_iteration) * self.updates_per_iteration
-
 
 @dataclass
 class ODTTD3Algo(TD3Options, ReplayAlgo):
@@ -125,28 +125,15 @@ class ODTTD3Algo(TD3Options, ReplayAlgo):
 
     num_envs: int = option(5, "parallel environments, from no exploration noise to all of it", above=0)
 
-    @property
-    def total_updates(self) -> int:
-        """Gradient steps after cloning."""
-        return -(-self.env_steps // self.steps_per_iteration) * self.updates_per_iteration
-
 
 @dataclass
-class SelfImitationAlgo(SelfImitationOptions, ReplayAlgo):
+class SelfImitationAlgo(RateByAdapter, SelfImitationOptions, ReplayAlgo):
     """Self-imitation of solved episodes, with retries of those that fail (after arXiv 1806.05635)."""
 
+    SHARE: ClassVar[float] = 0.2
     learning_rate: float | str = option(  # type: ignore[assignment]  # a number once the command's config is made
         AUTO, "peak learning rate of AdamW; auto uses a fifth of what suits cloning with the adapter", above=0
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_rate(self.learning_rate, self.PREFIX)
-
-    @property
-    def total_updates(self) -> int:
-        """Gradient steps after cloning, at most."""
-        return -(-self.env_steps // self.steps_per_iteration) * self.updates_per_iteration
 
 
 @dataclass
@@ -240,10 +227,8 @@ def for_method(algo: AlgoOptions, name: str) -> AlgoOptions:
         name: What ``adapter=`` says.
     """
     learning_rate = METHODS[name].learning_rate
-    if isinstance(algo, BCAlgo):
-        return algo.with_default(learning_rate)
-    if isinstance(algo, SelfImitationAlgo) and algo.learning_rate == AUTO:
-        algo = replace(algo, learning_rate=learning_rate / 5)
+    if isinstance(algo, RateByAdapter):
+        algo = algo.with_default(learning_rate)
     return replace(algo, bc=algo.bc.with_default(learning_rate)) if isinstance(algo, OnlineAlgo) else algo
 
 

@@ -112,9 +112,7 @@ def gather_windows(
         context_length: T.
         scaling: How raw numbers become what the network sees.
     """
-    rows = last_rows[:, None] + np.arange(1 - context_length, 1)  # (B, T)
-    real = rows >= starts[:, None]
-    rows = np.where(real, rows, last_rows[:, None])
+    rows, real = window_rows(last_rows, starts, context_length)
     mask = torch.from_numpy(real)
     keep = mask.unsqueeze(-1)
     targets = None
@@ -131,6 +129,15 @@ def gather_windows(
     )
 
 
+def window_rows(
+    rows: NDArray[np.int64], starts: NDArray[np.int64], context_length: int
+) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """Rows of the windows (B, T) that end in ``rows``, and which of them lie in the episode."""
+    span = rows[:, None] + np.arange(1 - context_length, 1)
+    real = span >= starts[:, None]
+    return np.where(real, span, rows[:, None]), real
+
+
 def _gather(array: NDArray[np.float32], rows: NDArray[np.int64]) -> Tensor:
     return torch.from_numpy(array[rows])
 
@@ -141,15 +148,6 @@ def _cumulative(weights: NDArray[np.float64], num_steps: int) -> NDArray[np.floa
             f"Window weights of shape {weights.shape}: expected ({num_steps},), finite, none negative, not all zero."
         )
     return np.cumsum(weights, dtype=np.float64)
-
-
-def window_rows(
-    rows: NDArray[np.int64], starts: NDArray[np.int64], context_length: int
-) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """Rows of the windows (B, T) that end in ``rows``, and which of them lie in the episode."""
-    span = rows[:, None] + np.arange(1 - context_length, 1)
-    real = span >= starts[:, None]
-    return np.where(real, span, rows[:, None]), real
 
 
 def discounted_returns(rewards: NDArray[np.float32], discount: float) -> list[float]:

@@ -17,7 +17,7 @@ from eva_rl.data.replay import TrajectoryReplay
 from eva_rl.data.trajectories import Episode
 from eva_rl.rollouts.recorder import EpisodeRecorder
 from eva_rl.training.failures import NotFiniteError
-from eva_rl.training.learner import Explore, Learner
+from eva_rl.training.learner import Explore, Learner, collection_generator
 
 VALIDATION_STEPS = "validation/env_steps"
 """The metric in which a validation tells how many env steps it played."""
@@ -164,10 +164,7 @@ class Collector:
             NotFiniteError: An environment gave a number that is not finite.
         """
         n = self._vec_env.num_envs
-        generator = torch.Generator().manual_seed(
-            int(np.random.default_rng((learner.seed, counters.env_steps)).integers(2**62))
-        )
-        explore = learner.explore(generator)
+        explore = learner.explore(collection_generator(learner.seed, counters.env_steps))
         target_return = self._policy.conditioning.of(self._task.env_id)
         for _ in range(max(1, learner.options.steps_per_iteration // n)):
             actions, extras = self._act(explore)

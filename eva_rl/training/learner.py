@@ -163,6 +163,11 @@ def step_generators(seed: int, update: int) -> tuple[np.random.Generator, torch.
     return rng, torch.Generator().manual_seed(int(rng.integers(2**62)))
 
 
+def collection_generator(seed: int, env_steps: int) -> torch.Generator:
+    """Random generator of what is collected after some env steps, seeded by their number alone."""
+    return torch.Generator().manual_seed(int(np.random.default_rng((seed, env_steps)).integers(2**62)))
+
+
 def noise_levels(num_envs: int) -> Tensor:
     """How much of its noise each environment explores with, (n, 1): from none to all.
 

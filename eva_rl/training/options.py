@@ -84,6 +84,11 @@ class ReplayOptions(OptimizerOptions, OnlineOptions):
         0, "EVA: compare directions with the current activations every N env steps; 0 disables", low=0, high=MANY
     )
 
+    @property
+    def total_updates(self) -> int:
+        """Gradient steps, at most."""
+        return -(-self.env_steps // self.steps_per_iteration) * self.updates_per_iteration
+
 
 @dataclass
 class SelfImitationOptions(ReplayOptions):

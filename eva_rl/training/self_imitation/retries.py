@@ -18,7 +18,7 @@ from eva_rl.data.trajectories import Episode
 from eva_rl.envs.vector import TaskVecEnv
 from eva_rl.errors import UserError
 from eva_rl.training.collector import OnlineCounters, TaskEnvs, check_finite
-from eva_rl.training.learner import Learner
+from eva_rl.training.learner import Learner, collection_generator
 from eva_rl.training.options import SelfImitationOptions
 
 
@@ -56,8 +56,7 @@ class RetryingCollector:
             NotFiniteError: An environment gave a number that is not finite.
         """
         options, n = self._options, self._vec_env.num_envs
-        rng = np.random.default_rng((learner.seed, counters.env_steps))
-        generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+        generator = collection_generator(learner.seed, counters.env_steps)
         until = min(counters.env_steps + options.steps_per_iteration, options.env_steps)
         while counters.env_steps < until:
             failed: Sequence[int] = range(counters.next_seed, counters.next_seed + n)
