@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 
 import networkx
@@ -160,3 +161,11 @@ def test_no_broad_except() -> None:
                 node.type is None or "Exception" in {n.id for n in ast.walk(node.type) if isinstance(n, ast.Name)}
             ):
                 assert "#" in lines[node.lineno - 1], f"{module}:{node.lineno}: a broad except needs its reason"
+
+
+def test_no_package_offers_a_name_of_its_modules() -> None:
+    """An imported module takes the place of such a name: what ``eva.compute`` was depended on what came before it."""
+    for package, path in modules().items():
+        if path.name == "__init__.py":
+            inside = {module.rpartition(".")[2] for module in modules() if module.rpartition(".")[0] == package}
+            assert not inside & set(getattr(import_module(package), "__all__", [])), package

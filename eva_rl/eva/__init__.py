@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from eva_rl.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from eva_rl.eva.compute import compute, listen
+    from eva_rl.eva.computation import compute, listen
     from eva_rl.eva.gram import SecondMoment, effective_rank, gain
     from eva_rl.eva.options import EvaOptions, StorageOptions
     from eva_rl.eva.result import EvaResult, LayerResult
@@ -43,11 +43,11 @@ _own = lazy_names(
         "LayerResult": "eva_rl.eva.result",
         "SecondMoment": "eva_rl.eva.gram",
         "StorageOptions": "eva_rl.eva.options",
-        "compute": "eva_rl.eva.compute",
+        "compute": "eva_rl.eva.computation",
         "effective_rank": "eva_rl.eva.gram",
         "find_layers": "eva_rl.eva.targets",
         "gain": "eva_rl.eva.gram",
-        "listen": "eva_rl.eva.compute",
+        "listen": "eva_rl.eva.computation",
     },
 )
 
