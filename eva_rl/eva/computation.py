@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from eva_rl.distributed import TorchGroup
 from eva_rl.errors import UserError
-from eva_rl.eva.masks import Mask, MaskOf, is_mapping, takes_layer
+from eva_rl.eva.masks import MaskOf, is_mapping, takes_layer
 from eva_rl.eva.options import MAX_BATCHES, Criterion, EvaOptions, Method, StorageOptions, Variant
 from eva_rl.eva.redistribution import Score
 from eva_rl.eva.result import EvaResult, Stopped
@@ -69,7 +69,8 @@ def compute(  # noqa: PLR0913 - the one call that most users make; the names are
         forward: Called as forward(model, batch); by default model(**batch), model(*batch) or model(batch).
         mask: Called as mask(batch), gives (B, T), masks by layer or module name, or None; or, with two parameters, as
             mask(batch, layer) while that layer is being called, and gives a mask of the layer's own leading shape or
-            (B, T). By default the batch's `attention_mask`, and `decoder_attention_mask` of an encoder-decoder.
+            (B, T). By default the batch's `attention_mask`, and `decoder_attention_mask` of an encoder-decoder; where
+            the batch has none, those that the model is called with.
         method: How second moments are kept.
         score: What components of different layers are compared by.
         variant: An ablation of the paper.
@@ -146,7 +147,7 @@ class _Feed:
             if batch is _END:
                 return False
             self.statistics.batches_taken += 1
-            with self.statistics.masked(self._mask(batch)):
+            with self._masked(batch):
                 self.forward(self.statistics.model, batch)
             self.statistics.finish_forward()
             self.statistics.check_finite()
@@ -156,14 +157,11 @@ class _Feed:
             self.error = error
         return True
 
-    def _mask(self, batch: Any) -> Mask:
+    def _masked(self, batch: Any) -> AbstractContextManager[None]:
         given = self.mask
         if given is None:
-            return self.statistics.default_mask(batch)
-        if takes_layer(given):
-            return functools.partial(given, batch)
-        mask: Mask = given(batch)
-        return mask
+            return self.statistics.masked_as(batch)
+        return self.statistics.masked(functools.partial(given, batch) if takes_layer(given) else given(batch))
 
 
 def _run(feed: _Feed, max_batches: int, options: EvaOptions) -> Stopped:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -32,6 +33,8 @@ from eva_rl.eva.targets import Layer, without_wrappers
 
 AccumulatorFactory = Callable[[int, torch.device], Accumulator]
 Version = tuple[float, ...]
+_GIVEN_STATES = ("encoder_hidden_states", "encoder_outputs", "memory")
+"""Arguments that bring a decoder the outputs of an encoder that is not called."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +129,7 @@ class Listener:
         self._discovery = _Discovery()
         self._called: set[str] = set()
         self._inside = False
+        self._asks_calls = False
         self._undo = ExitStack()
 
     @property
@@ -151,13 +155,23 @@ class Listener:
         finally:
             self._given, self._mask = before
 
+    @contextmanager
+    def masked_as(self, batch: Any) -> Iterator[None]:
+        """Count the rows that a batch's own mask says, or where it has none, the mask that the model is called with."""
+        with self.masked(self.default_mask(batch)):
+            self._asks_calls = self._mask is None
+            try:
+                yield
+            finally:
+                self._asks_calls = False
+
     def default_mask(self, batch: Any) -> Mask:
         """The mask that a batch brings: `attention_mask`, and a decoder's where there is one."""
         return masks_of_halves(batch) if is_encoder_decoder(self.model) else default_mask(batch)
 
     def __enter__(self) -> Listener:
         halves = encoder_and_decoder(self.model)
-        handles = [self.model.register_forward_pre_hook(self._begin)]
+        handles = [self.model.register_forward_pre_hook(self._begin, with_kwargs=True)]
         handles += self._stack.attach(self.model, lambda: self._mask is None or _in_backward())
         projection = getattr(without_wrappers(self.model), "enc_to_dec_proj", None)
         for module in () if halves is None else (halves[0], projection):
@@ -215,25 +229,25 @@ class Listener:
         encoder, decoder = (None if steps is None else self._steps(steps) for steps in mask)
         if all(steps is None or steps.complete for steps in (encoder, decoder)):
             return None
-        halves = encoder_and_decoder(self.model)
-        if halves is None:
-            raise UserError(
-                "The batch has a mask for a decoder, but the model has no modules named encoder and decoder. Give "
-                "masks by layer: mask=lambda batch: {'name of a module': mask, ...}."
-            )
+        halves = encoder_and_decoder(self.model) or (nn.Module(), self.model)  # a decoder alone is given its states
         inside = {id(module) for module in halves[0].modules()}, {id(module) for module in halves[1].modules()}
         return EncoderDecoderMask(encoder, decoder, inside, lambda: self._states)
 
     def _steps(self, mask: Tensor) -> StepMask:
         return StepMask(mask, self._layouts, self._stack, batch_first(self.model))
 
-    def _begin(self, *_: object) -> None:
+    def _begin(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if _in_backward():
             return
         if self._called:
             self.finish_forward()
         self.model_calls += 1
         self._inside = True
+        if self._asks_calls or isinstance(self._mask, EncoderDecoderMask):
+            given = _arguments(self.model, args, kwargs)
+            self._states += _given_states(given)
+            if self._asks_calls:
+                self._mask = self._row_mask(self.default_mask(given))
 
     def _end(self, *_: object) -> None:
         if not _in_backward():
@@ -274,6 +288,8 @@ class Listener:
             )
 
     def _discover(self, layer: Layer, given: _Input) -> None:
+        if not given.tensor.is_inference():  # changes through .data or numpy are not counted: looked at once
+            given = replace(given, version=(*given.version, *_content(given.tensor)))
         found = self._discovery
         calls = found.calls.setdefault(layer.name, [])
         for index, (other, _) in enumerate(found.inputs):
@@ -284,6 +300,20 @@ class Listener:
         calls.append(len(found.inputs))
         found.inputs.append((given, accumulator))
         _feed(accumulator, given, 0)
+
+
+def _arguments(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call of a model by their names; those without one are left out."""
+    try:
+        bound = inspect.signature(without_wrappers(model).forward).bind_partial(*args, **kwargs).arguments
+    except (TypeError, ValueError):  # a forward without a signature, or a call that fails by itself
+        bound = {}
+    return {**bound, **kwargs}
+
+
+def _given_states(fields: Mapping[str, Any]) -> list[Tensor]:
+    """The encoder's outputs among the arguments of a call."""
+    return [tensor for name in _GIVEN_STATES for tensor in tensors(fields.get(name))]
 
 
 def _feed(accumulator: Accumulator, given: _Input, turn: int) -> None:
@@ -320,13 +350,20 @@ def _same_rows(keep: Tensor | None, other: Tensor | None) -> bool:
 
 
 def _address(x: Tensor) -> int:
+    if torch._C._functorch.is_functorch_wrapped_tensor(x):
+        raise UserError(
+            "The model runs inside a transform of torch.func (vmap, grad, jvp, ...), where a layer's inputs cannot be "
+            "read. Listen to plain calls of the model, or use torch.autograd."
+        )
     return int((x.values() if x.is_nested else x).data_ptr())
 
 
 def _version(x: Tensor) -> Version:
     """Tells a tensor from itself after a change in place; by its content where changes are not counted."""
-    if not x.is_inference():
-        return (float(x._version),)
+    return _content(x) if x.is_inference() else (float(x._version),)
+
+
+def _content(x: Tensor) -> Version:
     flat = (x.values() if x.is_nested else x).reshape(-1).double()
     ramp = torch.linspace(1, 2, len(flat), device=flat.device, dtype=flat.dtype)
     return float(flat.nan_to_num().sum()), float(flat.nan_to_num() @ ramp)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import fields, is_dataclass
 from typing import Any, Protocol, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -293,21 +295,41 @@ def batch_first(model: nn.Module) -> bool | None:
     return said.pop() if len(said) == 1 else None
 
 
+_PADDING = {
+    "attention_mask": "src_key_padding_mask",
+    "decoder_attention_mask": "tgt_key_padding_mask",
+    "encoder_attention_mask": "memory_key_padding_mask",
+}
+"""Masks of torch's own Transformers that say the same of the steps that do not count, true or -inf there."""
+
+
 def default_mask(batch: Any) -> Tensor | Halves | None:
     """The (B, T) `attention_mask` of a batch, or with a decoder's inputs the encoder's mask and the decoder's.
 
-    The decoder's is `decoder_attention_mask`, else the labels that count (not -100).
+    The decoder's is `decoder_attention_mask`, else the labels that count (not -100). torch's own key padding masks are
+    read as well. Where the encoder's outputs are given, `attention_mask` is the decoder's.
+
+    Args:
+        batch: Named fields: a batch, or the arguments of a call by name.
+
+    Raises:
+        UserError: A mask of another shape.
     """
-    encoder = _steps(batch, "attention_mask")
     names = _names(batch)
+    if "encoder_hidden_states" in names or "memory" in names:
+        own = _steps(batch, "attention_mask")
+        return _steps(batch, "encoder_attention_mask"), _steps(batch, "decoder_attention_mask") if own is None else own
+    encoder = _steps(batch, "attention_mask")
     if any(name.startswith("decoder_") or name == "tgt" for name in names):
         return encoder, _decoder_steps(batch)
     return encoder
 
 
 def _decoder_steps(batch: Any) -> Tensor | None:
-    mask, labels = _steps(batch, "decoder_attention_mask"), _steps(batch, "labels")
-    return mask if mask is not None or labels is None else labels != -100
+    mask, labels = _steps(batch, "decoder_attention_mask"), _field(batch, "labels")
+    if mask is not None or labels is None or labels.ndim != 2:
+        return mask
+    return labels != -100
 
 
 def masks_of_halves(batch: Any) -> Halves:
@@ -316,12 +338,39 @@ def masks_of_halves(batch: Any) -> Halves:
 
 
 def _steps(batch: Any, name: str) -> Tensor | None:
+    """(B, T), true where a step counts; None where nothing is said."""
+    mask = _field(batch, name)
+    if mask is None:
+        padding = _field(batch, _PADDING[name])
+        mask = None if padding is None else padding == 0
+    elif mask.is_floating_point() and bool((mask < 0).any()):
+        mask = mask == 0  # added to attention's scores
+    if mask is None or mask.ndim == 2:
+        return mask
+    if mask.ndim > 2 and mask.shape[1:-1].numel() == 1:
+        return mask.reshape(len(mask), -1)  # (B, 1, 1, T), the same for every query
+    if bool((mask != 0).all()):
+        return None
+    raise UserError(
+        f"{name} has the shape {tuple(mask.shape)}, from which the steps that count cannot be told; expected (batch, "
+        "time). Pass mask=lambda batch: m with a mask of that shape, or mask=lambda batch: None to count every row."
+    )
+
+
+def _field(batch: Any, name: str) -> Tensor | None:
     value = batch[name] if name in _names(batch) and is_mapping(batch) else getattr(batch, name, None)
-    return value if isinstance(value, Tensor) and value.ndim == 2 else None
+    if isinstance(value, np.ndarray):
+        value = torch.from_numpy(value)
+    return value if isinstance(value, Tensor) else None
 
 
 def _names(batch: Any) -> list[str]:
-    names = batch.keys() if is_mapping(batch) else vars(batch) if hasattr(batch, "__dict__") else ()
+    if is_mapping(batch):
+        names = batch.keys()
+    elif is_dataclass(batch):
+        names = [field.name for field in fields(batch)]
+    else:
+        names = getattr(batch, "_fields", None) or getattr(batch, "__dict__", ())
     return [name for name in names if isinstance(name, str)]
 
 

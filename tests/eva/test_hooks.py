@@ -199,6 +199,27 @@ def test_a_tensor_that_changed_in_place_is_another_input(mode: Callable[[], Abst
     assert_matches(result.layers["b"], exact(torch.cat(rows), False))
 
 
+@pytest.mark.parametrize("change", [lambda h: h.data.add_(1), lambda h: h.numpy().__iadd__(1)])
+def test_changes_that_torch_does_not_count_are_seen(change: Callable[[Tensor], object]) -> None:
+    class Hidden(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.a(x)
+            change(x)
+            return self.b(x) + y
+
+    assert groups(eva.compute(Hidden(), [torch.randn(9, 6) for _ in range(2)], rank=2)) == [{"a"}, {"b"}]
+
+
+def test_transforms_of_torch_func_are_refused() -> None:
+    layer = nn.Linear(6, 6)
+    with eva.listen(layer), pytest.raises(UserError, match=r"torch\.func \(vmap, grad"):
+        torch.func.vmap(layer)(torch.randn(7, 6))
+
+
 def test_inputs_stay_shared_in_inference_mode_until_one_changes() -> None:
     class Late(nn.Module):
         def __init__(self) -> None:

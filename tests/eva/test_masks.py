@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 from collections import UserDict
+from dataclasses import dataclass
 from types import MappingProxyType, SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import BartConfig, BartModel, GPT2Config, GPT2Model, T5Config, T5ForConditionalGeneration
+from transformers import (
+    BartConfig,
+    BartModel,
+    BertConfig,
+    BertModel,
+    GPT2Config,
+    GPT2Model,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from eva_rl import eva
 from eva_rl.errors import UserError
@@ -260,3 +270,89 @@ def test_a_batch_of_any_kind_brings_its_mask(kind: Any) -> None:
     forward = run if isinstance(kind(batch), SimpleNamespace) else None
     result = eva.compute(Masked(), [kind(batch)], forward=forward, **ALL)
     assert result.layers["inner"].rows == int(batch["attention_mask"].sum()) < 40
+
+
+def bert(**options: Any) -> nn.Module:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    return BertModel(BertConfig(vocab_size=40, max_position_embeddings=16, **sizes, **options)).eval()
+
+
+def counted(model: nn.Module, batch: Any, targets: list[str], **options: Any) -> list[int]:
+    result = eva.compute(model, [batch], targets=targets, **options, **ALL)
+    return [layer.rows for layer in result.layers.values()]
+
+
+class Named(NamedTuple):
+    input_ids: Tensor
+    attention_mask: Tensor
+
+
+@dataclass(slots=True)
+class Slotted:
+    src: Tensor
+    decoder_input_ids: Tensor
+    attention_mask: Tensor
+    decoder_attention_mask: Tensor
+
+
+def test_a_mask_that_the_model_is_called_with_counts_where_the_batch_has_none_by_name() -> None:
+    model, ids, mask = bert(), torch.randint(1, 40, (6, 6)), ragged(6, 6)
+    first = lambda model, batch: model(**batch[0])  # noqa: E731
+    for batch, forward in [((ids, mask), None), (({"input_ids": ids, "attention_mask": mask}, 0), first)]:
+        assert counted(model, batch, ["query"], forward=forward) == [int(mask.sum())]
+    assert counted(model, Named(ids, mask), ["query"]) == [int(mask.sum())]
+    assert counted(nn.DataParallel(model), (ids, mask), ["query"]) == [int(mask.sum())]
+    assert counted(model, (ids, mask), ["query"], mask=lambda batch: None) == [36]
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda mask: mask[:, None, None].bool(),
+        lambda mask: (1 - mask[:, None, None].float()) * -1e9,
+        lambda mask: mask.float(),
+    ],
+)
+def test_masks_for_attentions_scores_are_understood(form: Any) -> None:
+    ids, mask = torch.randint(1, 40, (6, 6)), ragged(6, 6)
+    assert counted(bert(), {"input_ids": ids, "attention_mask": form(mask)}, ["query"]) == [int(mask.sum())]
+
+
+def test_a_mask_for_pairs_of_steps_is_refused_unless_it_hides_nothing() -> None:
+    ids, mask = torch.randint(1, 40, (6, 6)), ragged(6, 6)
+    pairs = (mask[:, None] * mask[:, :, None])[:, None].bool()
+    with pytest.raises(UserError, match=r"attention_mask has the shape \(6, 1, 6, 6\).*mask=lambda batch: None"):
+        counted(bert(), {"input_ids": ids, "attention_mask": pairs}, ["query"])
+    assert counted(bert(), {"input_ids": ids, "attention_mask": torch.ones_like(pairs)}, ["query"]) == [36]
+
+
+@pytest.mark.parametrize("kind", ["bool", "float"])
+def test_torchs_own_padding_masks_are_read(kind: str) -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 12, batch_first=True)
+    model, mask = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False).eval(), ragged(6, 6)
+    padding = mask == 0 if kind == "bool" else torch.zeros(6, 6).masked_fill(mask == 0, -torch.inf)
+    assert counted(model, {"src": torch.randn(6, 6, 8), "src_key_padding_mask": padding}, ["linear1"]) == [mask.sum()]
+    decoder = nn.TransformerDecoder(nn.TransformerDecoderLayer(8, 2, 12, batch_first=True), 1).eval()
+    batch = {"tgt": torch.randn(6, 6, 8), "memory": torch.randn(6, 4, 8), "tgt_key_padding_mask": padding}
+    assert counted(decoder, batch, ["linear1"]) == [mask.sum()]
+
+
+def test_a_decoder_alone_masks_the_states_that_it_is_given() -> None:
+    model, own, theirs = bert(is_decoder=True, add_cross_attention=True), ragged(6, 6), ragged(6, 6, longest=4)
+    batch = {"input_ids": torch.randint(1, 40, (6, 6)), "attention_mask": own}
+    batch |= {"encoder_hidden_states": torch.randn(6, 6, 16), "encoder_attention_mask": theirs}
+    rows = counted(model, batch, ["crossattention.self.query", "crossattention.self.key", "intermediate.dense"])
+    assert rows == [own.sum(), theirs.sum(), own.sum()]
+
+
+def test_fields_without_a_dictionary_are_names() -> None:
+    """A dataclass with slots: its decoder's rows were counted by the encoder's mask."""
+    model, named = bart(), pairs()
+    batch = Slotted(named["input_ids"], named["decoder_input_ids"], *(named[name] for name in list(named)[1::2]))
+    run = lambda model, b: model(  # noqa: E731
+        input_ids=b.src, attention_mask=b.attention_mask, decoder_input_ids=b.decoder_input_ids
+    )
+    model.config.is_encoder_decoder = False
+    rows = counted(model, batch, BART_LAYERS, forward=run)
+    assert rows == [batch.attention_mask.sum(), batch.decoder_attention_mask.sum()]
