@@ -68,6 +68,11 @@ class OnnxPolicy:
         rows = zip(self._envs, observations, rewards, episode_starts, strict=True)
         return np.stack([env.act(observation, reward, start) for env, observation, reward, start in rows])
 
+    def executed(self, actions: NDArray[np.float32]) -> None:
+        """Remember the actions (n, act) that were executed, where they are not those that :meth:`act` returned."""
+        for env, action in zip(self._envs, actions, strict=True):
+            env.executed(action)
+
 
 class _Episode:
     """One environment's history and memory."""
@@ -90,6 +95,9 @@ class _Episode:
         actions, *self._memory = self._session.run(None, dict(zip(INPUTS, inputs, strict=True)))
         self._action = actions[0]
         return self._action
+
+    def executed(self, action: NDArray[np.float32]) -> None:
+        self._action = action
 
     def _new_steps(self) -> int:
         """How many steps to show: one beside the memory, or a window where a context begins."""
