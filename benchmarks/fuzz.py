@@ -40,7 +40,7 @@ from eva_rl.errors import UserError
 
 FORMATS = fuzz_formats.FORMATS | fuzz_policies.FORMATS | fuzz_runs.FORMATS
 
-SECONDS, MEMORY = 30, 12 << 30
+MEMORY = 12 << 30
 OUTCOMES = ("equal", "refused", "different", "traceback", "hang", "crash")
 SHOWN = 3
 
@@ -214,8 +214,8 @@ def work(name: str, sound: Path, seed: int, connection: Connection) -> None:
 class Worker:
     """A process that loads mutated folders, started anew when it dies or hangs."""
 
-    def __init__(self, name: str, sound: Path, seed: int) -> None:
-        self._arguments = (name, sound, seed)
+    def __init__(self, name: str, sound: Path, seed: int, limit: float) -> None:
+        self._arguments, self._limit = (name, sound, seed), limit
         self._start()
 
     def _start(self) -> None:
@@ -228,11 +228,11 @@ class Worker:
         """What comes of a mutation."""
         self._connection.send(number)
         try:
-            if self._connection.poll(SECONDS):
+            if self._connection.poll(self._limit):
                 found: tuple[str, str] = self._connection.recv()
                 return found
             self.close()
-            result = ("hang", f"more than {SECONDS} s")
+            result = ("hang", f"more than {self._limit:.0f} s")
         except (EOFError, ConnectionResetError):
             self._process.join()
             result = ("crash", f"the process ended with status {self._process.exitcode}")
@@ -245,12 +245,12 @@ class Worker:
         self._process.join()
 
 
-def fuzz(name: str, numbers: range, seed: int) -> Counter[str]:
+def fuzz(name: str, numbers: range, seed: int, limit: float) -> Counter[str]:
     """Mutate one format, print what should not be, and count."""
     counts: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as folder:
         FORMATS[name].make(Path(folder))
-        worker = Worker(name, Path(folder), seed)
+        worker = Worker(name, Path(folder), seed, limit)
         for number in numbers:
             result, text = worker.outcome(number)
             counts[result] += 1
@@ -267,6 +267,9 @@ def main() -> int:
     parser.add_argument("--mutations", type=int, default=200, help="of each format")
     parser.add_argument("--formats", nargs="*", default=list(FORMATS), choices=list(FORMATS))
     parser.add_argument("--seed", type=int, default=None)
+    parser.add_argument(
+        "--limit", type=float, default=30, help="seconds after which a load hangs; more on a busy machine"
+    )
     parser.add_argument("--only", type=int, default=None, help="number of one mutation")
     options = parser.parse_args()
     seed = secrets.randbelow(10**9) if options.seed is None else options.seed
@@ -279,7 +282,7 @@ def main() -> int:
         if form.needs and importlib.util.find_spec(form.needs) is None:
             print(f"{name:16s} left out: {form.needs} is not installed")
             continue
-        counts = fuzz(name, numbers, seed)
+        counts = fuzz(name, numbers, seed, options.limit)
         print(f"{name:16s}" + "".join(f"{counts[outcome]:>11d}" for outcome in OUTCOMES), flush=True)
         faults += counts["traceback"] + counts["hang"] + (counts["different"] if form.ours else 0)
     return int(faults > 0)
