@@ -36,6 +36,8 @@ class CheckedEnv(gym.Wrapper[NDArray[np.float32], NDArray[np.float32], Any, Any]
         self._env_id, self._step, self._seed = env_id, 0, -1
         self._native, self._num_actions = env.action_space, int(np.prod(env.action_space.shape))
         self._shape = env.observation_space.shape
+        bounds = (self._native.low, self._native.high)
+        self._rounded = [bound for bound in bounds if (bound != bound.astype(np.float32)).any()]
         low, high = (np.asarray(bound, np.float32).reshape(-1) for bound in (self._native.low, self._native.high))
         self.action_space = spaces.Box(low, high, (self._num_actions,), np.float32)
         with np.errstate(over="ignore"):  # a bound beyond float32 is infinite
@@ -89,7 +91,13 @@ class CheckedEnv(gym.Wrapper[NDArray[np.float32], NDArray[np.float32], Any, Any]
             raise self._error(f"the action has {action.size} numbers, its action space {self._native} has other ones")
         if not np.isfinite(action).all():
             raise self._error(f"the policy's action is not finite: {action}")
-        return action.reshape(self._native.shape).astype(self._native.dtype, copy=False)
+        return self._unrounded(action.reshape(self._native.shape).astype(self._native.dtype, copy=False))
+
+    def _unrounded(self, action: NDArray[Any]) -> NDArray[Any]:
+        """A bound that float32 rounded is the space's own again: 0.4 becomes 0.40000001, which lies outside."""
+        for bound in self._rounded:
+            action = np.where(action == bound.astype(np.float32), bound, action)
+        return action
 
     @contextmanager
     def _failures(self, call: str) -> Iterator[None]:

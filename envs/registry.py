@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache, partial
 from typing import Any
 
@@ -40,11 +40,15 @@ DEFAULT_HORIZON = 1000
 
 
 def task_ids(names: str) -> list[str]:
-    """Canonical names of a task set, or of names joined by ``+``."""
-    name, _, options = names.partition("?")
+    """Canonical names of a task set, or of names and sets joined by ``+``."""
+    return [task for part in names.split("+") for task in _tasks_of(part.strip())]
+
+
+def _tasks_of(part: str) -> list[str]:
+    name, _, options = part.partition("?")
     known = _task_set(name.lower().replace("_", "-").removeprefix(METAWORLD_PREFIX))
     if known is None:
-        return [canonical_id(part) for part in names.split("+")]
+        return [canonical_id(part)]
     return [canonical_id(f"{task}?{options}" if options else task) for task in known]
 
 
@@ -73,7 +77,7 @@ def canonical_id(name: str) -> str:
         UnknownNameError: No such task; the message lists close matches.
         UserError: The module cannot be imported, or an option makes no sense for the task.
     """
-    base, options = split_options(name)
+    base, options = split_options(name.strip())
     resolved = _resolve(base)
     goal = options.pop(GOAL, None) if resolved.startswith(METAWORLD_PREFIX) else None
     return with_options(resolved, options, None if goal is None else goal_of(goal))
@@ -164,20 +168,22 @@ def _unchecked(env_id: str, horizon: int | None, render_mode: str | None) -> gym
         from eva_rl.envs import metaworld
 
         steps = horizon or metaworld.HORIZON
-        return _constructed(env_id, metaworld.MetaWorldTask, base, steps, render_mode, **options)
+        return _constructed(env_id, partial(metaworld.MetaWorldTask, base, steps, render_mode), options)
     if render_mode is not None:
         options["render_mode"] = render_mode
+    if "max_episode_steps" in options:
+        raise UserError(f"{env_id}: max_episode_steps is no argument of the environment. Set env.horizon=STEPS.")
     steps = _horizon(base, horizon)
-    made = _constructed(env_id, gym.make, base, max_episode_steps=steps, disable_env_checker=True, **options)
-    return _flat(made, env_id)
+    make = partial(gym.make, base, max_episode_steps=steps, disable_env_checker=True)
+    return _flat(_constructed(env_id, make, options), env_id)
 
 
-def _constructed(env_id: str, make: Callable[..., gym.Env[Any, Any]], *args: Any, **options: Any) -> gym.Env[Any, Any]:
+def _constructed(env_id: str, make: Callable[..., gym.Env[Any, Any]], options: Mapping[str, Any]) -> gym.Env[Any, Any]:
     """What a constructor makes; one message for whatever it raises."""
     failed = partial(EnvironmentFailedError, env_id, "while it was made")
     try:
         with Deadline(failed, "its constructor"):
-            return make(*args, **options)
+            return make(**options)
     except UserError:
         raise
     except (Exception, SystemExit) as error:  # foreign constructors may raise anything

@@ -148,8 +148,9 @@ class InputScaling:
         return (raw - self.observation_mean) / self.observation_std
 
     def actions(self, raw: Tensor) -> Tensor:
-        """Bring actions (..., act) from the environment's bounds to [-1, 1]."""
-        return (raw - self.action_center) / self.action_half_range
+        """Bring actions (..., act) from the environment's bounds to [-1, 1]; to 0 where these leave no choice."""
+        half = self.action_half_range
+        return (raw - self.action_center) / half.where(half > 0, 1.0)
 
     def raw_actions(self, scaled: Tensor) -> Tensor:
         """Bring actions (..., act) from [-1, 1] to the environment's bounds."""

@@ -226,7 +226,9 @@ def _difference(adapted: EvaluationResult, plain: EvaluationResult) -> dict[str,
 
 
 def _mean_success(results: Sequence[EvaluationResult]) -> float | None:
-    return sum(r.success_rate for r in results) / len(results) if results[0].reports_success else None
+    """Over the tasks that report success; None where none does."""
+    rates = [r.success_rate for r in results if r.reports_success]
+    return sum(rates) / len(rates) if rates else None
 
 
 def show(results: Sequence[EvaluationResult], without: Sequence[EvaluationResult] = ()) -> None:
@@ -246,8 +248,9 @@ def _table(results: Sequence[EvaluationResult]) -> Table:
             success = f"{result.success_rate:.2f}"
             interval = "[{:.2f}, {:.2f}]".format(*result.success_interval())
         table.add_row(result.env_id, str(len(result.episodes)), success, interval, described_return(result))
-    if len(results) > 1 and results[0].reports_success:
-        table.add_row("mean", "", f"{_mean_success(results):.3f}", "", "")
+    mean = _mean_success(results)
+    if len(results) > 1 and mean is not None:
+        table.add_row("mean", "", f"{mean:.3f}", "", "")
     return table
 
 
@@ -262,8 +265,9 @@ def comparison(results: Sequence[EvaluationResult], without: Sequence[Evaluation
         if not (on.stopped_at_success or off.stopped_at_success):
             returns = _with_difference(on.mean_reward, off.mean_reward, ".1f")
         table.add_row(on.env_id, *success, *returns)
-    if len(results) > 1 and results[0].reports_success:
-        table.add_row("mean", *_with_difference(_mean_success(results), _mean_success(without), ".3f"), "", "", "")
+    means = _mean_success(results), _mean_success(without)
+    if len(results) > 1 and None not in means:
+        table.add_row("mean", *_with_difference(*means, ".3f"), "", "", "")
     return table
 
 

@@ -147,10 +147,12 @@ def _step_tokens(
     """(B, M, D) for each token of a chunk that begins after the read-out token of the step before."""
     mean, std = g.constant(scaling.observation_mean, "mean"), g.constant(scaling.observation_std, "std")
     center = g.constant(scaling.action_center, "action_center")
-    half, scale = g.constant(scaling.action_half_range, "action_half_range"), g.constant(scaling.return_scale, "scale")
+    half, scale = scaling.action_half_range, g.constant(scaling.return_scale, "scale")
+    g.constant(half, "action_half_range")
+    divisor = g.constant(half.where(half > 0, 1.0), "action_divisor")
     inputs = {
         STATE: ("embed_state", g.op("Div", g.op("Sub", "observations", mean), std)),
-        ACTION: ("embed_action", g.op("Div", g.op("Sub", "previous_actions", center), half)),
+        ACTION: ("embed_action", g.op("Div", g.op("Sub", "previous_actions", center), divisor)),
         RETURN: ("embed_return", g.op("Div", "returns_to_go", scale)),
         REWARD: ("embed_reward", g.op("Div", "previous_rewards", scale)),
     }

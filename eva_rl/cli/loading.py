@@ -147,7 +147,7 @@ def check_alike(specs: Sequence[EnvSpec]) -> None:
     """
     first = specs[0]
     for spec in specs:
-        if not np.isfinite([*spec.action_low, *spec.action_high]).all():
+        if not (np.subtract(spec.action_high, spec.action_low) < np.finfo(np.float32).max).all():
             raise UserError(
                 f"{spec.env_id} has actions without bounds ({spec.action_low} to {spec.action_high}); a Decision "
                 "Transformer's lie between bounds. Register the environment with RescaleAction or ClipAction."

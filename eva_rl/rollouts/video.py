@@ -18,6 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from eva_rl.agents.policy import Policy
 from eva_rl.envs import canonical_id, make_env
+from eva_rl.envs.checked import success_of
 from eva_rl.envs.names import METAWORLD_PREFIX
 from eva_rl.errors import UserError
 from eva_rl.files import write_file
@@ -82,7 +83,7 @@ def record_clip(policy: Policy, env: str, *, seed: int = 0, horizon: int | None 
         every: Env steps between two frames.
 
     Raises:
-        UserError: There is no renderer on this machine.
+        UserError: There is no renderer on this machine, or the environment gives no frames.
     """
     choose_renderer()
     environment = make_env(env, horizon=horizon, render_mode="rgb_array")
@@ -92,7 +93,10 @@ def record_clip(policy: Policy, env: str, *, seed: int = 0, horizon: int | None 
         raise
     except Exception as error:  # of the renderer, whose errors differ by backend
         if can_render():
-            raise
+            raise UserError(
+                f"{env} gives no frames: render() of mode rgb_array raised {type(error).__name__}: {error}. Leave out "
+                "video=true."
+            ) from error
         raise UserError(
             f"Video frames cannot be rendered here ({type(error).__name__}: {error}). Install Debian's libosmesa6 "
             "(apt-get install libosmesa6) or use a machine with a GPU, or leave out video=true."
@@ -172,7 +176,7 @@ def _play(policy: Policy, env: Any, env_id: str, seed: int, every: int) -> Clip:
     while not done:
         action = policy.act(observation[None], np.array([reward], np.float32), np.array([start]))[0]
         observation, reward, terminated, truncated, info = env.step(action)
-        if first_success is None and info.get("is_success", info.get("success", False)):
+        if first_success is None and success_of(info):
             first_success = step
         total, start, done, step = total + float(reward), False, terminated or truncated, step + 1
         if step % every == 0 or done:

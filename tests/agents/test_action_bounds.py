@@ -6,9 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from eva_rl import evaluate
 from eva_rl.agents.policy_folder import save_policy
+from eva_rl.batch import InputScaling
+from eva_rl.cli.loading import check_alike
+from eva_rl.envs import EnvSpec
 from eva_rl.errors import UserError
 from eva_rl.finetune import command as finetune
 from eva_rl.rollouts.evaluation import evaluate_policy
@@ -53,3 +57,17 @@ def test_python_and_commands_refuse_and_stretch(tmp_path: Path, capsys: pytest.C
     policy.with_action_bounds(-2, 2)
     evaluate_policy(policy, "Pendulum-v1", episodes=1, horizon=20, on_actions=actions.append)
     assert np.abs(np.concatenate(actions)).max() <= 2
+
+
+def test_a_dimension_without_room_is_scaled_to_nothing() -> None:
+    """0 / 0 ended training with a loss that is not a number."""
+    scaling = InputScaling.create([0], [1], 1, [-1, 0.5], [1, 0.5])
+    scaled = scaling.actions(torch.tensor([[0.25, 0.5]]))
+    assert scaled.tolist() == [[0.25, 0]]
+    assert scaling.raw_actions(scaled).tolist() == [[0.25, 0.5]]
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.0, np.inf), (-np.inf, np.inf), (-3e38, 3e38)])
+def test_actions_without_bounds_are_refused_before_training(low: float, high: float) -> None:
+    with pytest.raises(UserError, match="has actions without bounds"):
+        check_alike([EnvSpec("Own-v0", 3, 1, (low,), (high,), 10, False, "")])

@@ -46,6 +46,16 @@ class Missing(Point):
         raise FileNotFoundError("no robot.xml here")
 
 
-for name, cls in {"Point": Point, "Needy": Needy, "Missing": Missing}.items():
+class Blind(Point):
+    """Says that it renders, and does not."""
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 5}  # noqa: RUF012 - as in gym.Env
+
+    def __init__(self, render_mode: str | None = None) -> None:
+        super().__init__()
+        self.render_mode = render_mode
+
+
+for name, cls in {"Point": Point, "Needy": Needy, "Missing": Missing, "Blind": Blind}.items():
     gym.register(f"Own{name}-v0", entry_point=cls)
 gym.register("OwnPoint-v2", entry_point=Point, max_episode_steps=30)

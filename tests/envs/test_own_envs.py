@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from eva_rl import envs, pretrain
+from eva_rl.agents.policy_folder import save_policy
 from eva_rl.cli.parsing import parse
 from eva_rl.configs.groups import EnvOptions
 from eva_rl.data import Episode, Trajectories, write_episodes
@@ -18,6 +19,7 @@ from eva_rl.errors import UnknownNameError, UserError
 from eva_rl.evaluate import main as evaluate_main
 from eva_rl.finetune.command import finetune
 from eva_rl.rollouts.evaluation import evaluate_policy
+from eva_rl.rollouts.video import record_clip
 from tests.conftest import make_policy
 
 OWN = "tests.envs.own_envs:Own"
@@ -104,6 +106,34 @@ def test_success_in_the_infos_gives_a_success_rate(options: str) -> None:
     assert never.success_rate == 0
     silent = evaluate_policy(make_policy(11, 3), "Hopper-v5", episodes=1, horizon=5)
     assert "eval/success_rate" not in silent.metrics()
+
+
+def test_the_mean_success_is_that_of_tasks_that_report_it(tmp_path: Path) -> None:
+    policy = make_policy(2, 1)
+    policy.with_action_bounds(-2, 2)
+    save_policy(tmp_path / "policy", policy)
+    tasks = f"{OWN}Point-v2?key=another+{OWN}Point-v2"
+    words = [f"policy={tmp_path}/policy", f"env={tasks}", "eval.episodes=2", "threads=1", f"out={tmp_path}/out.json"]
+    assert evaluate_main(words) == 0
+    assert json.loads((tmp_path / "out.json").read_text())["mean_success_rate"] == 0, "NaN, or none"
+
+
+def test_spaces_around_names_are_none_of_theirs() -> None:
+    assert task_ids(f" {OWN}Point-v0 + mt10 ")[:2] == [f"{OWN}Point-v0", "metaworld/reach-v3"]
+    assert envs.canonical_id(" push ") == "metaworld/push-v3"
+
+
+@pytest.mark.parametrize("name", ["max_episode_steps", "env_id", "make", "name", "id"])
+def test_arguments_of_ours_are_told_from_the_environments(name: str) -> None:
+    with pytest.raises(UserError, match=r"env\.horizon=STEPS|env\.kwargs="):
+        envs.make_env(f"{OWN}Point-v0?{name}=3")
+
+
+def test_an_environment_that_draws_nothing_is_said(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"could not be made|gives no frames"):
+        record_clip(Drives(), f"{OWN}Point-v0")
+    with pytest.raises(UserError, match=r"gives no frames: render\(\) .*raised NotImplementedError"):
+        record_clip(Drives(), f"{OWN}Blind-v0")
 
 
 def test_metaworlds_groups_are_task_sets() -> None:

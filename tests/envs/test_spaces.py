@@ -110,6 +110,14 @@ def test_spaces_that_are_acted_in(name: str, workers: int) -> None:
     assert [episode.episode_return for episode in found.episodes] == [5, 5]
 
 
+def test_a_bound_that_float32_rounds_is_the_spaces_own() -> None:
+    """0.4 is 0.40000001 as float32, which an environment refuses that checks its actions."""
+    env = envs.make_env(register(actions=box([-0.4, 0.1], [0.4, 0.7], np.float64)))
+    env.reset(seed=0)
+    for bound in (env.action_space.low, env.action_space.high):  # type: ignore[attr-defined]
+        assert env.step(bound)[1] == 1
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
