@@ -231,7 +231,7 @@ REPLACED = re.compile(r"\.(.+)\.old")
 
 def is_partial(path: Path, name: str) -> bool:
     """Whether a file is what a killed process left of writing ``name``."""
-    return PARTIAL.fullmatch(path.name) is not None and path.name.startswith(f".{name}.")
+    return re.fullmatch(rf"\.{re.escape(name)}\.[0-9a-f]{{8}}\.partial", path.name) is not None
 
 
 def remove_leftovers(folder: Path) -> None:

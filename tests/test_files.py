@@ -1,0 +1,238 @@
+"""Files: whole or as before, only regular ones, only plain values, and digests that find every change."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from eva_rl.errors import UserError
+from eva_rl.files import (
+    check_files,
+    check_seal,
+    copy_files,
+    is_partial,
+    read_json,
+    read_yaml,
+    regular_size,
+    remove_leftovers,
+    sealed,
+    sha256,
+    write_file,
+    write_folder,
+    write_json,
+)
+from eva_rl.schema import Integer, Record
+
+
+def listed(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError, UserError])
+def test_a_write_that_fails_leaves_what_was_there(error: type[BaseException], tmp_path: Path) -> None:
+    def fail(aside: Path) -> None:
+        if aside.is_dir():
+            (aside / "new").write_text("half")
+        else:
+            aside.write_text("half")
+        raise error
+
+    write_json(tmp_path / "a.json", {"a": 1})
+    write_folder(tmp_path / "b", lambda aside: (aside / "old").write_text("whole"))
+    for write, name in ((write_file, "a.json"), (write_folder, "b")):
+        with pytest.raises(error):
+            write(tmp_path / name, fail)
+    assert listed(tmp_path) == ["a.json", "b", "b/old"]
+    assert read_json(tmp_path / "a.json") == {"a": 1}
+
+
+def test_a_written_folder_replaces_the_old_one_whole(tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        write_folder(tmp_path / "deep/b", lambda aside, name=name: (aside / name).write_text(name))
+    assert listed(tmp_path) == ["deep", "deep/b", "deep/b/second"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(UserError, match=r"a\.json"):
+        write_json(tmp_path / "a.json", {})
+
+
+def test_where_a_file_stands_in_the_way_of_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("a file")
+    for write in (write_file, write_folder):
+        with pytest.raises(UserError, match="a/b"):
+            write(tmp_path / "a/b", lambda aside: aside.write_text("x"))
+    assert (tmp_path / "a").read_text() == "a file"
+
+
+def test_infinity_and_nan_survive(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"loss": float("inf"), "text": "ü"})
+    assert read_json(tmp_path / "a.json") == {"loss": float("inf"), "text": "ü"}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "not readable JSON"),
+        (b'{"a": 1', "not readable JSON"),
+        (b"\xff\xfe{}", "not readable JSON"),
+        (b"[" * 100_000, "not readable JSON"),
+        (b'{"a": "x"}', "a"),
+        (b"[1]", "expected"),
+    ],
+)
+def test_json_that_is_none_or_another(content: bytes, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=message) as caught:
+        read_json(path, Record({"a": Integer()}))
+    assert str(path) in str(caught.value)
+
+
+def test_only_regular_files_are_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_bytes(b"12345")
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    (tmp_path / "broken").symlink_to(tmp_path / "nothing")
+    assert regular_size(tmp_path / "file") == regular_size(tmp_path / "link") == 5
+    for name in ("pipe", "folder"):
+        for read in (regular_size, sha256, read_json):
+            with pytest.raises(UserError, match="not a regular file"):
+                read(tmp_path / name)
+    with pytest.raises(UserError, match="No file"):
+        read_json(tmp_path / "broken")
+
+
+def test_digests_are_sha256(tmp_path: Path) -> None:
+    content = bytes(range(256)) * 5000
+    (tmp_path / "a").write_bytes(content)
+    assert sha256(tmp_path / "a") == hashlib.sha256(content).hexdigest()
+
+
+@pytest.fixture
+def record(tmp_path: Path) -> dict[str, Any]:
+    """Of two files, as it is read again."""
+    (tmp_path / "w.bin").write_bytes(b"weights")
+    (tmp_path / "c.json").write_text("{}")
+    write_json(tmp_path / "r.json", sealed({"rank": 8, "rates": [0.1, 1e-5], 3: None}, tmp_path, ["w.bin", "c.json"]))
+    found: dict[str, Any] = read_json(tmp_path / "r.json")
+    return found
+
+
+def test_a_sealed_record_passes_in_any_order_of_its_keys(record: dict[str, Any], tmp_path: Path) -> None:
+    for one in (record, dict(reversed(record.items())), json.loads(json.dumps(record, indent=7))):
+        check_seal(one, tmp_path / "r.json")
+        check_files(one, tmp_path, ["w.bin", "c.json", "not listed"], tmp_path / "r.json")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda record: record.update(rank=9),
+        lambda record: record.update(rank="8"),
+        lambda record: record.update(rank=8.5),
+        lambda record: record.update(more=1),
+        lambda record: record.pop("rates"),
+        lambda record: record["rates"].reverse(),
+        lambda record: record["files"].pop("w.bin"),
+        lambda record: record.pop("files"),
+        lambda record: record.pop("sha256"),
+        lambda record: record.update(sha256="0" * 64),
+        lambda record: record.update(sha256=None),
+    ],
+)
+def test_every_change_of_a_sealed_record_is_found(
+    change: Callable[[dict[str, Any]], object], record: dict[str, Any], tmp_path: Path
+) -> None:
+    change(record)
+    with pytest.raises(UserError, match=r"r\.json does not match its own checksum"):
+        check_seal(record, tmp_path / "r.json")
+
+
+def test_a_record_without_digests_passes_as_one_of_an_earlier_version(record: dict[str, Any], tmp_path: Path) -> None:
+    old = {key: value for key, value in record.items() if key not in {"files", "sha256"}} | {"rank": 99}
+    check_seal(old, tmp_path / "r.json")
+    check_files(old, tmp_path, ["w.bin"], tmp_path / "r.json")
+
+
+def test_a_changed_or_missing_file_is_named(record: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "w.bin").write_bytes(b"Weights")
+    with pytest.raises(UserError, match=r"w\.bin is not the file that .*r\.json was written with"):
+        check_files(record, tmp_path, ["c.json", "w.bin"], tmp_path / "r.json")
+    (tmp_path / "w.bin").unlink()
+    with pytest.raises(UserError, match=r"w\.bin is missing"):
+        check_files(record, tmp_path, ["w.bin"], tmp_path / "r.json")
+
+
+def test_copies_hold_the_known_files_and_nothing_else(tmp_path: Path) -> None:
+    source, target, store = tmp_path / "source", tmp_path / "target", tmp_path / "store"
+    for name in ("source/a", "source/deep/b", "source/secret", "store/blob", "elsewhere"):
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / name).write_text(name)
+    (source / "cached").symlink_to(store / "blob")
+    copy_files(source, target, ["a", "deep/b", "absent", "cached"], store)
+    assert listed(target) == ["a", "cached", "deep", "deep/b"]
+    assert not (target / "cached").is_symlink()
+    assert (target / "cached").read_text() == "store/blob"
+    for name in ("cached", "outside", "above"):
+        (source / "outside").unlink(missing_ok=True)
+        (source / "outside").symlink_to(tmp_path / "elsewhere")
+        (source / "above").unlink(missing_ok=True)
+        (source / "above").symlink_to("../elsewhere")
+        with pytest.raises(UserError, match=f"{name} is a link to .*not copied"):
+            copy_files(source, tmp_path / "other", [name])
+    assert listed(tmp_path / "other") == [] or not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("a: 1e-05", {"a": 1e-5}),
+        ("a: 2E3", {"a": 2000.0}),
+        ("a: .5", {"a": 0.5}),
+        ("a: 1.5e+3", {"a": 1500.0}),
+        ("a: '1e-05'", {"a": "1e-05"}),
+        ("a: ${oc.env:HOME}", {"a": "${oc.env:HOME}"}),
+        ("a: null\nb: [x, 2, true]", {"a": None, "b": ["x", 2, True]}),
+        ("a: e5", {"a": "e5"}),
+        ("", None),
+    ],
+)
+def test_yaml_holds_plain_values(text: str, value: Any, tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(text)
+    assert read_yaml(tmp_path / "a.yaml") == value
+
+
+@pytest.mark.parametrize(
+    "text", ["a: &x 1\nb: *x", "a: !!python/object/apply:os.getcwd []", "a: [", "\t- a", "a: b: c", "\x00"]
+)
+def test_yaml_that_is_none_or_more_than_values(text: str, tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"a\.yaml is not readable YAML") as caught:
+        read_yaml(tmp_path / "a.yaml")
+    assert "\n" not in str(caught.value)
+
+
+def test_leftovers_of_a_kill_are_removed_and_nothing_else(tmp_path: Path) -> None:
+    kept = [".hidden", ".a.partial", ".config.yaml.0123456g.partial", "a.old", "b.12345678.partial"]
+    for name in [*kept, ".config.yaml.0123abcd.partial", "deep/.m.jsonl.ffffffff.partial"]:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    for name in ("policy", ".policy.old", ".lost.old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "weights").write_text(name)
+    assert is_partial(tmp_path / ".config.yaml.0123abcd.partial", "config.yaml")
+    assert not is_partial(tmp_path / ".config.yaml.0123abcd.partial", "config")
+    remove_leftovers(tmp_path)
+    assert listed(tmp_path) == sorted([*kept, "deep", "lost", "lost/weights", "policy", "policy/weights"])
+    assert (tmp_path / "policy/weights").read_text() == "policy"
+    assert (tmp_path / "lost/weights").read_text() == ".lost.old"
