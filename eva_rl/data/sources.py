@@ -61,7 +61,7 @@ def parse_source(text: str) -> ParsedSource:
     Raises:
         UserError: No such kind or option.
     """
-    body, _, query = text.partition("?")
+    body, query = _without_options(text)
     kind, colon, name = body.partition(":")
     if not colon or "/" in kind or "\\" in kind:
         kind, name = "trajectories", body
@@ -75,6 +75,15 @@ def parse_source(text: str) -> ParsedSource:
     for key, value in parse_qsl(query, keep_blank_values=True):
         source = _with_option(source, key, value)
     return source
+
+
+def _without_options(text: str) -> tuple[str, str]:
+    """A source and its options: what follows the last ``?``, unless a path with that name is there."""
+    body, mark, query = text.rpartition("?")
+    kind, colon, path = text.partition(":")
+    paths = [text, path] if colon and kind in KINDS else [text]
+    there = any(os.path.lexists(os.path.expanduser(name)) for name in paths)
+    return (body, query) if mark and "=" in query and not there else (text, "")
 
 
 def _with_option(source: ParsedSource, key: str, value: str) -> ParsedSource:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import logging
 import threading
 from functools import partial
@@ -264,9 +265,10 @@ def test_an_answer_that_is_no_data_set_is_not_kept(tmp_path: Path, content: byte
     assert not list((tmp_path / "cache").iterdir())
 
 
-def test_a_page_in_the_cache_is_fetched_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("page", [PAGE, gzip.compress(PAGE), b'{"error": 404}', b"404: Not Found", b""])
+def test_a_page_in_the_cache_is_fetched_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, page: bytes) -> None:
     (tmp_path / "d4rl").mkdir()
-    (tmp_path / "d4rl" / NAME).write_bytes(PAGE)
+    (tmp_path / "d4rl" / NAME).write_bytes(page)
     monkeypatch.setenv("EVA_RL_CACHE", str(tmp_path))
     monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path / "none"))
     (tmp_path / "gym_mujoco_v2").mkdir()

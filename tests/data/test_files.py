@@ -308,6 +308,23 @@ def test_sources(source: str, message: str) -> None:
         load_dataset(source)
 
 
+@pytest.mark.parametrize("name", ["what?.npz", "data?v=2.npz", "a?actions=clip", "q?keys=a,b"])
+def test_a_path_may_hold_a_question_mark(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was read as options, which there are not."""
+    path = tmp_path / name
+    steps = {"observations": np.zeros((4, 2)), "actions": np.full((4, 1), 9.0), "rewards": np.zeros(4)}
+    where = path if path.suffix == ".npz" else path / "0.npz"
+    where.parent.mkdir(exist_ok=True)
+    np.savez(where, **steps)
+    for source in (str(path), f"trajectories:{path}", f"{path}?actions=keep"):
+        assert load_dataset(source, action_bounds=([9], [9])).num_episodes == 1
+    assert load_dataset(f"{path}?actions=clip", action_bounds=([-1], [1])).actions.max() == 1
+    monkeypatch.chdir(tmp_path)
+    assert load_dataset(name).num_episodes == 1
+    with pytest.raises(UserError, match=r"No data at .*nothing\?\.npz"):
+        load_dataset("nothing?.npz")
+
+
 def test_written_files_carry_checksums(tmp_path: Path) -> None:
     write_episodes(tmp_path / "a.h5", random_trajectories())
     with h5py.File(tmp_path / "a.h5") as file:

@@ -117,9 +117,12 @@ DONES = {name: value for name, value in table().items() if name not in {"termina
 }
 
 
+@pytest.mark.parametrize("name", ["dones", "done", "timeout", "truncation"])
 @pytest.mark.parametrize("suffix", [".npz", ".pkl", ".hdf5"])
-def test_tables_of_several_episodes_are_cut_at_their_ends(tmp_path: Path, suffix: str) -> None:
-    data = load_dataset(str(write(tmp_path / f"a{suffix}", DONES)), allow_pickle=True)
+def test_tables_of_several_episodes_are_cut_at_their_ends(tmp_path: Path, suffix: str, name: str) -> None:
+    """A column ``done`` was passed over: one episode of twelve steps."""
+    arrays = {name if key == "dones" else key: value for key, value in DONES.items()}
+    data = load_dataset(str(write(tmp_path / f"a{suffix}", arrays)), allow_pickle=True)
     assert data.lengths.tolist() == [4, 3, 5]
     assert np.flatnonzero(data.truncations).tolist() == [3, 6, 11]
     assert data.final_observations[:, 0].tolist() == [3.5, 6.5, 11.5]
@@ -131,6 +134,11 @@ HELD = {
         DONES,
         "d4rl:",
         r"terminals is missing.*holds actions, dones, .*dones does not say.*trajectories:",
+    ),
+    "Gymnasium's ends": (
+        {"truncations" if name == "dones" else name: value for name, value in DONES.items()},
+        "d4rl:",
+        r"terminals is missing.*holds .*truncations.*under Gymnasium's names, name it trajectories:",
     ),
     "d3rlpy": (
         d3rlpy(random_trajectories()),
@@ -265,6 +273,7 @@ def test_the_last_steps_of_flat_arrays_are_an_episode(caplog: pytest.LogCaptureF
         ({**table(), "rewards": np.zeros(11)}, "rewards"),
         ({**table(), "actions": np.full((12, 1), np.nan)}, "actions, row 0: nan is not a finite"),
         ({**table(), "rewards": "abc"}, "rewards: not readable"),
+        ({**table(), "observations": {"a": np.zeros(12)}}, r"observations is a dictionary of a; .*side by side"),
         ({**table(), "rewards": [[1], [1, 2]]}, "rewards: not readable"),
         ({**table(), "terminals": np.full(12, 2)}, "expected 0 or 1"),
     ],

@@ -212,20 +212,22 @@ class Source:
 def reader_for(held: Collection[str], path: Path | str) -> str:
     """Which source reads a file that holds arrays or groups of these names; "" where none is known."""
     names = set(held)
-    if any(name.startswith("episode_") and name[8:].isdecimal() for name in names):
-        return f"That is Minari's layout: name it trajectories:{path}."
-    if "observations_0" in names:
-        return f"That is d3rlpy's layout: name it trajectories:{path}."
-    if "data" in names or any(name.startswith("demo_") for name in names):
-        return f"If that is robomimic's layout (data/demo_0), name it trajectories:{path}."
-    if {"observations", "actions", "rewards", "terminals"} <= names or "virtual" in names:
-        return f"That is D4RL's layout: name it d4rl:{path}."
-    if "dones" in names or "done" in names:
-        return (
-            "dones does not say whether an episode was terminated or truncated. If its ends are time limits, name it "
-            f"trajectories:{path}, which reads dones as truncations; else store terminals and timeouts."
-        )
-    return ""
+    table = {"observations", "actions", "rewards"} <= names
+    known = {
+        f"That is Minari's layout: name it trajectories:{path}.": any(
+            name.startswith("episode_") and name[8:].isdecimal() for name in names
+        ),
+        f"That is d3rlpy's layout: name it trajectories:{path}.": "observations_0" in names,
+        f"If that is robomimic's layout (data/demo_0), name it trajectories:{path}.": "data" in names
+        or any(name.startswith("demo_") for name in names),
+        f"That is D4RL's layout: name it d4rl:{path}.": (table and "terminals" in names) or "virtual" in names,
+        "dones does not say whether an episode was terminated or truncated. If its ends are time limits, name it "
+        f"trajectories:{path}, which reads dones as truncations; else store terminals and timeouts.": bool(
+            {"dones", "done"} & names
+        ),
+        f"If it holds episodes under Gymnasium's names, name it trajectories:{path}.": table,
+    }
+    return next((text for text, fits in known.items() if fits), "")
 
 
 SIGNATURES = {

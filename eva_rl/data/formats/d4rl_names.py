@@ -135,15 +135,10 @@ def resolve(name: str, cache: Path) -> Path:
     own = Path(os.environ.get("D4RL_DATASET_DIR", "~/.d4rl/datasets")).expanduser()
     for folder in (cache, own):
         for spelling in (file, f"{name}.hdf5"):
-            if (folder / spelling).is_file() and not (folder == cache and _is_page(folder / spelling)):
+            if (folder / spelling).is_file() and (folder != cache or h5py.is_hdf5(folder / spelling)):
                 return folder / spelling
     download(os.environ.get("D4RL_BASE_URL", BASE_URL) + D4RL_FILES[name], cache / file)
     return cache / file
-
-
-def _is_page(path: Path) -> bool:
-    """Whether a cached file is what a server says instead of a data set."""
-    return not h5py.is_hdf5(path) and "HTML" in kind_of_file(path)
 
 
 def download(url: str, path: Path) -> None:

@@ -175,6 +175,11 @@ def _known_arrays(source: Source, content: Mapping[Any, Any]) -> Arrays:
     standard_names(source, dict.fromkeys(map(str, content), np.zeros(0)))
     arrays = {}
     for name, value in known.items():
+        if isinstance(value, Mapping):
+            raise UserError(
+                f"{source / name} is a dictionary of {', '.join(map(str, value))}; a policy sees one row of numbers. "
+                "Lay its parts side by side in the order of the environment's own space, with np.concatenate(..., 1)."
+            )
         with (source / name).reading():
             arrays[name] = value if isinstance(value, np.ndarray) else np.asarray(value, np.float64)
     return arrays

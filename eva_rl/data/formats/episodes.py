@@ -22,8 +22,8 @@ NAMES = {
     "actions": ("actions", "acts"),
     "rewards": ("rewards", "rews"),
     "next_observations": ("next_observations", "next_obs"),
-    "terminations": ("terminations", "terminals", "terminated"),
-    "truncations": ("truncations", "timeouts", "truncated", "dones"),
+    "terminations": ("terminations", "terminals", "terminated", "terminal", "termination"),
+    "truncations": ("truncations", "timeouts", "truncated", "timeout", "truncation", "dones", "done"),
     "successes": ("successes", "success"),
 }
 """Usual names of each array, the first found wins. ``dones`` does not say why an episode ended; it is read as a
