@@ -190,7 +190,8 @@ def changed_settings(run_dir: Path, options: Any) -> dict[str, Any]:
     old, new, usual = _deciding(before), _deciding(now), _deciding(_defaults(options))
     gone = {key: old[key] for key in old.keys() - new.keys() if key.rpartition(".")[2] not in DID_NOTHING}
     there = {key: (usual | old).get(key) for key in new}
-    return gone | {key: value for key, value in there.items() if value != new[key]}
+    changed = gone | {key: value for key, value in there.items() if value != new[key]}
+    return {key: value for key, value in changed.items() if not any(key.startswith(f"{table}.") for table in gone)}
 
 
 def _deciding(values: Mapping[str, Any]) -> dict[str, Any]:
