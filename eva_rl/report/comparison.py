@@ -148,7 +148,7 @@ def _compare(group: TaskGroup, first: Method, second: Method, resampling: Resamp
         "improvement": resampling(stats.probability_of_improvement, group.strata(first), group.strata(second)),
         "difference": resampling(stats.mean, differences) if differences else None,
         "pairs": sum(map(len, differences)),
-        "p_runs": stats.sign_flip_test(np.concatenate(differences)) if differences else 1.0,
+        "p_runs": stats.stratified_sign_flip_test(differences) if differences else 1.0,
         "goals": len(goals),
         "p_goals": _test_goals(goals),
     }

@@ -141,7 +141,7 @@ def verdicts(group: TaskGroup, endpoint: str = FINAL, margin: float | None = Non
     pairs = [(a, b, paired_differences(group, endpoint, a, b)) for a, b in combinations(group.methods, 2)]
     known = [(a.label, b.label, d) for a, b, d in pairs if d]
     means = [paired_mean(d, _resolution(group, endpoint)) for _, _, d in known]
-    different = [stats.sign_flip_test(np.concatenate(d)) for _, _, d in known]
+    different = [stats.stratified_sign_flip_test(d) for _, _, d in known]
     equivalent = [None if margin is None or m is None else m.equivalence_p(margin) for m in means]
     tests = [(i, p) for i, p in enumerate(different)] + [(i, p) for i, p in enumerate(equivalent) if p is not None]
     corrected = iter(stats.holm([p for _, p in tests], [i for i, _ in tests]))

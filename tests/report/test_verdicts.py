@@ -14,6 +14,7 @@ from eva_rl.report.methods import Method, TaskGroup
 from eva_rl.report.runs import Run
 from eva_rl.report.verdicts import area, held_out, updates_to_90, verdicts
 from eva_rl.report.warnings import warnings_of
+from tests.report.making_groups import analysis_of, make_group
 
 KEY = "success_rate"
 
@@ -66,6 +67,21 @@ def test_verdicts_are_those_of_a_plain_computation() -> None:
         assert v.p_equivalence == pytest.approx(max(side.pvalue for side in sides))
     assert [found[pair].text for pair in (("a", "b"), ("b", "c"), ("a", "c"))] == ["a better", "c better", "equivalent"]
     assert {v.text for v in verdicts(group(scores))} == {"a better", "c better", "undecided"}
+
+
+def test_the_winner_is_the_one_that_the_test_found() -> None:
+    """Twelve seeds for a by 0.1, one seed of another task for b by 0.15: once significant by the pooled sum of pairs,
+    and "b better" by the mean over tasks.
+    """
+    more, less = [0.5 + 0.1] * 12, [0.5] * 12
+    runs = {"a": {"t0": more, "t1": [0.5]}, "b": {"t0": less, "t1": [0.65]}}
+    (found,) = verdicts(make_group(runs))
+    assert (found.pairs, found.text) == (13, "undecided")
+    (comparison,) = analysis_of(runs).comparisons
+    assert comparison.p_runs == found.p_difference > 0.05
+    (turned,) = verdicts(make_group({"a": {"t0": more, "t1": [0.65]}, "b": {"t0": less, "t1": [0.5]}}))
+    assert turned.text == "a better"
+    assert turned.p_difference == 2 / 2**13
 
 
 def test_less_is_better_where_it_is() -> None:

@@ -10,7 +10,7 @@ from eva_rl.report.stats.aggregates import (
     probability_of_improvement,
 )
 from eva_rl.report.stats.intervals import Estimate, bootstrap
-from eva_rl.report.stats.paired import holm, mcnemar_test, sign_flip_test
+from eva_rl.report.stats.paired import holm, mcnemar_test, sign_flip_test, stratified_sign_flip_test
 
 __all__ = [
     "Estimate",
@@ -25,4 +25,5 @@ __all__ = [
     "performance_profile",
     "probability_of_improvement",
     "sign_flip_test",
+    "stratified_sign_flip_test",
 ]

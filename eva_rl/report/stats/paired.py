@@ -16,6 +16,7 @@ EXACT_PAIRS = 14
 """Up to so many pairs all 2^n signs are tried; beyond, some are drawn."""
 DRAWS = 20_000
 TOLERANCE = 1e-12
+"""Of the largest difference: sums that should be equal differ by rounding, more so where returns are large."""
 
 
 def sign_flip_test(differences: ArrayLike, seed: int = 0, draws: int = DRAWS) -> float:
@@ -30,16 +31,31 @@ def sign_flip_test(differences: ArrayLike, seed: int = 0, draws: int = DRAWS) ->
 
     Returns:
         Two-sided p value; 1 where nothing differs. With n pairs it is never below 2 / 2^n.
+
+    Raises:
+        ValueError: A difference is not finite.
     """
     pairs = np.asarray(differences, np.float64)
+    if not np.isfinite(pairs).all():
+        raise ValueError("A difference is not finite: every pair needs two finite scores.")
     pairs = pairs[pairs != 0]  # swapping these changes nothing
     if pairs.size == 0:
         return 1.0
+    pairs = pairs / abs(pairs).max()
     observed = abs(pairs.sum()) - TOLERANCE
     if pairs.size <= EXACT_PAIRS:
         return float(np.mean(abs(_all_signs(pairs.size) @ pairs) >= observed))
     signs = np.random.default_rng(seed).choice([-1.0, 1.0], size=(draws, pairs.size))
     return float((1 + np.sum(abs(signs @ pairs) >= observed)) / (draws + 1))
+
+
+def stratified_sign_flip_test(differences: Sequence[NDArray[np.float64]]) -> float:
+    """:func:`sign_flip_test` of the mean over tasks of the mean difference, whatever the number of pairs of each task.
+
+    Args:
+        differences: For each task, first minus second, (pairs,).
+    """
+    return sign_flip_test(np.concatenate([task / max(1, len(task)) for task in differences]))
 
 
 def _all_signs(size: int) -> NDArray[np.float64]:
