@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from eva_rl.errors import UserError
-from eva_rl.report.reading import LARGEST, Row, one_line, read_text
+from eva_rl.report.reading import Row, is_number, one_line, read_text
 from eva_rl.report.runs import Problem, Run
 
 CSV_PREFIX = "csv:"
 COLUMNS = {"success": "success_rate", "success_rate": "success_rate", "reward": "mean_reward", "return": "mean_reward"}
-"""Columns that hold a score, and what it is called here."""
+"""Columns that hold a score, and what it is called here; of several in a file the first of these is read."""
 
 Curves = dict[int, dict[float, float]]
 """By seed: score by step."""
@@ -63,22 +64,47 @@ def read_csv_curve(path: Path) -> tuple[str, Curves]:
     Raises:
         UserError: A column is missing, a value is no number, or a success rate is none.
     """
-    reader = csv.DictReader(io.StringIO(read_text(path)))
-    columns = [name for name in reader.fieldnames or () if name in COLUMNS]
-    if not columns or not {"step", "seed"} <= set(reader.fieldnames or ()):
-        raise UserError(f"{path}: columns {one_line(reader.fieldnames)}, expected step, success or reward, seed.")
+    reader = csv.DictReader(io.StringIO(read_text(path).removeprefix("\ufeff")))  # spreadsheets put a mark in front
     curves: Curves = defaultdict(dict)
-    for number, row in enumerate(reader, start=2):
-        try:
-            step, score, seed = float(row["step"]), float(row[columns[0]]), int(float(row["seed"]))
-        except (TypeError, ValueError, OverflowError) as error:
-            raise UserError(f"{path}, line {number}: {one_line(error)}.") from error
-        if not (abs(step) <= LARGEST and abs(score) <= LARGEST) or (columns[0].startswith("s") and not 0 <= score <= 1):
-            raise UserError(f"{path}, line {number}: {columns[0]}={score} at step {step}.")
-        curves[seed][step] = score
+    try:
+        column = _score_column(reader.fieldnames or (), path)
+        for row in reader:
+            step, score, seed = (
+                _number(row, name, f"{path}, line {reader.line_num}") for name in ("step", column, "seed")
+            )
+            _check(score, seed, column, f"{path}, line {reader.line_num}")
+            curves[int(seed)][step] = score
+    except csv.Error as error:
+        raise UserError(f"{path}, line {reader.line_num}: {error}.") from error
     if not curves:
         raise UserError(f"{path} has no rows.")
-    return COLUMNS[columns[0]], curves
+    return COLUMNS[column], curves
+
+
+def _score_column(names: Sequence[str], path: Path) -> str:
+    column = next((name for name in COLUMNS if name in names), None)
+    if column is None or not {"step", "seed"} <= set(names):
+        raise UserError(
+            f"{path}: columns {one_line(', '.join(names) or 'none')}, expected step, success or reward, seed."
+        )
+    return column
+
+
+def _number(row: Mapping[str, str | None], name: str, where: str) -> float:
+    try:
+        value = float(row[name] or "")
+    except ValueError:
+        value = math.nan
+    if not is_number(value):
+        raise UserError(f"{where}: {name}={one_line(row[name] or '')}, expected a number.")
+    return value
+
+
+def _check(score: float, seed: float, column: str, where: str) -> None:
+    if COLUMNS[column] == "success_rate" and not 0 <= score <= 1:
+        raise UserError(f"{where}: {column}={score:g}, expected a share between 0 and 1.")
+    if not seed.is_integer():
+        raise UserError(f"{where}: seed={seed:g}, expected a whole number.")
 
 
 def _run(path: Path, key: str, seed: int, curve: Mapping[float, float], end: float) -> Run:

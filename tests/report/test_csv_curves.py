@@ -11,7 +11,7 @@ from scipy import stats as scipy
 
 from eva_rl.errors import UserError
 from eva_rl.report import command as report
-from eva_rl.report.csv_curves import read_csv_curves
+from eva_rl.report.csv_curves import read_csv_curve, read_csv_curves
 
 STEPS = range(0, 500_000, 100_000)
 
@@ -85,6 +85,56 @@ def test_a_damaged_file_is_listed(text: str, tmp_path: Path) -> None:
     runs, problems = read_csv_curves(tmp_path)
     assert len(runs) == 5 * 4
     assert [problem.folder.name for problem in problems] == ["mw-task0.csv"]
+
+
+def curve(tmp_path: Path, text: str) -> tuple[str, dict[int, dict[float, float]]]:
+    path = tmp_path / "task.csv"
+    path.write_text(text, encoding="utf-8")
+    return read_csv_curve(path)
+
+
+def test_a_file_by_hand(tmp_path: Path) -> None:
+    text = "extra,seed,step,success\n?,2,0,0.25\n\n?,1,10,1\n?,2,1e1,0.5\n"
+    assert curve(tmp_path, text) == ("success_rate", {2: {0: 0.25, 10: 0.5}, 1: {10: 1.0}})
+    assert curve(tmp_path, "\ufeff" + text) == curve(tmp_path, text), "a spreadsheet marks UTF-8"
+    assert curve(tmp_path, text.replace("\n", "\r\n")) == curve(tmp_path, text)
+    assert curve(tmp_path, 'step,"success",seed\n"3",".5","7"\n') == ("success_rate", {7: {3: 0.5}})
+
+
+@pytest.mark.parametrize("order", ["reward,success", "success,reward"])
+def test_of_two_scores_success_is_read_whatever_their_order(order: str, tmp_path: Path) -> None:
+    """It depended on the order of the columns, and methods that differed in it were not compared."""
+    row = {"reward,success": "900,0.5", "success,reward": "0.5,900"}[order]
+    assert curve(tmp_path, f"step,{order},seed\n1,{row},0\n") == ("success_rate", {0: {1: 0.5}})
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("", "columns none, expected step, success or reward, seed"),
+        ("step,score,seed\n1,1,1\n", "columns step, score, seed, expected step"),
+        ("step,success,seed\n\n\n1,x,1\n", "line 4: success=x, expected a number"),
+        ("step,success,seed\n1,0.5\n", "line 2: seed=, expected a number"),
+        ("step,reward,seed\n1,inf,1\n", "line 2: reward=inf, expected a number"),
+        ("step,success,seed\n1,1,1\n1,-0.1,2\n", "line 3: success=-0.1, expected a share"),
+        ("step,success,seed\n1,1,1.5\n", r"line 2: seed=1\.5, expected a whole number"),
+        ('step,success,seed\n1,1,1\n"' + "1\n" * 70_000, "field larger than field limit"),
+        ("step,success,seed\n", "has no rows"),
+    ],
+)
+def test_a_mistake_is_named_with_its_line(text: str, told: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=told):
+        curve(tmp_path, text)
+
+
+def test_a_method_alone_and_the_names_of_files(tmp_path: Path) -> None:
+    folder = tmp_path / "my_method"
+    folder.mkdir()
+    (folder / "walk=run.csv").write_text("step,return,seed\n0,-3,1\n5,7,1\n0,1,0\n")
+    runs, problems = read_csv_curves(folder)
+    assert not problems
+    assert [(r.method, r.task, r.seed) for r in runs] == [("my_method", "walk=run", 0), ("my_method", "walk=run", 1)]
+    assert [r.summary["eval/mean_reward"] for r in runs] == [1, -3], "at step 0, which both have reached"
 
 
 def test_where_there_are_no_curves(tmp_path: Path) -> None:
