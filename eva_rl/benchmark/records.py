@@ -37,12 +37,17 @@ def write_record(path: Path, run_dir: Path, name: str, about: Mapping[str, Any] 
         "episodes": {
             "seed": goals,
             "success": [int(run.goals[goal]["success"]) for goal in goals],
-            "episode_return": [round(run.goals[goal]["episode_return"], 4) for goal in goals],
+            "episode_return": [_return_of(run.goals[goal]) for goal in goals],
         },
         "curve": thinned(run.rows),
         "versions": run.versions,
     }
     write_json(path, {RECORD: FORMAT, "name": name, DIGEST: digest(body), **body})
+
+
+def _return_of(goal: Mapping[str, float]) -> float | None:
+    """None for an episode that was ended at its first success."""
+    return round(goal["episode_return"], 4) if "episode_return" in goal else None
 
 
 def thinned(rows: Sequence[Row]) -> list[Row]:

@@ -171,7 +171,7 @@ def goal_differences(group: TaskGroup, first: Method, second: Method) -> list[Fl
         others = {run.seed: run.goals for run in second.runs[task]}
         for run in first.runs[task]:
             theirs = others.get(run.seed, {})
-            for goal in run.goals.keys() & theirs.keys():
+            for goal in [g for g in run.goals.keys() & theirs.keys() if key in run.goals[g] and key in theirs[g]]:
                 found[task, goal].append(float(run.goals[goal][key]) - float(theirs[goal][key]))
     return [np.array(found[goal]) for goal in sorted(found)]
 

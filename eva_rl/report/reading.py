@@ -92,7 +92,7 @@ def one_line(text: object) -> str:
     """A name on one line, printable in every encoding, shortened in the middle where it is long."""
     spaced = " ".join(str(text).split())
     plain = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in spaced)
-    half = MOST_CHARACTERS // 2
+    half = (MOST_CHARACTERS - len("...")) // 2
     return plain if len(plain) <= MOST_CHARACTERS else f"{plain[:half]}...{plain[-half:]}"
 
 
@@ -186,6 +186,8 @@ def _row(line: str) -> Row | None:
 def episodes_by_seed(record: Mapping[str, Any], task: str) -> dict[int, Row]:
     """Held-out episodes of ``evaluation.json`` after training, by the seed of the episode: success and return.
 
+    An episode that was ended at its first success has no return.
+
     Raises:
         ValueError: There are none of this task.
     """
@@ -193,11 +195,19 @@ def episodes_by_seed(record: Mapping[str, Any], task: str) -> dict[int, Row]:
     found_there = after.get("episodes") if isinstance(after, Mapping) else None
     episodes = found_there if isinstance(found_there, list) else []
     own = [e for e in episodes if isinstance(e, Mapping) and e.get("env_id") == task]
-    found = {
-        e["episode_seed"]: {"success": float(bool(e.get("success"))), "episode_return": float(e["episode_return"])}
-        for e in own
-        if isinstance(e.get("episode_seed"), int) and is_number(e.get("episode_return"))
-    }
+    found = {e["episode_seed"]: _outcome(e) for e in own if isinstance(e.get("episode_seed"), int) and _is_sound(e)}
     if not found or len(found) < len(episodes):
         raise ValueError(f"{len(found)} of {len(episodes)} episodes are sound")
     return found
+
+
+def _is_sound(episode: Mapping[str, Any]) -> bool:
+    """Whether it has a return, or was ended at its first success, so that there is none."""
+    total = episode.get("episode_return")
+    return is_number(total) or (total is None and episode.get("stopped") is True)
+
+
+def _outcome(episode: Mapping[str, Any]) -> Row:
+    success = {"success": float(bool(episode.get("success")))}
+    total = episode["episode_return"]
+    return success if total is None else success | {"episode_return": float(total)}

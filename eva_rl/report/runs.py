@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
+import os
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,13 +14,14 @@ from typing import Any
 
 from eva_rl.adapters import METHODS
 from eva_rl.cli.run_dir import CONFIG_FILE, FREE_TO_CHANGE, SUMMARY_FILE, VERSIONS_FILE
-from eva_rl.errors import UserError
+from eva_rl.errors import UserError, counted
 from eva_rl.files import check_files, check_seal
 from eva_rl.report.reading import (
     Row,
     clean_summary,
     episodes_by_seed,
     is_number,
+    numbers,
     one_line,
     read_json_object,
     read_rows,
@@ -115,8 +117,8 @@ def find_runs(places: Sequence[str]) -> list[Path]:
     """
     folders: dict[Path, Path] = {}
     for place in places:
-        named = Path(place).expanduser()
-        matches = [named] if named.exists() else sorted(map(Path, glob.glob(str(named))))
+        named = Path(os.path.expanduser(place))  # ~NOBODY stays as it is
+        matches = [named] if os.path.exists(named) else sorted(map(Path, glob.glob(str(named))))
         if not matches:
             raise UserError(
                 f"No folder {place}. Name run directories, a folder that holds some, or a pattern: 'runs/*'."
@@ -196,7 +198,7 @@ def read_run(folder: Path) -> tuple[Run, list[Problem]]:
     path = folder / SUMMARY_FILE
     if not path.exists():
         last = int(rows[-1]["step"]) if rows else 0
-        raise UnfinishedError(f"no {SUMMARY_FILE}; {len(rows)} points recorded, the last at step {last}")
+        raise UnfinishedError(f"no {SUMMARY_FILE}; {counted(len(rows), 'point')} recorded, the last at step {last}")
     raw = read_json_object(path)
     summary = clean_summary(raw, path)
     check_seal(raw, path)
@@ -260,16 +262,22 @@ def read_record(path: Path) -> Run:
 def _run(path: Path, body: Mapping[str, Any]) -> Run:
     summary = clean_summary(body["summary"], path)
     episodes = body["episodes"]
-    goals = {
-        int(seed): {"success": float(success), "episode_return": float(total)}
-        for seed, success, total in zip(episodes["seed"], episodes["success"], episodes["episode_return"], strict=True)
-    }
+    lists = (episodes["seed"], episodes["success"], episodes["episode_return"])
+    goals = {int(seed): _goal(success, total) for seed, success, total in zip(*lists, strict=True)}
     rows = [{key: float(value) for key, value in row.items() if is_number(value)} for row in body["curve"]]
     sound = [row for row in rows if {"step", "wall_time"} <= row.keys()]
     run = make_run(path, body["config"], summary, goals, sound, body["versions"])
     about = body["about"]
     tuning = None if about["tuning"] is None else {one_line(k): one_line(v) for k, v in about["tuning"].items()}
     return replace(run, method=one_line(about["method"]), tuning=tuning)
+
+
+def _goal(success: Any, total: Any) -> Row:
+    """An episode of a record; null is the return of one that was ended at its first success."""
+    found = numbers({"success": success} if total is None else {"success": success, "episode_return": total})
+    if len(found) < 1 + (total is not None):
+        raise ValueError(f"episode with success {one_line(success)} and return {one_line(total)}")
+    return found
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -1,0 +1,182 @@
+"""Which runs are found, which count, and records of runs that were changed."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from eva_rl.benchmark.records import write_record
+from eva_rl.errors import UserError
+from eva_rl.report.reading import episodes_by_seed
+from eva_rl.report.runs import (
+    DIGEST,
+    SCORES,
+    UnfinishedError,
+    digest,
+    find_runs,
+    is_record,
+    read_record,
+    read_run,
+    read_runs,
+    score_keys,
+    select,
+    settings_of,
+)
+from eva_rl.rollouts.episodes import EpisodeRecord
+from eva_rl.rollouts.evaluation import EvaluationResult
+from tests.report.making_groups import make_run
+
+SUMMARY = {"env": "t", "method": "eva", "seed": 3, "eval/success_rate": 0.5}
+CONFIG = "env:\n  id: t\nadapter:\n  rank: 8\n"
+
+
+def run_folder(folder: Path, summary: dict[str, Any] | None = SUMMARY, stopped: bool = False) -> Path:
+    """A run directory as an earlier version left it, without digests."""
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(CONFIG)
+    episodes = (
+        EpisodeRecord("t", 7, 1.25, 80, False, False, -1),
+        EpisodeRecord("t", 8, 2.5, 40, True, True, 39, stopped=stopped),
+    )
+    after = EvaluationResult("t", episodes, "", True).record()
+    (folder / "evaluation.json").write_text(json.dumps({"after": after}))
+    (folder / "metrics.jsonl").write_text('{"step": 5, "wall_time": 1.0, "eval/success_rate": 0.5}\n')
+    if summary is not None:
+        (folder / "summary.json").write_text(json.dumps(summary))
+    return folder
+
+
+def test_runs_are_found_once_however_they_are_named(tmp_path: Path) -> None:
+    run_folder(tmp_path / "a" / "inner" / "run")
+    run_folder(tmp_path / "b")
+    run_folder(tmp_path / "b" / "nested")  # of the run above, not a run of its own
+    run_folder(tmp_path / ".hidden")
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    places = [str(tmp_path), str(tmp_path / "b"), f"{tmp_path}/*", str(tmp_path / "a" / "inner" / ".." / "inner")]
+    assert sorted(path.resolve() for path in find_runs(places)) == sorted(
+        [tmp_path / "a" / "inner" / "run", tmp_path / "b"]
+    )
+
+
+@pytest.mark.parametrize("place", ["none", "no*", "~nobody-of-that-name/runs", "x" * 300, "a\0b"])
+def test_a_place_that_is_none(place: str) -> None:
+    """A user that does not exist and a name that is too long once ended in a traceback."""
+    with pytest.raises(UserError, match=r"No folder .*\. Name run directories"):
+        find_runs([place])
+
+
+def test_a_run_that_is_not_finished_says_how_far_it_came(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path / "run", None)
+    with pytest.raises(UnfinishedError, match=r"no summary\.json; 1 point recorded, the last at step 5"):
+        read_run(folder)
+    (folder / "metrics.jsonl").unlink()
+    with pytest.raises(UnfinishedError, match="0 points recorded, the last at step 0"):
+        read_run(folder)
+
+
+def test_a_record_is_its_run(tmp_path: Path) -> None:
+    """Goals that were stopped at success, too."""
+    for stopped in (False, True):
+        folder = run_folder(tmp_path / str(stopped), stopped=stopped)
+        path = tmp_path / f"{stopped}.json"
+        write_record(path, folder, "name", {"method": "mine", "tuning": {"algo.x": 0.5}})
+        run, problems = read_run(folder)
+        assert not problems
+        back = read_record(path)
+        assert (back.goals, back.settings, back.seed) == (run.goals, run.settings, 3)
+        assert (back.goals[8], back.goals[7]["episode_return"]) == (
+            {"success": 1.0} | ({} if stopped else {"episode_return": 2.5}),
+            1.25,
+        )
+        assert (back.method, back.tuning, back.rows) == ("mine", {"algo.x": "0.5"}, run.rows)
+        assert episodes_by_seed(json.loads((folder / "evaluation.json").read_text()), "t") == back.goals
+
+
+def set_in(*path: str, to: Any) -> Callable[[dict[str, Any]], None]:
+    def change(record: dict[str, Any]) -> None:
+        place = record
+        for key in path[:-1]:
+            place = place[key]
+        place[path[-1]] = to
+
+    return change
+
+
+CHANGES = [
+    (set_in("episodes", "seed", to=[7]), "is not the record of a run"),
+    (set_in("episodes", "episode_return", to=[float("nan"), 1.0]), "return nan"),
+    (set_in("episodes", "success", to=["yes", 1]), "success yes"),
+    (set_in("episodes", to=None), "is not the record of a run"),
+    (set_in("about", to={}), "KeyError 'tuning'"),
+    (set_in("curve", to=[3]), "is not the record of a run"),
+    (set_in("summary", "seed", to=None), "seed"),
+    (set_in("eva_rl_record", to=2), "eva_rl_record=2, expected 1"),
+]
+
+
+@pytest.mark.parametrize(("change", "told"), CHANGES, ids=[told for _, told in CHANGES])
+def test_a_record_that_is_none(change: Callable[[dict[str, Any]], None], told: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    write_record(path, run_folder(tmp_path / "run"), "name")
+    record = json.loads(path.read_text())
+    change(record)
+    path.write_text(json.dumps(record))
+    if "eva_rl_record" not in told:
+        with pytest.raises(UserError, match=f"was changed: its {DIGEST} differs"):
+            read_record(path)
+    body = {key: value for key, value in record.items() if key not in {"eva_rl_record", "name", DIGEST}}
+    path.write_text(json.dumps(record | {DIGEST: digest(body)}))
+    assert is_record(path)
+    runs, (problem,) = read_runs([path])
+    assert (runs, problem.kind) == ([], "damaged")
+    assert told in problem.reason
+
+
+def test_settings_tell_methods_apart_and_nothing_else() -> None:
+    def settings(config: dict[str, Any], **summary: Any) -> dict[str, str]:
+        return dict(settings_of(config, SUMMARY | summary))
+
+    adapter = {"rank": 8, "rho": 2.0, "method": "eva", "eva": {"rows": 9}}
+    config = {"seed": 4, "adapter": adapter, "data": {"workers": 2}, "algo": {"updates": 5, "compile": True}}
+    rest = {"data.source": '"none"', "algo.updates": "5"}
+    eva = settings(config)
+    assert eva == rest | {"adapter.rank": "8", "adapter.rho": "2.0", "adapter.eva.rows": "9"}
+    assert settings(config, method="lora") == rest | {"adapter.rank": "8"}
+    assert settings(config, method="full") == rest
+    one, two = (
+        settings({}, env=f"metaworld/{task}", data={"source": f"expert:metaworld/{task}?n=5"}) for task in ("a", "b")
+    )
+    assert one == two == {"data.source": '"expert:TASK?n=5"'}
+
+
+def test_copies_are_left_out_and_tuning_is_another_phase() -> None:
+    run = make_run("eva", "t", 0, 0.5)
+    copy, other = replace(run, folder=Path("copy")), replace(run, seed=1)
+    tuned = replace(run, folder=Path("tuned"), tuning={"a": "1"})
+    kept, (problem,) = select([run, copy, other, tuned], [])
+    assert kept == [run, other, tuned]
+    assert (problem.kind, problem.place, problem.reason) == (
+        "left out", "copy", "the same seed and settings as eva/t/0",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("known", list(itertools.product(["success_rate", "mean_reward", "both"], repeat=3)))
+def test_a_task_is_judged_by_a_score_that_half_of_its_runs_have(known: tuple[str, ...]) -> None:
+    runs = []
+    for seed, name in enumerate(known):
+        keys = ["success_rate", "mean_reward"] if name == "both" else [name]
+        runs.append(make_run("eva", "t", seed, 0.5, key=keys[0], summary={f"eval/{key}": 0.5 for key in keys}))
+    key = score_keys(runs)["t"]
+    have = [name in (key, "both") for name in known]
+    assert 2 * sum(have) >= 3
+    earlier = list(SCORES)[: list(SCORES).index(key)]
+    assert all(2 * sum(name in (one, "both") for name in known) < 3 for one in earlier)
+    kept, problems = select(runs, [])
+    assert [run.seed for run in kept] == [seed for seed, one in enumerate(have) if one]
+    assert {problem.reason for problem in problems} <= {f"no eval/{key}, which others have"}
