@@ -5,9 +5,10 @@
     python benchmarks/fuzz.py --formats store --seed 7 --only 123    # one mutation again, with its traceback
 
 Each mutated folder is loaded in a process of its own, with a limit on time and memory. Outcomes: ``equal`` (the file
-means what it meant), ``refused`` (one UserError), ``different`` (other numbers: damage that a format without digests
-cannot show; for our own formats a fault), ``traceback``, ``hang``, ``crash`` (the process died). The exit status is 1
-where there is a traceback or a hang, or a file of ours that loaded as something else.
+means what it meant), ``fell back`` (to the checkpoint before), ``refused`` (one UserError), ``different`` (other
+numbers: damage that a format without digests cannot show; for our own formats a fault), ``traceback``, ``hang``,
+``crash`` (the process died). The exit status is 1 where there is a traceback or a hang, or a file of ours that loaded
+as something else.
 """
 
 from __future__ import annotations
@@ -34,14 +35,14 @@ import fuzz_policies
 import fuzz_runs
 import h5py
 import numpy as np
-from fuzz_formats import Format
+from fuzz_formats import FELL_BACK, Format
 
 from eva_rl.errors import UserError
 
 FORMATS = fuzz_formats.FORMATS | fuzz_policies.FORMATS | fuzz_runs.FORMATS
 
 MEMORY = 12 << 30
-OUTCOMES = ("equal", "refused", "different", "traceback", "hang", "crash")
+OUTCOMES = ("equal", "fell back", "refused", "different", "traceback", "hang", "crash")
 SHOWN = 3
 
 Rng = np.random.Generator
@@ -190,7 +191,8 @@ def mutate(folder: Path, rng: Rng) -> None:
 def outcome(form: Format, folder: Path, expected: str) -> tuple[str, str]:
     """What loading gives, and a traceback."""
     try:
-        return ("equal" if form.load(folder) == expected else "different"), ""
+        names = {expected: "equal", FELL_BACK: "fell back"}
+        return names.get(form.load(folder), "different"), ""
     except UserError as error:
         return "refused", str(error)
     except Exception:  # whatever comes is what is counted

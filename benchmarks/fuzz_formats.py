@@ -19,6 +19,9 @@ import numpy as np
 from eva_rl.data import Episode, Trajectories, load_dataset, save_minari, write_episodes, write_store
 from eva_rl.data.trajectories import COLUMNS
 
+FELL_BACK = "an earlier state, as it was"
+"""What a format with several states gives where the last one is damaged."""
+
 
 @dataclass(frozen=True)
 class Format:
@@ -27,7 +30,7 @@ class Format:
     Attributes:
         make: Writes a sound example below an empty folder, the same each time.
         load: Loads what lies below the folder as a user would, and returns a text that is equal where everything that
-            was loaded is; raises ``UserError`` where it refuses.
+            was loaded is, or :data:`FELL_BACK`; raises ``UserError`` where it refuses.
         ours: Whether we write it: then whatever loads has to be equal.
         needs: Package without which it is left out, "" for none.
     """
