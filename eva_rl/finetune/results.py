@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +71,9 @@ def _report_eva(session: Session, result: EvaResult, start: Mapping[str, Any], t
     write_json(session.run_dir / "eva_report.json", {"data": origin, **start, **result.to_report()})
     tracker.log(_eva_metrics(result), 0)
     spectra = {name: layer.explained_variance_ratio.tolist() for name, layer in result.layers.items()}
-    tracker.figure("eva/spectrum", spectrum_figure(spectra), 0)
-    tracker.figure("eva/ranks", rank_figure({name: layer.rank for name, layer in result.layers.items()}), 0)
+    ranks = {name: layer.rank for name, layer in result.layers.items()}
+    tracker.figure("eva/spectrum", partial(spectrum_figure, spectra), 0)
+    tracker.figure("eva/ranks", partial(rank_figure, ranks), 0)
 
 
 def _eva_metrics(result: EvaResult) -> dict[str, float]:
@@ -309,7 +311,7 @@ def compare_snapshots(
     for index in range(before.actions.shape[1]):
         for acted, step in ((before, 0), (after, last)):
             tracker.histogram(f"eval/action_{index}", acted.actions[:, index], step)
-    tracker.figure("eval/actions", action_figure(before.actions, after.actions), last)
+    tracker.figure("eval/actions", partial(action_figure, before.actions, after.actions), last)
     if before.clip is None or after.clip is None:
         return
     frames = side_by_side(before.clip.captioned("before"), after.clip.captioned("after"))

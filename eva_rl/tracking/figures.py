@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 DPI = 120
 """Pixels an inch of what is drawn."""
+
+
+def _figure(width: float, height: float) -> Figure:
+    """An empty figure, in inches; matplotlib is imported where something is drawn."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def spectrum_figure(spectra: Mapping[str, Sequence[float]]) -> Figure:
@@ -20,7 +28,7 @@ def spectrum_figure(spectra: Mapping[str, Sequence[float]]) -> Figure:
     Args:
         spectra: Explained-variance ratios of each layer, largest first.
     """
-    figure = Figure(figsize=(6, 4), layout="constrained")
+    figure = _figure(6, 4)
     axes = figure.subplots()
     kinds = sorted({name.rpartition(".")[2] for name in spectra})
     for name, ratios in spectra.items():
@@ -53,7 +61,7 @@ def overview_figure(rows: Sequence[Mapping[str, Any]]) -> Figure | None:
     losses = _points(rows, "train/loss") or _points(rows, "bc/train/loss")
     if not series["held out, before and after"]:
         return None
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = _figure(10, 4)
     left, right = figure.subplots(1, 2)
     for (label, points), style in zip(series.items(), ("D", "o-"), strict=True):
         if points:
@@ -88,7 +96,7 @@ def rank_figure(ranks: Mapping[str, int]) -> Figure:
     grid = np.full((len(blocks), len(kinds)), np.nan)
     for name, rank in ranks.items():
         grid[blocks.index(_block(name)), kinds.index(name.rpartition(".")[2])] = rank
-    figure = Figure(figsize=(1.5 + 0.9 * len(kinds), 1.2 + 0.5 * len(blocks)), layout="constrained")
+    figure = _figure(1.5 + 0.9 * len(kinds), 1.2 + 0.5 * len(blocks))
     axes = figure.subplots()
     picture = axes.imshow(grid, cmap="Blues", vmin=0, aspect="auto")
     for (row, column), rank in np.ndenumerate(grid):
@@ -110,6 +118,8 @@ def _block(name: str) -> str:
 
 def pixels(figure: Figure) -> NDArray[np.uint8]:
     """A figure as (height, width, 3) pixels."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
     figure.set_dpi(DPI)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()  # type: ignore[no-untyped-call]
@@ -126,7 +136,7 @@ def action_figure(before: NDArray[np.floating[Any]], after: NDArray[np.floating[
     numbers = before.shape[1]
     columns = min(2, numbers)
     rows = -(-numbers // columns)
-    figure = Figure(figsize=(2.8 * columns, 2 * rows), layout="constrained")
+    figure = _figure(2.8 * columns, 2 * rows)
     for index in range(numbers):
         axes = figure.add_subplot(rows, columns, index + 1)
         both = np.concatenate([before[:, index], after[:, index]])

@@ -10,10 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 from torch import nn
@@ -22,6 +21,9 @@ from eva_rl.files import write_file
 from eva_rl.tracking.figures import overview_figure, pixels
 from eva_rl.tracking.layers import layer_norms
 from eva_rl.tracking.sinks import TENSORBOARD, RunInfo, Sink, check_trackers
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 log = logging.getLogger(__name__)
 
@@ -119,10 +121,19 @@ class Tracker:
         if (step, frozenset(metrics)) not in self._points:
             self.log(metrics, step)
 
-    def figure(self, tag: str, figure: Figure, step: int) -> None:
-        """Show a figure and keep it as ``figures/<tag>.png``."""
+    def figure(self, tag: str, draw: Callable[[], Figure | None], step: int) -> None:
+        """Show a figure and keep it as ``figures/<tag>.png``; without a tracker to show it nothing is drawn.
+
+        Args:
+            tag: Its name.
+            draw: Makes the figure; None where there is nothing to show.
+            step: Where it belongs.
+        """
+        drawn = draw() if self._sinks else None
+        if drawn is None:
+            return
         path = self.path.parent / "figures" / f"{tag.replace('/', '_')}.png"
-        picture = pixels(figure)  # drawn once, for the file and for all sinks
+        picture = pixels(drawn)  # once, for the file and for all sinks
         write_file(path, lambda aside: Image.fromarray(picture).save(aside, format="png"))
         for sink in self._sinks:
             sink.image(tag, picture, step)
@@ -139,9 +150,7 @@ class Tracker:
 
     def finished(self, results: Mapping[str, Any]) -> None:
         """Show the run as finished, with those of the results that are numbers."""
-        overview = overview_figure(read_metrics(self.path.parent))
-        if overview is not None:
-            self.figure("overview", overview, self._last_step)
+        self.figure("overview", lambda: overview_figure(read_metrics(self.path.parent)), self._last_step)
         numbers = {key: float(value) for key, value in results.items() if isinstance(value, int | float)}
         for sink in self._sinks:
             sink.finished(numbers)
@@ -243,7 +252,7 @@ class NullTracker(Tracker):
     def log_once(self, metrics: Mapping[str, float], step: int) -> None:
         """Do nothing."""
 
-    def figure(self, tag: str, figure: Figure, step: int) -> None:
+    def figure(self, tag: str, draw: Callable[[], Figure | None], step: int) -> None:
         """Do nothing."""
 
     def watch(self, network: nn.Module, steps: int) -> None:

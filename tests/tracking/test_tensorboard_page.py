@@ -27,7 +27,7 @@ def address(tmp_path: Path) -> Iterator[str]:
     film = tmp_path / "film.gif"
     write_video(film, [np.full((20, 30, 3), shade, np.uint8) for shade in (0, 240)])
     with Tracker(tmp_path / "run", hyperparameters={"adapter": "eva", "rank": 8}) as tracker:
-        tracker.figure("eva/ranks", rank_figure({"blocks.0.mlp.up_proj": 7}), 0)
+        tracker.figure("eva/ranks", lambda: rank_figure({"blocks.0.mlp.up_proj": 7}), 0)
         for step in range(3):
             tracker.log({"eval/success_rate": step / 2, "train/loss": 1.0 - step / 4}, step)
         tracker.video("eval/before_and_after", film, 2)

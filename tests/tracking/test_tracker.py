@@ -97,7 +97,7 @@ def test_pictures_show_what_they_are_given(tmp_path: Path) -> None:
     lines = spectrum_figure({"blocks.0.mlp.up_proj": [0.5, 0.25]}).axes[0].lines
     np.testing.assert_allclose(lines[0].get_ydata(), [0.5, 0.75])
     with Tracker(tmp_path) as tracker:
-        tracker.figure("eva/ranks", figure, 0)
+        tracker.figure("eva/ranks", lambda: figure, 0)
     assert (tmp_path / "figures" / "eva_ranks.png").read_bytes().startswith(b"\x89PNG")
     assert pixels(figure).shape[2] == 3
     events = EventAccumulator(str(tmp_path / "tb"))
@@ -265,8 +265,16 @@ with Tracker(Path(sys.argv[1]), int(sys.argv[2]) or None, ("trackio",), {"rank":
     assert [(step, json.loads(metrics)["train/loss"]) for step, metrics in rows] == [(s, s) for s in range(1, 7)]
 
 
-def test_a_finished_run_gets_an_overview(tmp_path: Path) -> None:
+def test_nothing_is_drawn_where_nobody_is_shown_it(tmp_path: Path) -> None:
     with Tracker(tmp_path, trackers=()) as tracker:
+        tracker.log({"eval/success_rate": 0.2}, 0)
+        tracker.figure("eva/ranks", lambda: pytest.fail("drawn"), 0)
+        tracker.finished({})
+    assert not (tmp_path / "figures").exists()
+
+
+def test_a_finished_run_gets_an_overview(tmp_path: Path) -> None:
+    with Tracker(tmp_path) as tracker:
         tracker.log({"eval/success_rate": 0.2}, 0)
         tracker.log({"train/loss": 0.5, "validation/success_rate": 0.4}, 5)
         tracker.log({"train/loss": 0.1, "validation/success_rate": 1.0, "eval/success_rate": 1.0}, 10)
