@@ -121,6 +121,11 @@ class RolloutContext:
         self._actions[:, self._end - 1] = actions
 
     @property
+    def num_environments(self) -> int:
+        """N."""
+        return len(self._timesteps)
+
+    @property
     def num_visible_steps(self) -> int:
         """Env steps in the cache, the newest included; 0 with full windows."""
         return self._cached_steps

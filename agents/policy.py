@@ -242,6 +242,9 @@ class DecisionTransformerPolicy:
         episode_starts: NDArray[np.bool_],
     ) -> NDArray[np.float32]:
         assert self._context is not None
+        n = self._context.num_environments
+        expected = {"observations": (n, self.observation_dim), "rewards": (n,), "episode_starts": (n,)}
+        check_shapes(expected, observations=observations, rewards=rewards, episode_starts=episode_starts)
         features = self._context.features(
             self._tensor(observations), self._tensor(rewards), torch.as_tensor(episode_starts, dtype=torch.bool)
         )
@@ -252,6 +255,20 @@ class DecisionTransformerPolicy:
 
     def _tensor(self, array: NDArray[Any]) -> Tensor:
         return torch.as_tensor(array, dtype=torch.float32, device=self.device)
+
+
+def check_shapes(expected: Mapping[str, tuple[int, ...]], **given: NDArray[Any]) -> None:
+    """Raise unless what a policy is told of an env step has its shapes; torch would stretch some that have not.
+
+    Raises:
+        UserError: Naming both shapes.
+    """
+    for name, shape in expected.items():
+        if np.shape(given[name]) != shape:
+            raise UserError(
+                f"The policy was given {name} of shape {np.shape(given[name])}, expected {shape}: a row for each "
+                "environment that it was reset for, of the task's own observations."
+            )
 
 
 @contextmanager

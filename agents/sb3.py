@@ -40,9 +40,14 @@ class PredictAdapter:
         Below a VecNormalize, that is an environment that holds one, the rewards are those before its scaling.
 
         Raises:
-            UserError: The single environments scale their rewards by a running estimate (NormalizeReward), which
-                cannot be undone.
+            UserError: No environment of Stable-Baselines3's, or the single environments scale their rewards by a
+                running estimate (NormalizeReward), which cannot be undone.
         """
+        if not isinstance(vec_env, VecEnv):
+            raise UserError(
+                f"listen() wraps a vectorised environment of Stable-Baselines3, got a {type(vec_env).__name__}. In a "
+                "loop of your own call observe(rewards) after each step (docs/policies.md)."
+            )
         if _scales_rewards(vec_env):
             raise UserError(
                 "The environments are wrapped in gymnasium's NormalizeReward: returns-to-go cannot be counted down "
@@ -78,8 +83,9 @@ class PredictAdapter:
         """
         if isinstance(observation, dict):
             raise UserError("The policy takes flat observations; wrap the env in gymnasium's FlattenObservation.")
+        observation = np.asarray(observation, np.float32)
         single = observation.ndim == 1
-        rows = np.atleast_2d(np.asarray(observation, np.float32))
+        rows = np.atleast_2d(observation)
         starts = self._starts(state, episode_start, len(rows))
         rewards = np.zeros(len(rows), np.float32) if self._rewards is None else self._rewards
         actions = self._policy.act(rows, rewards, starts)

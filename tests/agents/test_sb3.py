@@ -86,6 +86,30 @@ def test_predict_rejects_what_would_go_wrong_in_silence() -> None:
         adapter.predict({"observation": np.zeros((2, 11))})
 
 
+@pytest.mark.parametrize("shape", [(11, 1), (2, 5), (2, 2, 11), ()])
+def test_observations_of_other_shapes_are_refused(shape: tuple[int, ...]) -> None:
+    """(11, 1) was stretched to eleven environments with eleven equal numbers each."""
+    with pytest.raises(UserError, match=r"observations of shape .* expected \(\d+, 11\)"):
+        PredictAdapter(hopper_policy()).predict(np.zeros(shape))
+
+
+def test_rewards_and_starts_of_other_shapes_are_refused() -> None:
+    adapter = PredictAdapter(hopper_policy())
+    _, state = adapter.predict(np.zeros((2, 11)))
+    with pytest.raises(UserError, match=r"episode_starts of shape \(3,\), expected \(2,\)"):
+        adapter.predict(np.zeros((2, 11)), state, np.ones(3, bool))
+    adapter.observe(5.0)
+    with pytest.raises(UserError, match=r"rewards of shape \(1,\), expected \(2,\)"):
+        adapter.predict(np.zeros((2, 11)), state)
+
+
+def test_only_stable_baselines3s_environments_can_be_listened_to() -> None:
+    for env in (gym.make("Hopper-v5"), gym.make_vec("Hopper-v5", 2)):
+        with pytest.raises(UserError, match=r"listen\(\) wraps .*call observe\(rewards\)"):
+            PredictAdapter(hopper_policy()).listen(env)  # type: ignore[arg-type]
+        env.close()
+
+
 @pytest.mark.parametrize("norm_obs", [True, False])
 def test_listening_around_vec_normalize_hears_the_original_rewards(norm_obs: bool) -> None:
     plain = make_vec_env("Hopper-v5", 2, seed=5)
