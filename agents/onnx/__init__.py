@@ -10,7 +10,15 @@ from typing import Any
 import numpy as np
 
 from eva_rl.agents.onnx.graph import build_graph
-from eva_rl.agents.onnx.runtime import METADATA_KEY, OnnxPolicy, onnx_module
+from eva_rl.agents.onnx.runtime import (
+    FORMAT,
+    FORMAT_VERSION,
+    METADATA_KEY,
+    UNSEALED,
+    OnnxPolicy,
+    onnx_module,
+    sealed_content,
+)
 from eva_rl.agents.policy import DecisionTransformerPolicy
 from eva_rl.agents.policy_folder import weights_digest
 from eva_rl.agents.policy_record import policy_record
@@ -38,19 +46,19 @@ def export_onnx(policy: DecisionTransformerPolicy, path: str | Path, about: Mapp
     Raises:
         UserError: onnx or onnxruntime is missing, an adapter is attached, or the file would act otherwise.
     """
-    onnx = onnx_module("onnx")
+    onnx_module("onnx")
     onnx_module("onnxruntime")
     weights = policy.network.state_dict()
     if any(".base_layer." in name for name in weights):
         raise UserError("The policy has an adapter. Merge it first: policy.adapters.merge_and_unload().")
-    facts = _facts(policy) | dict(about or {})
+    facts = _facts(policy) | dict(about or {}) | {"sha256": UNSEALED}
     scaling = policy.scaling.to("cpu")
     model = build_graph(policy.network.config, weights, scaling, {METADATA_KEY: json.dumps(facts)})
     found = 0.0
 
     def write(aside: Path) -> None:
         nonlocal found
-        onnx.save_model(model, str(aside))
+        aside.write_bytes(sealed_content(model.SerializeToString()))
         found = largest_difference(policy, aside, steps=3 * policy.network.config.context_length)
         if not found <= TOLERANCE:
             raise UserError(f"{path} differs from torch's actions by {found:.2g}. It is not written.")
@@ -62,8 +70,8 @@ def export_onnx(policy: DecisionTransformerPolicy, path: str | Path, about: Mapp
 def _facts(policy: DecisionTransformerPolicy) -> dict[str, Any]:
     config, record = policy.network.config, policy_record(policy)
     return {
-        "format": "eva-rl onnx",
-        "version": 1,
+        "format": FORMAT,
+        "version": FORMAT_VERSION,
         **record["scaling"],
         **record["conditioning"],
         "env_id": policy.env_id,

@@ -2,18 +2,42 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from eva_rl.agents.onnx.graph import INPUTS
+from eva_rl.agents.onnx.graph import INPUTS, OUTPUTS
+from eva_rl.agents.policy import check_shapes
+from eva_rl.agents.policy_record import CONDITIONING, LARGEST_SIZE, SCALING
 from eva_rl.errors import UserError
+from eva_rl.files import regular_size
+from eva_rl.schema import DIGEST, Integer, ListOf, OneOf, Record, Text
 
 METADATA_KEY = "eva_rl"
+FORMAT, FORMAT_VERSION = "eva-rl onnx", 1
+_count = Integer(0, LARGEST_SIZE)
+ABOUT = Record(
+    {
+        "format": OneOf((FORMAT,)),
+        "version": OneOf((FORMAT_VERSION,)),
+        **SCALING.required,
+        **CONDITIONING.required,
+        "context_length": Integer(1, LARGEST_SIZE),
+        "empty_memory": ListOf(_count, 5, 5),
+    },
+    {**CONDITIONING.optional, "env_id": Text(), "sha256": Text(DIGEST)},
+    others=True,
+)
+"""The metadata of a file."""
+UNSEALED = "0" * 64
+"""Stands in the place of a file's digest while that is computed."""
+_SEAL = re.compile(rb'"sha256": "([0-9a-f]{64})"')
 
 
 def onnx_module(name: str) -> Any:
@@ -30,20 +54,85 @@ def onnx_module(name: str) -> Any:
         raise UserError(f"{name} is not installed. Install the extra: pip install 'eva-rl[onnx]'.") from error
 
 
+def sealed_content(content: bytes) -> bytes:
+    """A file's content with its own digest in the place of :data:`UNSEALED`, which its metadata hold."""
+    digest = hashlib.sha256(content).hexdigest().encode()
+    return content.replace(b'"sha256": "' + UNSEALED.encode(), b'"sha256": "' + digest, 1)
+
+
+def _checked_content(path: Path) -> bytes:
+    """What a file holds, as it was written; files of earlier versions have no digest.
+
+    Raises:
+        UserError: No such file, or it was changed since.
+    """
+    try:
+        regular_size(path)
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}. Name a file that `to=onnx` wrote.") from error
+    seal = _SEAL.search(content)
+    if seal is not None and sealed_content(content.replace(seal[0], b'"sha256": "%b"' % UNSEALED.encode())) != content:
+        raise UserError(f"{path} is damaged or was changed since it was written. Export the policy again.")
+    return content
+
+
+def _about(session: Any, path: Path) -> dict[str, Any]:
+    """A file's metadata, held against its inputs and outputs.
+
+    Raises:
+        UserError: They are missing, of other types, or do not fit the graph.
+    """
+    text = session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
+    if text is None:
+        raise UserError(f"{path} has no metadata of eva-rl: it is another model. Name a file that `to=onnx` wrote.")
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: its metadata are no JSON: {error}. Export the policy again.") from error
+    about = {"per_env": {}} | ABOUT.of(found, f"{path}, metadata")
+    _check_graph(session, about, path)
+    return about
+
+
+def _check_graph(session: Any, about: Mapping[str, Any], path: Path) -> None:
+    inputs = {value.name: list(value.shape) for value in session.get_inputs()}
+    outputs = tuple(value.name for value in session.get_outputs())
+    if (tuple(inputs), outputs) != (INPUTS, OUTPUTS):
+        raise UserError(f"{path} has other inputs or outputs than an exported policy. Export the policy again.")
+    lengths = [len(about[key]) for key in ("observation_mean", "observation_std", "action_low", "action_high")]
+    dims, acts = inputs["observations"][-1], inputs["previous_actions"][-1]
+    layers, _, heads, _, width = inputs["keys"]
+    own = [dims, dims, acts, acts], [layers, 1, heads, 0, width]
+    if (lengths, about["empty_memory"]) != own:
+        raise UserError(
+            f"{path}: its metadata describe numbers and memory of {lengths} and {about['empty_memory']}, its graph "
+            f"takes {own[0]} and {own[1]}. Export the policy again."
+        )
+
+
 class OnnxPolicy:
     """A :class:`eva_rl.agents.Policy` from an ONNX file.
 
     Args:
         path: What :func:`eva_rl.agents.onnx.export_onnx` wrote.
         threads: Of onnxruntime.
+
+    Raises:
+        UserError: It cannot be read, is another model, is damaged, or was changed since it was written.
     """
 
     def __init__(self, path: str | Path, threads: int = 1) -> None:
         runtime = onnx_module("onnxruntime")
         options = runtime.SessionOptions()
         options.intra_op_num_threads = threads
-        self._session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        self.about: dict[str, Any] = json.loads(self._session.get_modelmeta().custom_metadata_map[METADATA_KEY])
+        content = _checked_content(Path(path))
+        try:
+            self._session = runtime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime's own classes, which differ by what is wrong
+            reason = str(error).splitlines()[0]
+            raise UserError(f"{path} is no ONNX model that can be run: {reason}. Export the policy again.") from error
+        self.about: dict[str, Any] = _about(self._session, Path(path))
         self._envs: list[_Episode] = []
 
     @property
@@ -65,6 +154,9 @@ class OnnxPolicy:
         self, observations: NDArray[np.float32], rewards: NDArray[np.float32], episode_starts: NDArray[np.bool_]
     ) -> NDArray[np.float32]:
         """Choose the deterministic action of each environment; see :meth:`eva_rl.agents.Policy.act`."""
+        n = len(self._envs)
+        expected = {"observations": (n, self.observation_dim), "rewards": (n,), "episode_starts": (n,)}
+        check_shapes(expected, observations=observations, rewards=rewards, episode_starts=episode_starts)
         rows = zip(self._envs, observations, rewards, episode_starts, strict=True)
         return np.stack([env.act(observation, reward, start) for env, observation, reward, start in rows])
 

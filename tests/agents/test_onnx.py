@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
@@ -139,6 +140,81 @@ def test_what_is_missing_is_said(
     with pytest.raises(UserError, match=r"pip install 'eva-rl\[onnx\]'"):
         export_onnx(make_policy(), tmp_path / "a.onnx")
     assert not (tmp_path / "a.onnx").exists()
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("onnx") / "policy.onnx"
+    export_onnx(scaled(make_policy(11, 3), 11, 3), path)
+    return path
+
+
+@pytest.mark.parametrize("place", [0.02, 0.3, 0.6, 0.9, 0.999])
+def test_a_changed_byte_is_found(exported: Path, tmp_path: Path, place: float) -> None:
+    content = bytearray(exported.read_bytes())
+    content[int(place * len(content))] ^= 1
+    (tmp_path / "a.onnx").write_bytes(content)
+    with pytest.raises(UserError, match="damaged or was changed"):
+        OnnxPolicy(tmp_path / "a.onnx")
+
+
+def foreign() -> bytes:
+    node = onnx.helper.make_node("Relu", ["x"], ["y"])
+    x, y = (onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1]) for name in "xy")
+    graph = onnx.helper.make_graph([node], "g", [x], [y])
+    model = onnx.helper.make_model(graph, ir_version=8, opset_imports=[onnx.helper.make_opsetid("", 17)])
+    content: bytes = model.SerializeToString()
+    return content
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "cannot be read: No such file"),
+        (b"", "no ONNX model"),
+        (b"not a model", "no ONNX model"),
+        (foreign(), "no metadata of eva-rl"),
+    ],
+)
+def test_files_that_are_no_exported_policies(tmp_path: Path, content: bytes | None, message: str) -> None:
+    if content is not None:
+        (tmp_path / "a.onnx").write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        OnnxPolicy(tmp_path / "a.onnx")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": "other"}, "format"),
+        ({"observation_mean": "wide"}, "observation_mean is 'wide'"),
+        ({"observation_mean": [0.0] * 5}, "its metadata describe"),
+        ({"action_high": [1.0]}, "its metadata describe"),
+        ({"action_low": [None] * 3}, r"action_low\[0\]"),
+        ({"context_length": 0}, "context_length is 0"),
+        ({"context_length": 2.5}, "context_length is 2.5"),
+        ({"empty_memory": [10**9] * 5}, "empty_memory"),
+        ({"empty_memory": [1, 1, 1, 0, 1]}, "its metadata describe"),
+        ({"target_return": "high"}, "target_return is 'high'"),
+        ({"per_env": {"x": []}}, r"per_env\.x"),
+        ([1, 2], "an object with"),
+    ],
+)
+def test_metadata_are_checked(exported: Path, tmp_path: Path, change: Any, message: str) -> None:
+    """As of a file without a digest, which earlier versions wrote."""
+    model = onnx.load(exported)
+    about = json.loads(model.metadata_props[0].value)
+    del about["sha256"]
+    model.metadata_props[0].value = json.dumps(change if isinstance(change, list) else about | change)
+    onnx.save_model(model, tmp_path / "a.onnx")
+    with pytest.raises(UserError, match=message):
+        OnnxPolicy(tmp_path / "a.onnx")
+    model.metadata_props[0].value = json.dumps(about)
+    onnx.save_model(model, tmp_path / "a.onnx")
+    policy = OnnxPolicy(tmp_path / "a.onnx")
+    policy.reset([""])
+    with pytest.raises(UserError, match=r"observations of shape \(1, 4\), expected \(1, 11\)"):
+        policy.act(np.zeros((1, 4), np.float32), np.zeros(1, np.float32), np.ones(1, bool))
 
 
 @pytest.mark.slow
