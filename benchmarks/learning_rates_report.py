@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pictures
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
@@ -102,7 +103,7 @@ def main() -> None:
     found = curves(records, options.measure)
     print(table(found, options.measure))
     if options.figure:
-        draw(found, options.measure).savefig(options.figure, dpi=120)
+        pictures.save(draw(found, options.measure), options.figure, dpi=120)
 
 
 if __name__ == "__main__":

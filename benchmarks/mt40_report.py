@@ -13,6 +13,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pictures
 from matplotlib.figure import Figure
 
 from eva_rl.tracking.tracker import read_metrics
@@ -46,7 +47,7 @@ def curve(run: Path, out: Path) -> None:
     for axes in (left, right):
         axes.locator_params(axis="x", nbins=5)
         axes.grid(alpha=0.3)
-    figure.savefig(out, dpi=110)
+    pictures.save(figure, out)
 
 
 def compact(evaluation: dict[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pictures
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
@@ -87,7 +88,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     axes.locator_params(axis="x", nbins=6)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, title="dotted: held out, before online")
-    figure.savefig(path, dpi=110)
+    pictures.save(figure, path)
 
 
 def main() -> None:

@@ -149,6 +149,7 @@ def numbers() -> str:
 
 def draw(path: Path) -> None:
     """Success against updates, by method, over all test runs; over the tuning runs before there are any."""
+    import pictures
     from matplotlib.figure import Figure
 
     runs = [run for name in HALVES for run in read_half(name)[1]]
@@ -161,8 +162,9 @@ def draw(path: Path) -> None:
         scores = np.array([curve[:, 1] for curve in curves])
         axes.plot(steps, scores.mean(axis=0), marker="o", label=f"{method} ({len(curves)} runs)")
     axes.set(xlabel="gradient steps", ylabel="success rate, mean over runs", ylim=(0, 1))
+    axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=110)
+    pictures.save(figure, path)
 
 
 def main() -> None:

@@ -12,9 +12,12 @@ import sys
 from pathlib import Path
 
 import gymnasium as gym
+import numpy as np
 import pytest
+from PIL import Image
 
-from eva_rl.__main__ import main
+from eva_rl.__main__ import COMMANDS, command_module, main
+from eva_rl.cli.parsing import parse
 from eva_rl.finetune import command as finetune
 from eva_rl.tracking.tracker import read_metrics
 
@@ -128,8 +131,31 @@ def test_pictures_are_small() -> None:
     assert sum(path.stat().st_size for path in pictures) < 2 * 2**20
 
 
-ELSEWHERE = ("d4rl:", "minari:", "push=", "launcher=", "torchrun", "FILE", "--multirun", "--help")
-"""What a command needs that is not on every machine: other people's data, the hub, a cluster."""
+@pytest.mark.parametrize("path", sorted(DOCS.rglob("*.png")), ids=lambda path: path.name)
+def test_a_figure_reads_on_light_and_dark_pages(path: Path) -> None:
+    """No background, and in what is opaque neither white nor black."""
+    with Image.open(path) as image:
+        pixels = np.asarray(image.convert("RGBA"))
+    assert pixels[0, 0, 3] == 0, "python docs/make_pictures.py figures"
+    opaque = pixels[pixels[..., 3] > 250][:, :3]
+    assert len(opaque) > 100
+    assert np.mean(opaque.max(axis=1) < 70) < 0.01, "black letters"
+    assert np.mean(opaque.min(axis=1) > 240) < 0.01, "white boxes"
+
+
+ELSEWHERE = (
+    "d4rl:",
+    "minari:",
+    "trajectories:",
+    "csv:",
+    "push=",
+    "launcher=",
+    "study=",
+    "FILE",
+    "--multirun",
+    "--help",
+)
+"""What a command needs that is not on every machine or takes days: other people's data, the hub, a cluster, a study."""
 SMALL = {
     "finetune": "env.horizon=24 data.episodes=2 data.workers=1 data.only_successes=false eval.episodes=1 eval.every=0 "
     "threads=1",
@@ -138,19 +164,61 @@ SMALL = {
     "pretrain": "env=reach-v3 env.horizon=24 data.episodes=2 data.workers=1 data.only_successes=false size.name=custom "
     "size.hidden_size=32 size.num_layers=1 size.num_heads=2 algo.updates=2 eval.every=0 threads=1",
     "doctor": "seconds=0.05",
+    "datasets": "",
+    "export": "",
+    "report": "",
+    "benchmark": "methods=[lora] seeds=1 jobs=1 threads=1 "
+    "set=[env.horizon=24,data.episodes=2,data.workers=1,data.only_successes=false,eval.episodes=1,eval.every=0,"
+    "algo.updates=2,algo.batch_size=4]",
 }
-CLONING, ONLINE = "algo.updates=2 algo.batch_size=4", "algo.env_steps=96 algo.num_envs=2"
+CLONING, ONLINE = "algo.updates=2 algo.batch_size=4", "algo.env_steps=96 algo.num_envs=2 algo.batch_size=4"
+
+
+def small_training(words: list[str]) -> list[str]:
+    """What makes a fine-tuning short, by its algorithm."""
+    algo = dict(word.partition("=")[::2] for word in words).get("algo", "bc")
+    if algo == "bc":
+        return CLONING.split()
+    small = ONLINE.split()
+    if algo.startswith("bc_then_"):
+        small += ["algo.bc.updates=2", "algo.bc.batch_size=4"]
+    learner = algo.removeprefix("bc_then_")
+    if learner not in {"ppo", "sac", "td3"}:
+        small += ["algo.updates_per_iteration=2"]
+    if learner in {"odt_td3", "residual"}:
+        small += ["algo.critic_warmup=2"]
+    return small
 
 
 def documented_commands() -> list[str]:
-    """Each command of README and the guides that runs on any machine."""
+    """Each command of README and the guides, without `eva-rl` or `python -m eva_rl.` in front."""
     found = []
     for page in PAGES:
-        for line in re.findall(r"^(?:eva-rl|python -m eva_rl\.)\s*([a-z]+ ?.*=.*|doctor)$", page.read_text(), re.M):
-            command = line.split("  #")[0].strip()
-            if command.split()[0] in SMALL and not any(word in command for word in ELSEWHERE):
-                found.append(command)
+        for language, block in re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE):
+            lines = block.replace("\\\n", " ").splitlines() if language in {"", "bash"} else []
+            found += [match[1].split("  #")[0].strip() for line in lines if (match := COMMAND.search(line))]
     return list(dict.fromkeys(found))
+
+
+COMMAND = re.compile(r"(?:^|&& |-m )(?:eva-rl |python -m eva_rl\.|eva_rl\.)((?:" + "|".join(COMMANDS) + r")\b.*)$")
+
+
+@pytest.mark.slow
+def test_each_documented_key_is_one_of_its_command() -> None:
+    commands = documented_commands()
+    assert len(commands) > 60
+    for command in commands:
+        name, *words = shlex.split(command)
+        if "--help" in words or "--multirun" in words:
+            continue
+        command_module(name)  # registers its keys
+        study = ROOT / "benchmarks/studies/cw10_a.yaml"
+        parse(name, [f"study={study}" if word.startswith("study=") else word for word in words])
+
+
+def runnable_commands() -> list[str]:
+    """Those that run on any machine."""
+    return [command for command in documented_commands() if not any(word in command for word in ELSEWHERE)]
 
 
 @pytest.fixture(scope="module")
@@ -162,8 +230,8 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.long  # about forty commands of 10 to 20 s each
-@pytest.mark.parametrize("command", documented_commands())
+@pytest.mark.long  # about fifty commands of 10 to 20 s each
+@pytest.mark.parametrize("command", runnable_commands())
 def test_documented_commands_run(
     command: str, finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -171,13 +239,15 @@ def test_documented_commands_run(
     name, *words = shlex.split(command)
     for earlier in set(re.findall(r"(?:policy=|:)(runs/\w+)", command)):
         shutil.copytree(finished_run, tmp_path / earlier)
+    if name == "report":
+        shutil.copytree(finished_run, tmp_path / "runs/study/push-v3/eva/seed_0")
     if "data=demos.h5" in words:
         shutil.copy(next((finished_run / "data").glob("*.h5")), "demos.h5")
         words = [word.replace("env=stick-pull-v3", "env=push-v3") for word in words]
     if name == "finetune":
-        words += (ONLINE if any(word.startswith("algo=") for word in words) else CLONING).split()
+        words += small_training(words)
         words = [word for word in words if word != "video=true"]
-    words = ["env=reach-v3" if word in {"env=mt40", "env=cw10"} else word for word in words]
+    words = [re.sub(r"^(env|tasks)=(mt40|cw10|mt50)$", r"\1=reach-v3", word) for word in words]
     assert main([name, *words, *SMALL[name].split()]) == 0
 
 
