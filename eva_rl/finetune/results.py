@@ -15,7 +15,7 @@ from rich.table import Table
 
 from eva_rl.adapters import AttachedAdapter, LayerStart, adapter_bytes, count_parameters, save_adapted_policy
 from eva_rl.adapters.model_card import card_facts, model_card
-from eva_rl.cli.console import console, say
+from eva_rl.cli.console import console, counting_progress, say
 from eva_rl.cli.run_dir import flat_hyperparameters, write_summary
 from eva_rl.configs.algorithms import BCAlgo, OnlineAlgo
 from eva_rl.configs.finetune import FinetuneConfig
@@ -26,7 +26,7 @@ from eva_rl.files import write_json
 from eva_rl.finetune.adapter import activation_source
 from eva_rl.finetune.phases import Training, resume_step
 from eva_rl.finetune.session import Session
-from eva_rl.finetune.shared import evaluate_before
+from eva_rl.finetune.shared import evaluate_before, forget_before
 from eva_rl.rollouts.evaluation import EvaluationResult, described_return
 from eva_rl.rollouts.video import Clip, record_clip, side_by_side, write_video
 from eva_rl.tracking import Tracker
@@ -103,8 +103,8 @@ class Evaluated:
 
 
 def evaluate_first(session: Session) -> Evaluated:
-    """Evaluate the pretrained policy; runs of a study share this."""
-    result, actions = evaluate_before(session)
+    """Evaluate the pretrained policy; runs of a study share this, and a run that continues has it."""
+    result, actions = evaluate_before(session, again=resume_step(session) is None)
     warn_of_worse_data(session.data, result)
     found = Evaluated(result, snapshot(session, actions), session.cloning_loss())
     session.phases.end("evaluate_before")
@@ -180,6 +180,7 @@ def _write_policy_and_summary(
     summary["adapter_bytes"] = adapter_bytes(run_dir / "policy") or 4 * summary["trainable_parameters"]
     write_json(run_dir / "evaluation.json", {name: result.record() for name, result in evaluations.items()})
     write_summary(run_dir, summary)
+    forget_before(session)
     show(run_dir, summary, evaluations)
 
 
@@ -300,7 +301,9 @@ def snapshot(session: Session, actions: NDArray[np.float32]) -> PolicySnapshot:
     if not config.video or not session.process_group.is_main:
         return PolicySnapshot(actions, None)
     every = max(2, session.spec.horizon // FRAMES)
-    clip = record_clip(session.policy, config.env.id, seed=config.eval.seed, horizon=config.env.horizon, every=every)
+    options = {"seed": config.eval.seed, "horizon": config.env.horizon, "every": every}
+    with counting_progress("Filming (env steps)", session.spec.horizon) as advance:
+        clip = record_clip(session.policy, config.env.id, on_step=advance, **options)
     return PolicySnapshot(actions, clip)
 
 

@@ -1,7 +1,8 @@
-"""Work that several runs of a study have in common, done by the first and read by the others (``shared=FOLDER``)."""
+"""Work that is done once: for all runs of a study (``shared=FOLDER``), or before a run was interrupted."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -19,12 +20,19 @@ from eva_rl.rollouts.episodes import EpisodeRecord
 from eva_rl.rollouts.evaluation import EvaluationResult
 
 Actions = NDArray[np.float32]
+BEFORE = "before"
+"""Folder of evaluations before training, in the run directory or the shared one."""
 
 
-def evaluate_before(session: Session) -> tuple[EvaluationResult, Actions]:
-    """The held-out evaluation before training with the actions taken; the same for all methods of a study."""
+def evaluate_before(session: Session, *, again: bool) -> tuple[EvaluationResult, Actions]:
+    """The held-out evaluation before training with the actions taken; the same for all methods of a study.
+
+    Args:
+        session: The run.
+        again: Play it anew, unless other runs share it; a run that continues takes what it found at its start.
+    """
     config = session.config
-    if not config.shared or session.process_group.world_size > 1:
+    if session.process_group.world_size > 1:
         return session.evaluate("Before")
     key = key_of(
         policy=weights_digest(session.policy.network.state_dict()),
@@ -38,13 +46,19 @@ def evaluate_before(session: Session) -> tuple[EvaluationResult, Actions]:
         threads=config.threads,
         device=str(session.policy.device),
     )
-    session.shared["before"] = key
-    path = Path(config.shared).expanduser() / "before" / key
+    if config.shared:
+        session.shared["before"] = key
+    path = (Path(config.shared).expanduser() if config.shared else session.run_dir) / BEFORE / key
     with alone(path):
-        if not path.exists():
+        if not path.exists() or (again and not config.shared):
             result, actions = session.evaluate("Before")
             write_folder(path, lambda aside: _save(aside, result, actions))
         return _load(path)
+
+
+def forget_before(session: Session) -> None:
+    """Remove what an interrupted run would have taken; ``evaluation.json`` holds the episodes of a finished one."""
+    shutil.rmtree(session.run_dir / BEFORE, ignore_errors=True)
 
 
 def _save(folder: Path, result: EvaluationResult, actions: Actions) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes.util
 import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import imageio
 import imageio.v3 as iio
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 from eva_rl.agents.policy import Policy
 from eva_rl.envs import canonical_id, make_env
@@ -27,6 +27,8 @@ from eva_rl.seeding import EVALUATION, episode_seeds
 FRAMES_PER_SECOND = 20
 CAPTION_HEIGHT = 24
 GAP = 4
+CAPTION_COLOUR, SOLVED_COLOUR = "#1f2937", "#14532d"
+"""Behind the caption; the first also between two films, where white would shine on a dark page."""
 MARGIN = 6
 CAPTION_SIZES = (13, 12, 11, 10, 9, 8)
 """Sizes of the caption's letters, the first that fits."""
@@ -72,7 +74,15 @@ def choose_renderer() -> None:
         os.environ.setdefault("PYOPENGL_PLATFORM", os.environ["MUJOCO_GL"])
 
 
-def record_clip(policy: Policy, env: str, *, seed: int = 0, horizon: int | None = None, every: int = 2) -> Clip:
+def record_clip(
+    policy: Policy,
+    env: str,
+    *,
+    seed: int = 0,
+    horizon: int | None = None,
+    every: int = 2,
+    on_step: Callable[[int], None] = lambda _: None,
+) -> Clip:
     """Play the first evaluation episode of a seed and keep frames.
 
     Args:
@@ -81,6 +91,7 @@ def record_clip(policy: Policy, env: str, *, seed: int = 0, horizon: int | None 
         seed: Evaluation seed, as in :func:`eva_rl.evaluate_policy`.
         horizon: Env steps at most; None takes the task's own.
         every: Env steps between two frames.
+        on_step: Called after each env step with its number, from 1.
 
     Raises:
         UserError: There is no renderer on this machine, or the environment gives no frames.
@@ -88,7 +99,7 @@ def record_clip(policy: Policy, env: str, *, seed: int = 0, horizon: int | None 
     choose_renderer()
     environment = make_env(env, horizon=horizon, render_mode="rgb_array")
     try:
-        return _play(policy, environment, canonical_id(env), episode_seeds(EVALUATION, seed), every)
+        return _play(policy, environment, canonical_id(env), episode_seeds(EVALUATION, seed), every, on_step)
     except UserError:
         raise
     except Exception as error:  # of the renderer, whose errors differ by backend
@@ -132,7 +143,7 @@ def record_episode(
 def side_by_side(left: Sequence[Frame], right: Sequence[Frame]) -> tuple[Frame, ...]:
     """Frames beside each other; the shorter sequence stays at its last frame."""
     length = max(len(left), len(right))
-    gap = np.full((left[0].shape[0], GAP, 3), 255, np.uint8)
+    gap = np.full((left[0].shape[0], GAP, 3), ImageColor.getrgb(CAPTION_COLOUR), np.uint8)
     return tuple(
         np.concatenate([left[min(i, len(left) - 1)], gap, right[min(i, len(right) - 1)]], axis=1) for i in range(length)
     )
@@ -166,7 +177,7 @@ def can_render() -> bool:
     return ctypes.util.find_library(library) is not None
 
 
-def _play(policy: Policy, env: Any, env_id: str, seed: int, every: int) -> Clip:
+def _play(policy: Policy, env: Any, env_id: str, seed: int, every: int, on_step: Callable[[int], None]) -> Clip:
     policy.reset([env_id])
     observation, _ = env.reset(seed=seed)
     reward, total, start, done, step = 0.0, 0.0, True, False, 0
@@ -182,6 +193,7 @@ def _play(policy: Policy, env: Any, env_id: str, seed: int, every: int) -> Clip:
         if step % every == 0 or done:
             frames.append(_frame(env, part))
             returns.append(total)
+        on_step(step)
     return Clip(tuple(frames), every, tuple(returns), first_success)
 
 
@@ -195,7 +207,7 @@ def _frame(env: Any, part: tuple[slice, slice] | None) -> Frame:
 
 def _below_caption(frame: Frame, text: str, solved: bool) -> Frame:
     height, width, _ = frame.shape
-    image = Image.new("RGB", (width, height + CAPTION_HEIGHT), "#14532d" if solved else "#1f2937")
+    image = Image.new("RGB", (width, height + CAPTION_HEIGHT), SOLVED_COLOUR if solved else CAPTION_COLOUR)
     image.paste(Image.fromarray(frame), (0, CAPTION_HEIGHT))
     draw = ImageDraw.Draw(image)
     fonts = [ImageFont.load_default(size) for size in CAPTION_SIZES]

@@ -158,12 +158,21 @@ def test_data_from_a_file(base: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert read(tmp_path / "run" / "summary.json")["data"]["steps"] == 120
 
 
-def test_killed_and_continued_equals_uninterrupted(base: Path, finished: Path, tmp_path: Path) -> None:
+def test_killed_and_continued_equals_uninterrupted(
+    base: Path, finished: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     """The process dies while it trains; the same command goes on and ends as if nothing had happened."""
     run_dir = tmp_path / "killed"
     assert forks.killed_at_checkpoint(partial(small_run, base, run_dir), 4, tmp_path / "log")
     assert not (run_dir / "summary.json").exists()
+    assert "Before" in (tmp_path / "log").read_text()
+    capfd.readouterr()
     assert small_run(base, run_dir) == 0
+    said = capfd.readouterr().err
+    assert "After" in said
+    assert "Before" not in said, "what was evaluated before the interruption is not played again"
+    assert not (run_dir / "before").exists()
+    assert read(run_dir / "evaluation.json") == read(finished / "evaluation.json")
     assert timeless(read_metrics(run_dir)) == timeless(read_metrics(finished))
     for name in ("model.safetensors", "adapter/adapter_model.safetensors"):
         assert (run_dir / "policy" / name).read_bytes() == (finished / "policy" / name).read_bytes()

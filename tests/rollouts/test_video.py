@@ -23,6 +23,7 @@ def test_the_shorter_episode_waits() -> None:
     assert frames[0].shape == (40, 60 + GAP + 60, 3)
     assert [int(frame[0, 0, 0]) for frame in frames] == [0, 10, 20, 20, 20]
     assert [int(frame[0, -1, 0]) for frame in frames] == [0, 10, 20, 30, 40]
+    assert frames[0][:, 60 : 60 + GAP].max() < 80, "nothing white between them on a dark page"
 
 
 def test_the_caption_turns_green_with_the_first_frame_after_success() -> None:
