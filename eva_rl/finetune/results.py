@@ -301,9 +301,15 @@ def snapshot(session: Session, actions: NDArray[np.float32]) -> PolicySnapshot:
     if not config.video or not session.process_group.is_main:
         return PolicySnapshot(actions, None)
     every = max(2, session.spec.horizon // FRAMES)
-    options = {"seed": config.eval.seed, "horizon": config.env.horizon, "every": every}
     with counting_progress("Filming (env steps)", session.spec.horizon) as advance:
-        clip = record_clip(session.policy, config.env.id, on_step=advance, **options)
+        clip = record_clip(
+            session.policy,
+            config.env.id,
+            seed=config.eval.seed,
+            horizon=config.env.horizon,
+            every=every,
+            on_step=advance,
+        )
     return PolicySnapshot(actions, clip)
 
 
