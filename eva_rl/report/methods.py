@@ -6,6 +6,7 @@ import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -94,9 +95,11 @@ def make_methods(runs: Sequence[Run]) -> list[Method]:
     for run in runs:
         grouped[run.method, run.settings].append(run)
     settings = {key: dict(key[1]) for key in grouped}
+    keys = sorted(grouped)
+    labels = [_label(key[0], settings[key], [settings[k] for k in keys if k[0] == key[0]]) for key in keys]
     methods = []
-    for key, own in sorted(grouped.items()):
-        label = _label(key[0], settings[key], [other for k, other in settings.items() if k[0] == key[0]])
+    for key, label in zip(keys, _unique(labels), strict=True):
+        own = grouped[key]
         by_task = {
             task: sorted((run for run in own if run.task == task), key=lambda run: run.seed)
             for task in sorted({run.task for run in own})
@@ -107,14 +110,28 @@ def make_methods(runs: Sequence[Run]) -> list[Method]:
 
 def _label(name: str, own: Mapping[str, str], same_name: Sequence[Mapping[str, str]]) -> str:
     """The name, and those settings in which rows of this name differ."""
-    differing = [key for key in differing_settings(same_name) if key in own]
-    shown = [f"{key.rpartition('.')[2]}={_plain(own[key])}" for key in differing]
+    differing = differing_settings(same_name)
+    names = [(key, key.rpartition(".")[2]) for key in differing if key in own]
+    short = [key.rpartition(".")[2] for key in differing]
+    shown = [f"{key if short.count(last) > 1 else last}={plain_setting(own[key])}" for key, last in names]
     return f"{name} ({', '.join(shown)})" if shown else name
 
 
-def _plain(value: str) -> str:
+def _unique(labels: Sequence[str]) -> list[str]:
+    """The labels, those that are not the first of their kind with a number: every table goes by them."""
+    found: list[str] = []
+    for label in labels:
+        others = (f"{label} #{number}" for number in count(2))
+        found.append(label if label not in found else next(other for other in others if other not in found))
+    return found
+
+
+def plain_setting(value: str) -> str:
+    """A setting's canonical JSON as one types it: ``true``, ``0.5``, ``q_proj+v_proj``, ``reach-v3``."""
     decoded: Any = json.loads(value)
-    return one_line(decoded if not isinstance(decoded, list) else "+".join(map(str, decoded)))
+    if isinstance(decoded, list):
+        return one_line("+".join(map(str, decoded)))
+    return one_line(decoded if isinstance(decoded, str) else value)
 
 
 def differing_settings(several: Sequence[Mapping[str, str]], everywhere: bool = False) -> list[str]:
