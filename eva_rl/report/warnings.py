@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 import numpy as np
 
 from eva_rl.errors import counted
 from eva_rl.report.comparison import LEVEL, Analysis, overlapping
-from eva_rl.report.methods import RANK, TaskGroup, differing_settings
+from eva_rl.report.methods import RANK, Method, TaskGroup, differing_settings, plain_setting
 from eva_rl.report.runs import Problem
 from eva_rl.report.verdicts import ENDPOINTS, EQUIVALENT, FINAL, UNDECIDED, Verdict, verdicts
 
@@ -109,18 +109,13 @@ def _overlap(analysis: Analysis) -> Iterator[ReportWarning]:
 
 
 def _few(group: TaskGroup) -> Iterator[ReportWarning]:
-    counts = {len(runs) for method in group.methods for runs in method.runs.values()}
-    if min(counts) == 1:
+    fewest_runs = min(len(runs) for method in group.methods for runs in method.runs.values())
+    if fewest_runs == 1:
         yield ReportWarning(
-            "Some method has one seed on some task: there is no interval, nor a test of methods.", severe=True
+            f"Some method has one seed on some task: there is no interval. {_limit(group)}", severe=True
         )
-    elif min(counts) < FEW_RUNS:
-        tasks = len(group.tasks)
-        least = 2 / 2 ** (min(counts) * max(1, tasks))
-        yield ReportWarning(
-            f"Few seeds: {min(counts)} for some method and task. With {counted(tasks, 'task')} no p value over runs "
-            f"can be below {least:.2g}, before it is corrected for the number of comparisons. Add seeds."
-        )
+    elif fewest_runs < FEW_RUNS:
+        yield ReportWarning(f"Few seeds: {fewest_runs} for some method and task. {_limit(group)}")
     episodes = [len(run.goals) for method in group.methods for runs in method.runs.values() for run in runs]
     fewest = min((number for number in episodes if number), default=0)
     if group.bounded and 0 < fewest < FEW_EPISODES:
@@ -129,6 +124,22 @@ def _few(group: TaskGroup) -> Iterator[ReportWarning]:
             f"Few episodes: {fewest} in some evaluation, which alone gives a success rate near one half a standard "
             f"error of {spread:.0f} points. Evaluate with eval.episodes={FEW_EPISODES} or more."
         )
+
+
+def _limit(group: TaskGroup) -> str:
+    """How small a p value can be, by the two methods with the most pairs of runs."""
+    pairs = max((_pairs(group, a, b) for a, b in combinations(group.methods, 2)), default=0)
+    if not pairs:
+        return "Add seeds."
+    return (
+        f"With {counted(pairs, 'pair')} of runs no p value over runs can be below {min(1.0, 2 / 2**pairs):.2g}, before "
+        "it is corrected for the number of comparisons. Add seeds."
+    )
+
+
+def _pairs(group: TaskGroup, first: Method, second: Method) -> int:
+    seeds = [[{run.seed for run in method.runs[task]} for method in (first, second)] for task in group.tasks]
+    return sum(len(a & b) for a, b in seeds)
 
 
 def _uninformative(analysis: Analysis) -> Iterator[ReportWarning]:
@@ -179,7 +190,7 @@ def _settings(group: TaskGroup) -> Iterator[ReportWarning]:
 
 
 def _values(key: str, everything: Sequence[object]) -> str:
-    values = sorted({str(json.loads(settings[key])) for settings in everything if isinstance(settings, dict)})
+    values = sorted({plain_setting(settings[key]) for settings in everything if isinstance(settings, dict)})
     return ", ".join(values)
 
 
