@@ -13,7 +13,7 @@ LONGEST_CELL = 300
 
 def markdown_text(text: str) -> str:
     """Text that Markdown shows as it is: no link, no emphasis, no HTML, no end of a table cell."""
-    escaped = re.sub(r"([\\`*<>|~$#]|(?<!\w)_|_(?!\w)|!(?=\[)|\](?=[\[(:])|&(?=\w+;|#))", r"\\\1", text)
+    escaped = re.sub(r"([\\`*<>|~$#]|(?<![^\W_])_|_(?![^\W_])|!(?=\[)|\](?=[\[(:])|&(?=\w+;|#))", r"\\\1", text)
     return re.sub(r"(?i)\b(https?|ftp|mailto|www)(?=[:.])", "\\g<1>\N{ZERO WIDTH NON-JOINER}", escaped)
 
 
