@@ -268,8 +268,13 @@ def _run(path: Path, body: Mapping[str, Any]) -> Run:
     sound = [row for row in rows if {"step", "wall_time"} <= row.keys()]
     run = make_run(path, body["config"], summary, goals, sound, body["versions"])
     about = body["about"]
-    tuning = None if about["tuning"] is None else {one_line(k): one_line(v) for k, v in about["tuning"].items()}
+    tuning = None if about["tuning"] is None else {one_line(k): _as_typed(v) for k, v in about["tuning"].items()}
     return replace(run, method=one_line(about["method"]), tuning=tuning)
+
+
+def _as_typed(value: Any) -> str:
+    """A value of a study file as text: that of YAML, not Python's ``True`` and ``None``."""
+    return one_line(value if isinstance(value, str) else json.dumps(value))
 
 
 def _goal(success: Any, total: Any) -> Row:

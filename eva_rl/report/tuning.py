@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from eva_rl.report.figures import COLOURS, MARKERS, WIDTH, legend_label
+from eva_rl.report.figures import WIDTH, colour_and_marker, legend_label
 from eva_rl.report.page import Picture, Section
 from eva_rl.report.runs import Run, score_keys
 from eva_rl.report.tables import Table, number
@@ -100,9 +101,17 @@ def _edges(scores: Scores, chosen: dict[str, str]) -> list[str]:
     ends = [
         f"{method} ({chosen[method]})"
         for method, own in sorted(scores.items())
-        if len(own) > 1 and chosen.get(method) in {next(iter(own)), list(own)[-1]}
+        if len(own) > 1 and chosen.get(method) in {next(iter(own)), list(own)[-1]} and all(map(_is_on_a_scale, own))
     ]
     return [f"At an end of the grid, so that a better value may lie outside: {', '.join(ends)}."] if ends else []
+
+
+def _is_on_a_scale(setting: str) -> bool:
+    """Whether it is a number: words have no order, hence no end."""
+    try:
+        return math.isfinite(float(setting.rpartition("=")[2]))
+    except ValueError:
+        return False
 
 
 ROOM = 60
@@ -115,7 +124,7 @@ def tuning_figure(scores: Scores, title: str) -> Figure:
     figure = Figure(figsize=(WIDTH, 3.6), layout="constrained")
     axes = figure.subplots()
     for index, (method, own) in enumerate(sorted(scores.items())):
-        colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
+        colour, marker = colour_and_marker(index)
         places = [settings.index(setting) for setting in own]
         axes.plot(
             places,

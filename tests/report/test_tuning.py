@@ -1,0 +1,89 @@
+"""The tuning phase: what was tried, in order; what was chosen; when a grid is said to be too narrow."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from eva_rl.report.runs import Run
+from eva_rl.report.tuning import setting_of, tuning_figure, tuning_scores, tuning_sections
+from tests.report.making_groups import make_run
+
+
+def tuned(method: str, settings: Mapping[str, Any], score: float, seed: int = 0) -> Run:
+    """As a record is read: values as text."""
+    run = make_run(method, "tuning-task", seed, score, settings=settings)
+    texts = {k: v if isinstance(v, str) else json.dumps(v) for k, v in settings.items()}
+    return replace(run, tuning=texts)
+
+
+def grid(method: str, key: str, values: list[Any]) -> list[Run]:
+    return [tuned(method, {key: value}, 0.25 * k, seed) for k, value in enumerate(values) for seed in (1, 0)]
+
+
+def chosen(method: str, settings: Mapping[str, Any]) -> list[Run]:
+    return [make_run(method, "t", 5, 0.5, settings=settings)]
+
+
+def test_nothing_tuned_is_no_section() -> None:
+    assert tuning_sections(chosen("a", {"x": 1}), chosen("a", {"x": 1}), "final") == []
+
+
+def test_settings_are_in_ascending_order_of_numbers() -> None:
+    runs = grid("a", "algo.learning_rate", [0.01, 2e-05, 0.0003])
+    scores = tuning_scores(runs, "final")["a"]
+    assert list(scores) == ["learning_rate=2e-05", "learning_rate=0.0003", "learning_rate=0.01"]
+    assert scores["learning_rate=2e-05"] == [0.25, 0.25]
+    assert setting_of(tuned("a", {"x.b": 1, "y.a": "w"}, 0.5)) == "b=1, a=w"
+    assert setting_of(make_run("a", "t", 0, 0.5)) == ""
+
+
+@pytest.mark.parametrize(
+    ("key", "values", "choice", "edge"),
+    [
+        ("algo.learning_rate", [0.001, 0.002, 0.004], 0.002, False),
+        ("algo.learning_rate", [0.001, 0.002, 0.004], 0.004, True),
+        ("algo.learning_rate", [0.001, 1e-05, 0.004], 1e-05, True),
+        ("adapter.rank", [8], 8, False),
+        ("adapter.center", [True, False], True, False),
+        ("adapter.variant", ["b", "a"], "a", False),
+        ("eval.limit", [None, 3], None, False),
+        ("adapter.targets", [["q", "v"], ["q"]], ["q", "v"], False),
+    ],
+)
+def test_what_was_chosen_and_whether_it_is_at_an_end(key: str, values: list[Any], choice: Any, edge: bool) -> None:
+    """True and None were never found among true and null; of two words each was "at an end of the grid"."""
+    (section,) = tuning_sections(grid("a", key, values), chosen("a", {key: choice, "other": 1}), "final")
+    (table,) = section.tables
+    assert [row[3:] for row in table.rows if row[4]] == [["2", "yes"]]
+    (row,) = [row for row in table.rows if row[4]]
+    text = choice if isinstance(choice, str) else json.dumps(choice)
+    assert row[:3] == ["a", f"{key.partition('.')[2]}={text}", f"{0.25 * values.index(choice):.3f}"]
+    assert any("At an end of the grid" in line for line in section.text) == edge
+    assert "on tuning-task and seeds 0, 1, none of which is tested above" in section.text[0]
+
+
+def test_a_method_whose_choice_is_not_tested_has_none() -> None:
+    (section,) = tuning_sections(grid("a", "x", [1, 2]), chosen("b", {"x": 1}), "final")
+    assert {row[4] for row in section.tables[0].rows} == {""}
+    assert len(section.text) == 1
+
+
+def test_an_endpoint_that_was_not_measured_is_a_dash() -> None:
+    (section,) = tuning_sections(grid("a", "x", [1, 2]), chosen("a", {"x": 1}), "cloning_loss")
+    assert {row[2] for row in section.tables[0].rows} == {"-"}
+
+
+def test_the_figure_shows_means_and_single_runs() -> None:
+    scores = {"a": {"x=1": [0.0, 0.5], "x=2": [1.0]}, "_b": {"x=2": [0.25], "x=3": [0.5, 0.75]}}
+    axes = tuning_figure(scores, "score").axes[0]
+    means = [line for line in axes.lines if line.get_linestyle() == "-"]
+    assert [line.get_label() for line in means] == [" _b", "a"]
+    np.testing.assert_allclose([line.get_xdata() for line in means], [[1, 2], [0, 1]])
+    np.testing.assert_allclose([line.get_ydata() for line in means], [[0.25, 0.625], [0.25, 1.0]])
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["x=1", "x=2", "x=3"]
