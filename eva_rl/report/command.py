@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import os
 import re
 import shutil
 from collections.abc import Iterator, Sequence
@@ -42,6 +43,7 @@ from eva_rl.report.tables import (
     aggregate_table,
     comparison_table,
     cost_table,
+    heading,
     records,
     run_table,
     task_table,
@@ -163,7 +165,7 @@ def read_places(places: Sequence[str]) -> tuple[list[Run], list[Problem]]:
         runs, problems = read_runs(find_runs(folders))
     for place in places:
         if place.startswith(CSV_PREFIX):
-            more, lost = read_csv_curves(Path(place.removeprefix(CSV_PREFIX)).expanduser())
+            more, lost = read_csv_curves(Path(os.path.expanduser(place.removeprefix(CSV_PREFIX))))
             runs, problems = [*runs, *more], [*problems, *lost]
     return select(runs, problems)
 
@@ -174,7 +176,9 @@ def check_out(name: str) -> Path:
     Raises:
         UserError: It holds something else, which replacing the report would delete.
     """
-    out = Path(name).expanduser()
+    out = Path(os.path.expanduser(name))  # ~NOBODY stays as it is
+    if out.name in {"", ".."}:
+        raise UserError(f"out={name} is a folder that stands open or holds others. Name a new one: out=report")
     others = [] if not out.is_dir() else [p.name for p in out.iterdir() if p.name not in PARTS and not _partial(p)]
     if others or out.is_file():
         raise UserError(
@@ -197,8 +201,8 @@ def lead(runs: Sequence[Run], config: ReportConfig) -> str:
     policies = ", ".join(sorted({str(run.summary.get("policy")) for run in runs}))
     return (
         f"{counted(len(runs), 'finished run')}, {counted(len(tasks), 'task')}, {counted(len(seeds), 'seed')}, starting "
-        f"from {policies}. {_conditions(runs)}Intervals: {config.confidence:.0%}, {config.replicates} resamples, seed "
-        f"{config.seed}. Each row is a method at one rank and one set of settings."
+        f"from {policies}. {_conditions(runs)}Intervals: {100 * config.confidence:g}%, {config.replicates} resamples, "
+        f"seed {config.seed}. Each row is a method at one rank and one set of settings."
     )
 
 
@@ -243,7 +247,7 @@ def sections_of(
     by_task = Picture(f"{name}-tasks", "Task by task; the line is the score before", task_figure(analysis))
     found = [
         Section(
-            analysis.group.title.capitalize(),
+            heading(analysis.group.title),
             warnings=warnings_of(analysis, problems, config.endpoint, config.margin),
             tables=[aggregate_table(analysis)] if compared else [],
             pictures=summary,
@@ -264,7 +268,12 @@ def sections_of(
 def _file_name(title: str) -> str:
     """A short name for files, with a digest of what it leaves out."""
     plain = re.sub(r"[^A-Za-z0-9]+", "-", title)[:48]
-    return plain if plain == title.replace(" ", "-") else f"{plain}-{hashlib.sha256(title.encode()).hexdigest()[:6]}"
+    plain_task = " " not in title.partition(" on ")[2]  # a blank and a dash would be one
+    return (
+        plain
+        if plain_task and plain == title.replace(" ", "-")
+        else f"{plain}-{hashlib.sha256(title.encode()).hexdigest()[:6]}"
+    )
 
 
 def runs_section(groups: Sequence[Analysis], problems: Sequence[Problem]) -> Section:

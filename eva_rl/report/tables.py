@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from eva_rl.errors import counted
 from eva_rl.files import write_file
 from eva_rl.report import stats
 from eva_rl.report.comparison import Analysis, Comparison
@@ -56,7 +57,12 @@ def number(value: float, digits: int = 3) -> str:
     """A score for reading."""
     if not np.isfinite(value):
         return "-"
-    return f"{value:.{digits}f}" if abs(value) < 10 else f"{value:.1f}"
+    return f"{value:z.{digits}f}" if abs(value) < 10 else f"{value:z.1f}"
+
+
+def heading(title: str) -> str:
+    """The name of a score with a capital letter; the name of a task in it stays as it is."""
+    return title[:1].upper() + title[1:]
 
 
 def with_interval(estimate: stats.Estimate) -> str:
@@ -73,9 +79,8 @@ def aggregate_table(analysis: Analysis) -> Table:
         estimates = analysis.aggregates[method.label].values()
         runs = sum(len(method.runs[task]) for task in group.tasks)
         rows.append([method.label, method.rank, str(runs), *map(with_interval, estimates)])
-    tasks = f"{len(group.tasks)} task{'s' if len(group.tasks) > 1 else ''}"
     return Table(
-        f"{group.title.capitalize()} over {tasks}",
+        f"{heading(group.title)} over {counted(len(group.tasks), 'task')}",
         ["method", "rank", "runs", *next(iter(analysis.aggregates.values()))],
         rows,
         "IQM is the mean of the middle half of all runs. Intervals: bootstrap over the runs of each task.",

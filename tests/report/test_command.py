@@ -1,0 +1,152 @@
+"""The report's command: its folder, its first lines, its files."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from eva_rl.errors import UserError
+from eva_rl.report.command import (
+    ReportConfig,
+    arguments,
+    check_out,
+    lead,
+    nothing_to_compare,
+    read_places,
+    run_records,
+    runs_section,
+    sections_of,
+    verdict_tables,
+    write,
+)
+from eva_rl.report.comparison import analyse
+from eva_rl.report.methods import group_tasks
+from eva_rl.report.page import Section
+from eva_rl.report.runs import Problem
+from tests.report.making_groups import QUICK, analysis_of, make_run, make_runs
+
+
+@pytest.mark.parametrize(
+    ("confidence", "shown"), [(0.95, "95%"), (0.975, "97.5%"), (0.999, "99.9%"), (0.57, "57%"), (0.5, "50%")]
+)
+def test_the_confidence_is_the_one_that_was_asked_for(confidence: float, shown: str) -> None:
+    """0.999 was shown as 100%, 0.975 as 98%."""
+    text = lead(make_runs({"a": {"t": [0.5]}}), ReportConfig(confidence=confidence))
+    assert f"Intervals: {shown}, 2000 resamples, seed 0." in text
+
+
+def test_the_first_lines_count_what_there_is() -> None:
+    runs = make_runs({"a": {"t": [0.5, 0.6], "u": [0.1, 0.2]}})
+    known = {"policy": "mt40", "updates": 80.0, "data": {"episodes": 5.0}}
+    known_runs = [replace(run, summary={**run.summary, **known}, versions={"torch": "2.1"}) for run in runs]
+    text = lead(known_runs, ReportConfig())
+    assert text.startswith(
+        "4 finished runs, 2 tasks, 2 seeds, starting from mt40. Updates: 80. Demonstrations: 5. torch: 2.1."
+    )
+    more = replace(
+        known_runs[0], summary={**known_runs[0].summary, "updates": 20.0}, versions={"torch": "2.0"}, study="ab"
+    )
+    text = lead([more, *known_runs[1:]], ReportConfig())
+    for part in ("Updates: 20 to 80. ", "torch: 2.0, 2.1. ", "Study file: SHA-256 ab. "):
+        assert part in text
+    assert "Updates" not in lead(runs, ReportConfig())
+
+
+@pytest.mark.parametrize("name", [".", "..", "/", "x/..", "./"])
+def test_a_folder_that_stands_open_is_not_replaced(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``out=.`` in an empty folder once ended in a traceback after all was computed."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"out=.* Name a new one: out=report"):
+        check_out(name)
+
+
+def test_only_a_report_is_replaced(tmp_path: Path) -> None:
+    out = tmp_path / "report"
+    assert check_out(str(out)) == out
+    (out / "figures").mkdir(parents=True)
+    (out / "report.md").write_text("")
+    left = tmp_path / ".report.0a1b2c3d.partial"
+    left.mkdir()
+    other = tmp_path / ".other.0a1b2c3d.partial"
+    other.mkdir()
+    assert check_out(str(out)) == out
+    assert (left.exists(), other.exists()) == (False, True)
+    (out / "notes\n.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"something other than a report: notes \.txt\. Name another folder"):
+        check_out(str(out))
+    with pytest.raises(UserError, match="a file"):
+        check_out(str(out / "report.md"))
+
+
+@pytest.mark.parametrize(
+    ("typed", "found"),
+    [
+        (["a", "b"], ["runs=['a','b']"]),
+        (["out=x", "a", "--help"], ["out=x", "--help", "runs=['a']"]),
+        (["results=old/a"], ["results=old/a"]),
+        (["csv:a=b", "./x=y"], ["runs=['csv:a=b','./x=y']"]),
+        ([], []),
+    ],
+)
+def test_whatever_is_no_key_names_runs(typed: list[str], found: list[str]) -> None:
+    assert [word.replace('"', "'") for word in arguments(typed)] == found
+
+
+def test_places_that_are_none() -> None:
+    with pytest.raises(UserError, match=r"csv:~nobody-of-that-name/x: no CSV files"):
+        read_places(["csv:~nobody-of-that-name/x"])
+    problems = [Problem(Path(f"r{k}"), "damaged", "why") for k in range(5)]
+    text = nothing_to_compare(["x"], [], problems)
+    assert text.startswith("No finished, undamaged run among 5 (r0: damaged, why; r1")
+    assert "r3" not in text
+    tuned = make_runs({"a": {"t": [0.5]}})
+    assert nothing_to_compare(["x", "y"], tuned, []).startswith("x, y holds tuning runs only (1).")
+
+
+def test_no_two_tasks_share_a_picture() -> None:
+    """A blank and a dash, or what lies beyond 48 letters, were one: the second picture replaced the first."""
+    tasks = ["walk run", "walk-run", "w" * 60 + "1", "w" * 60 + "2", "Walk-v1"]
+    groups = group_tasks([make_run("a", task, 0, 1.0, key="mean_reward") for task in tasks])
+    names = [
+        shown.name
+        for group in groups
+        for section in sections_of(analyse(group, QUICK), {}, [], ReportConfig())
+        for shown in section.pictures
+        if shown.name.endswith("-tasks")
+    ]
+    assert len(set(names)) == len(tasks)
+    assert "return-on-Walk-v1-tasks" in names
+    assert all(set(name) < set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-") for name in names)
+
+
+def test_one_method_is_not_compared() -> None:
+    sections = {
+        s.title: s for s in sections_of(analysis_of({"a": {"Walk-v1": [-1.0]}}, "mean_reward"), {}, [], ReportConfig())
+    }
+    assert list(sections) == ["Return on Walk-v1", "Comparisons", "Tasks", "Learning curves", "Cost"]
+    assert not sections["Comparisons"].tables
+
+
+def test_tables_of_verdicts_begin_with_the_endpoint() -> None:
+    group = analysis_of({"a": {"t": [0.5, 0.6]}, "b": {"t": [0.4, 0.6]}}).group
+    assert [table.title for table in verdict_tables(group, "final", 0.1)] == ["By score after the last update"]
+    titles = [table.title for table in verdict_tables(group, "area", 0.1)]
+    assert titles == ["By score after the last update (a further endpoint, corrected for itself)"]
+
+
+def test_runs_and_problems_are_listed() -> None:
+    analysis = analysis_of({"a": {"t": [0.5, 0.25]}})
+    rows = list(run_records(analysis))
+    assert [(row["seed"], row["value"], row["before"]) for row in rows] == [(0, 0.5, None), (1, 0.25, None)]
+    sound = runs_section([analysis], [])
+    assert (len(sound.text), len(sound.tables)) == (1, 0)
+    (table,) = runs_section([analysis], [Problem(Path("x\ny"), "damaged", "why")]).tables
+    assert [list(row) for row in table.rows] == [["x y", "damaged", "why"]]
+
+
+def test_text_is_written_as_utf_8(tmp_path: Path) -> None:
+    write(tmp_path, "\N{SNOWMAN}", "lead", [Section("s")])
+    for name in ("report.md", "report.html"):
+        assert "\N{SNOWMAN}".encode() in (tmp_path / name).read_bytes()
