@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -20,7 +21,7 @@ FORMAT_VERSION = 1
 LARGEST_SIZE = 10**7
 """Largest number in an architecture; what it makes of them is held against the weights before anything is built."""
 STD = Number(1e-10, 1e10)
-"""A standard deviation that can be divided by."""
+"""A standard deviation, or a scale of returns, that can be divided by."""
 LARGEST_INPUT = 1e10
 """Largest scaled mean or return: what a network makes of it, squared, is within float32."""
 
@@ -115,6 +116,16 @@ def read_record(path: Path) -> tuple[dict[str, Any], DecisionTransformerConfig, 
     check_scaling(config, scaling, str(path))
     check_inputs(scaling, conditioning, str(path))
     return checked, config, scaling, conditioning
+
+
+def check_record(policy: DecisionTransformerPolicy, where: str) -> None:
+    """Raise unless what is saved of a policy will be read again.
+
+    Raises:
+        UserError: Naming ``where`` and the number that is out of range.
+    """
+    RECORD.of(json.loads(json.dumps(policy_record(policy))), where)
+    check_inputs(policy.scaling.to("cpu"), policy.conditioning, where)
 
 
 def check_scaling(config: DecisionTransformerConfig, scaling: InputScaling, where: str) -> None:

@@ -14,6 +14,7 @@ import torch
 from eva_rl.agents import Conditioning, DecisionTransformer, DecisionTransformerConfig, DecisionTransformerPolicy
 from eva_rl.agents.decision_transformer import SIZES
 from eva_rl.agents.policy_folder import save_policy
+from eva_rl.agents.policy_record import STD, check_record
 from eva_rl.batch import InputScaling
 from eva_rl.cli.command import run_command
 from eva_rl.cli.console import say, training_progress
@@ -110,7 +111,7 @@ class PretrainConfig(TrainOptions):
         super().__post_init__()
         self.algo = self.algo.with_default(BCOptions.learning_rate)
         if self.return_scale is not None:
-            between(1e-9, 1e12, return_scale=self.return_scale)
+            between(STD.low, STD.high, return_scale=self.return_scale)
 
 
 register("pretrain", PretrainConfig, {"algo": {"bc": BCAlgo()}})
@@ -192,7 +193,8 @@ def _new_policy(config: PretrainConfig, tasks: Sequence[str], found: Demonstrati
     """A policy with random weights: what it may do is the tasks', how numbers are scaled is the data's."""
     data, specs = found.data, [env_spec(task, config.env.horizon) for task in tasks]
     mean, std = (getattr(data.observations, name)(0, dtype=np.float64) for name in ("mean", "std"))
-    scale = return_scale(data) if config.return_scale is None else config.return_scale
+    found_scale = float(np.clip(return_scale(data), STD.low, STD.high))
+    scale = found_scale if config.return_scale is None else config.return_scale
     scaling = InputScaling.create(
         mean, np.where(std < MIN_STD, 1.0, std), scale, specs[0].action_low, specs[0].action_high
     )
@@ -210,7 +212,10 @@ def _new_policy(config: PretrainConfig, tasks: Sequence[str], found: Demonstrati
         )
     )
     targets = found.target_returns
-    return DecisionTransformerPolicy(network, scaling, Conditioning(float(np.median(list(targets.values()))), targets))
+    conditioning = Conditioning(float(np.median(list(targets.values()))), targets)
+    policy = DecisionTransformerPolicy(network, scaling, conditioning)
+    check_record(policy, f"{config.data.source}, as a policy")
+    return policy
 
 
 def _say_what_was_found(policy: DecisionTransformerPolicy, found: Demonstrations) -> None:

@@ -246,6 +246,31 @@ def test_the_policy_is_saved_before_it_is_evaluated(tmp_path: Path, monkeypatch:
     assert eva_rl.load_policy(tmp_path / "run" / "policy").observation_dim == 39
 
 
+@pytest.mark.parametrize(("largest", "scale"), [(1e-12, 1e-10), (1e14, 1e10)])
+def test_returns_of_any_size_make_a_policy_that_can_be_read(tmp_path: Path, largest: float, scale: float) -> None:
+    """Its return_scale was saved beyond what a policy file may hold, so that the policy could not be loaded."""
+    arrays = swing_up(200)
+    arrays["rewards"][:] = largest
+    source = f"d4rl:{write_h5(tmp_path / 'pendulum.hdf5', arrays)}"
+    assert pretrain.main(["env=Pendulum-v1", f"data={source}", *TINY, f"run_dir={tmp_path / 'run'}"]) == 0
+    assert eva_rl.load_policy(tmp_path / "run").scaling.return_scale == pytest.approx(scale)
+
+
+def test_what_could_not_be_read_again_is_refused_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arrays = swing_up(200)
+    arrays["observations"][:] = 1e20
+    source = f"d4rl:{write_h5(tmp_path / 'pendulum.hdf5', arrays)}"
+    assert pretrain.main(["env=Pendulum-v1", f"data={source}", *TINY, f"run_dir={tmp_path / 'run'}"]) == 2
+    assert "an observation mean over its std is 1e+20; expected at most" in printed(capsys)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_an_experts_dimensions_are_checked_before_it_plays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert pretrain.main(["env=Pendulum-v1", "data=expert:push-v3", *TINY, f"run_dir={tmp_path / 'run'}"]) == 2
+    assert "metaworld/push-v3 has 39 numbers in an observation and 4" in printed(capsys)
+    assert not list((tmp_path / "run").rglob("*.h5"))
+
+
 @pytest.mark.parametrize("largest", [3500.0, 1.0])
 def test_return_scale_and_timesteps_come_from_the_data(
     tmp_path: Path, largest: float, capsys: pytest.CaptureFixture[str]

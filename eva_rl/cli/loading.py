@@ -176,6 +176,7 @@ def load_task_data(env: str, options: DataOptions, folder: Path, horizon: int | 
     """
     spec = env_spec(env, horizon)
     if options.source.partition(":")[0] == EXPERT:
+        _check_expert(options.source, env, spec)
         data = _demonstrated(env, options, folder, horizon)
     else:
         data = load_dataset(
@@ -204,6 +205,17 @@ def check_fit(data: Trajectories, spec: EnvSpec) -> None:
     _check_order(data, spec)
     if data.env_id and _registered(data.env_id) != _registered(spec.env_id):
         log.warning("%s: demonstrations of %s are used for %s.", data.source, data.env_id, spec.env_id)
+
+
+def _check_expert(source: str, env: str, spec: EnvSpec) -> None:
+    """Raise before episodes are played where the expert's task is one of other dimensions."""
+    theirs = env_spec(expert_source(source, env, 1)[0])
+    own, expected = (theirs.observation_dim, theirs.action_dim), (spec.observation_dim, spec.action_dim)
+    if own != expected:
+        raise UserError(
+            f"data={source}: {theirs.env_id} has {own[0]} numbers in an observation and {own[1]} in an action; "
+            f"{spec.env_id} has {expected[0]} and {expected[1]}. Name other demonstrations with data=."
+        )
 
 
 def _registered(env_id: str) -> str:
