@@ -74,6 +74,8 @@ def play_episodes(
     Raises:
         EnvironmentFailedError: An environment failed, or the policy's action is not finite.
     """
+    if episodes < 1:  # the share of a process, where there are fewer episodes than processes
+        return []
     n = min(vec_env.num_envs, episodes)
     groups = [
         _Group(member, vec_env.block(rows), [env_ids[row] for row in rows], on_actions, stop_at_success)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -67,11 +68,7 @@ class EpisodeRecorder:
 
     def unfinished(self) -> list[Episode]:
         """The beginnings of episodes that have not ended, as if a time limit had cut them here."""
-        begun = [i for i, steps in enumerate(self._steps) if steps]
-        for i in begun:
-            action, reward, _, _, success, noted = self._steps[i][-1]
-            self._steps[i][-1] = (action, reward, False, True, success, noted)
-        return [self._episode(i) for i in begun]
+        return [_truncated(self._episode(i)) for i, steps in enumerate(self._steps) if steps]
 
     def _episode(self, index: int) -> Episode:
         actions, rewards, terminations, truncations, successes, noted = zip(*self._steps[index], strict=True)
@@ -84,3 +81,9 @@ class EpisodeRecorder:
             successes=np.array(successes) if self._reports_success else None,
             extras={name: np.stack([step[name] for step in noted]) for name in noted[0]},
         )
+
+
+def _truncated(episode: Episode) -> Episode:
+    truncations = episode.truncations.copy()
+    truncations[-1] = True
+    return replace(episode, truncations=truncations)

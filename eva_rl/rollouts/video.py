@@ -58,7 +58,7 @@ class Clip:
     def captioned(self, name: str) -> tuple[Frame, ...]:
         """The frames below a line with a name, the return so far, and from the first success on that."""
         solved = len(self.frames) if self.first_success is None else -(-(self.first_success + 1) // self.every)
-        texts = [f"{name}   return {so_far:.0f}" for so_far in self.returns]
+        texts = [f"{name}   return {so_far:z.0f}" for so_far in self.returns]
         return tuple(
             _below_caption(frame, f"{text}   solved" if index >= solved else text, index >= solved)
             for index, (frame, text) in enumerate(zip(self.frames, texts, strict=True))

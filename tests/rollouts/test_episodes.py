@@ -96,6 +96,26 @@ def test_no_more_episodes_than_asked_for_are_played() -> None:
     assert [(r.env_id, r.episode_seed) for r in records] == [("a", 10), ("b", 11), ("c", 12), ("a", 13)]
 
 
+def test_no_episodes_are_none() -> None:
+    """What a process plays where there are fewer episodes than processes; it was an error of range()."""
+    notes = Notes()
+    assert play_episodes(notes, counting_envs([2], [3]), ["a", "b"], 0) == []
+    assert notes.seen == []
+
+
+@pytest.mark.parametrize("episodes", range(1, 12))
+@pytest.mark.parametrize("lengths", [([3],), ([1, 4], [2]), ([2], [3, 1], [1], [5, 2], [1, 1, 4])])
+def test_every_episode_is_whole_and_in_its_place(lengths: tuple[list[int], ...], episodes: int) -> None:
+    """Record i of round k is environment i's k-th episode, and its return the sum of its step numbers."""
+    n = min(len(lengths), episodes)
+    found = play_episodes(Notes(), counting_envs(*lengths), [str(i) for i in range(len(lengths))], episodes)
+    expected = [(str(k % n), lengths[k % n][k // n % len(lengths[k % n])]) for k in range(episodes)]
+    assert [(r.env_id, r.length) for r in found] == expected
+    assert [r.episode_return for r in found] == [length * (length + 1) / 2 for _, length in expected]
+    assert [r.first_success for r in found] == [2 if length >= 3 else -1 for _, length in expected]
+    assert [r.success_at_end for r in found] == [length == 3 for _, length in expected]
+
+
 def test_an_episode_that_is_stopped_at_success_is_the_same_up_to_there() -> None:
     """The waiting environment stays in the batch, so that the others' actions are the same to the bit."""
     whole, stopped = (

@@ -1,15 +1,18 @@
 from __future__ import annotations
 
 import itertools
+import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from statsmodels.stats.proportion import proportion_confint
 
 from eva_rl import envs
 from eva_rl.envs.metaworld import MetaWorldTask
 from eva_rl.errors import UserError
 from eva_rl.rollouts.episodes import EpisodeRecord, play_episodes
-from eva_rl.rollouts.evaluation import EvaluationResult, evaluate_policy, evaluation_envs
+from eva_rl.rollouts.evaluation import EvaluationResult, described_return, evaluate_policy, evaluation_envs
 from eva_rl.seeding import DEMONSTRATIONS, EVALUATION, MAX_SEED, ROLLOUTS, VALIDATION, episode_seeds
 from tests.conftest import make_policy
 
@@ -41,6 +44,45 @@ def test_wilson_interval_by_hand() -> None:
     low, high = result([False] * 20).success_interval()
     assert low == 0
     assert round(high, 4) == 0.1611
+
+
+@pytest.mark.parametrize(("solved", "episodes"), [(0, 1), (1, 1), (1, 2), (7, 20), (20, 20), (49, 50), (333, 1000)])
+def test_wilson_interval_is_that_of_statsmodels(solved: int, episodes: int) -> None:
+    found = result([True] * solved + [False] * (episodes - solved))
+    expected = proportion_confint(solved, episodes, method="wilson")
+    assert found.success_interval() == pytest.approx(expected, abs=1e-7)
+    assert 0 <= found.success_interval()[0] <= found.success_rate <= found.success_interval()[1] <= 1
+
+
+def test_what_is_not_measured_is_null_in_strict_json() -> None:
+    """A task without success, and one whose episodes were stopped: no NaN, which other readers refuse."""
+    episode = EpisodeRecord("x", 3, 1.5, 4, False, False, -1)
+    without = EvaluationResult("x", (episode,), "p", False)
+    stopped = EvaluationResult("x", (episode, replace(episode, success=True, first_success=2, stopped=True)), "p", True)
+    for found in (without, stopped):
+        json.dumps(found.record(), allow_nan=False)
+    assert without.metrics("a") == {"a/mean_reward": 1.5, "a/std_reward": 0.0, "a/mean_ep_length": 4.0}
+    assert "success_interval_95" not in without.record()
+    assert [described_return(found) for found in (without, stopped)] == ["1.5", "not measured"]
+    whole, cut = stopped.record()["episodes"]
+    assert (whole["episode_return"], whole["length"]) == (1.5, 4)
+    assert (cut["episode_return"], cut["length"], cut["success_at_end"], cut["success"]) == (None, None, None, True)
+
+
+def test_spread_and_length_are_numpys() -> None:
+    rng = np.random.default_rng(0)
+    returns, lengths = rng.normal(size=7), rng.integers(1, 99, 7)
+    episodes = tuple(
+        EpisodeRecord("x", k, float(total), int(steps), False, False, -1)
+        for k, (total, steps) in enumerate(zip(returns, lengths, strict=True))
+    )
+    found = EvaluationResult("x", episodes, "", False, references=(1.0, 3.0)).metrics()
+    assert found == pytest.approx({
+        "eval/mean_reward": returns.mean(),
+        "eval/std_reward": returns.std(),
+        "eval/mean_ep_length": lengths.mean(),
+        "eval/normalized_score": 50 * (returns.mean() - 1),
+    })  # fmt: skip
 
 
 def test_experts_succeed_and_records_agree_with_a_plain_loop() -> None:

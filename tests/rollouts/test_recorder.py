@@ -46,6 +46,48 @@ def test_recorded_episodes_are_those_of_a_plain_loop() -> None:
     assert sum(len(e.rewards) for e in begun) + sum(len(e.rewards) for _, e in finished) == 180
 
 
+def rows(*values: float) -> Any:
+    return np.array([[value] for value in values], np.float32)
+
+
+def test_steps_by_hand() -> None:
+    """Two environments; the first ends at its second step by itself, the second is cut by a limit at its third."""
+    recorder = EpisodeRecorder(rows(0, 10), reports_success=False)
+    none: dict[str, Any] = {}
+    flags = np.array
+    assert not recorder.step(rows(1, 2), rows(1, 11), flags([0.5, 1.5]), flags([False, False]), [none, none])
+    end = {"terminal_observation": [2.0], "is_success": True}
+    ((index, first),) = recorder.step(rows(3, 4), rows(50, 12), flags([1, 2]), flags([True, False]), [end, none])
+    assert index == 0
+    assert first.observations[:, 0].tolist() == [0, 1, 2]
+    assert (first.actions[:, 0].tolist(), first.rewards.tolist()) == ([1, 3], [0.5, 1])
+    assert (first.terminations.tolist(), first.truncations.tolist()) == ([False, True], [False, False])
+    assert first.successes is not None, "an environment that tells of success without having said so"
+    assert first.successes.tolist() == [False, True]
+    cut = {"terminal_observation": [13.0], "TimeLimit.truncated": True}
+    ((index, second),) = recorder.step(rows(5, 6), rows(51, 60), flags([1, 2]), flags([False, True]), [none, cut])
+    assert (index, second.observations[:, 0].tolist()) == (1, [10, 11, 12, 13])
+    assert (second.terminations.any(), second.truncations.tolist()) == (False, [False, False, True])
+    (begun,) = recorder.unfinished()
+    assert begun.observations[:, 0].tolist() == [50, 51]
+
+
+def test_looking_at_what_has_begun_changes_nothing() -> None:
+    """The step that was the last so far once stayed truncated within the whole episode."""
+    recorder = EpisodeRecorder(rows(0), reports_success=False)
+    step = (np.array([1.0]), np.array([False]), [{}])
+    for number in (1, 2):
+        recorder.step(rows(9), rows(number), *step, extras={"level": rows(number)})
+        for _ in range(2):
+            (begun,) = recorder.unfinished()
+            assert begun.truncations.tolist() == [False] * (number - 1) + [True]
+    end = [{"terminal_observation": [3.0]}]
+    ((_, whole),) = recorder.step(rows(9), rows(0), np.array([1.0]), np.array([True]), end, extras={"level": rows(3)})
+    assert (whole.truncations.any(), whole.terminations.tolist()) == (False, [False, False, True])
+    assert whole.extras["level"][:, 0].tolist() == [1, 2, 3]
+    assert recorder.unfinished() == []
+
+
 def test_an_agent_is_trained_and_plays(tmp_path: Path) -> None:
     out = tmp_path / "hopper.h5"
     arguments = ["env=mujoco/hopper", "env.horizon=30", "expert=sac", "expert.steps=150", "episodes=3", f"out={out}"]

@@ -6,6 +6,7 @@ from pathlib import Path
 import imageio.v3 as iio
 import numpy as np
 import pytest
+from PIL import Image, ImageSequence
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from eva_rl.finetune import command as finetune
@@ -41,6 +42,30 @@ def test_the_caption_shows_the_return_so_far_and_is_never_cut_off() -> None:
     long = Clip((wide,), 2, (1234.0,), 0).captioned("button-press-topdown-wall-v3")[0]
     assert (long[:CAPTION_HEIGHT, -6:] == long[0, -1]).all(), "a margin is left"
     assert (long[:CAPTION_HEIGHT] != long[0, -1]).any()
+
+
+def test_a_return_just_below_zero_is_no_minus_zero() -> None:
+    frame = np.zeros((10, 240, 3), np.uint8)
+    zero, below = Clip((frame, frame), 2, (0.0, -0.4), None).captioned("x")
+    np.testing.assert_array_equal(zero, below)
+
+
+@pytest.mark.parametrize(
+    ("success", "every", "first"), [(0, 1, 1), (0, 2, 1), (1, 2, 1), (2, 2, 2), (5, 3, 2), (6, 3, 3)]
+)
+def test_success_shows_in_the_first_frame_after_it(success: int, every: int, first: int) -> None:
+    """Frame k is drawn after k * every steps; step ``success`` (from 0) is over after success + 1 of them."""
+    frames = Clip(clip(5).frames, every, clip(5).returns, success).captioned("x")
+    assert [bool(frame[0, 0, 1] > frame[0, 0, 2]) for frame in frames].index(True) == first
+    assert (first - 1) * every < success + 1 <= first * every
+
+
+def test_a_gif_is_what_was_drawn(tmp_path: Path) -> None:
+    write_video(tmp_path / "x.gif", clip(3).frames)
+    with Image.open(tmp_path / "x.gif") as gif:
+        shades = [np.asarray(frame.convert("RGB"))[0, 0].tolist() for frame in ImageSequence.Iterator(gif)]
+        assert (shades, gif.info["duration"], gif.info["loop"]) == ([[0] * 3, [10] * 3, [20] * 3], 50, 0)
+    assert [path.name for path in tmp_path.iterdir() if path.suffix != ".mp4"] == ["x.gif"]
 
 
 def test_gif_and_film(tmp_path: Path) -> None:
