@@ -47,8 +47,8 @@ LAYOUT: dict[str, dict[str, list[Any]]] = {
         "Weight norm: B": ["Multiline", [r"layers/weight_norm/.*\.B$"]],
         "Gradient norm: A": ["Multiline", [r"layers/gradient_norm/.*\.A$"]],
         "Gradient norm: B": ["Multiline", [r"layers/gradient_norm/.*\.B$"]],
-        "Weight norm: others": ["Multiline", [r"layers/weight_norm/.*[^.].$"]],
-        "Gradient norm: others": ["Multiline", [r"layers/gradient_norm/.*[^.].$"]],
+        "Weight norm: others": ["Multiline", [r"layers/weight_norm/(?!.*\.[AB]$)"]],
+        "Gradient norm: others": ["Multiline", [r"layers/gradient_norm/(?!.*\.[AB]$)"]],
     },
 }
 """Charts of the Custom Scalars tab: title, kind, regular expressions of tags (Multiline) or value and bounds (Margin).

@@ -89,9 +89,10 @@ class Tracker:
         logged = frozenset(map(_point, rows))
         self._sinks = open_sinks(trackers, RunInfo(run_dir, hyperparameters or {}, purge, logged))
         self._file = self.path.open("a", encoding="utf-8")
-        self._last_step = kept[-1][STEP] if kept else 0
+        self._last_step: int = kept[-1][STEP] if kept else 0
         self._points = set(map(_point, kept))
         self._watched: tuple[nn.Module, int] | None = None
+        self._last_training_step = next((row[STEP] for row in reversed(kept) if _of_training(row)), None)
         for row in kept:
             if purge is not None and row[STEP] >= purge:  # of an earlier phase, whose steps count something else
                 self._tell(row)
@@ -176,10 +177,11 @@ class Tracker:
 
     def _layers(self, metrics: Mapping[str, float], step: int) -> dict[str, float]:
         """Norms of layers, at the first training metrics and then where a multiple of the interval was passed."""
-        if self._watched is None or not any(key.startswith(TRAINING) for key in metrics):
+        if self._watched is None or not _of_training(metrics):
             return {}
         network, every = self._watched
-        return layer_norms(network) if step // every > self._last_step // every or self._last_step == 0 else {}
+        before, self._last_training_step = self._last_training_step, step
+        return layer_norms(network) if before is None or step // every != before // every else {}
 
 
 def read_metrics(run_dir: Path) -> list[Row]:
@@ -204,6 +206,10 @@ def _row(line: bytes) -> Row | None:
     if not all(value is None or _is_number(value) for value in row.values()):
         return None
     return {RENAMED.get(str(key), str(key)): value for key, value in row.items()}
+
+
+def _of_training(metrics: Mapping[str, Any]) -> bool:
+    return any(key.startswith(TRAINING) for key in metrics)
 
 
 def _of_cloning(row: Row) -> bool:
