@@ -61,18 +61,26 @@ def recognise(weights: Mapping[str, Tensor], where: str) -> StateDict:
     Raises:
         UserError: Nobody's that is known.
     """
-    named = {re.sub(r"^(module|_orig_mod)\.", "", name): value for name, value in weights.items()}
+    named = _without_wrappers(weights)
     if "predict_action.mu.weight" in named:
         return _online_dt(named)
     if any(name.startswith("timestep_emb.") for name in named):
         return _corl(named)
     if any(name.startswith(("transformer.h.", "encoder.h.")) for name in named):
         return StateDict(_encoder(named), {"n_head": 1, "activation_function": "relu"})
-    held = ", ".join(list(named)[:4]) or "nothing"
+    held = ", ".join(list(weights)[:4]) or "nothing"
     raise UserError(
         f"{where} is not a Decision Transformer of a known layout: it holds {held}. Known are {KNOWN}. Rename its "
         "weights as one of them has them, or load it where it came from and save its state_dict()."
     )
+
+
+def _without_wrappers(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights without what stands before all of their names: ``module.``, ``_orig_mod.``, ``model.``, ..."""
+    named = dict(weights)
+    while len({name.partition(".")[0] for name in named}) == 1 and all("." in name for name in named):
+        named = {name.partition(".")[2]: value for name, value in named.items()}
+    return named
 
 
 def _encoder(named: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -149,3 +149,16 @@ def test_unknown_layouts_are_told_what_is_known(tmp_path: Path) -> None:
     save_file(corl, tmp_path / "y.safetensors")
     with pytest.raises(UserError, match=r"encoder\.h\.1\.mlp\.c_fc\.weight is missing"):
         load_base_policy(tmp_path / "y.safetensors", options=ImportOptions(**GIVEN))
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.module.", "module._orig_mod.", "model.", "policy.network."])
+def test_what_wrappers_put_before_all_names_is_left_out(tmp_path: Path, prefix: str) -> None:
+    """Of torch.compile around DistributedDataParallel only the first was."""
+    model = Corl(1)
+    random_(model)
+    plain, wrapped = tmp_path / "plain.safetensors", tmp_path / "wrapped.safetensors"
+    save_file(model.state_dict(), plain)
+    save_file({prefix + name: value for name, value in model.state_dict().items()}, wrapped)
+    options = ImportOptions(**GIVEN)
+    expected, found = (load_base_policy(path, options=options).network.state_dict() for path in (plain, wrapped))
+    assert all(torch.equal(expected[name], value) for name, value in found.items())
