@@ -10,22 +10,16 @@ import pytest
 from eva_rl.errors import UserError
 from eva_rl.report.command import (
     ReportConfig,
-    arguments,
     check_out,
     lead,
     nothing_to_compare,
     read_places,
-    run_records,
-    runs_section,
     sections_of,
-    verdict_tables,
-    write,
 )
 from eva_rl.report.comparison import analyse
 from eva_rl.report.methods import group_tasks
-from eva_rl.report.page import Section
 from eva_rl.report.runs import Problem
-from tests.report.making_groups import QUICK, analysis_of, make_run, make_runs
+from tests.report.making_groups import QUICK, make_run, make_runs
 
 
 @pytest.mark.parametrize(
@@ -80,20 +74,6 @@ def test_only_a_report_is_replaced(tmp_path: Path) -> None:
         check_out(str(out / "report.md"))
 
 
-@pytest.mark.parametrize(
-    ("typed", "found"),
-    [
-        (["a", "b"], ["runs=['a','b']"]),
-        (["out=x", "a", "--help"], ["out=x", "--help", "runs=['a']"]),
-        (["results=old/a"], ["results=old/a"]),
-        (["csv:a=b", "./x=y"], ["runs=['csv:a=b','./x=y']"]),
-        ([], []),
-    ],
-)
-def test_whatever_is_no_key_names_runs(typed: list[str], found: list[str]) -> None:
-    assert [word.replace('"', "'") for word in arguments(typed)] == found
-
-
 def test_places_that_are_none() -> None:
     with pytest.raises(UserError, match=r"csv:~nobody-of-that-name/x: no CSV files"):
         read_places(["csv:~nobody-of-that-name/x"])
@@ -119,34 +99,3 @@ def test_no_two_tasks_share_a_picture() -> None:
     assert len(set(names)) == len(tasks)
     assert "return-on-Walk-v1-tasks" in names
     assert all(set(name) < set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-") for name in names)
-
-
-def test_one_method_is_not_compared() -> None:
-    sections = {
-        s.title: s for s in sections_of(analysis_of({"a": {"Walk-v1": [-1.0]}}, "mean_reward"), {}, [], ReportConfig())
-    }
-    assert list(sections) == ["Return on Walk-v1", "Comparisons", "Tasks", "Learning curves", "Cost"]
-    assert not sections["Comparisons"].tables
-
-
-def test_tables_of_verdicts_begin_with_the_endpoint() -> None:
-    group = analysis_of({"a": {"t": [0.5, 0.6]}, "b": {"t": [0.4, 0.6]}}).group
-    assert [table.title for table in verdict_tables(group, "final", 0.1)] == ["By score after the last update"]
-    titles = [table.title for table in verdict_tables(group, "area", 0.1)]
-    assert titles == ["By score after the last update (a further endpoint, corrected for itself)"]
-
-
-def test_runs_and_problems_are_listed() -> None:
-    analysis = analysis_of({"a": {"t": [0.5, 0.25]}})
-    rows = list(run_records(analysis))
-    assert [(row["seed"], row["value"], row["before"]) for row in rows] == [(0, 0.5, None), (1, 0.25, None)]
-    sound = runs_section([analysis], [])
-    assert (len(sound.text), len(sound.tables)) == (1, 0)
-    (table,) = runs_section([analysis], [Problem(Path("x\ny"), "damaged", "why")]).tables
-    assert [list(row) for row in table.rows] == [["x y", "damaged", "why"]]
-
-
-def test_text_is_written_as_utf_8(tmp_path: Path) -> None:
-    write(tmp_path, "\N{SNOWMAN}", "lead", [Section("s")])
-    for name in ("report.md", "report.html"):
-        assert "\N{SNOWMAN}".encode() in (tmp_path / name).read_bytes()

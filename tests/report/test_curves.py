@@ -26,22 +26,6 @@ def curved(method: str, seed: int, points: dict[int, float], task: str = "t", pr
     return make_run(method, task, seed, 0.5, rows=rows(points, prefix))
 
 
-def test_points_of_cloning() -> None:
-    found = points_of(curved("a", 0, {50: 0.25, 100: 0.5}), KEY)
-    assert found.values.tolist() == [0.25, 0.5]
-    assert {axis: places.tolist() for axis, places in found.places.items()} == {
-        "gradient_steps": [50, 100], "env_steps": [0, 0], "seconds": [5, 10],
-    }  # fmt: skip
-
-
-def test_held_out_points_are_taken_where_there_are_three() -> None:
-    both = [*rows({50: 0.25, 100: 0.5}), *rows({0: 0.0, 100: 1.0}, "eval")[1:]]
-    assert points_of(make_run("a", "t", 0, 0.5, rows=both), KEY).values.tolist() == [0.25, 0.5]
-    more = [*both, {"step": 50.0, "wall_time": 1e9 + 5, f"eval/{KEY}": 0.75}]
-    assert points_of(make_run("a", "t", 0, 0.5, rows=more), KEY).values.tolist() == [0.0, 0.75, 1.0], "in order"
-    assert points_of(make_run("a", "t", 0, 0.5, rows=rows({0: 0.1, 9: 0.2}, "eval")), KEY).values.tolist() == [0.1, 0.2]
-
-
 @pytest.mark.parametrize("recorded", [[], rows({}), rows({50: 0.5}), rows({50: 0.5, 60: 0.6})])
 def test_runs_without_points(recorded: list[Row]) -> None:
     run = make_run("a", "t", 0, 0.5, rows=recorded)

@@ -5,27 +5,22 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator
 
-import matplotlib as mpl
-import numpy as np
 import pytest
 from matplotlib.axes import Axes
 from PIL import Image
 
-from eva_rl.report.curves import curves_of
 from eva_rl.report.figures import (
     COLOURS,
     aggregate_figure,
     colour_and_marker,
-    curve_figure,
     improvement_figure,
     inline_svg,
-    legend_label,
     picture,
     profile_figure,
     style,
     task_figure,
 )
-from tests.report.making_groups import QUICK, analysis_of
+from tests.report.making_groups import analysis_of
 
 SCORES = {"a": {"t": [0.5, 0.6, 0.7], "u": [0.1, 0.2, 0.3]}, "_b": {"t": [0.4, 0.4, 0.4]}}
 
@@ -66,11 +61,6 @@ def test_tasks_of_one_method_alone_are_drawn_for_it() -> None:
     assert {text.get_text() for text in legend.get_texts()} == {"a", " _b", "before fine-tuning"}
 
 
-def test_no_common_task_leaves_the_tasks() -> None:
-    analysis = analysis_of({"a": {"t": [0.5]}, "b": {"u": [0.25]}})
-    assert sorted(x for x, _ in points(task_figure(analysis).axes[0])) == [0.25, 0.5]
-
-
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("scores", [[0.5], [0.0, 0.0, 0.0], [-900.0, -900.0], [1e12, -1e12, 3.0]])
 def test_scores_without_spread_or_interval_are_drawn(scores: list[float]) -> None:
@@ -82,15 +72,6 @@ def test_scores_without_spread_or_interval_are_drawn(scores: list[float]) -> Non
     assert points(improvement_figure(analysis).axes[0]) == [(0.5, 0)]
 
 
-def test_a_profile_falls_from_all_runs_to_none() -> None:
-    analysis = analysis_of({"a": {"t": [-3.0, 5.0]}, "b": {"t": [1.0, 1.0]}}, "mean_reward")
-    assert (analysis.thresholds[0], analysis.thresholds[-1]) == (-3, 5)
-    for label, own in analysis.profiles.items():
-        assert np.all(np.diff(own.value) <= 0), label
-        assert own.value[-1] == 0
-    assert analysis.profiles["a"].value[0] == 0.5
-
-
 def test_the_same_figure_is_the_same_file() -> None:
     """Names within an SVG file were drawn by chance."""
     analysis = analysis_of(SCORES)
@@ -98,11 +79,3 @@ def test_the_same_figure_is_the_same_file() -> None:
     assert one == two
     inside = [inline_svg(task_figure(analysis), name, "title") for name in ("x", "x", "y")]
     assert inside[0] == inside[1] != inside[2]
-
-
-def test_no_curves_is_no_error_and_labels_that_begin_with_an_underscore_are_shown() -> None:
-    analysis = analysis_of(SCORES)
-    assert curves_of(analysis.group, QUICK) == {}
-    assert [legend_label(label) for label in ("_a", "a_", "")] == [" _a", "a_", ""]
-    assert not curve_figure(analysis, {"seconds": []}).axes[0].lines
-    assert mpl.rcParams["text.parse_math"] is False

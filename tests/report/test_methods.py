@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from eva_rl.report.comparison import analyse
-from eva_rl.report.methods import differing_settings, group_tasks, make_methods, plain_setting
+from eva_rl.report.methods import group_tasks, make_methods, plain_setting
 from tests.report.making_groups import QUICK, make_group, make_run
 
 
@@ -60,20 +60,6 @@ def test_plain_settings() -> None:
     values = {"true": "true", "null": "null", "0.5": "0.5", '"a b"': "a b", '["q", "v"]': "q+v", "[]": "",
               r'"a\nb"': "a b", '{"k": 1}': '{"k": 1}'}  # fmt: skip
     assert {value: plain_setting(value) for value in values} == values
-
-
-def test_differing_settings() -> None:
-    several = [{"a": "1", "b": "2", "c": "3"}, {"a": "1", "b": "9"}, {"a": "1", "b": "2", "d": "4"}]
-    assert differing_settings(several) == ["b", "c", "d"]
-    assert differing_settings(several, everywhere=True) == ["b"]
-    assert differing_settings([]) == []
-
-
-def test_runs_are_in_order_of_their_seeds() -> None:
-    (method,) = make_methods([make_run("eva", "t", seed, seed / 10) for seed in (7, 10, 2)])
-    np.testing.assert_array_equal(method.scores("t", "success_rate"), [0.2, 0.7, 1.0])
-    assert method.rank == "-"
-    assert make_methods([make_run("eva", "t", 0, 0.5, settings={"adapter.rank": 8})])[0].rank == "8"
 
 
 def test_tasks_are_grouped_by_score_and_returns_stand_alone() -> None:

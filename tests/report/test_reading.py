@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +12,11 @@ from hypothesis import strategies as st
 
 from eva_rl.errors import UserError
 from eva_rl.report.reading import (
-    LARGEST,
     MOST_CHARACTERS,
     clean_summary,
     episodes_by_seed,
-    is_number,
     one_line,
-    read_json_object,
     read_rows,
-    read_text,
-    read_yaml,
 )
 from eva_rl.rollouts.episodes import EpisodeRecord
 from eva_rl.rollouts.evaluation import EvaluationResult
@@ -52,60 +46,6 @@ def test_names_by_hand() -> None:
     assert (long[:3], long[-3:], "..." in long) == ("xxx", "yyy", True)
     assert one_line("n" * MOST_CHARACTERS) == "n" * MOST_CHARACTERS
     assert one_line(None) == "None"
-
-
-@pytest.mark.parametrize(
-    ("value", "expected"),
-    [(0, True), (-1.5, True), (LARGEST, True), (LARGEST * 1.01, False), (10**400, False), (float("nan"), False),
-     (float("-inf"), False), (True, False), ("1", False), (None, False), ([1], False)],
-)  # fmt: skip
-def test_what_counts_as_a_number(value: object, expected: bool) -> None:
-    assert is_number(value) is expected
-
-
-@pytest.mark.parametrize(
-    ("content", "told"),
-    [
-        ("[1]", "holds a list, expected an object"),
-        ("{", "not readable JSON"),
-        ("[" * 100_000, "not readable JSON"),
-        (b"\xff\xfe", "cannot be read"),
-        ("", "not readable JSON"),
-    ],
-)
-def test_json_that_is_none(content: str | bytes, told: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=told):
-        read_json_object(written(tmp_path, content))
-
-
-@pytest.mark.parametrize(
-    ("content", "told"),
-    [
-        ("a: &x [1]\nb: *x", "aliases are not accepted"),
-        ("1: 2", "no mapping of text keys"),
-        ("- a", "no mapping of text keys"),
-        ("a: !!python/object/apply:os.getcwd []", "not readable YAML"),
-        ("a: [", "not readable YAML"),
-        ("? {}\n: 1", "not readable YAML"),
-    ],
-)
-def test_yaml_that_is_no_config(content: str, told: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=told) as raised:
-        read_yaml(written(tmp_path, content))
-    assert "\n" not in str(raised.value)
-
-
-def test_files_that_never_end_or_are_missing(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(UserError, match="not a regular file"):
-        read_text(tmp_path / "pipe")
-    with pytest.raises(UserError, match="not a regular file"):
-        read_text(tmp_path)
-    with pytest.raises(UserError, match="No file"):
-        read_text(tmp_path / "none")
-    with pytest.raises(UserError, match="has 4 bytes, more than the 3"):
-        read_text(written(tmp_path, "four"), most=3)
-    assert read_text(written(tmp_path, "four"), most=4) == "four"
 
 
 def test_rows_keep_their_numbers_and_count_the_rest(tmp_path: Path) -> None:

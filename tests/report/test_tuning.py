@@ -74,11 +74,6 @@ def test_a_method_whose_choice_is_not_tested_has_none() -> None:
     assert len(section.text) == 1
 
 
-def test_an_endpoint_that_was_not_measured_is_a_dash() -> None:
-    (section,) = tuning_sections(grid("a", "x", [1, 2]), chosen("a", {"x": 1}), "cloning_loss")
-    assert {row[2] for row in section.tables[0].rows} == {"-"}
-
-
 def test_the_figure_shows_means_and_single_runs() -> None:
     scores = {"a": {"x=1": [0.0, 0.5], "x=2": [1.0]}, "_b": {"x=2": [0.25], "x=3": [0.5, 0.75]}}
     axes = tuning_figure(scores, "score").axes[0]

@@ -132,9 +132,3 @@ def test_settings_beside_the_adapter_are_named_on_one_line() -> None:
         make_run(m, "t", s, FIVE[s], settings={"adapter.rank": r}) for m, r in (("a", 4), ("b", 8)) for s in (0, 1)
     ]
     assert "Ranks differ between rows" in text([*ranks, make_run("full", "t", 0, 0.5)])
-
-
-def test_long_lists_are_cut() -> None:
-    tasks = {f"t{k:02}": FIVE for k in range(11)}
-    found = text(make_runs({"a": tasks, "b": {"t00": FIVE}}))
-    assert "because some method lacks them: t01, t02, t03, t04, t05, t06, t07, t08 and 2 more." in found

@@ -69,22 +69,6 @@ def test_what_is_not_measured_is_null_in_strict_json() -> None:
     assert (cut["episode_return"], cut["length"], cut["success_at_end"], cut["success"]) == (None, None, None, True)
 
 
-def test_spread_and_length_are_numpys() -> None:
-    rng = np.random.default_rng(0)
-    returns, lengths = rng.normal(size=7), rng.integers(1, 99, 7)
-    episodes = tuple(
-        EpisodeRecord("x", k, float(total), int(steps), False, False, -1)
-        for k, (total, steps) in enumerate(zip(returns, lengths, strict=True))
-    )
-    found = EvaluationResult("x", episodes, "", False, references=(1.0, 3.0)).metrics()
-    assert found == pytest.approx({
-        "eval/mean_reward": returns.mean(),
-        "eval/std_reward": returns.std(),
-        "eval/mean_ep_length": lengths.mean(),
-        "eval/normalized_score": 50 * (returns.mean() - 1),
-    })  # fmt: skip
-
-
 def test_experts_succeed_and_records_agree_with_a_plain_loop() -> None:
     task = "metaworld/reach-v3"
     found = evaluate_policy(ExpertPolicy(task), "reach-v3", episodes=3, seed=7)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from eva_rl.tracking.figures import action_figure, overview_figure, pixels, rank_figure, spectrum_figure
+from eva_rl.tracking.figures import action_figure, overview_figure, pixels, spectrum_figure
 
 
 @pytest.mark.filterwarnings("error")
@@ -42,20 +42,6 @@ def test_variance_adds_up_and_kinds_share_a_colour() -> None:
     legend = axes.get_legend()
     assert legend is not None
     assert [text.get_text() for text in legend.get_texts()] == ["head", "q"]
-
-
-def test_ranks_of_layers_outside_blocks_and_of_none() -> None:
-    axes = rank_figure({"head": 0, "blocks.0.q": 0, "blocks.10.q": 0}).axes[0]
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["other", "blocks.0", "blocks.10"]
-    assert [label.get_text() for label in axes.get_xticklabels()] == ["head", "q"]
-    assert len(axes.texts) == 3
-
-
-@pytest.mark.parametrize(
-    "rows", [[], [{"step": 0, "eval/success_rate": None}], [{"step": 0, "validation/success_rate": 1.0}]]
-)
-def test_nothing_evaluated_is_no_overview(rows: list[dict[str, float]]) -> None:
-    assert overview_figure(rows) is None
 
 
 def test_an_overview_of_returns_against_env_steps() -> None:
