@@ -114,7 +114,7 @@ def evaluate(config: EvaluateConfig) -> None:
         activate_adapter(policy, task, config.adapter != "off")
         path = Path("videos") / f"{task.replace('/', '-')}.gif"
         record_episode(policy, task, path, seed=config.eval.seed, horizon=config.env.horizon)
-        console.print(f"Video: {path}")
+        say(f"Video: {path}")
     if out is not None and first:
         write_json(out, record(config, policy, results, without))
 
@@ -192,7 +192,7 @@ def choose_target(policy: DecisionTransformerPolicy, task: str, config: Evaluate
     best = max(scores, key=lambda target: scores[target])
     policy.with_target(best, task)
     tried = ", ".join(f"{target:g}: {success:.2f}/{mean:.0f}" for target, (success, mean) in scores.items())
-    console.print(f"{task}: target return {best:g} (validation success/return by target: {tried})")
+    say(f"{task}: target return {best:g} (validation success/return by target: {tried})")
 
 
 def record(

@@ -19,7 +19,7 @@ from eva_rl.agents import DecisionTransformerPolicy
 from eva_rl.agents.huggingface import COMPANION_FILE, CONFIG_FILE, PICKLE_FILE, export_huggingface
 from eva_rl.agents.policy_folder import HUB_ID, POLICY_FILE, WEIGHTS_FILE, find_policy, write_policy_files
 from eva_rl.cli.command import run_command
-from eva_rl.cli.console import console, say
+from eva_rl.cli.console import say
 from eva_rl.cli.loading import open_policy
 from eva_rl.cli.parsing import register
 from eva_rl.configs.groups import PolicyOptions
@@ -160,7 +160,7 @@ def write_onnx(out: Path, folder: Path, config: ExportConfig) -> Path:
     policy.adapters.merge_and_unload()
     facts = finetuning_of(policy) or {}
     difference = export_onnx(policy, path, {"policy": config.policy.path, **hashes, "protocol": facts.get("protocol")})
-    console.print(f"Checked against torch: actions differ by at most {difference:.1e} of half their range.")
+    say(f"Checked against torch: actions differ by at most {difference:.1e} of half their range.")
     folder.mkdir()
     shutil.copyfile(path, folder / ONNX_FILE)
     (folder / CARD_FILE).write_text(card_of(policy, config.policy.path, "onnx"))

@@ -29,7 +29,7 @@ from eva_rl.adapters import (
 )
 from eva_rl.agents import DecisionTransformerPolicy
 from eva_rl.batch import WindowBatch
-from eva_rl.cli.console import console
+from eva_rl.cli.console import say
 from eva_rl.configs.finetune import AdapterOptions, FinetuneConfig
 from eva_rl.data import WindowSampler
 from eva_rl.data.samplers import Sampler, ShardedSampler
@@ -163,7 +163,7 @@ def _compute_eva(policy: DecisionTransformerPolicy, sampler: WindowSampler | Non
             keep_moments=True,
         )
     explained = sum(layer.explained_variance for layer in result.layers.values()) / len(result.layers)
-    console.print(
+    say(
         f"EVA: {counted(result.rows, 'row')} in {counted(result.batches, 'batch')}, {result.stopped}, "
         f"{result.seconds:.1f} s; {explained:.0%} of the variance explained on average"
     )

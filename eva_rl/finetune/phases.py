@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 from stable_baselines3.common.vec_env import VecEnv
 
 from eva_rl.adapters import AttachedAdapter, compute_eva, refresh_directions
-from eva_rl.cli.console import console, training_progress
+from eva_rl.cli.console import say, training_progress
 from eva_rl.cli.profiling import peak_memory
 from eva_rl.configs.algorithms import (
     BCAlgo,
@@ -135,9 +135,7 @@ def clone(session: Session, adapter: AttachedAdapter, algo: BCAlgo, log: Log) ->
     """Behaviour cloning of the demonstrations."""
     config, policy = session.config, session.policy
     assert session.sampler is not None
-    console.print(
-        f"Cloning: {counted(algo.updates, 'gradient step')}, peak learning rate {float(algo.learning_rate):g}."
-    )
+    say(f"Cloning: {counted(algo.updates, 'gradient step')}, peak learning rate {float(algo.learning_rate):g}.")
     draw = ShardedSampler(session.sampler, session.process_group)
     with training_progress(algo.updates) as bar, prefetching(draw, policy.device) as ahead:
         counters = train_bc(
@@ -153,7 +151,7 @@ def clone(session: Session, adapter: AttachedAdapter, algo: BCAlgo, log: Log) ->
         )
     costs = {"updates": counters.update, "seconds_per_update": counters.seconds / max(1, counters.update)}
     if algo.precision == AUTO:
-        console.print(f"Precision: {counters.precision}, as timed when training began")
+        say(f"Precision: {counters.precision}, as timed when training began")
         costs["bfloat16"] = float(counters.precision == BFLOAT16)
     return costs
 

@@ -265,9 +265,9 @@ def show(run_dir: Path, summary: dict[str, Any], evaluations: Mapping[str, Evalu
     console.print(table)
     trainable, total = summary["trainable_parameters"], summary["total_parameters"]
     seconds = ", ".join(f"{name} {value:.0f}" for name, value in summary["seconds"].items())
-    console.print(f"Trained {trainable:,} of {total:,} parameters. Seconds: {seconds}.")
+    say(f"Trained {trainable:,} of {total:,} parameters. Seconds: {seconds}.")
     if "eva/gain" in summary:
-        console.print(
+        say(
             f"Initial A, mean over layers: gain {summary['eva/gain']:.3g}, effective rank "
             f"{summary['eva/effective_rank']:.1f}."
         )

@@ -337,12 +337,16 @@ PHONE = """<iframe id="phone" src="{name}" width="400" height="800" style="borde
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="Debian's chromium is not installed")
 def test_the_page_fits_a_phone(written: Path, tmp_path: Path) -> None:
     """400 pixels: the page does not scroll sideways, and figures are seen whole."""
+    page = written / "long.html"
+    text = (written / "report.html").read_text()
+    page.write_text(text.replace('<p class="lead">', f'<p class="lead">Study file: SHA-256 {"0" * 64}. ', 1))
     harness = written / "phone.html"
-    harness.write_text(PHONE.format(name="report.html"))
+    harness.write_text(PHONE.format(name=page.name))
     found = browse(harness, tmp_path / "profile", "--allow-file-access-from-files")
     harness.unlink()
+    page.unlink()
     (title,) = re.findall(r"<title>(.*?)</title>", found.stdout)
-    page, *figures = json.loads(title)
-    assert page <= 400
+    width, *figures = json.loads(title)
+    assert width <= 400
     assert len(figures) > 3
     assert max(figures) <= 400
