@@ -63,6 +63,10 @@ class TrainingProgress:
 
         return log_and_show
 
+    def at(self, step: int) -> None:
+        """Say how far it is, also where a run that continues had nothing left to log."""
+        self._bar.show(step, "  ".join(self._shown.values()))
+
 
 @contextmanager
 def training_progress(steps: int, unit: str = "gradient steps") -> Iterator[TrainingProgress]:

@@ -94,6 +94,13 @@ class Trajectories:
     target_actions: Floats | None = None
     metadata: dict[str, str] = field(default_factory=dict, compare=False)
 
+    def __repr__(self) -> str:
+        """Source, amount and dimensions, in one line."""
+        return (
+            f"Trajectories({self.source or 'unnamed'}: {self.amount}, observations {self.observation_dim}, "
+            f"actions {self.action_dim}, mean return {self.returns.mean():g})"
+        )
+
     def __post_init__(self) -> None:
         self._check()
         for name in ("offsets", *COLUMNS):

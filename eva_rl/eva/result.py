@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from eva_rl.errors import UserError
+from eva_rl.errors import UserError, counted
 from eva_rl.eva.gram import SecondMoment
 from eva_rl.eva.options import EvaOptions, Method
 from eva_rl.files import check_files, check_seal, read_json, regular_size, sealed, write_file, write_json
@@ -94,6 +94,14 @@ class EvaResult:
     seconds: float
     skipped: tuple[str, ...] = ()
     moments: Mapping[str, SecondMoment] = field(default_factory=dict, repr=False, compare=False)
+
+    def __repr__(self) -> str:
+        """Layers, rows, how it ended, and what is explained, in one line."""
+        explained = sum(layer.explained_variance for layer in self.layers.values()) / max(1, len(self.layers))
+        return (
+            f"EvaResult({counted(len(self.layers), 'layer')}, {self.trainable_parameters} parameters of LoRA, "
+            f"{counted(self.batches, 'batch')}, {self.stopped}, {explained:.0%} of the variance explained on average)"
+        )
 
     @property
     def budget(self) -> int:

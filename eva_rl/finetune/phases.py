@@ -149,6 +149,7 @@ def clone(session: Session, adapter: AttachedAdapter, algo: BCAlgo, log: Log) ->
             checkpoints=Checkpoints(session.checkpoint_dir, config.checkpoint.every, config.checkpoint.seconds),
             extension=adapter.extension,
         )
+        bar.at(counters.update)
     costs = {"updates": counters.update, "seconds_per_update": counters.seconds / max(1, counters.update)}
     if algo.precision == AUTO:
         say(f"Precision: {counters.precision}, as timed when training began")

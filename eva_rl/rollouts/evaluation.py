@@ -39,6 +39,11 @@ class EvaluationResult:
     reports_success: bool
     references: tuple[float, float] | None = None
 
+    def __repr__(self) -> str:
+        """Task, number of episodes and metrics, in one line."""
+        measured = ", ".join(f"{key.strip('/')} {value:.4g}" for key, value in self.metrics("").items())
+        return f"EvaluationResult({self.env_id}: {counted(len(self.episodes), 'episode')}, {measured})"
+
     @property
     def success_rate(self) -> float:
         """Share of episodes solved at any step; NaN where the task knows no success."""

@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
 import eva_rl
+from eva_rl import eva
 from eva_rl.agents import DecisionTransformerPolicy
 from eva_rl.data import Episode, Trajectories
 from eva_rl.errors import UserError
@@ -43,6 +47,19 @@ def test_policies_show_what_they_are() -> None:
     shown = repr(make_policy())
     assert shown.startswith("DecisionTransformerPolicy(metaworld/reach-v3: 0.0")
     assert "observations 39, actions 4, context 6, target return 1000)" in shown
+
+
+def test_data_and_results_are_shown_in_a_line() -> None:
+    """Not by all their numbers."""
+    assert repr(data_of(2.5)) == (
+        "Trajectories(test: 1 episode, 4 env steps, observations 39, actions 4, mean return 10)"
+    )
+    result = evaluate_policy(make_policy(), "metaworld/reach-v3", episodes=1, seed=0, horizon=3)
+    assert repr(result).startswith("EvaluationResult(metaworld/reach-v3: 1 episode, mean_reward ")
+    found = eva.compute(nn.Linear(4, 3), [torch.randn(16, 4)], targets="all-linear", rank=2)
+    assert re.fullmatch(
+        r"EvaResult\(1 layers?, \d+ parameters of LoRA, .*% of the variance explained .*\)", repr(found)
+    )
 
 
 def data_of(reward: float) -> Trajectories:
