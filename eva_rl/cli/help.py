@@ -31,7 +31,8 @@ def print_help(name: str, help_text: str, words: Sequence[str] = ()) -> None:
         words: What was typed; an option of a group chosen there is the one that is shown.
     """
     width = min(shutil.get_terminal_size().columns, MAX_WIDTH)
-    sys.stdout.write("\n".join(help_lines(name, help_text, words, width)) + "\n")
+    text = "\n".join(help_lines(name, help_text, words, width))
+    sys.stdout.write(re.sub(r"\n{3,}", "\n\n", text) + "\n")
 
 
 def help_lines(name: str, help_text: str, words: Sequence[str], width: int) -> Iterator[str]:

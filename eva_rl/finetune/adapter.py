@@ -29,7 +29,7 @@ from eva_rl.adapters import (
 )
 from eva_rl.agents import DecisionTransformerPolicy
 from eva_rl.batch import WindowBatch
-from eva_rl.cli.console import say
+from eva_rl.cli.console import counting_progress, say
 from eva_rl.configs.finetune import AdapterOptions, FinetuneConfig
 from eva_rl.data import WindowSampler
 from eva_rl.data.samplers import Sampler, ShardedSampler
@@ -142,14 +142,14 @@ def _input_moments(
 
 def _compute_eva(policy: DecisionTransformerPolicy, sampler: WindowSampler | None, config: FinetuneConfig) -> EvaResult:
     options, pruned = config.adapter, find_method(config.adapter.method).adalora
-    with _sources(policy, sampler, config, ProcessGroup.current()) as (
-        batches,
-        rollouts,
+    with (
+        _sources(policy, sampler, config, ProcessGroup.current()) as (batches, rollouts),
+        counting_progress("EVA (batches)", options.eva.max_batches) as advance,
     ):  # compute_eva() adds up all processes'
         result = compute_eva(
             policy,
             target_layers(policy.network, options.targets),
-            batches,
+            None if batches is None else _counted(batches, advance),
             rollouts,
             max_batches=options.eva.max_batches,
             rank=initial_rank(options.rank) if pruned else options.rank,
@@ -168,6 +168,12 @@ def _compute_eva(policy: DecisionTransformerPolicy, sampler: WindowSampler | Non
         f"{result.seconds:.1f} s; {explained:.0%} of the variance explained on average"
     )
     return result
+
+
+def _counted(batches: Iterator[WindowBatch], advance: Callable[[object], None]) -> Iterator[WindowBatch]:
+    for batch in batches:
+        yield batch
+        advance(batch)
 
 
 def _moments(

@@ -25,6 +25,7 @@ def test_no_line_is_wider_than_the_terminal(
 ) -> None:
     text = help_of(capsys, monkeypatch, name, width=width)
     assert max(map(len, text.splitlines())) <= width
+    assert "\n\n\n" not in text
     for line, after in zip(text.splitlines(), text.splitlines()[1:], strict=False):
         if line.endswith("\\"):
             assert after.startswith("      "), "a continued example can be copied as it stands"

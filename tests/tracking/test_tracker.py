@@ -199,6 +199,17 @@ def test_the_dashboard_has_no_chart_that_stays_empty(tmp_path: Path) -> None:
         assert kind == "Margin" or re.compile(*tags), "one regular expression each"
 
 
+def test_a_run_of_defaults_is_seen_whole() -> None:
+    """The loss, its gradient and the learning rate of 11 points, the first of which is far above the others."""
+    points = [1.0, *np.linspace(0.1, 0.01, 10)]
+    for title in ("Loss", "Gradient norm before clipping", "Learning rate"):
+        kind, tags = LAYOUT["Training"][title]
+        assert kind == "Margin"
+        low, high = np.quantile(points * len(tags), [0.05, 0.95])
+        assert low == min(points)
+        assert high == max(points)
+
+
 def test_both_ends_of_two_points_are_inside_the_axis() -> None:
     """TensorBoard's "Ignore outliers" takes the axis from the values between the quantiles .05 and .95."""
     points = [535.0, 1485.0]
