@@ -132,6 +132,8 @@ class DecisionTransformer(nn.Module):
 
     def _initialise(self) -> None:
         """GPT-2's initialisation, with residual outputs shrunk by the square root of their number."""
+        if self.action_head.weight.is_meta:  # shapes only
+            return
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 residual = name.endswith(("o_proj", "down_proj"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -84,12 +85,17 @@ def window_at(record: Recording, t: int, num_steps: int, policy: DecisionTransfo
 @torch.no_grad()
 def largest_difference(policy: DecisionTransformerPolicy, records: list[Recording], full: bool = False) -> float:
     """Between the recorded actions and the network's own on each step's window, over all steps."""
-    worst, T = 0.0, policy.network.config.context_length
+    T, by_length = policy.network.config.context_length, defaultdict[int, list[tuple[WindowBatch, torch.Tensor]]](list)
     for record in records:
-        for t in range(len(record.actions)):
-            batch = window_at(record, t, T if full else record.visible[t], policy)
-            own = policy.scaling.raw_actions(policy.network(batch)[0, -1]).numpy()
-            worst = max(worst, float(np.abs(own - record.actions[t]).max()))
+        for t, action in enumerate(record.actions):
+            window = window_at(record, t, T if full else record.visible[t], policy)
+            by_length[window.timesteps.shape[1]].append((window, torch.from_numpy(action)))
+    worst = 0.0
+    for pairs in by_length.values():  # all windows of a length at once: a call each takes ten times as long
+        windows, actions = zip(*pairs, strict=True)
+        joined = {name: torch.cat([w.tensors()[name] for w in windows]) for name in windows[0].tensors()}
+        own = policy.scaling.raw_actions(policy.network(WindowBatch(**joined))[:, -1])
+        worst = max(worst, float((own - torch.stack(actions)).abs().max()))
     return worst
 
 
@@ -115,19 +121,17 @@ def test_full_windows_are_the_networks_own(order: tuple[str, ...]) -> None:
 @pytest.mark.parametrize("context_length", [1, 2, 7, 8])
 def test_static_shapes_give_the_same_actions(context_length: int, order: tuple[str, ...]) -> None:
     """Across episode ends and different lengths; the memory is that of an earlier use, and held a NaN."""
-    growing, static = make_policy(context_length, order), make_policy(context_length, order)
-    static.window = "static"
-    play(static, 3)
-    assert static._context is not None
-    memory = static._context._memory
+    policy = make_policy(context_length, order)
+    policy.window = "static"
+    play(policy, 3)
+    assert policy._context is not None
+    memory = policy._context._memory
     assert memory is not None
     memory.keys[0].fill_(np.nan)
-    expected, found = play(growing), play(static)
-    assert static._context._memory is memory
-    assert largest_difference(static, found) < 1e-5
-    for one, other in zip(expected, found, strict=True):
-        np.testing.assert_allclose(one.actions, other.actions, atol=1e-5)
-        assert one.visible == other.visible
+    records = play(policy)
+    assert policy._context._memory is memory
+    assert largest_difference(policy, records) < 1e-5
+    assert set(records[0].visible[context_length:]) == set(range(max(1, context_length // 2), context_length + 1))
 
 
 def test_bfloat16_acts_nearly_alike() -> None:
