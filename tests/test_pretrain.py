@@ -100,6 +100,7 @@ def test_the_target_is_chosen_by_validation(run_dir: Path, tmp_path: Path, capsy
     assert chosen == max(best, key=lambda target: best[target])
 
 
+@pytest.mark.slow
 def test_video(run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if ctypes.util.find_library("OSMesa") is None:
         pytest.skip("needs Debian's libosmesa6")

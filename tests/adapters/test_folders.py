@@ -85,6 +85,7 @@ def test_loaded_and_merged_act_the_same(
     assert merged.network.state_dict().keys() == original.network.state_dict().keys()
 
 
+@pytest.mark.slow
 def test_plain_peft_in_a_new_process_acts_the_same(
     once: Callable[[str], tuple[Path, torch.Tensor]], tmp_path: Path, reach_demonstrations: Trajectories
 ) -> None:

@@ -141,6 +141,7 @@ def test_reward_tokens_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_loading_needs_no_transformers(tmp_path: Path) -> None:
     export_huggingface(make_policy(OBS, ACT), tmp_path / "out")
     code = (

@@ -32,6 +32,7 @@ def own_episodes(num_envs: int, episodes: int, window: Window = "cached") -> lis
     return [(r.episode_return, r.length) for r in records]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Evaluation environment is not wrapped")
 def test_evaluate_policy_plays_the_same_episodes_as_we_do() -> None:
     policy = hopper_policy()

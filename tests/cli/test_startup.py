@@ -6,6 +6,8 @@ import json
 import subprocess
 import sys
 
+import pytest
+
 HEAVY = ("torch", "peft", "transformers", "stable_baselines3", "mujoco", "matplotlib", "scipy")
 PROGRAM = f"""
 import contextlib, io, json, sys
@@ -37,6 +39,7 @@ def test_help_and_mistakes_wait_for_no_library() -> None:
         assert imported == [], words
 
 
+@pytest.mark.slow
 def test_peft_waits_for_an_adapter() -> None:
     """It imports transformers, which takes longer than everything else together."""
     commands = ("evaluate", "pretrain", "collect", "export", "finetune.command")

@@ -197,6 +197,7 @@ def test_a_record_is_the_run_or_refused(runs: Path, tmp_path: Path) -> None:
         assert read == found  # damage outside of what is read, such as spaces or the name
 
 
+@pytest.mark.slow
 def test_a_report_killed_while_it_is_written_is_written_again(runs: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     argv = [str(runs), f"out={out}", "replicates=50"]

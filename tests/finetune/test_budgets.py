@@ -27,6 +27,7 @@ def rows(folder: Path) -> dict[int, dict[str, float]]:
     return {row["step"]: row for row in found if "eval/success_rate" in row}
 
 
+@pytest.mark.slow
 def test_budgets_are_the_ends_of_shorter_looks_at_the_same_run(policy_folder: Path, tmp_path: Path) -> None:
     """Evaluating on the way changes nothing of the end, and shared work is the same work."""
     shared = f"shared={tmp_path / 'shared'}"

@@ -24,7 +24,7 @@ from tests.conftest import make_policy
 SMALL = ["env=reach-v3", "data.episodes=2", "data.workers=1", "algo.updates=6", "algo.batch_size=8", "threads=1"]
 SMALL += ["eval.episodes=2", "env.horizon=40", "data.only_successes=false", "checkpoint.every=2", "seed=3"]
 SMALL += ["tracker=[]"]
-OFTEN = ("lora", "eva_dora", "adalora", "pissa", "corda", "lora_ga", "miss", "full")
+OFTEN = ("lora", "eva_dora", "miss", "full")
 """One method of each kind; the others are slow tests."""
 
 
@@ -113,6 +113,7 @@ def test_same_seed_same_metrics(base: Path, finished: Path, tmp_path: Path) -> N
     assert timeless(read_metrics(tmp_path / "other")) != timeless(read_metrics(finished))
 
 
+@pytest.mark.slow
 def test_evaluated_again_in_a_new_process_the_result_is_identical(finished: Path, tmp_path: Path) -> None:
     out = tmp_path / "again.json"
     command = [sys.executable, "-m", "eva_rl.evaluate", f"policy={finished}", "eval.episodes=2", f"out={out}"]

@@ -67,6 +67,7 @@ def test_runs_of_different_length_are_compared_at_the_last_common_step(tmp_path:
     assert run.summary["eval/success_rate"] < 1
 
 
+@pytest.mark.slow
 def test_rewards_are_returns_of_each_task(tmp_path: Path) -> None:
     write_curves(tmp_path / "results", "reward", 1000, tasks=2)
     assert report.main([f"csv:{tmp_path / 'results'}", f"out={tmp_path / 'out'}", "replicates=20"]) == 0

@@ -96,6 +96,7 @@ def test_pairs_without_a_significant_difference_are_named(written: Path) -> None
     assert "lora" not in re.findall(r"difference between: (.*)", text)[0]
 
 
+@pytest.mark.slow
 def test_the_same_runs_give_the_same_report(written: Path, study: Path, tmp_path: Path) -> None:
     assert report.main([f"{study}/*", f"out={tmp_path / 'again'}", "replicates=200"]) == 0
     for name in ("report.csv", "runs.csv", "curves.csv", "report.md"):
@@ -230,6 +231,7 @@ def test_tasks_that_a_method_lacks_are_not_averaged(tmp_path: Path) -> None:
     assert "some method lacks them: metaworld/push-v3" in texts(read(tmp_path))
 
 
+@pytest.mark.slow
 def test_tasks_without_success_are_judged_by_score(tmp_path: Path) -> None:
     make_run(tmp_path / "hopper", "mujoco/hopper", [True, False])
     make_run(tmp_path / "pendulum", "Pendulum-v1", [True, False])

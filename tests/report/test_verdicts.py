@@ -125,6 +125,7 @@ def test_equivalent_methods_are_no_undecided_ones() -> None:
     assert "differ significantly" not in found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("means", "false"),
     [

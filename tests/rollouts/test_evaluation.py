@@ -87,6 +87,7 @@ def test_experts_succeed_and_records_agree_with_a_plain_loop() -> None:
         assert record.success_at_end == successes[-1]
 
 
+@pytest.mark.slow
 def test_short_episodes_are_not_over_represented() -> None:
     """Hopper falls after different numbers of steps; every environment plays the same number of episodes."""
     policy, vec_env = make_policy(11, 3), envs.make_vec_env("Hopper-v5", 3, seed=5)

@@ -24,6 +24,7 @@ def test_experts_solve_their_task(reach_demonstrations: Trajectories) -> None:
     assert len(np.unique(data.observations[data.offsets[:-1], 36:39], axis=0)) == 4, "each episode has its own goal"
 
 
+@pytest.mark.slow
 def test_same_seed_same_episodes_with_any_number_of_workers(reach_demonstrations: Trajectories) -> None:
     assert same(collect_expert("reach-v3", 4, seed=3, workers=2), reach_demonstrations)
     assert not same(collect_expert("reach-v3", 4, seed=4), reach_demonstrations)

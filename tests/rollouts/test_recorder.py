@@ -88,6 +88,7 @@ def test_looking_at_what_has_begun_changes_nothing() -> None:
     assert recorder.unfinished() == []
 
 
+@pytest.mark.slow
 def test_an_agent_is_trained_and_plays(tmp_path: Path) -> None:
     out = tmp_path / "hopper.h5"
     arguments = ["env=mujoco/hopper", "env.horizon=30", "expert=sac", "expert.steps=150", "episodes=3", f"out={out}"]

@@ -118,6 +118,7 @@ def assert_same_training(alone: dict[str, Any], outcomes: list[dict[str, Any]], 
             assert torch.equal(outcome["weights"][name], outcomes[0]["weights"][name]), name
 
 
+@pytest.mark.slow
 def test_two_processes_train_and_evaluate_as_one(tmp_path: Path, demonstrations: Path) -> None:
     alone = both(demonstrations, OPTIONS, tmp_path / "alone", 3)
     first, second = together(tmp_path / "two", 2, partial(both, demonstrations, OPTIONS, tmp_path / "parts", 3))

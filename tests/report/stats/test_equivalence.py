@@ -74,6 +74,7 @@ def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
     assert 0.93 <= held / 1500 <= 0.975
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("tasks", "seeds"), [(1, 10), (2, 6), (4, 3)])
 def test_the_smallest_difference_is_found_in_four_of_five_studies(tasks: int, seeds: int) -> None:
     spread, rng = 0.25, RNG(6)

@@ -171,6 +171,7 @@ def test_credit_goes_to_what_earned_it(n_step: int) -> None:
     assert mean_return(learned(TwoSteps, discount=0.9, n_step=n_step), TwoSteps, steps=2) > 0.95 * TwoSteps.best
 
 
+@pytest.mark.slow
 def test_linear_quadratic_control_is_solved() -> None:
     """Actions are those of the Riccati equation, for ever: truncated episodes must not look like ends."""
     discount = 0.9
