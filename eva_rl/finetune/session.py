@@ -171,11 +171,7 @@ def open_session(config: FinetuneConfig) -> Session:
     phases = Phases()
     device = prepare_machine(config)
     process_group = ProcessGroup.current()
-    if process_group.world_size > 1 and isinstance(config.algo, OnlineAlgo):
-        raise UserError(
-            f"algo={config.algo.name} runs in a single process; this run has {process_group.world_size}. Start it "
-            "without torchrun, or use algo=bc."
-        )
+    check_processes(config, process_group.world_size)
     spec = env_spec(config.env.id, config.env.horizon)
     named = resolve_policy(config.policy, spec.env_id)
     policy = open_policy(named, device, merge=True)
@@ -204,6 +200,24 @@ def open_session(config: FinetuneConfig) -> Session:
     phases.end("data")
     held_out = _held_out(policy, config, spec.env_id, run_dir)
     return Session(config, spec, policy, named.path, run_dir, data, sampler, vec_env, process_group, phases, held_out)
+
+
+def check_processes(config: FinetuneConfig, number: int) -> None:
+    """Raise unless so many processes can share the run.
+
+    Raises:
+        UserError: Online learning takes one; cloning takes no more than there are held-out episodes.
+    """
+    if number > 1 and isinstance(config.algo, OnlineAlgo):
+        raise UserError(
+            f"algo={config.algo.name} runs in a single process; this run has {number}. Start it without torchrun, or "
+            "use algo=bc."
+        )
+    if config.eval.episodes < number:
+        raise UserError(
+            f"eval.episodes={config.eval.episodes}: {number} processes share the held-out episodes; expected at least "
+            f"eval.episodes={number}."
+        )
 
 
 def _load_data(config: FinetuneConfig, options: DataOptions, env_id: str, run_dir: Path) -> Trajectories:

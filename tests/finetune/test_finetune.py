@@ -16,7 +16,10 @@ import pytest
 from eva_rl import collect, evaluate
 from eva_rl.adapters import METHODS
 from eva_rl.agents.policy_folder import save_policy
+from eva_rl.cli.parsing import parse
+from eva_rl.errors import UserError
 from eva_rl.finetune import command as finetune
+from eva_rl.finetune.session import check_processes
 from eva_rl.tracking.tracker import read_metrics
 from tests import forks
 from tests.conftest import make_policy
@@ -270,3 +273,12 @@ def test_help_explains_and_lists_tasks(capsys: pytest.CaptureFixture[str]) -> No
     text = capsys.readouterr().out
     for word in ("Examples", "adapter.rank=8", "metaworld/push-v3", "Hopper-v5", "eval.episodes=50"):
         assert word in text
+
+
+def test_processes_share_held_out_episodes_and_no_online_learning() -> None:
+    check_processes(parse("finetune", ["eval.episodes=2"]), 2)
+    check_processes(parse("finetune", ["algo=odt"]), 1)
+    with pytest.raises(UserError, match=r"eval\.episodes=2: 3 processes .*expected at least eval\.episodes=3"):
+        check_processes(parse("finetune", ["eval.episodes=2"]), 3)
+    with pytest.raises(UserError, match=r"algo=odt runs in a single process; this run has 2"):
+        check_processes(parse("finetune", ["algo=odt"]), 2)
