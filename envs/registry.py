@@ -92,6 +92,8 @@ def _resolve(name: str) -> str:
     resolved = _mujoco_id(name) if name.startswith(MUJOCO_PREFIX) else _metaworld_id(name)
     if resolved is None:
         known = [
+            *TASK_SETS,
+            *METAWORLD_GROUPS,
             *task_list(),
             *(MUJOCO_PREFIX + task for task in MUJOCO_TASKS),
             *(task.removeprefix(METAWORLD_PREFIX) for task in METAWORLD_TASKS),

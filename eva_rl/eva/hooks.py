@@ -269,6 +269,7 @@ class Listener:
         return listen
 
     def _record(self, layer: Layer, x: Tensor) -> None:
+        _check_readable(layer.name, x)
         if not self._inside and layer.name in self._called:
             self.finish_forward()
         self._called.add(layer.name)
@@ -349,12 +350,30 @@ def _same_rows(keep: Tensor | None, other: Tensor | None) -> bool:
     return keep is other or (keep is not None and other is not None and torch.equal(keep, other))
 
 
-def _address(x: Tensor) -> int:
+def _check_readable(name: str, x: Any) -> None:
+    """Raise unless a layer's input is a tensor of real numbers that are there."""
+    if not isinstance(x, Tensor):
+        raise UserError(
+            f"Layer {name!r} was given a {type(x).__name__}, expected a tensor. Check batches and forward=."
+        )
     if torch._C._functorch.is_functorch_wrapped_tensor(x):
         raise UserError(
             "The model runs inside a transform of torch.func (vmap, grad, jvp, ...), where a layer's inputs cannot be "
             "read. Listen to plain calls of the model, or use torch.autograd."
         )
+    kind = "meta" if x.is_meta else "complex" if x.is_complex() else "sparse" if _is_sparse(x) else ""
+    if kind:
+        raise UserError(
+            f"Layer {name!r} was given a {kind} tensor; expected real numbers in memory. Move the model off the meta "
+            "device, or give batches of dense real tensors."
+        )
+
+
+def _is_sparse(x: Tensor) -> bool:
+    return not x.is_nested and x.layout is not torch.strided
+
+
+def _address(x: Tensor) -> int:
     return int((x.values() if x.is_nested else x).data_ptr())
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from eva_rl.errors import UnknownNameError, UserError
@@ -62,7 +63,7 @@ def find_layers(model: nn.Module, targets: str | Sequence[str] | None = None) ->
     """
     known = list(_linear_layers(model))
     if not known:
-        raise UserError("The model has no torch.nn.Linear and no Conv1D layer, so there is nothing to adapt.")
+        raise UserError(_nothing_to_adapt(model))
     if targets == "all-linear":
         return known
     if targets is None:
@@ -72,6 +73,20 @@ def find_layers(model: nn.Module, targets: str | Sequence[str] | None = None) ->
     if not chosen:
         raise UserError(f"targets={targets!r} names no layer. Layers of this model: {_listed(known)}.")
     return [layer for layer in known if layer.name in chosen]
+
+
+def _nothing_to_adapt(model: nn.Module) -> str:
+    kinds = {type(module) for module in model.modules()}
+    if any(issubclass(kind, torch.jit.ScriptModule) for kind in kinds):
+        return (
+            "The model is scripted or traced by torch.jit, where no layer can be listened to or replaced. Give the "
+            "module that it was made of."
+        )
+    if any("quantized" in kind.__module__ for kind in kinds):
+        return (
+            "The model's linear layers are quantised. Give the model before torch.ao.quantization, in floating point."
+        )
+    return "The model has no torch.nn.Linear and no Conv1D layer, so there is nothing to adapt."
 
 
 def without_wrappers(model: nn.Module) -> nn.Module:

@@ -43,7 +43,13 @@ def test_v2_names_are_mapped_with_a_message(caplog: pytest.LogCaptureFixture) ->
 
 @pytest.mark.parametrize(
     ("typed", "meant"),
-    [("pusch-v3", "push-v3"), ("metaworld/reahc-v3", "reach-v3"), ("mujoco/hoper", "mujoco/hopper")],
+    [
+        ("pusch-v3", "push-v3"),
+        ("metaworld/reahc-v3", "reach-v3"),
+        ("mujoco/hoper", "mujoco/hopper"),
+        ("mt-10", "mt10"),
+        ("ml10-val", "ml10"),
+    ],
 )
 def test_misspelt_names_list_close_matches(typed: str, meant: str) -> None:
     with pytest.raises(UnknownNameError, match=meant) as error:

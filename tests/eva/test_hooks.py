@@ -315,3 +315,30 @@ def test_wrapped_models_are_heard_under_the_names_of_the_model_inside(wrap: Call
     assert list(result.layers) == [prefix + "0", prefix + "2"]
     for name, layer in expected.layers.items():
         torch.testing.assert_close(result.layers[prefix + name].components, layer.components)
+
+
+@pytest.mark.parametrize(
+    ("model", "batch", "message"),
+    [
+        (nn.Linear(8, 2), "text", "given a str, expected a tensor"),
+        (nn.Linear(8, 2, device="meta"), torch.zeros(5, 8), "given a meta tensor"),
+        (nn.Linear(8, 2, dtype=torch.complex64), torch.zeros(5, 8, dtype=torch.complex64), "given a complex tensor"),
+        (nn.Linear(8, 2), torch.eye(8).to_sparse(), "given a sparse tensor"),
+    ],
+)
+def test_inputs_that_are_no_numbers_in_memory_are_refused(model: nn.Module, batch: object, message: str) -> None:
+    """A complex input lost its imaginary part; the others ended in tracebacks."""
+    with pytest.raises(UserError, match=message):
+        eva.compute(model, [batch, batch], rank=2)
+
+
+def test_models_whose_layers_are_hidden_are_told_from_models_without() -> None:
+    layer = nn.Sequential(nn.Linear(8, 2))
+    quantised = torch.ao.quantization.quantize_dynamic(layer)
+    for model, message in [
+        (torch.jit.script(layer), r"torch\.jit"),
+        (quantised, "quantised"),
+        (nn.ReLU(), "no torch.nn"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            eva.compute(model, [torch.zeros(5, 8)], rank=2)
