@@ -19,7 +19,7 @@ from eva_rl.agents.policy import DecisionTransformerPolicy
 from eva_rl.agents.policy_record import FORMAT, FORMAT_VERSION, policy_record, read_record
 from eva_rl.agents.weights import check_size, check_weights, read_safetensors
 from eva_rl.errors import UnknownNameError, UserError
-from eva_rl.files import check_files, sealed, write_folder, write_json
+from eva_rl.files import check_files, expanded, sealed, write_folder, write_json
 
 __all__ = ["FORMAT", "FORMAT_VERSION", "find_policy", "load_base_policy", "policy_record", "read_policy", "save_policy"]
 
@@ -41,7 +41,7 @@ def find_policy(name_or_path: str) -> Path:
         UnknownNameError: None of them.
         UserError: The hub id could not be fetched.
     """
-    path = Path(name_or_path).expanduser()
+    path = expanded(name_or_path)
     for folder in (path, path / "policy"):
         if (folder / POLICY_FILE).is_file() or (folder / CONFIG_FILE).is_file():
             return folder

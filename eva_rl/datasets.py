@@ -24,7 +24,7 @@ from eva_rl.data.formats.store import is_store
 from eva_rl.data.sources import cache_folder
 from eva_rl.envs import score_between
 from eva_rl.errors import UserError, counted
-from eva_rl.files import read_json
+from eva_rl.files import expanded, read_json
 from eva_rl.options import between, group, one_of, option
 
 HELP = """
@@ -112,7 +112,7 @@ def show(config: DatasetsConfig) -> None:
 def check(config: DatasetsConfig) -> None:
     """Read everything, and say that it is sound; what is not raises."""
     data = _load(config)
-    _check_store(data, Path(config.data.source.removeprefix("trajectories:")).expanduser())
+    _check_store(data, expanded(config.data.source.removeprefix("trajectories:")))
     _print(f"{escape(data.source)} is sound: {data.amount}, all numbers finite. Content {data.content_hash}.")
 
 

@@ -24,7 +24,7 @@ from eva_rl.cli.loading import open_policy
 from eva_rl.cli.parsing import register
 from eva_rl.configs.groups import PolicyOptions
 from eva_rl.errors import UserError
-from eva_rl.files import copy_files, sha256, write_folder
+from eva_rl.files import copy_files, expanded, sha256, write_folder
 from eva_rl.options import group, one_of, option
 
 HELP = """
@@ -77,7 +77,7 @@ def export(config: ExportConfig) -> None:
     """Write the folder, and push it where asked to."""
     with TemporaryDirectory() as temporary:
         named = config.out or ("" if config.push else Path(config.policy.path).name + ONNX_SUFFIX)
-        out = Path(named).expanduser() if named else Path(temporary) / "policy"
+        out = expanded(named) if named else Path(temporary) / "policy"
         if out.exists():
             raise UserError(f"{out} exists and is not overwritten. Name another out=, or remove it.")
         pushed = out

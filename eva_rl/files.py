@@ -27,6 +27,11 @@ FILES, SEAL = "files", "sha256"
 """Keys of a sealed record: digests of the files beside it, and its own."""
 
 
+def expanded(path: str | Path) -> Path:
+    """A path as it is typed, with ``~`` as the home folder; a user that does not exist stays as it is."""
+    return Path(os.path.expanduser(path))  # Path.expanduser raises RuntimeError for ~nobody
+
+
 def read_json(path: Path, check: Check | None = None) -> Any:
     """Read a JSON file.
 

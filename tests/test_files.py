@@ -16,6 +16,7 @@ from eva_rl.files import (
     check_files,
     check_seal,
     copy_files,
+    expanded,
     is_partial,
     read_json,
     read_yaml,
@@ -236,3 +237,17 @@ def test_leftovers_of_a_kill_are_removed_and_nothing_else(tmp_path: Path) -> Non
     assert listed(tmp_path) == sorted([*kept, "deep", "lost", "lost/weights", "policy", "policy/weights"])
     assert (tmp_path / "policy/weights").read_text() == "policy"
     assert (tmp_path / "lost/weights").read_text() == ".lost.old"
+
+
+@pytest.mark.parametrize("name", ["~nobody-of-that-name/runs", "~", "~/a", "a/~/b", "a b", ""])
+def test_only_homes_that_exist_are_expanded(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    known = {"~": "/home/me", "~/a": "/home/me/a"}
+    assert expanded(name) == expanded(Path(name)) == Path(known.get(name, name))
+
+
+def test_every_typed_path_is_expanded_in_one_way() -> None:
+    """``Path.expanduser`` raises RuntimeError for a user that does not exist."""
+    root = Path(__file__).parent.parent
+    files = [file for folder in ("eva_rl", "agents", "envs", "configs") for file in (root / folder).rglob("*.py")]
+    assert [file.name for file in files if "expanduser(" in file.read_text(encoding="utf-8")] == ["files.py"]

@@ -39,7 +39,7 @@ from eva_rl.agents.weights import (
     value_problems,
 )
 from eva_rl.errors import UserError
-from eva_rl.files import check_files, read_json, sealed, write_folder, write_json
+from eva_rl.files import check_files, expanded, read_json, sealed, write_folder, write_json
 
 log = logging.getLogger(__name__)
 
@@ -203,7 +203,7 @@ def export_huggingface(
         record = policy_record(policy) | {"notes": notes}
         write_json(aside / COMPANION_FILE, sealed(record, aside, [CONFIG_FILE, SAFETENSORS_FILE]))
 
-    write_folder(Path(folder).expanduser(), write)
+    write_folder(expanded(folder), write)
     for note in notes:
         log.info("%s: %s", folder, note)
     return notes

@@ -16,7 +16,7 @@ from eva_rl.agents.huggingface.options import ImportOptions
 from eva_rl.agents.policy import DecisionTransformerPolicy
 from eva_rl.agents.policy_folder import POLICY_FILE, find_policy, read_policy, weights_digest, write_policy_files
 from eva_rl.errors import UserError
-from eva_rl.files import check_files, read_json, sealed, write_folder, write_json
+from eva_rl.files import check_files, expanded, read_json, sealed, write_folder, write_json
 
 ADAPTER_FOLDER = "adapter"
 ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE, ORIGIN_FILE)
@@ -125,7 +125,7 @@ def find_adapter(path: str | Path) -> Path:
     Raises:
         UserError: There is none.
     """
-    given = Path(path).expanduser()
+    given = expanded(path)
     if (given / CONFIG_FILE).is_file():
         return given
     folder = find_policy(str(path))

@@ -18,6 +18,7 @@ from eva_rl.cli.command import run_command
 from eva_rl.cli.console import console, say
 from eva_rl.cli.parsing import register
 from eva_rl.errors import UserError, counted
+from eva_rl.files import expanded
 from eva_rl.launch.jobs import Job, LaunchOptions
 from eva_rl.launch.launching import launch, list_failed
 from eva_rl.options import option
@@ -85,15 +86,15 @@ class BenchmarkConfig(LaunchOptions, BenchmarkOptions):
             UserError: A task, method or seed does not exist.
         """
         if self.study:
-            return read_study(Path(self.study).expanduser())
+            return read_study(expanded(self.study))
         methods = {name: {METHOD: name} for name in (find_method(name).name for name in names_of(self.methods))}
         return Study(tasks_of(self.tasks), methods, seeds_of(self.seeds))
 
     @property
     def place(self) -> Place:
         """Where everything lies."""
-        out = Path(self.out).expanduser().resolve()
-        records = Path(self.records).expanduser().resolve() if self.records else out / "records"
+        out = expanded(self.out).resolve()
+        records = expanded(self.records).resolve() if self.records else out / "records"
         return Place(out, records, self.threads, self.set)
 
 
@@ -133,7 +134,7 @@ def benchmark(config: BenchmarkConfig) -> None:
         show_plan(config, study, len(tuned), len(comparison_cells(study, place, first)))
         return
     if study.digest:
-        keep_study(Path(config.study).expanduser(), place.out)
+        keep_study(expanded(config.study), place.out)
     chosen = first
     if tuned:
         run_cells(tuned, config, "Tuning")

@@ -19,7 +19,7 @@ from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 from eva_rl.cli.keys import Key, defaults_of, groups_of
 from eva_rl.cli.values import is_number, literal, value_of
 from eva_rl.errors import UserError, close_matches
-from eva_rl.files import read_yaml
+from eva_rl.files import expanded, read_yaml
 
 Config = TypeVar("Config")
 Arguments = Callable[[Sequence[str]], list[str]]
@@ -235,7 +235,8 @@ def stored_settings(paths: Sequence[Path]) -> dict[str, Any]:
     """
     settings: dict[str, Any] = {}
     for path in paths:
-        file = path.expanduser() / "config.yaml" if path.expanduser().is_dir() else path.expanduser()
+        place = expanded(path)
+        file = place / "config.yaml" if place.is_dir() else place
         content = read_yaml(file)
         if not isinstance(content, dict):
             raise UserError(f"{file} holds no settings. Name a run directory or its config.yaml with config=.")

@@ -23,6 +23,7 @@ from eva_rl.files import (
     FILES,
     SEAL,
     check_seal,
+    expanded,
     is_partial,
     read_json,
     read_yaml,
@@ -79,7 +80,7 @@ def open_run(name: str, options: Any) -> Path:
 
 
 def _open(name: str, options: Any) -> Path:
-    run_dir = Path(options.run_dir or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}").expanduser()
+    run_dir = expanded(options.run_dir or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
     config = asdict(options)
     if (run_dir / SUMMARY_FILE).exists():
         raise UserError(f"{run_dir} holds a finished run, which is not overwritten. Name another run_dir=.")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ from eva_rl.data.formats.checks import ActionBounds
 from eva_rl.data.formats.minari import minari_root
 from eva_rl.envs import env_spec, reference_scores
 from eva_rl.errors import UserError
+from eva_rl.files import expanded
 
 FILE_SUFFIXES = {".h5", ".hdf5"}
 MINARI = "minari:"
@@ -30,7 +30,7 @@ def check_output(out: str) -> None:
     if not out or out == MINARI:
         raise UserError("out= is missing: name a FILE.h5, a minari:NAMESPACE/NAME-v0, or a folder for a store.")
     in_minari = out.startswith(MINARI)
-    path = minari_root() / out.removeprefix(MINARI) if in_minari else Path(out).expanduser()
+    path = minari_root() / out.removeprefix(MINARI) if in_minari else expanded(out)
     if path.exists():
         raise UserError(f"{path} exists and is not overwritten. Name another out=, or remove it.")
     if path.suffix and path.suffix not in FILE_SUFFIXES and not in_minari:
@@ -58,7 +58,7 @@ def write_output(out: str, data: Trajectories, about: Mapping[str, Any] | None =
             **(about or {}),
         )
         return out
-    path = Path(out).expanduser()
+    path = expanded(out)
     if path.suffix in FILE_SUFFIXES:
         write_episodes(path, data, about)
     else:

@@ -24,6 +24,7 @@ from eva_rl.data.formats.minari_file import iterate_episodes
 from eva_rl.data.formats.store import FORMAT, gather, is_store, read_store
 from eva_rl.data.trajectories import Trajectories
 from eva_rl.errors import UnknownNameError, UserError
+from eva_rl.files import expanded
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +83,7 @@ def _without_options(text: str) -> tuple[str, str]:
     body, mark, query = text.rpartition("?")
     kind, colon, path = text.partition(":")
     paths = [text, path] if colon and kind in KINDS else [text]
-    there = any(os.path.lexists(os.path.expanduser(name)) for name in paths)
+    there = any(os.path.lexists(expanded(name)) for name in paths)
     return (body, query) if mark and "=" in query and not there else (text, "")
 
 
@@ -101,7 +102,7 @@ def _with_option(source: ParsedSource, key: str, value: str) -> ParsedSource:
 
 def cache_folder() -> Path:
     """Where downloads and memory maps are kept: ``EVA_RL_CACHE`` or ``~/.cache/eva-rl``."""
-    return Path(os.environ.get("EVA_RL_CACHE") or "~/.cache/eva-rl").expanduser()
+    return expanded(os.environ.get("EVA_RL_CACHE") or "~/.cache/eva-rl")
 
 
 def load_dataset(
@@ -189,7 +190,7 @@ def locate(source: ParsedSource) -> Path:
     """
     if source.kind == "minari":
         return minari_folder(source.name)
-    path = Path(source.name).expanduser()
+    path = expanded(source.name)
     with Source(path).reading():
         exists = path.exists()
     if source.kind == "d4rl" and not exists and path.suffix not in {".hdf5", ".h5"}:

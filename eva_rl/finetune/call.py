@@ -14,6 +14,7 @@ from eva_rl.cli.keys import as_typed
 from eva_rl.cli.parsing import parse
 from eva_rl.cli.run_dir import read_summary
 from eva_rl.data import Trajectories, write_episodes
+from eva_rl.files import expanded
 from eva_rl.finetune.command import finetune
 
 
@@ -63,7 +64,7 @@ def finetune_policy(
             "run_dir": str(run_dir),
         }
         finetune(parse("finetune", [f"{key}={as_typed(value)}" for key, value in {**own, **(settings or {})}.items()]))
-    place = Path(run_dir).expanduser()
+    place = expanded(run_dir)
     return FinetuneResult(load_policy(place), read_summary(place), place)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from eva_rl.configs.finetune import FinetuneConfig
 from eva_rl.configs.groups import DataOptions
 from eva_rl.errors import UserError
+from eva_rl.files import expanded
 
 
 def key_of(**parts: Any) -> str:
@@ -43,4 +44,4 @@ def data_folder(config: FinetuneConfig, options: DataOptions, env_id: str, run_d
     if not config.shared:
         return run_dir / "data"
     key = key_of(env=env_id, horizon=config.env.horizon, **asdict(options))
-    return Path(config.shared).expanduser() / "data" / key
+    return expanded(config.shared) / "data" / key

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from eva_rl.agents.policy_folder import weights_digest
 from eva_rl.eva import EvaResult
-from eva_rl.files import read_json, write_file, write_folder, write_json
+from eva_rl.files import expanded, read_json, write_file, write_folder, write_json
 from eva_rl.finetune.locations import alone, key_of
 from eva_rl.finetune.session import Session
 from eva_rl.rollouts.episodes import EpisodeRecord
@@ -48,7 +48,7 @@ def evaluate_before(session: Session, *, again: bool) -> tuple[EvaluationResult,
     )
     if config.shared:
         session.shared["before"] = key
-    path = (Path(config.shared).expanduser() if config.shared else session.run_dir) / BEFORE / key
+    path = (expanded(config.shared) if config.shared else session.run_dir) / BEFORE / key
     with alone(path):
         if not path.exists() or (again and not config.shared):
             result, actions = session.evaluate("Before")
@@ -96,7 +96,7 @@ def shared_eva(session: Session, compute: Callable[[], EvaResult]) -> EvaResult:
         **{k: v for k, v in asdict(config.adapter).items() if k not in {"method", "dropout"}},
     )
     session.shared["eva"] = key
-    path = Path(config.shared).expanduser() / "eva" / key
+    path = expanded(config.shared) / "eva" / key
     with alone(path):
         if not path.exists():
             result = compute()

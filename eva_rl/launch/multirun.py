@@ -18,6 +18,7 @@ from eva_rl.cli.parsing import parse
 from eva_rl.cli.run_dir import SUMMARY_FILE
 from eva_rl.cli.values import quoted
 from eva_rl.errors import UserError, counted
+from eva_rl.files import expanded
 from eva_rl.launch.jobs import Job, LaunchOptions
 from eva_rl.launch.launching import launch, list_failed
 
@@ -38,7 +39,7 @@ def multirun(name: str, typed: Sequence[str]) -> None:
     options = launch_options([word.removeprefix(OPTIONS) for word in typed if word.startswith(OPTIONS)])
     words = [word for word in typed if not word.startswith((OPTIONS, "run_dir="))]
     given = [word.removeprefix("run_dir=") for word in typed if word.startswith("run_dir=")]
-    root = Path(given[-1] if given else f"runs/multirun-{time.strftime('%Y%m%d-%H%M%S')}").expanduser().resolve()
+    root = expanded(given[-1] if given else f"runs/multirun-{time.strftime('%Y%m%d-%H%M%S')}").resolve()
     jobs = [_job(name, fixed, swept, root, options) for fixed, swept in combinations(words)]
     left = [job for job in jobs if not job.done.exists()]
     say(f"{counted(len(jobs), 'run')}, {len(jobs) - len(left)} of them finished before. {root}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import glob
 import hashlib
-import os
 import re
 import shutil
 from collections.abc import Iterator, Sequence
@@ -19,7 +18,7 @@ from eva_rl.cli.console import console, say
 from eva_rl.cli.parsing import register
 from eva_rl.cli.values import quoted
 from eva_rl.errors import UserError, counted
-from eva_rl.files import write_file, write_folder
+from eva_rl.files import expanded, write_file, write_folder
 from eva_rl.options import between, one_of, option, positive
 from eva_rl.report.comparison import Analysis, Resampling, analyse
 from eva_rl.report.csv_curves import CSV_PREFIX, read_csv_curves
@@ -165,7 +164,7 @@ def read_places(places: Sequence[str]) -> tuple[list[Run], list[Problem]]:
         runs, problems = read_runs(find_runs(folders))
     for place in places:
         if place.startswith(CSV_PREFIX):
-            more, lost = read_csv_curves(Path(os.path.expanduser(place.removeprefix(CSV_PREFIX))))
+            more, lost = read_csv_curves(expanded(place.removeprefix(CSV_PREFIX)))
             runs, problems = [*runs, *more], [*problems, *lost]
     return select(runs, problems)
 
@@ -176,7 +175,7 @@ def check_out(name: str) -> Path:
     Raises:
         UserError: It holds something else, which replacing the report would delete.
     """
-    out = Path(os.path.expanduser(name))  # ~NOBODY stays as it is
+    out = expanded(name)
     if out.name in {"", ".."}:
         raise UserError(f"out={name} is a folder that stands open or holds others. Name a new one: out=report")
     others = [] if not out.is_dir() else [p.name for p in out.iterdir() if p.name not in PARTS and not _partial(p)]

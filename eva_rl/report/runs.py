@@ -15,7 +15,7 @@ from typing import Any
 from eva_rl.adapters import METHODS
 from eva_rl.cli.run_dir import CONFIG_FILE, FREE_TO_CHANGE, SUMMARY_FILE, VERSIONS_FILE
 from eva_rl.errors import UserError, counted
-from eva_rl.files import check_files, check_seal
+from eva_rl.files import check_files, check_seal, expanded
 from eva_rl.report.reading import (
     Row,
     clean_summary,
@@ -117,7 +117,7 @@ def find_runs(places: Sequence[str]) -> list[Path]:
     """
     folders: dict[Path, Path] = {}
     for place in places:
-        named = Path(os.path.expanduser(place))  # ~NOBODY stays as it is
+        named = expanded(place)
         matches = [named] if os.path.exists(named) else sorted(map(Path, glob.glob(str(named))))
         if not matches:
             raise UserError(

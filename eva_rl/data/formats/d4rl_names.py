@@ -18,7 +18,7 @@ import h5py
 from eva_rl.data.formats.checks import kind_of_file
 from eva_rl.data.formats.hdf5 import HdfFile
 from eva_rl.errors import UnknownNameError, UserError
-from eva_rl.files import write_file
+from eva_rl.files import expanded, write_file
 
 BASE_URL = "http://rail.eecs.berkeley.edu/datasets/offline_rl/"
 TIMEOUT_SECONDS = 20
@@ -132,7 +132,7 @@ def resolve(name: str, cache: Path) -> Path:
     if name not in D4RL_FILES:
         raise UnknownNameError("D4RL data set or file", name, D4RL_FILES, "Or give d4rl:PATH of an HDF5 file.")
     file = Path(D4RL_FILES[name]).name
-    own = Path(os.environ.get("D4RL_DATASET_DIR", "~/.d4rl/datasets")).expanduser()
+    own = expanded(os.environ.get("D4RL_DATASET_DIR", "~/.d4rl/datasets"))
     for folder in (cache, own):
         for spelling in (file, f"{name}.hdf5"):
             if (folder / spelling).is_file() and (folder != cache or h5py.is_hdf5(folder / spelling)):

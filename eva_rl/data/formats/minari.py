@@ -24,7 +24,7 @@ from eva_rl.data.formats.minari_file import iterate_episodes
 from eva_rl.data.formats.spaces import Spaces, leaf_names, read_spaces
 from eva_rl.data.trajectories import Trajectories
 from eva_rl.errors import UnknownNameError, UserError
-from eva_rl.files import read_json
+from eva_rl.files import expanded, read_json
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ REFERENCES = ("ref_min_score", "ref_max_score")
 
 def minari_root() -> Path:
     """Where Minari keeps data sets: ``MINARI_DATASETS_PATH`` or ``~/.minari/datasets``."""
-    return Path(os.environ.get("MINARI_DATASETS_PATH") or "~/.minari/datasets").expanduser()
+    return expanded(os.environ.get("MINARI_DATASETS_PATH") or "~/.minari/datasets")
 
 
 def local_minari_sets() -> dict[str, dict[str, Any]]:
