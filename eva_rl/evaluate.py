@@ -242,12 +242,17 @@ def show(results: Sequence[EvaluationResult], without: Sequence[EvaluationResult
 
 def _table(results: Sequence[EvaluationResult]) -> Table:
     table = Table("task", "episodes", "success rate", "95% interval", "mean return")
-    for result in results:
+    scores = [result.metrics("").get("/normalized_score") for result in results]
+    scored = any(score is not None for score in scores)
+    if scored:
+        table.add_column("normalised score (0-100)")
+    for result, score in zip(results, scores, strict=True):
         success, interval = "-", "-"
         if result.reports_success:
             success = f"{result.success_rate:.2f}"
             interval = "[{:.2f}, {:.2f}]".format(*result.success_interval())
-        table.add_row(result.env_id, str(len(result.episodes)), success, interval, described_return(result))
+        row = [result.env_id, str(len(result.episodes)), success, interval, described_return(result)]
+        table.add_row(*row, *(["-" if score is None else f"{score:.1f}"] if scored else []))
     mean = _mean_success(results)
     if len(results) > 1 and mean is not None:
         table.add_row("mean", "", f"{mean:.3f}", "", "")

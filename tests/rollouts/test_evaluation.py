@@ -11,6 +11,7 @@ from statsmodels.stats.proportion import proportion_confint
 from eva_rl import envs
 from eva_rl.envs.metaworld import MetaWorldTask
 from eva_rl.errors import UserError
+from eva_rl.evaluate import show
 from eva_rl.rollouts.episodes import EpisodeRecord, play_episodes
 from eva_rl.rollouts.evaluation import EvaluationResult, described_return, evaluate_policy, evaluation_envs
 from eva_rl.seeding import DEMONSTRATIONS, EVALUATION, MAX_SEED, ROLLOUTS, VALIDATION, episode_seeds
@@ -35,6 +36,18 @@ class ExpertPolicy:
 def result(successes: list[bool]) -> EvaluationResult:
     records = tuple(EpisodeRecord("x", i, 1.0, 2, s, s, 0) for i, s in enumerate(successes))
     return EvaluationResult("x", records, "", True)
+
+
+def test_the_table_of_evaluate_shows_normalised_scores(capfd: pytest.CaptureFixture[str]) -> None:
+    """Where a task has reference returns: Hopper's are -20.272305 and 3234.3 (D4RL)."""
+    records = (EpisodeRecord("Hopper-v5", 0, 1607.013848, 900, False, False, -1, reports_success=False),)
+    hopper = EvaluationResult("Hopper-v5", records, "protocol", False)
+    show([hopper])
+    shown = capfd.readouterr().err
+    assert "normalised" in shown
+    assert " 50.0 " in shown
+    show([result([True, False])])
+    assert "normalised" not in capfd.readouterr().err
 
 
 def test_wilson_interval_by_hand() -> None:
