@@ -26,7 +26,7 @@ from eva_rl.files import write_json
 from eva_rl.finetune.adapter import activation_source
 from eva_rl.finetune.phases import Training, resume_step
 from eva_rl.finetune.session import Session
-from eva_rl.finetune.shared import evaluate_before, forget_before
+from eva_rl.finetune.shared import evaluate_before
 from eva_rl.rollouts.evaluation import EvaluationResult, described_return
 from eva_rl.rollouts.video import Clip, record_clip, side_by_side, write_video
 from eva_rl.tracking import Tracker
@@ -180,7 +180,6 @@ def _write_policy_and_summary(
     summary["adapter_bytes"] = adapter_bytes(run_dir / "policy") or 4 * summary["trainable_parameters"]
     write_json(run_dir / "evaluation.json", {name: result.record() for name, result in evaluations.items()})
     write_summary(run_dir, summary)
-    forget_before(session)
     show(run_dir, summary, evaluations)
 
 

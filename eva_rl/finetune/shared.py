@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -54,11 +53,6 @@ def evaluate_before(session: Session, *, again: bool) -> tuple[EvaluationResult,
             result, actions = session.evaluate("Before")
             write_folder(path, lambda aside: _save(aside, result, actions))
         return _load(path)
-
-
-def forget_before(session: Session) -> None:
-    """Remove what an interrupted run would have taken; ``evaluation.json`` holds the episodes of a finished one."""
-    shutil.rmtree(session.run_dir / BEFORE, ignore_errors=True)
 
 
 def _save(folder: Path, result: EvaluationResult, actions: Actions) -> None:
