@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -80,7 +81,12 @@ def combinations(words: Sequence[str]) -> list[tuple[list[str], list[str]]]:
         (batch,) = BasicSweeper.split_arguments(sweeps, None)
     except HydraException as error:
         raise UserError(f"--multirun: {error}. List the values: seed=0,1,2 or seed=range(0,3).") from error
-    return [(fixed, list(swept)) for swept in batch]
+    return [(fixed, [_as_typed(word) for word in swept]) for swept in batch]
+
+
+def _as_typed(word: str) -> str:
+    """An override as a user types it, ``env=module:Env-v0``; the sweeper puts a backslash before the colon."""
+    return re.sub(r"\\([:=])", r"\1", word) if re.fullmatch(r"[\w.]+=[\w\\:=./@%+-]*", word) else word
 
 
 def _parsed(word: str) -> Override | None:

@@ -132,6 +132,13 @@ def test_sweeps_are_hydras() -> None:
         launch_options(["job=3"])
 
 
+def test_swept_values_reach_the_command_as_typed() -> None:
+    """Hydra's sweeper writes a backslash before each colon."""
+    swept = combinations(["env=own:A-v0,own:B-v0", "data=d4rl:a.h5,minari:mujoco/x-v0", "env.kwargs={g:1},{g:2}"])
+    assert swept[0][1] == ["env=own:A-v0", "data=d4rl:a.h5", "env.kwargs={g:1}"]
+    assert swept[-1][1] == ["env=own:B-v0", "data=minari:mujoco/x-v0", "env.kwargs={g:2}"]
+
+
 def test_a_sweep_is_checked_before_it_starts(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert finetune.main(["-m", "env=push-v3,reach-v3", "algo.update=3", f"run_dir={tmp_path / 'out'}"]) == 2
     assert "update" in capfd.readouterr().err
