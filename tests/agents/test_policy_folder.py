@@ -52,6 +52,7 @@ def act(policy: DecisionTransformerPolicy) -> np.ndarray[Any, Any]:
     return np.stack([policy.act(*step) for step in steps])
 
 
+@pytest.mark.slow
 def test_a_copied_folder_acts_the_same_in_a_fresh_process(policy_folder: Path, tmp_path: Path) -> None:
     elsewhere = tmp_path / "else" / "where"
     shutil.copytree(policy_folder, elsewhere)

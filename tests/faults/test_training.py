@@ -41,7 +41,7 @@ class Breaks(Bandit):
 FAULTS = {False: "OSError: device lost", True: r"step\(\) has not returned for 0 s"}
 
 
-@pytest.fixture(params=FAULTS, ids=["raises", "hangs"])
+@pytest.fixture(params=[pytest.param(False, id="raises"), pytest.param(True, id="hangs", marks=pytest.mark.slow)])
 def fault(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """What is said of the failure."""
     monkeypatch.setattr(deadline, "LIMIT", 0.3)

@@ -5,15 +5,24 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from eva_rl.errors import UserError
+from eva_rl.launch import processes
 from eva_rl.launch.jobs import Ended, Job, LaunchOptions
 from eva_rl.launch.launchers import LocalLauncher, RayLauncher, SlurmLauncher, make_launcher
 from eva_rl.launch.launching import State, last_words, launch, run_all
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_preloading() -> Iterator[None]:
+    """The code of these runs needs nothing of what the fork server imports for others."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(processes, "PRELOADED", ())
+        yield
 
 
 def job(folder: Path, name: str, code: str) -> Job:

@@ -244,6 +244,7 @@ def test_tasks_without_success_are_judged_by_score(tmp_path: Path) -> None:
     assert report.main([str(tmp_path), f"out={tmp_path / 'report'}", "replicates=50"]) == 0
 
 
+@pytest.mark.slow
 def test_nothing_is_dropped_in_silence(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     for seed in range(6):
         make_run(tmp_path / f"r{seed}", "reach-v3", [True, False], f"seed={seed}", finished=seed != 1)

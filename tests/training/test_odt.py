@@ -48,7 +48,8 @@ def test_the_temperature_defends_the_entropy(target: float, grows: bool) -> None
     assert (temperature > 0.1) == grows
 
 
-@pytest.mark.parametrize("kind", [pytest.param(Bandit, marks=pytest.mark.slow), TwoSteps])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [Bandit, TwoSteps])
 def test_small_problems_are_solved(kind: type[gym.Env[Any, Any]]) -> None:
     policy = make_learner(stochastic=True)
     before = mean_return(policy, kind)

@@ -128,7 +128,8 @@ def test_critics_find_the_values(terminated: bool, second: float | None) -> None
         assert abs(last - 1 / 1.25) > 0.01
 
 
-@pytest.mark.parametrize("kind", [pytest.param(Bandit, marks=pytest.mark.slow), TwoSteps])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [Bandit, TwoSteps])
 def test_small_problems_are_solved(kind: type[gym.Env[Any, Any]]) -> None:
     policy = make_learner()
     before = mean_return(policy, kind)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+import pytest
 import torch
 
 from eva_rl.data import Episode
@@ -58,6 +59,7 @@ def test_windows_hold_what_the_residual_policy_would_do() -> None:
     assert torch.equal(windows.sample(64, step=3).observations, batch.observations)
 
 
+@pytest.mark.slow
 def test_the_clone_does_what_the_residual_policy_does() -> None:
     """Also in the env steps that it reaches itself."""
     learner, episodes = taught()

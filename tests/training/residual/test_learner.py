@@ -165,7 +165,8 @@ def learned(kind: type[gym.Env[Any, Any]], **others: Any) -> ResidualLearner:
     return learner
 
 
-@pytest.mark.parametrize("n_step", [pytest.param(1, marks=pytest.mark.slow), 3])
+@pytest.mark.slow
+@pytest.mark.parametrize("n_step", [1, 3])
 def test_credit_goes_to_what_earned_it(n_step: int) -> None:
     """What decides pays one env step later; the greedy action earns a fifth."""
     assert mean_return(learned(TwoSteps, discount=0.9, n_step=n_step), TwoSteps, steps=2) > 0.95 * TwoSteps.best
