@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from eva_rl.data.selection import WEIGHTINGS
-from eva_rl.envs.names import DENSE, REWARD, REWARDS, value_of_text, with_options
+from eva_rl.envs.names import DENSE, REWARD, REWARDS, TIMEOUT, value_of_text, with_options
 from eva_rl.options import MANY, Options, group, option
 from eva_rl.rollouts.experts import ActionNoise
 from eva_rl.seeding import MAX_SEED
@@ -32,6 +32,10 @@ class EnvOptions(Options):
         "Meta-World: one goal for all episodes, by its seed, or by its index in Meta-World's own list of 50: index:7 "
         "is that of MT1(task, seed=0).train_tasks, index:7@42 that of seed=42; null gives each episode its own",
         low=0,
+    )
+
+    timeout: float = option(
+        TIMEOUT, "seconds that one call of the environment may take before it is interrupted", low=1, high=MANY
     )
 
     def __post_init__(self) -> None:

@@ -18,10 +18,11 @@ from functools import cache
 from types import FrameType, TracebackType
 from typing import Any
 
+from eva_rl.envs.names import TIMEOUT
 from eva_rl.errors import EnvironmentFailedError
 
-LIMIT = 600.0
-"""Seconds that one call of an environment may take, in this process or in a worker."""
+LIMIT = TIMEOUT
+"""Seconds that one call of an environment may take, in this process or in a worker; see :func:`limit_calls`."""
 GRACE = 10.0
 """Seconds in which an interrupted call has to end."""
 LOOKS = 10
@@ -32,6 +33,12 @@ SIGNAL: Any = getattr(signal, "SIGURG", None)
 """Hardly anybody's, and ignored by default; Go's runtime uses it to the same end, for the same reasons."""
 _owned_elsewhere: set[int] = set()
 """Processes whose environments somebody else watches."""
+
+
+def limit_calls(seconds: float) -> None:
+    """Let each call of an environment take so long from here on, in this process and in its worker processes."""
+    global LIMIT  # noqa: PLW0603 - of the whole process, as torch's number of threads is
+    LIMIT = seconds
 
 
 class Overdue(BaseException):
@@ -57,7 +64,7 @@ class Deadline:
 
     def error(self, more: str = "") -> EnvironmentFailedError:
         """What is raised when the limit is over."""
-        return self._failed(f"{self._call} has not returned for {LIMIT:.0f} s{more}")
+        return self._failed(f"{self._call} has not returned for {LIMIT:.0f} s (env.timeout=){more}")
 
     def __enter__(self) -> None:
         process = os.getpid()

@@ -10,6 +10,8 @@ from urllib.parse import quote, unquote
 
 from eva_rl.errors import UserError
 
+TIMEOUT = 600.0
+"""Seconds that one call of an environment may take, where nothing else is said."""
 METAWORLD_PREFIX, MUJOCO_PREFIX = "metaworld/", "mujoco/"
 
 

@@ -139,7 +139,7 @@ class WorkerProcess:
         """End the process; says which environment did not return from which step."""
         self.process.kill()
         arrays, row = self._arrays, next((row for row in self._names if self._arrays.busy[row]), None)
-        more = f"has not returned for {deadline.LIMIT:.0f} s; its worker process was ended"
+        more = f"has not returned for {deadline.LIMIT:.0f} s (env.timeout=); its worker process was ended"
         if row is None:
             return EnvironmentFailedError(self._name, "while it was made", f"its constructor {more}")
         step = int(arrays.steps[row])

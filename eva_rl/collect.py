@@ -11,6 +11,7 @@ from eva_rl.cli.parsing import register
 from eva_rl.cli.saving import MINARI, check_output, write_output
 from eva_rl.configs.groups import EnvOptions, NoiseOptions
 from eva_rl.data import Trajectories
+from eva_rl.envs.deadline import limit_calls
 from eva_rl.options import between, group, one_of, option, positive
 from eva_rl.rollouts.experts import ActionNoise, collect_expert
 from eva_rl.rollouts.trained_experts import TrainedExpert, collect_trained
@@ -69,6 +70,7 @@ def collect(config: CollectConfig) -> None:
     """Play, and write the file."""
     out = config.out or f"data/{config.env.id.split('/')[-1]}.h5"
     check_output(out)
+    limit_calls(config.env.timeout)
     data = _episodes(config)
     noise = {f"noise_{key}": value for key, value in asdict(config.noise).items()}
     name = {"scripted": "scripted expert", "sac": "SAC"}[config.expert.name]

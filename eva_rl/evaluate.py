@@ -93,7 +93,7 @@ def evaluate(config: EvaluateConfig) -> None:
     out = expanded(config.out) if config.out else None
     if out is not None and out.exists():
         raise UserError(f"{out} exists and is not overwritten. Name another out=, or remove it.")
-    policy = open_policy(config.policy, prepare_machine(config), adapters=config.adapters)
+    policy = open_policy(config.policy, prepare_machine(config, config.env.timeout), adapters=config.adapters)
     policy.window = "full" if config.window == "full" else "cached"
     policy.acting = Acting(config.precision, config.compile)
     if config.compile != "none":

@@ -119,7 +119,7 @@ register("pretrain", PretrainConfig, {"algo": {"bc": BCAlgo()}})
 
 def pretrain(config: PretrainConfig) -> None:
     """Collect or load demonstrations, train, evaluate, save."""
-    device = prepare_machine(config)
+    device = prepare_machine(config, config.env.timeout)
     tasks = task_ids(config.env.id)
     run_dir = open_run("pretrain", config)
     began = perf_counter()

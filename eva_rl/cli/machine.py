@@ -14,17 +14,24 @@ from eva_rl.cli.console import say
 from eva_rl.cli.threads import thread_limits
 from eva_rl.configs.groups import MachineOptions
 from eva_rl.distributed import init_distributed, is_torchrun, local_rank, local_world_size
+from eva_rl.envs.deadline import limit_calls
+from eva_rl.envs.names import TIMEOUT
 from eva_rl.errors import UserError, counted
 from eva_rl.seeding import seed_everything
 
 
-def prepare_machine(options: MachineOptions) -> torch.device:
+def prepare_machine(options: MachineOptions, env_timeout: float = TIMEOUT) -> torch.device:
     """Seed the global generators, set the CPU threads, choose the device, and meet the run's other processes.
+
+    Args:
+        options: What the command was given.
+        env_timeout: Seconds that one call of an environment may take from here on.
 
     Raises:
         UserError: The device is not there, or the other processes do not come.
     """
     seed_everything(options.seed)
+    limit_calls(env_timeout)
     limits = thread_limits()
     threads = options.threads or max(1, limits.threads // local_world_size())
     torch.set_num_threads(threads)

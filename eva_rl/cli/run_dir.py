@@ -42,7 +42,7 @@ FREE_BYTES = 200 * 2**20
 """A run that would start with less room on its disk is refused."""
 FREE_TO_CHANGE = {"run_dir", "shared", "resume", "threads", "device", "checkpoint", "tracker", "video"}
 """Keys in which a continued run may differ from its first part."""
-FREE_IN_GROUPS = {"accumulate", "compile", "log_every"}
+FREE_IN_GROUPS = {"accumulate", "compile", "log_every", "timeout"}
 """The same, within groups: what fits a machine and changes no result."""
 RENAMED = {
     "warmup": "warmup_steps",

@@ -169,7 +169,7 @@ def open_session(config: FinetuneConfig) -> Session:
         UserError: The policy, the task, the data, the adapter or the algorithm do not fit each other.
     """
     phases = Phases()
-    device = prepare_machine(config)
+    device = prepare_machine(config, config.env.timeout)
     process_group = ProcessGroup.current()
     check_processes(config, process_group.world_size)
     spec = env_spec(config.env.id, config.env.horizon)

@@ -18,7 +18,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 
-from eva_rl import envs
+from eva_rl import collect, envs
 from eva_rl.envs import deadline, worker
 from eva_rl.errors import EnvironmentFailedError
 from eva_rl.rollouts.evaluation import evaluate_policy
@@ -183,6 +183,16 @@ def test_one_in_this_process_is_interrupted(fault: str, monkeypatch: pytest.Monk
     vec_env.close()
 
 
+def test_a_key_sets_the_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(deadline, "LIMIT", deadline.LIMIT)  # puts it back
+    out = f"out={tmp_path / 'a.h5'}"
+    assert collect.main(["env=Stuck-v0", "env.timeout=1", "expert=sac", out]) == 2
+    assert "its constructor has not returned for 1 s (env.timeout=)" in " ".join(capsys.readouterr().err.split())
+    assert collect.main(["env=Stuck-v0", "env.timeout=0", out]) == 2
+
+
 def test_a_constructor_that_never_returns_is_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(deadline, "LIMIT", 0.2)
     with pytest.raises(EnvironmentFailedError, match=r"Stuck-v0 failed while it was made: its constructor has not"):
@@ -203,7 +213,7 @@ def test_a_call_that_cannot_be_interrupted_ends_the_process(tmp_path: Path, monk
     assert process.exitcode == 2
     said = (tmp_path / "said").read_text()
     assert said.count("\n") == 1
-    assert "fault=deadlocks failed in env step 3 of the episode seeded 5: step() has not returned for 0 s and" in said
+    assert "fault=deadlocks failed in env step 3 of the episode seeded 5: step() has not returned for 0 s" in said
     assert "could not be interrupted" in said
     assert "the same command continues" in said
 
