@@ -111,11 +111,24 @@ def read_record(path: Path) -> tuple[dict[str, Any], DecisionTransformerConfig, 
         config = DecisionTransformerConfig(**checked["architecture"])
     except UserError as error:
         raise UserError(f"{path}: architecture: {error}") from error
-    scaling = InputScaling.create(**checked["scaling"])
+    scaling = scaling_of(checked["scaling"], str(path))
     conditioning = Conditioning(**checked["conditioning"])
     check_scaling(config, scaling, str(path))
     check_inputs(scaling, conditioning, str(path))
     return checked, config, scaling, conditioning
+
+
+def scaling_of(values: Mapping[str, Any], where: str) -> InputScaling:
+    """The scaling that a record's ``scaling`` describes.
+
+    Raises:
+        UserError: A value is of another type, or the action bounds have different lengths.
+    """
+    known = SCALING.of(values, where)
+    low, high = len(known["action_low"]), len(known["action_high"])
+    if low != high:
+        raise UserError(f"{where}: action_low has {low} numbers and action_high {high}; expected one an action number.")
+    return InputScaling.create(**known)
 
 
 def check_record(policy: DecisionTransformerPolicy, where: str) -> None:

@@ -87,6 +87,17 @@ def test_a_record_sealed_again_acts_finite_or_is_refused(
     assert "\n" not in refusal
 
 
+@pytest.mark.parametrize("bound", ["action_low", "action_high"])
+@pytest.mark.parametrize("values", [[], [0.5], [0.5] * 7])
+def test_bounds_of_different_lengths_are_refused(
+    folders: dict[str, Any], tmp_path: Path, bound: str, values: list[float]
+) -> None:
+    folder = copied(folders["plain"][0], tmp_path / "uneven")
+    reseal(folder / "policy.json", lambda record: record["scaling"].update({bound: values}))
+    with pytest.raises(UserError, match=r"action_low has \d numbers and action_high \d;"):
+        load_policy(folder)
+
+
 @pytest.mark.parametrize("key", ["num_layers", "context_length", "hidden_size", "max_timestep", "inner_size"])
 @pytest.mark.parametrize("size", [10**5, 10**7, 10**8, 10**15])
 def test_declared_sizes_are_held_against_the_file(folders: dict[str, Any], tmp_path: Path, key: str, size: int) -> None:
