@@ -43,6 +43,7 @@ def explained(section: str) -> re.Pattern[str]:
     return re.compile("|".join(patterns))
 
 
+@pytest.mark.slow
 def test_every_metric_of_a_run_is_explained(policy_folder: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     small = ["env=reach-v3", "env.horizon=20", "data.episodes=2", "data.workers=1", "data.only_successes=false"]

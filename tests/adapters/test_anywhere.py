@@ -194,6 +194,7 @@ def test_the_call_has_three_addresses() -> None:
     assert eva.attach is attach_eva
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_the_code_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

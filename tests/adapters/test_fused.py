@@ -78,7 +78,7 @@ def losses(policy: DecisionTransformerPolicy, batch: WindowBatch, updates: int) 
     return found
 
 
-@pytest.mark.parametrize("method", ["eva", "dora", *(pytest.param(m, marks=pytest.mark.slow) for m in ADAPTERS)])
+@pytest.mark.parametrize("method", ["eva", *(pytest.param(m, marks=pytest.mark.slow) for m in ADAPTERS)])
 def test_training_follows_pefts(method: str, reach_demonstrations: Trajectories, batch: WindowBatch) -> None:
     policy = trained_a_little(method, reach_demonstrations)
     plain = copy.deepcopy(policy)

@@ -20,6 +20,7 @@ def blocks() -> list[str]:
     return re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif("mt40" not in shipped_policies(), reason="the shipped policy is not there")
 def test_the_code_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

@@ -93,7 +93,11 @@ COMMANDS: dict[str, tuple[Any, list[str], set[str]]] = {
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow) if name == "benchmark" else name for name in COMMANDS]
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow) if name in {"benchmark", "doctor", "report"} else name
+        for name in COMMANDS
+    ],
 )
 def test_every_key_is_read(
     name: str,

@@ -63,6 +63,7 @@ def compare(folder: Path, shares: list[list[int]]) -> None:
             assert torch.equal(outcome["state"][name], together[0]["state"][name])
 
 
+@pytest.mark.slow
 def test_two_processes_with_unequal_shares_find_what_one_finds(tmp_path: Path) -> None:
     compare(tmp_path, [[0, 2, 4, 6, 1], [3, 5, 7]])
 

@@ -26,7 +26,8 @@ def run(fuzz: ModuleType, monkeypatch: pytest.MonkeyPatch, *options: str) -> int
     return status
 
 
-@pytest.mark.parametrize("mutations", [4, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("mutations", [4, 8])
 def test_a_short_run_finds_nothing(
     mutations: int, fuzz: ModuleType, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

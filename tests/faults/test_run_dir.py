@@ -40,6 +40,7 @@ time.sleep(60)
 """
 
 
+@pytest.mark.slow
 def test_a_second_process_is_refused_until_the_first_ends(tmp_path: Path) -> None:
     options = Options(str(tmp_path / "run"))
     open_run("finetune", options)

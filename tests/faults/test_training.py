@@ -41,7 +41,12 @@ class Breaks(Bandit):
 FAULTS = {False: "OSError: device lost", True: r"step\(\) has not returned for 0 s"}
 
 
-@pytest.fixture(params=[pytest.param(False, id="raises"), pytest.param(True, id="hangs", marks=pytest.mark.slow)])
+@pytest.fixture(
+    params=[
+        pytest.param(False, id="raises"),
+        pytest.param(True, id="hangs", marks=pytest.mark.slow),
+    ]
+)
 def fault(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """What is said of the failure."""
     monkeypatch.setattr(deadline, "LIMIT", 0.3)
@@ -61,6 +66,7 @@ def learn_odt(folder: Path) -> OnlineCounters:
     return train_online(learner, replay, task(), log=lambda *_: None, checkpoints=Checkpoints(folder))
 
 
+@pytest.mark.slow
 def test_what_was_learned_is_saved_and_continued(tmp_path: Path, fault: str) -> None:
     with pytest.raises(EnvironmentFailedError, match=rf"bandit failed in env step \d .*{fault}") as caught:
         learn_odt(tmp_path)

@@ -183,6 +183,7 @@ def test_warnings_of_weak_data(tmp_path: Path) -> None:
     assert "only one method" in alone
 
 
+@pytest.mark.slow
 def test_the_red_line_gives_its_reason(tmp_path: Path) -> None:
     """Scores far apart, and still nothing significant: two seeds cannot be."""
     for method, solved in (("eva", 40), ("lora", 10)):

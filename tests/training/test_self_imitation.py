@@ -321,6 +321,7 @@ def test_a_resumed_run_is_the_run_that_was_not_interrupted(tmp_path: Path) -> No
         assert torch.equal(value, found[name]), name
 
 
+@pytest.mark.slow
 def test_a_policy_learns_the_starts_that_it_failed() -> None:
     policy, task = make_learner(), make_task(n=10)
     chosen = options(
