@@ -119,16 +119,15 @@ def read_record(path: Path) -> tuple[dict[str, Any], DecisionTransformerConfig, 
 
 
 def scaling_of(values: Mapping[str, Any], where: str) -> InputScaling:
-    """The scaling that a record's ``scaling`` describes.
+    """The scaling that a record's ``scaling`` describes, its types checked.
 
     Raises:
-        UserError: A value is of another type, or the action bounds have different lengths.
+        UserError: The action bounds have different lengths.
     """
-    known = SCALING.of(values, where)
-    low, high = len(known["action_low"]), len(known["action_high"])
+    low, high = len(values["action_low"]), len(values["action_high"])
     if low != high:
         raise UserError(f"{where}: action_low has {low} numbers and action_high {high}; expected one an action number.")
-    return InputScaling.create(**known)
+    return InputScaling.create(**values)
 
 
 def check_record(policy: DecisionTransformerPolicy, where: str) -> None:

@@ -37,7 +37,8 @@ class CheckedEnv(gym.Wrapper[NDArray[np.float32], NDArray[np.float32], Any, Any]
         self._native, self._num_actions = env.action_space, int(np.prod(env.action_space.shape))
         self._shape = env.observation_space.shape
         bounds = (self._native.low, self._native.high)
-        self._rounded = [bound for bound in bounds if (bound != bound.astype(np.float32)).any()]
+        pairs = [(bound.astype(np.float32), bound) for bound in bounds]
+        self._rounded = [(rounded, bound) for rounded, bound in pairs if (rounded != bound).any()]
         low, high = (np.asarray(bound, np.float32).reshape(-1) for bound in (self._native.low, self._native.high))
         self.action_space = spaces.Box(low, high, (self._num_actions,), np.float32)
         with np.errstate(over="ignore"):  # a bound beyond float32 is infinite
@@ -95,8 +96,8 @@ class CheckedEnv(gym.Wrapper[NDArray[np.float32], NDArray[np.float32], Any, Any]
 
     def _unrounded(self, action: NDArray[Any]) -> NDArray[Any]:
         """A bound that float32 rounded is the space's own again: 0.4 becomes 0.40000001, which lies outside."""
-        for bound in self._rounded:
-            action = np.where(action == bound.astype(np.float32), bound, action)
+        for rounded, bound in self._rounded:
+            action = np.where(action == rounded, bound, action)
         return action
 
     @contextmanager

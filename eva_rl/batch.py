@@ -143,14 +143,18 @@ class InputScaling:
         moved = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "return_scale"}
         return replace(self, **{name: x.to(device) for name, x in moved.items()})
 
+    @property
+    def action_divisor(self) -> Tensor:
+        """(act,), what centred actions are divided by: 1 where the action bounds are equal."""
+        return self.action_half_range.where(self.action_half_range > 0, 1.0)
+
     def observations(self, raw: Tensor) -> Tensor:
         """Normalise observations (..., obs)."""
         return (raw - self.observation_mean) / self.observation_std
 
     def actions(self, raw: Tensor) -> Tensor:
         """Bring actions (..., act) from the environment's bounds to [-1, 1]; to 0 where these leave no choice."""
-        half = self.action_half_range
-        return (raw - self.action_center) / half.where(half > 0, 1.0)
+        return (raw - self.action_center) / self.action_divisor
 
     def raw_actions(self, scaled: Tensor) -> Tensor:
         """Bring actions (..., act) from [-1, 1] to the environment's bounds."""

@@ -11,7 +11,7 @@ import numpy as np
 
 from eva_rl.agents.decision_transformer import DecisionTransformerConfig
 from eva_rl.agents.policy import Conditioning
-from eva_rl.agents.policy_record import CONDITIONING, check_inputs, check_scaling, scaling_of
+from eva_rl.agents.policy_record import CONDITIONING, SCALING, check_inputs, check_scaling, scaling_of
 from eva_rl.batch import InputScaling
 from eva_rl.errors import UserError
 
@@ -88,7 +88,7 @@ def scaling_and_target(
         "action_low": _listed(facts.get("action_low"), -1.0, config.action_dim),
         "action_high": _listed(facts.get("action_high"), 1.0, config.action_dim),
     }
-    scaling = scaling_of(given, where)
+    scaling = scaling_of(SCALING.of(given, where), where)
     check_scaling(config, scaling, where)
     wanted_returns = {"target_return": facts["target_return"], "per_env": facts.get("per_env", {})}
     conditioning = Conditioning(**CONDITIONING.of(wanted_returns, where))

@@ -147,9 +147,7 @@ def _step_tokens(
     """(B, M, D) for each token of a chunk that begins after the read-out token of the step before."""
     mean, std = g.constant(scaling.observation_mean, "mean"), g.constant(scaling.observation_std, "std")
     center = g.constant(scaling.action_center, "action_center")
-    half, scale = scaling.action_half_range, g.constant(scaling.return_scale, "scale")
-    g.constant(half, "action_half_range")
-    divisor = g.constant(half.where(half > 0, 1.0), "action_divisor")
+    divisor, scale = g.constant(scaling.action_divisor, "action_divisor"), g.constant(scaling.return_scale, "scale")
     inputs = {
         STATE: ("embed_state", g.op("Div", g.op("Sub", "observations", mean), std)),
         ACTION: ("embed_action", g.op("Div", g.op("Sub", "previous_actions", center), divisor)),
@@ -249,4 +247,5 @@ def _action(
     raw = g.linear(g.op("Squeeze", hidden, g.constant([1])), weights, "action_head")
     bounded = g.op("Tanh", raw) if config.action_tanh else raw
     scaled = g.op("Clip", bounded, g.constant(-1.0), g.constant(1.0))
-    g.op("Add", g.op("Mul", scaled, "action_half_range"), "action_center", out="action")
+    half = g.constant(scaling.action_half_range, "action_half_range")
+    g.op("Add", g.op("Mul", scaled, half), "action_center", out="action")

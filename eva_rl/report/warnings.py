@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import combinations
 
 import numpy as np
 
 from eva_rl.errors import counted
 from eva_rl.report.comparison import LEVEL, Analysis, overlapping
-from eva_rl.report.methods import RANK, Method, TaskGroup, differing_settings, plain_setting
+from eva_rl.report.methods import RANK, TaskGroup, differing_settings, plain_setting
 from eva_rl.report.runs import Problem
 from eva_rl.report.verdicts import ENDPOINTS, EQUIVALENT, FINAL, UNDECIDED, Verdict, verdicts
 
@@ -45,7 +44,7 @@ def warnings_of(
     group = analysis.group
     found = [
         *_verdict(analysis, endpoint, margin),
-        *_few(group),
+        *_few(analysis),
         *_uninformative(analysis),
         *_unequal(group),
         *_settings(group),
@@ -108,14 +107,15 @@ def _overlap(analysis: Analysis) -> Iterator[ReportWarning]:
         yield ReportWarning(f"Next to each other by IQM, with overlapping (or unknown) intervals: {names}.")
 
 
-def _few(group: TaskGroup) -> Iterator[ReportWarning]:
+def _few(analysis: Analysis) -> Iterator[ReportWarning]:
+    group = analysis.group
     fewest_runs = min(len(runs) for method in group.methods for runs in method.runs.values())
     if fewest_runs == 1:
         yield ReportWarning(
-            f"Some method has one seed on some task: there is no interval. {_limit(group)}", severe=True
+            f"Some method has one seed on some task: there is no interval. {_limit(analysis)}", severe=True
         )
     elif fewest_runs < FEW_RUNS:
-        yield ReportWarning(f"Few seeds: {fewest_runs} for some method and task. {_limit(group)}")
+        yield ReportWarning(f"Few seeds: {fewest_runs} for some method and task. {_limit(analysis)}")
     episodes = [len(run.goals) for method in group.methods for runs in method.runs.values() for run in runs]
     fewest = min((number for number in episodes if number), default=0)
     if group.bounded and 0 < fewest < FEW_EPISODES:
@@ -126,20 +126,15 @@ def _few(group: TaskGroup) -> Iterator[ReportWarning]:
         )
 
 
-def _limit(group: TaskGroup) -> str:
+def _limit(analysis: Analysis) -> str:
     """How small a p value can be, by the two methods with the most pairs of runs."""
-    pairs = max((_pairs(group, a, b) for a, b in combinations(group.methods, 2)), default=0)
+    pairs = max((comparison.pairs for comparison in analysis.comparisons), default=0)
     if not pairs:
         return "Add seeds."
     return (
         f"With {counted(pairs, 'pair')} of runs no p value over runs can be below {min(1.0, 2 / 2**pairs):.2g}, before "
         "it is corrected for the number of comparisons. Add seeds."
     )
-
-
-def _pairs(group: TaskGroup, first: Method, second: Method) -> int:
-    seeds = [[{run.seed for run in method.runs[task]} for method in (first, second)] for task in group.tasks]
-    return sum(len(a & b) for a, b in seeds)
 
 
 def _uninformative(analysis: Analysis) -> Iterator[ReportWarning]:
