@@ -265,7 +265,11 @@ def test_an_answer_that_is_no_data_set_is_not_kept(tmp_path: Path, content: byte
     assert not list((tmp_path / "cache").iterdir())
 
 
-@pytest.mark.parametrize("page", [PAGE, gzip.compress(PAGE), b'{"error": 404}', b"404: Not Found", b""])
+@pytest.mark.parametrize(
+    "page",
+    [PAGE, gzip.compress(PAGE, mtime=0), b'{"error": 404}', b"404: Not Found", b""],
+    ids=["page", "compressed", "json", "text", "empty"],  # the same in every worker of pytest-xdist
+)
 def test_a_page_in_the_cache_is_fetched_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, page: bytes) -> None:
     (tmp_path / "d4rl").mkdir()
     (tmp_path / "d4rl" / NAME).write_bytes(page)
