@@ -24,10 +24,12 @@ from eva_rl.adapters import attach_adapter
 from eva_rl.adapters.fused import unfuse
 from eva_rl.agents import SIZES, DecisionTransformer, DecisionTransformerPolicy
 from eva_rl.batch import WindowBatch
+from eva_rl.training.compiling import compiled
 from eva_rl.training.losses import clone_loss
 
 Step = Callable[[], None]
 GRADIENT_CLIP = 0.25
+WARMUP = 3  # rounds; CUDA graphs are recorded in the second and replayed from the third on
 
 
 def make_windows(batch_size: int, steps: int, device: str) -> WindowBatch:
@@ -63,8 +65,8 @@ def make_step(method: str, batch: WindowBatch, options: argparse.Namespace, *, f
     attach_adapter(policy, method, rank=options.rank)
     if not fused:
         unfuse(policy.network)
-    network = policy.network.train()
-    parameters = [p for p in network.parameters() if p.requires_grad]
+    parameters = [p for p in policy.network.train().parameters() if p.requires_grad]
+    network = compiled(policy.network, options.compile)
     optimizer = torch.optim.AdamW(parameters, lr=1e-3)
 
     def step() -> None:
@@ -80,7 +82,7 @@ def make_step(method: str, batch: WindowBatch, options: argparse.Namespace, *, f
 
 def make_forward(batch: WindowBatch, options: argparse.Namespace) -> Step:
     """The forward pass alone."""
-    network = make_policy(options).network
+    network = compiled(make_policy(options).network, options.compile)
 
     def forward() -> None:
         with torch.no_grad(), torch.autocast(options.device, torch.bfloat16, enabled=options.precision == "bfloat16"):
@@ -110,22 +112,28 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--compile", default="none", help="none, default, or reduce-overhead (CUDA graphs)")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    torch._dynamo.config.recompile_limit = 64  # one for each row
     batch = make_windows(options.batch_size, options.steps, options.device)
     rows: dict[str, Step] = {"full": make_step("full", batch, options, fused=True)}
     for method in ("lora", "dora"):
-        rows[f"{method}, PEFT's layers"] = make_step(method, batch, options, fused=False)
+        if method == "lora" or options.compile == "none":  # torch.compile cannot trace PEFT's DoRA as one graph
+            rows[f"{method}, PEFT's layers"] = make_step(method, batch, options, fused=False)
         rows[f"{method}, fused"] = make_step(method, batch, options, fused=True)
     rows["forward alone"] = make_forward(batch, options)
     times: dict[str, list[float]] = {name: [] for name in rows}
-    for round_ in range(options.rounds + 1):
+    for round_ in range(options.rounds + WARMUP):
         for name, step in rows.items():
             taken = seconds(step, options.device)
-            if round_:  # the first round warms up
+            if round_ >= WARMUP:
                 times[name].append(taken)
+    compile_ = "" if options.compile == "none" else f", compiled ({options.compile})"
     shape = f"{options.batch_size} windows of {options.steps} env steps"
-    table = Table("step", "ms, median", "over full", title=f"{options.size or 'mt40'}, {options.precision}: {shape}")
+    table = Table(
+        "step", "ms, median", "over full", title=f"{options.size or 'mt40'}, {options.precision}{compile_}: {shape}"
+    )
     for name, taken_ in times.items():
         ratio = median(one / full for one, full in zip(taken_, times["full"], strict=True))
         table.add_row(name, f"{1e3 * median(taken_):.1f}", f"{ratio:.2f}")

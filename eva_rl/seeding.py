@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor, device
 
 BLOCK = 10_000
 """Episodes that one seed may number."""
@@ -26,3 +31,22 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002
     torch.manual_seed(seed)
+
+
+def random_state(where: device) -> dict[str, Tensor]:
+    """PyTorch's global generators, as a checkpoint keeps them: the CPU's and, on a GPU, that of the device."""
+    import torch
+
+    state = {"random/torch": torch.get_rng_state()}
+    if where.type == "cuda":  # dropout draws there
+        state["random/cuda"] = torch.cuda.get_rng_state(where)
+    return state
+
+
+def restore_random_state(tensors: Mapping[str, Tensor], where: device) -> None:
+    """Put back what :func:`random_state` gave; a checkpoint of another kind of device holds nothing for a GPU."""
+    import torch
+
+    torch.set_rng_state(tensors["random/torch"])
+    if where.type == "cuda" and "random/cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["random/cuda"], where)

@@ -18,6 +18,7 @@ from eva_rl.batch import WindowBatch
 from eva_rl.data.samplers import Sampler
 from eva_rl.distributed import ProcessGroup
 from eva_rl.errors import UserError
+from eva_rl.seeding import random_state, restore_random_state
 from eva_rl.training.averaging import WeightAverage
 from eva_rl.training.checkpoint import Checkpoints, TrainState
 from eva_rl.training.compiling import compiled
@@ -210,7 +211,7 @@ class _Run:
         names = {id(p): name for name, p in self.parameters.items()}
         tensors = {f"parameter/{name}": p.data for name, p in self.parameters.items()}
         tensors |= optimizer_tensors(self.optimizer, names)
-        tensors["random/torch"] = torch.get_rng_state()
+        tensors |= random_state(self.loss_since_point.device)
         tensors[LOSS] = self.loss_since_point
         if self.extension is not None:
             tensors |= {EXTENSION + name: value for name, value in self.extension.tensors().items()}
@@ -226,7 +227,7 @@ class _Run:
             self.extension.restore(_below(state.tensors, EXTENSION))
         if self.average is not None and (means := _below(state.tensors, AVERAGE)):
             self.average.restore(means)
-        torch.set_rng_state(state.tensors["random/torch"])
+        restore_random_state(state.tensors, self.loss_since_point.device)
         if LOSS in state.tensors:  # not in older checkpoints
             self.loss_since_point.copy_(state.tensors[LOSS])
         for name, value in asdict(Counters(**state.record)).items():

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from eva_rl.agents.policy import DecisionTransformerPolicy
 from eva_rl.errors import EnvironmentFailedError
+from eva_rl.seeding import random_state, restore_random_state
 from eva_rl.training.bc import Log
 from eva_rl.training.checkpoint import Checkpoints, TrainState
 from eva_rl.training.collector import OnlineCounters, TaskEnvs
@@ -36,7 +37,7 @@ from eva_rl.training.sb3.policies import (
 from eva_rl.training.sb3.windows import HistoryWindows, WindowReplayBuffer
 
 Model = PPO | SAC | TD3
-POLICY, OPTIMIZER, REPLAY, RANDOM = "policy/", "optimizer/", "replay/", "random/"
+POLICY, OPTIMIZER, REPLAY, NUMPY_RANDOM = "policy/", "optimizer/", "replay/", "random/numpy"
 
 
 def make_model(policy: DecisionTransformerPolicy, task: TaskEnvs, options: SB3Options, *, seed: int = 0) -> Model:
@@ -226,7 +227,7 @@ def _state(model: Model, played: OnlineCounters) -> TrainState:
         assert isinstance(model.replay_buffer, WindowReplayBuffer)
         tensors |= {REPLAY + name: value for name, value in model.replay_buffer.tensors().items()}
     kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # noqa: NPY002 - SB3 draws from it
-    tensors |= {RANDOM + "torch": torch.get_rng_state(), RANDOM + "numpy": torch.from_numpy(np.array(keys, np.int64))}
+    tensors |= {**random_state(model.device), NUMPY_RANDOM: torch.from_numpy(np.array(keys, np.int64))}
     record = {
         "num_timesteps": int(model.num_timesteps),
         "updates": int(model._n_updates),
@@ -261,7 +262,7 @@ def _restore(model: Model, played: OnlineCounters, state: TrainState) -> None:
         assert isinstance(model.replay_buffer, WindowReplayBuffer)
         model.replay_buffer.restore({k.removeprefix(REPLAY): v for k, v in tensors.items() if k.startswith(REPLAY)})
     kind, position, has_gauss, cached = record["numpy"]
-    np.random.set_state((kind, tensors[RANDOM + "numpy"].numpy().astype(np.uint32), position, has_gauss, cached))  # noqa: NPY002
-    torch.set_rng_state(tensors[RANDOM + "torch"])
+    np.random.set_state((kind, tensors[NUMPY_RANDOM].numpy().astype(np.uint32), position, has_gauss, cached))  # noqa: NPY002
+    restore_random_state(tensors, model.device)
     model.num_timesteps, model._n_updates = record["num_timesteps"], record["updates"]
     played.next_seed, played.validation_steps = int(record["next_episode"]), int(record.get("validation_steps", 0))
