@@ -21,7 +21,7 @@ from rich.table import Table
 
 import eva_rl
 from eva_rl.adapters import attach_adapter
-from eva_rl.adapters.fused import unfuse
+from eva_rl.adapters.fused import fuse, unfuse
 from eva_rl.agents import SIZES, DecisionTransformer, DecisionTransformerPolicy
 from eva_rl.batch import WindowBatch
 from eva_rl.training.compiling import compiled
@@ -63,8 +63,7 @@ def make_step(method: str, batch: WindowBatch, options: argparse.Namespace, *, f
     """A whole gradient step, as the training loop takes it."""
     policy = make_policy(options)
     attach_adapter(policy, method, rank=options.rank)
-    if not fused:
-        unfuse(policy.network)
+    (fuse if fused else unfuse)(policy.network)
     parameters = [p for p in policy.network.train().parameters() if p.requires_grad]
     network = compiled(policy.network, options.compile)
     optimizer = torch.optim.AdamW(parameters, lr=1e-3)
