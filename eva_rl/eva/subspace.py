@@ -9,6 +9,7 @@ from eva_rl.eva.gram import Gram
 
 # Below this width a full eigendecomposition costs less than the iteration (measured on CPU: 4 ms at 256 in float64).
 FULL_BELOW = 256
+FULL_BELOW_ON_GPU = 2048  # there an iteration waits for many small factorisations (benchmarks/eva_decompositions.py)
 _KRYLOV_STEPS = 3
 
 
@@ -36,7 +37,8 @@ def leading(
     if not matrices.dense:
         return _from_factor(matrices.matrix, count)
     block = min(D, count + max(8, count // 2))
-    if FULL_BELOW >= D or block * _KRYLOV_STEPS >= D:
+    full_below = FULL_BELOW_ON_GPU if matrices.matrix.is_cuda else FULL_BELOW
+    if full_below >= D or block * _KRYLOV_STEPS >= D:
         return _full(matrices.matrix, count)
     basis = _start(matrices.matrix, block, start)
     for _ in range(max_iterations):
