@@ -32,12 +32,18 @@ def scalars(run_dir: Path, tag: str) -> list[tuple[int, float]]:
     return [(event.step, event.value) for event in events.Scalars(tag)]
 
 
+def wait_for_the_next_second() -> None:
+    """TensorBoard reads files by name, which tells the second and then a number that is compared as text."""
+    time.sleep(1.01 - time.time() % 1)
+
+
 def test_a_resumed_run_has_no_point_twice(tmp_path: Path) -> None:
     with Tracker(tmp_path) as tracker:
         for step in range(1, 6):
             tracker.log({"train/loss": step}, step)
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "train/lo')  # the crash came while writing
+    wait_for_the_next_second()
     with Tracker(tmp_path, resume=3) as tracker:
         for step in range(4, 7):
             tracker.log({"train/loss": 10 * step}, step)
@@ -57,6 +63,7 @@ def test_a_run_that_starts_afresh_shows_nothing_of_its_first_start(tmp_path: Pat
 def test_the_last_point_is_logged_once(tmp_path: Path) -> None:
     """A run that is killed after it resumes from its last step, and has the point already."""
     for resume in (None, 6, 6):
+        wait_for_the_next_second()
         with Tracker(tmp_path, resume) as tracker:
             tracker.log_once({"eval/mean_reward": 4.0}, 6)
             tracker.log_once({"eval/mean_reward": 4.0}, 6)
@@ -117,10 +124,12 @@ def test_a_run_of_two_phases_resumes_in_either(tmp_path: Path) -> None:
     with Tracker(tmp_path) as tracker:
         tracker.log({"eval/success_rate": 0}, 0)
         record(tracker, range(1, 9), range(2, 7, 2))
+    wait_for_the_next_second()
     with Tracker(tmp_path, Resume(4)) as tracker:
         record(tracker, range(0), range(6, 9, 2))
     assert scalars(tmp_path, "bc/train/loss") == [(step, step) for step in range(1, 9)]
     assert scalars(tmp_path, "train/loss") == [(step, step) for step in range(2, 9, 2)]
+    wait_for_the_next_second()
     with Tracker(tmp_path, Resume(5, cloning=True)) as tracker:
         record(tracker, range(6, 9), range(2, 5, 2))
     expected = [(step, step) for step in range(1, 9)]
@@ -190,7 +199,7 @@ def test_the_dashboard_has_no_chart_that_stays_empty(tmp_path: Path) -> None:
         tracker.log({"train/loss": 0.5}, 5)
     expected = {"Return": ["Return, held out, before and after"], "Training": ["Loss"]}
     assert charts(tmp_path) == expected
-    time.sleep(1.01 - time.time() % 1)  # TensorBoard reads files by name, which tells the second and then a number
+    wait_for_the_next_second()
     with Tracker(tmp_path, resume=5) as tracker:
         assert charts(tmp_path) == expected, "a run that goes on shows what it has"
         tracker.log({"rollout/success_rate": 0.5}, 6)
