@@ -57,7 +57,7 @@ def choose_device(name: str) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"device={name}: {reason} Use device=auto, cpu or cuda.") from error
+        raise UserError(f"device={name}: {reason.rstrip('.')}. Use device=auto, cpu or cuda.") from error
     return device
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from itertools import count, islice
 from typing import Any
+
+import pytest
 
 from eva_rl import eva
 from eva_rl.adapters import (
@@ -27,6 +29,15 @@ from eva_rl.training.options import BCOptions
 from tests.conftest import make_policy
 
 UPDATES, RANK = 8, 4
+USUAL = ("lora", "eva_dora", "adalora", "pissa", "lora_one", "miss", "full")
+"""One method of each make: the rest are slow tests where one test goes through all of them."""
+
+
+def usual_first(methods: Iterable[str], usual: Collection[str] = USUAL) -> list[Any]:
+    """The methods as parameters, all but the usual ones marked slow."""
+    return [name if name in usual else pytest.param(name, marks=pytest.mark.slow) for name in methods]
+
+
 PEFT_METHODS = [name for name, method in METHODS.items() if method.adapter]
 REWRITING = [name for name, method in METHODS.items() if method.rewrites]
 

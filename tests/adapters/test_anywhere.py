@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -75,9 +74,9 @@ def unpadded(batch: Batch, x: Tensor) -> Tensor:
     return x[mask.bool()]
 
 
-MODELS: list[tuple[Callable[[], nn.Module], Callable[[], Batch], Callable[[Batch, Tensor], Tensor], Any]] = [
+MODELS: list[Any] = [
     (gpt2, text, unpadded, ["c_attn", "c_proj", "c_fc"]),
-    (llama, text, unpadded, "all-linear"),
+    pytest.param(llama, text, unpadded, "all-linear", marks=pytest.mark.slow),
     (vit, images, everything, ["q_proj", "v_proj", "fc1", "fc2"]),
     (t5, pairs, unpadded, ["q", "k", "v", "o", "wi", "wo"]),
 ]

@@ -18,11 +18,11 @@ from eva_rl.training.bc import train_bc
 from eva_rl.training.checkpoint import Checkpoints
 from eva_rl.training.losses import clone_loss
 from eva_rl.training.options import BCOptions
-from tests.adapters.making import REWRITING, UPDATES, attached, sampler, train
+from tests.adapters.making import REWRITING, UPDATES, attached, sampler, train, usual_first
 from tests.conftest import make_policy
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", usual_first(METHODS))
 def test_actions_are_unchanged_at_first_and_change_with_training(
     method: str, reach_demonstrations: Trajectories
 ) -> None:
@@ -106,10 +106,7 @@ def test_adalora_really_prunes_and_starts_along_evas_directions(reach_demonstrat
     assert len(set(kept)) > 1, "some layers keep more than others"
 
 
-OFTEN = {"adalora", "corda", "dora", "lora_ga", "lora_one", "lora_plus", "mica", "milora", "miss", "pissa"}
-
-
-@pytest.mark.parametrize("method", [m if m in OFTEN else pytest.param(m, marks=pytest.mark.slow) for m in METHODS])
+@pytest.mark.parametrize("method", usual_first(METHODS, ("adalora", "dora", "lora_ga", "pissa")))
 def test_resumed_equals_uninterrupted(method: str, tmp_path: Path, reach_demonstrations: Trajectories) -> None:
     """Also where the start comes out otherwise the second time: other random numbers, other windows."""
 

@@ -90,7 +90,7 @@ def test_mixed_adds_both(reach_demonstrations: Trajectories) -> None:
     assert both.layers[LAYER].rows == acted.layers[LAYER].rows + real
 
 
-@pytest.mark.parametrize("source", ["rollouts", "mixed"])
+@pytest.mark.parametrize("source", ["rollouts", pytest.param("mixed", marks=pytest.mark.slow)])
 def test_sources_are_reachable_by_the_command(source: str, policy_folder, tmp_path) -> None:
     from eva_rl.finetune import command as finetune
 

@@ -20,7 +20,7 @@ from eva_rl.agents.policy_folder import read_policy
 from eva_rl.batch import WindowBatch
 from eva_rl.data import Trajectories
 from eva_rl.errors import UserError
-from tests.adapters.making import PEFT_METHODS, attached, sampler, train
+from tests.adapters.making import PEFT_METHODS, attached, sampler, train, usual_first
 from tests.conftest import make_policy, unseal
 
 PLAIN_PEFT = """
@@ -69,7 +69,7 @@ def once(
     return found
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", usual_first(METHODS))
 def test_loaded_and_merged_act_the_same(
     method: str, once: Callable[[str], tuple[Path, torch.Tensor]], reach_demonstrations: Trajectories
 ) -> None:
@@ -106,7 +106,9 @@ def test_plain_peft_in_a_new_process_acts_the_same(
         assert (acted - before).abs().max() > 1e-4, method
 
 
-@pytest.mark.parametrize("method", ["lora", "eva_dora", "adalora", "pissa", "mica", "lora_plus", "miss"])
+@pytest.mark.parametrize(
+    "method", usual_first(["lora", "eva_dora", "adalora", "pissa", "mica", "lora_plus", "miss"], ("eva_dora", "miss"))
+)
 def test_loaded_to_be_trained_and_saved_again(method: str, tmp_path: Path, reach_demonstrations: Trajectories) -> None:
     first = trained(method, reach_demonstrations, tmp_path / "first")
     policy = load_policy(tmp_path / "first", is_trainable=True)

@@ -16,7 +16,7 @@ from eva_rl.agents import DecisionTransformerPolicy
 from eva_rl.batch import WindowBatch
 from eva_rl.data import Trajectories
 from eva_rl.training.losses import clone_loss
-from tests.adapters.making import attached, batches
+from tests.adapters.making import attached, batches, usual_first
 from tests.conftest import make_policy
 
 ADAPTERS = [name for name, method in METHODS.items() if method.adapter and not method.miss]
@@ -78,7 +78,7 @@ def losses(policy: DecisionTransformerPolicy, batch: WindowBatch, updates: int) 
     return found
 
 
-@pytest.mark.parametrize("method", ["eva", *(pytest.param(m, marks=pytest.mark.slow) for m in ADAPTERS)])
+@pytest.mark.parametrize("method", usual_first(ADAPTERS, ("eva",)))
 def test_training_follows_pefts(method: str, reach_demonstrations: Trajectories, batch: WindowBatch) -> None:
     policy = trained_a_little(method, reach_demonstrations)
     plain = copy.deepcopy(policy)

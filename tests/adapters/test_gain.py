@@ -14,7 +14,7 @@ from eva_rl.configs.finetune import AdapterOptions
 from eva_rl.data import Trajectories
 from eva_rl.errors import UserError
 from eva_rl.eva import SecondMoment
-from tests.adapters.making import attached, batches
+from tests.adapters.making import attached, batches, usual_first
 from tests.conftest import make_policy
 
 ZERO_B = [name for name, method in METHODS.items() if method.zero_b]
@@ -64,7 +64,7 @@ def test_measured_as_on_all_rows(
         assert found[name].effective_rank == pytest.approx(float(m.trace() ** 2 / m.square().sum()), rel=1e-3)
 
 
-@pytest.mark.parametrize("method", ZERO_B)
+@pytest.mark.parametrize("method", usual_first(ZERO_B, ("lora", "eva", "dora")))
 @pytest.mark.parametrize("reference", ["lora", "eva", "2.5"])
 def test_starts_on_one_scale(
     method: str, reference: str, reach_demonstrations: Trajectories, moments: dict[str, SecondMoment]

@@ -14,7 +14,7 @@ from eva_rl.adapters import METHODS, PROJECTIONS, load_policy, save_adapted_poli
 from eva_rl.adapters.layers import rank_limits
 from eva_rl.data import Trajectories
 from eva_rl.errors import UserError
-from tests.adapters.making import attached, backward, batches, measure, train
+from tests.adapters.making import attached, backward, batches, measure, train, usual_first
 from tests.adapters.test_folders import windows
 from tests.conftest import make_policy
 
@@ -32,7 +32,7 @@ def ranks(network: torch.nn.Module) -> dict[str, int]:
     return found
 
 
-@pytest.mark.parametrize("method", LINEAR)
+@pytest.mark.parametrize("method", usual_first(LINEAR))
 def test_no_rank_exceeds_its_layer(method: str, tmp_path: Path, reach_demonstrations: Trajectories) -> None:
     """Narrow layers get what they can have, with the update scale of the others; what is saved loads."""
     narrow = {"lora_ga": "embed_return", "orthogonal": "embed_return"}

@@ -72,7 +72,9 @@ def test_what_is_kept_is_the_mean_over_the_last_steps(reach_demonstrations: Traj
     assert any(not torch.equal(averaged[name], last[name]) for name in last), "the last step is not the mean"
 
 
-@pytest.mark.parametrize("die_at", [3, 6, 8])
+@pytest.mark.parametrize(
+    "die_at", [pytest.param(3, marks=pytest.mark.slow), pytest.param(6, marks=pytest.mark.slow), 8]
+)
 def test_resumed_equals_uninterrupted(die_at: int, tmp_path: Path, reach_demonstrations: Trajectories) -> None:
     """Killed before the average begins, in its midst, and after the last step is logged."""
     options = replace(OPTIONS, ema=0.5)

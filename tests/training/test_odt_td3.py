@@ -98,7 +98,7 @@ def test_critics_begin_with_the_returns_obtained() -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, learner.policy.network.parameters(), strict=True))
 
 
-@pytest.mark.parametrize(("terminated", "second"), [(True, 1.0), (False, None)])
+@pytest.mark.parametrize(("terminated", "second"), [(True, 1.0), pytest.param(False, None, marks=pytest.mark.slow)])
 def test_critics_find_the_values(terminated: bool, second: float | None) -> None:
     """Discounted returns are 1.5 and 1, their mean, 1.25, is what rewards are divided by."""
     policy = make_learner()
@@ -153,6 +153,7 @@ def test_small_problems_are_solved(kind: type[gym.Env[Any, Any]]) -> None:
     assert before < kind.solved < mean_return(policy, kind)  # type: ignore[attr-defined]
 
 
+@pytest.mark.slow
 def test_without_the_critics_it_only_clones() -> None:
     """The greedy critic weight at zero: the policy goes where the data are, however little they pay."""
     policy = make_learner()

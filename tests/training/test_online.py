@@ -107,7 +107,7 @@ def run(
     return counters, algorithm.tensors(), record
 
 
-@pytest.mark.parametrize("make", [td3, odt, residual])
+@pytest.mark.parametrize("make", [pytest.param(td3, marks=pytest.mark.slow), odt, residual])
 def test_a_resumed_run_is_the_run_that_was_not_interrupted(make: Make, tmp_path: Path) -> None:
     _, expected, record = run(make, None)
     assert run(make, tmp_path, stop_at=200)[0] is None

@@ -177,7 +177,7 @@ def run(name: str, folder: Path | None, *, stop: bool = False) -> tuple[Any, lis
     return model, record
 
 
-@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize("name", ["sac", *(pytest.param(name, marks=pytest.mark.slow) for name in ("td3", "ppo"))])
 def test_a_resumed_run_ends_with_the_same_weights(name: str, tmp_path: Path) -> None:
     expected, _ = run(name, None)
     run(name, tmp_path, stop=True)
