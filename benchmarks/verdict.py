@@ -119,8 +119,8 @@ def seeds_needed(verdict: Verdict, differences: Sequence[np.ndarray], group: Tas
 def cost(runs: Sequence[Run]) -> str:
     """Core-hours and machine of the runs there are."""
     seconds = [sum(v for v in run.summary["seconds"].values() if isinstance(v, float)) for run in runs]
-    machines = sorted({run.versions.get("machine", "unknown") for run in runs})
-    return f"{len(runs)} runs, {sum(seconds) / 3600:.1f} hours of one thread ({', '.join(machines)})"
+    machines = sorted({re.sub(r"\b1 CPUs$", "1 CPU", run.versions.get("machine", "unknown")) for run in runs})
+    return f"{len(runs)} runs, {sum(seconds) / 3600:.1f} hours of one thread ({'; '.join(machines)})"
 
 
 def numbers() -> str:
