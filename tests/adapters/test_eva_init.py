@@ -90,7 +90,8 @@ def test_mixed_adds_both(reach_demonstrations: Trajectories) -> None:
     assert both.layers[LAYER].rows == acted.layers[LAYER].rows + real
 
 
-@pytest.mark.parametrize("source", ["rollouts", pytest.param("mixed", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("source", ["rollouts", "mixed"])
 def test_sources_are_reachable_by_the_command(source: str, policy_folder, tmp_path) -> None:
     from eva_rl.finetune import command as finetune
 

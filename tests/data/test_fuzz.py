@@ -17,7 +17,7 @@ from eva_rl.data import Trajectories, load_dataset, write_episodes
 from eva_rl.errors import UserError
 from tests.data.making import differences, random_trajectories, table, write_h5
 
-QUICK = settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+QUICK = settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 REQUIRED = ["observations", "actions", "rewards", "terminals"]
 KEYS = [*REQUIRED, "timeouts", "next_observations"]
 

@@ -86,7 +86,8 @@ def test_one_run_with_damaged_bytes_is_read_in_part_or_listed(runs: Path, tmp_pa
     assert len(found) == 4 or [p.folder.name for p in problems if p.kind == "damaged"] == ["eva-0"]
 
 
-@pytest.mark.parametrize("first", [0, *(pytest.param(first, marks=pytest.mark.slow) for first in (2, 4))])
+@pytest.mark.slow
+@pytest.mark.parametrize("first", [0, 2, 4])
 def test_every_value_of_a_summary_may_be_anything(first: int, runs: Path, tmp_path: Path) -> None:
     """Each place of each JSON file takes some of the odd values; what is left is a report of sound values."""
     folder = tmp_path / "runs"
@@ -109,7 +110,10 @@ def test_every_value_of_a_summary_may_be_anything(first: int, runs: Path, tmp_pa
 NAMES = [value for value in VALUES if isinstance(value, str) and value]
 
 
-@pytest.mark.parametrize("names", [NAMES[:4], NAMES[4:]], ids=["long and unprintable", "markup"])
+@pytest.mark.parametrize(
+    "names",
+    [pytest.param(NAMES[:4], id="long and unprintable", marks=pytest.mark.slow), pytest.param(NAMES[4:], id="markup")],
+)
 def test_hostile_names_are_text_everywhere(names: list[str], runs: Path, tmp_path: Path) -> None:
     folder = tmp_path / "runs"
     shutil.copytree(runs, folder)

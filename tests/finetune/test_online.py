@@ -75,7 +75,7 @@ def summary(run_dir: Path) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("algo", ["odt_td3", "ppo"])
+@pytest.mark.parametrize("algo", [pytest.param("odt_td3", marks=pytest.mark.slow), "ppo"])
 def test_a_policy_learns_without_demonstrations(algo: str, policy_folder: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     keeps_best = [] if algo == "ppo" else ["algo.keep_best=true"]  # looks at the first and the last parameters, too

@@ -122,7 +122,7 @@ def test_a_resumed_run_is_the_run_that_was_not_interrupted(make: Make, tmp_path:
     assert any("rollout/ep_rew_mean" in metrics for _, metrics in rest)
 
 
-@pytest.mark.parametrize("interrupted", [False, True])
+@pytest.mark.parametrize("interrupted", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_the_best_parameters_are_kept(interrupted: bool, tmp_path: Path) -> None:
     """Success counts first, then the return; also where the best came before an interruption."""
     looks = {0: (0.7, 0.0), 120: (0.5, 9.0), 240: (0.8, 1.0), 360: (0.8, 2.0), 480: (0.8, 1.5)}
