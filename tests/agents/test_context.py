@@ -22,6 +22,7 @@ from tests.conftest import make_policy as small_policy
 
 OBS, ACT, TARGET, SCALE = 5, 2, 30.0, 10.0
 LENGTHS = (200, 37, 61, 5)
+CONTEXTS = [1, pytest.param(2, marks=pytest.mark.slow), 7, pytest.param(8, marks=pytest.mark.slow)]
 """Env steps of every episode of each environment: ends fall anywhere in a cache, and one never does."""
 
 
@@ -100,7 +101,7 @@ def largest_difference(policy: DecisionTransformerPolicy, records: list[Recordin
 
 
 @pytest.mark.parametrize("order", TOKEN_ORDERS)
-@pytest.mark.parametrize("context_length", [1, 2, 7, 8])
+@pytest.mark.parametrize("context_length", CONTEXTS)
 def test_cached_actions_are_the_networks_own_on_the_same_windows(context_length: int, order: tuple[str, ...]) -> None:
     policy = make_policy(context_length, order)
     records = play(policy)
@@ -118,7 +119,7 @@ def test_full_windows_are_the_networks_own(order: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize("order", TOKEN_ORDERS)
-@pytest.mark.parametrize("context_length", [1, 2, 7, 8])
+@pytest.mark.parametrize("context_length", CONTEXTS)
 def test_static_shapes_give_the_same_actions(context_length: int, order: tuple[str, ...]) -> None:
     """Across episode ends and different lengths; the memory is that of an earlier use, and held a NaN."""
     policy = make_policy(context_length, order)

@@ -238,7 +238,7 @@ def test_download(tmp_path: Path) -> None:
     write_h5(tmp_path / "remote" / NAME, table())
     handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path / "remote"))
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}/"
         download(url + NAME, tmp_path / "cache" / NAME)
         with pytest.raises(UserError, match="could not be downloaded: File not found"):
@@ -258,7 +258,7 @@ def test_an_answer_that_is_no_data_set_is_not_kept(tmp_path: Path, content: byte
     (tmp_path / "remote" / NAME).write_bytes(whole[:-200] if isinstance(content, str) else content)
     handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path / "remote"))
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         with pytest.raises(UserError, match=r"could not be downloaded: the server's answer is .*, expected an HDF5"):
             download(f"http://127.0.0.1:{server.server_port}/{NAME}", tmp_path / "cache" / NAME)
         server.shutdown()
@@ -279,7 +279,7 @@ def test_a_page_in_the_cache_is_fetched_again(tmp_path: Path, monkeypatch: pytes
     write_h5(tmp_path / "gym_mujoco_v2" / NAME, table())
     handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         monkeypatch.setenv("D4RL_BASE_URL", f"http://127.0.0.1:{server.server_port}/")
         assert load_dataset("d4rl:hopper-medium-v2").num_episodes == 3
         server.shutdown()

@@ -61,6 +61,7 @@ def returns(task: dict[str, Any]) -> list[float]:
     return [episode["episode_return"] for episode in task["episodes"]]
 
 
+@pytest.mark.slow
 def test_on_off_and_both(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """On two tasks: both ways in one record, equal to each of them alone and to the base."""
     tasks, found = ["metaworld/reach-v3", "metaworld/push-v3"], {}

@@ -55,6 +55,7 @@ def test_budgets_are_the_ends_of_shorter_looks_at_the_same_run(policy_folder: Pa
     assert {kind: len(found) for kind, found in made.items()} == {"data": 2, "before": 1, "eva": 1}
 
 
+@pytest.mark.slow
 def test_a_shared_pass_can_be_given_another_gain(policy_folder: Path, tmp_path: Path) -> None:
     shared = [f"shared={tmp_path / 'shared'}", "algo.updates=1"]
     own = run(policy_folder, tmp_path / "own", "adapter=eva", *shared)["eva/gain"]

@@ -44,6 +44,7 @@ def test_its_adapter_matters() -> None:
     assert [e.episode_return for e in found.episodes] != pytest.approx(expected["returns"], rel=1e-2)
 
 
+@pytest.mark.slow
 def test_its_report_is_written(tmp_path: Path) -> None:
     """Whatever keys its config.yaml names."""
     assert "warmup:" in (RUN / "config.yaml").read_text(), "a key that has another name today"

@@ -128,6 +128,7 @@ def test_evaluated_again_in_a_new_process_the_result_is_identical(finished: Path
         assert again["metrics"][key] == summary[key]
 
 
+@pytest.mark.slow
 def test_a_finetuned_policy_can_be_finetuned_again(finished: Path, tmp_path: Path) -> None:
     assert small_run(finished, tmp_path / "second", "adapter=lora") == 0
     first, second = read(finished / "summary.json"), read(tmp_path / "second" / "summary.json")
