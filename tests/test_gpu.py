@@ -68,7 +68,7 @@ def test_fused_layers_are_pefts(method: str, reach_demonstrations: Trajectories)
     unfuse(policy.network)  # DoRA's are fused as they are attached
     plain = copy.deepcopy(policy.network)
     assert fuse(policy.network) > 0 or method == "miss"
-    for precision, tolerance in ((None, 1e-4), (torch.bfloat16, 0.15)):
+    for precision, tolerance in ((None, 1e-4), (torch.bfloat16, 0.15)):  # 0.12 seen for AdaLoRA's ranknum
         found, expected = gradients(policy.network, batch, precision), gradients(plain, batch, precision)
         assert found.keys() == expected.keys()
         for name, value in expected.items():
@@ -121,7 +121,7 @@ def test_fine_tuned_on_a_gpu_and_used_on_a_cpu(method: str, tmp_path: Path) -> N
     assert returns[0] == pytest.approx(returns[1], rel=0.02)
 
 
-@pytest.mark.parametrize("width", [96, 512])  # decomposed in full, and by iteration
+@pytest.mark.parametrize("width", [96, 512])
 def test_batched_directions_are_those_of_a_loop_of_svd(width: int) -> None:
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(3, 2 * width, width, generator=generator).cuda() * torch.logspace(0, -2, width, device="cuda")

@@ -33,9 +33,9 @@ USUAL = ("lora", "eva_dora", "adalora", "pissa", "lora_one", "miss", "full")
 """One method of each make: the rest are slow tests where one test goes through all of them."""
 
 
-def usual_first(methods: Iterable[str], usual: Collection[str] = USUAL) -> list[Any]:
-    """The methods as parameters, all but the usual ones marked slow."""
-    return [name if name in usual else pytest.param(name, marks=pytest.mark.slow) for name in methods]
+def usual_first(values: Iterable[Any], usual: Collection[Any] = USUAL) -> list[Any]:
+    """The values as parameters of a test, all but the usual ones marked slow."""
+    return [value if value in usual else pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
 PEFT_METHODS = [name for name, method in METHODS.items() if method.adapter]

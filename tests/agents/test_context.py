@@ -18,11 +18,12 @@ from eva_rl.agents.decision_transformer import TOKEN_ORDERS
 from eva_rl.agents.policy import Conditioning
 from eva_rl.agents.static_cache import static_step
 from eva_rl.batch import InputScaling, WindowBatch
+from tests.adapters.making import usual_first
 from tests.conftest import make_policy as small_policy
 
 OBS, ACT, TARGET, SCALE = 5, 2, 30.0, 10.0
 LENGTHS = (200, 37, 61, 5)
-CONTEXTS = [1, pytest.param(2, marks=pytest.mark.slow), 7, pytest.param(8, marks=pytest.mark.slow)]
+CONTEXTS = usual_first((1, 2, 7, 8), (1, 7))
 """Env steps of every episode of each environment: ends fall anywhere in a cache, and one never does."""
 
 

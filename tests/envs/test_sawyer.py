@@ -11,6 +11,7 @@ import pytest
 from eva_rl.envs.metaworld import MetaWorldTask, scripted_expert
 from eva_rl.envs.names import METAWORLD_TASKS
 from eva_rl.envs.sawyer import LeanSawyer, tolerance
+from tests.adapters.making import usual_first
 
 SOME = ("metaworld/push-v3", "metaworld/stick-pull-v3", "metaworld/door-open-v3")
 
@@ -27,9 +28,7 @@ def plain_task(env_id: str) -> Any:
     return task
 
 
-@pytest.mark.parametrize(
-    "env_id", [pytest.param(task, marks=() if task in SOME else pytest.mark.slow) for task in METAWORLD_TASKS]
-)
+@pytest.mark.parametrize("env_id", usual_first(METAWORLD_TASKS, SOME))
 @pytest.mark.filterwarnings("ignore:Constant:UserWarning")
 def test_every_number_is_metaworlds_own(env_id: str) -> None:
     """With two tasks on one compiled model by turns, after several episodes, near the object and away from it."""

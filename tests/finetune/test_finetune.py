@@ -22,6 +22,7 @@ from eva_rl.finetune import command as finetune
 from eva_rl.finetune.session import check_processes
 from eva_rl.tracking.tracker import read_metrics
 from tests import forks
+from tests.adapters.making import usual_first
 from tests.conftest import make_policy
 
 SMALL = ["env=reach-v3", "data.episodes=2", "data.workers=1", "algo.updates=6", "algo.batch_size=8", "threads=1"]
@@ -136,9 +137,7 @@ def test_a_finetuned_policy_can_be_finetuned_again(finished: Path, tmp_path: Pat
     assert second["total_parameters"] == first["total_parameters"], "the first adapter was folded in"
 
 
-@pytest.mark.parametrize(
-    "method", [m if m in OFTEN else pytest.param(m, marks=pytest.mark.slow) for m in METHODS if m != "eva"]
-)
+@pytest.mark.parametrize("method", usual_first((method for method in METHODS if method != "eva"), OFTEN))
 def test_every_method_runs(method: str, base: Path, tmp_path: Path) -> None:
     tiny = ["algo.updates=4", "env.horizon=16", "eval.episodes=1"]
     assert small_run(base, tmp_path / method, f"adapter={method}", *tiny) == 0

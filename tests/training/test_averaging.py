@@ -17,7 +17,7 @@ from eva_rl.errors import UserError
 from eva_rl.training.averaging import WeightAverage
 from eva_rl.training.bc import BCOptions, train_bc
 from eva_rl.training.checkpoint import Checkpoints
-from tests.adapters.making import attached, sampler
+from tests.adapters.making import attached, sampler, usual_first
 
 OPTIONS = BCOptions(updates=8, batch_size=8, warmup_steps=1, log_every=1)
 LAST = 4
@@ -72,9 +72,7 @@ def test_what_is_kept_is_the_mean_over_the_last_steps(reach_demonstrations: Traj
     assert any(not torch.equal(averaged[name], last[name]) for name in last), "the last step is not the mean"
 
 
-@pytest.mark.parametrize(
-    "die_at", [pytest.param(3, marks=pytest.mark.slow), pytest.param(6, marks=pytest.mark.slow), 8]
-)
+@pytest.mark.parametrize("die_at", usual_first((3, 6, 8), (8,)))
 def test_resumed_equals_uninterrupted(die_at: int, tmp_path: Path, reach_demonstrations: Trajectories) -> None:
     """Killed before the average begins, in its midst, and after the last step is logged."""
     options = replace(OPTIONS, ema=0.5)

@@ -20,11 +20,12 @@ from eva_rl.training.collector import TaskEnvs
 from eva_rl.training.options import OffPolicyOptions, PPOOptions, SACOptions, SB3Options
 from eva_rl.training.sb3 import make_model, train_sb3
 from eva_rl.training.sb3.windows import HistoryWindows, WindowReplayBuffer
+from tests.adapters.making import usual_first
 from tests.conftest import make_policy
 from tests.training.problems import Bandit, TwoSteps, make_learner, make_task, mean_return
 
 ALGORITHMS = {"ppo": PPO, "sac": SAC, "td3": TD3}
-SAC_FIRST = ["sac", *(pytest.param(name, marks=pytest.mark.slow) for name in ("td3", "ppo"))]
+SAC_FIRST = usual_first(ALGORITHMS, ("sac",))
 OPTIONS: dict[str, type[SB3Options]] = {"ppo": PPOOptions, "sac": SACOptions, "td3": OffPolicyOptions}
 
 
