@@ -13,6 +13,7 @@ from eva_rl.adapters import AttachedAdapter
 from eva_rl.cli.console import training_progress
 from eva_rl.configs.algorithms import ResidualAlgo
 from eva_rl.data.samplers import prefetching
+from eva_rl.errors import EnvironmentFailedError
 from eva_rl.finetune.session import Session
 from eva_rl.rollouts.evaluation import EvaluationResult
 from eva_rl.tracking import Tracker
@@ -74,7 +75,12 @@ def learn_residual(
     windows.add(replay.episodes())
     windows.add(learner.demonstrations.episodes())
     task = replace(task, first_episode=counters.next_seed)
-    updates = distill(session, adapter, algo.distill, (windows, task), logged_after(tracker.log, counters))
+    try:
+        updates = distill(session, adapter, algo.distill, (windows, task), logged_after(tracker.log, counters))
+    except EnvironmentFailedError as error:
+        if not algo.checkpoint_every:
+            raise
+        raise error.saved() from error
     session.phases.end("distill")
     distilled = algo.distill.rounds * algo.distill.env_steps
     costs = {

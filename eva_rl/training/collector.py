@@ -192,7 +192,13 @@ class Collector:
         return self._policy.act_by(choose, self._observations, self._rewards, self._starts), kept
 
     def truncate_episodes(self, replay: TrajectoryReplay, counters: OnlineCounters) -> None:
-        """End all episodes here; their transitions are kept for temporal differences."""
+        """End all episodes here; their transitions are kept for temporal differences.
+
+        Where a reset failed there are none, and the next ones begin elsewhere.
+        """
+        if not self.acting:
+            counters.next_seed += self._vec_env.num_envs
+            return
         target_return = self._policy.conditioning.of(self._task.env_id)
         for episode in self._recorder.unfinished():
             replay.add(episode, target_return, complete=False)

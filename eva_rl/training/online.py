@@ -63,9 +63,9 @@ def train_online(  # noqa: PLR0913 - one call for all algorithms; all but four h
         validate()
     while counters.env_steps < options.env_steps:
         began, before = time.perf_counter(), counters.env_steps
-        if not collector.acting:
-            collector.begin(counters)
         with _saved_on_failure(collector, learner, replay, counters, checkpoints, best):
+            if not collector.acting:
+                collector.begin(counters)
             collector.collect(learner, replay, counters)
         metrics = _learn(learner, replay, counters)
         if refresh is not None and _due(counters, options.refresh_every, before):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from typing import Any
 import pytest
 
 from eva_rl.adapters import load_policy
+from eva_rl.finetune import phases
 from eva_rl.finetune.command import main
 from eva_rl.rollouts.evaluation import evaluate_policy
 from eva_rl.tracking.tracker import read_metrics
@@ -189,3 +192,40 @@ def test_a_killed_run_goes_on(algo: str, policy_folder: Path, tmp_path: Path) ->
         assert (whole / "policy" / name).read_bytes() == (killed / "policy" / name).read_bytes()
     points = [(row["step"], key) for row in read_metrics(killed) for key in row if "/" in key]
     assert len(points) == len(set(points))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algo", ["bc_then_residual", "bc_then_self_imitation", "odt_td3"])
+def test_a_run_goes_on_after_a_worker_process_died(
+    algo: str,
+    policy_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Killed after the first checkpoint, a worker ends the run with one message; the same command completes it."""
+    run_dir, make, killers = tmp_path / "run", phases.online_envs, []
+
+    def with_a_killer(*args: Any, **kwargs: Any) -> Any:
+        vec_env = make(*args, **kwargs)
+
+        def kill() -> None:
+            while not list((run_dir / "checkpoint" / "online").glob("step_*")):
+                time.sleep(0.002)
+            os.kill(vec_env.processes[1].pid, signal.SIGKILL)
+
+        killers.append(threading.Thread(target=kill, daemon=True))
+        killers[-1].start()
+        return vec_env
+
+    others = ["algo.bc.updates=3"] if algo.startswith("bc") else []
+    arguments = command(policy_folder, run_dir, algo, "algo.env_steps=2000", "algo.workers=1", *others)
+    with monkeypatch.context() as patched:
+        patched.setattr(phases, "online_envs", with_a_killer)
+        assert main(arguments) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert re.search(r"reach-v3 .*worker process \d+ ended by signal SIGKILL.*what was learned before is saved", said)
+    assert not (run_dir / "summary.json").exists()
+    assert main(arguments) == 0
+    assert "Before" not in capsys.readouterr().err, "nothing is measured twice"
+    assert json.loads((run_dir / "summary.json").read_text())["env_steps"] >= 2000
