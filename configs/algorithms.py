@@ -196,9 +196,9 @@ class SACAlgo(SACOptions, TD3Algo):
 
 SB3Algo = PPOAlgo | SACAlgo | TD3Algo
 _ONLINE: Mapping[str, type[OnlineAlgo]] = {
-    "odt": ODTAlgo,
-    "odt_td3": ODTTD3Algo,
     "self_imitation": SelfImitationAlgo,
+    "odt_td3": ODTTD3Algo,
+    "odt": ODTAlgo,
     "residual": ResidualAlgo,
     "ppo": PPOAlgo,
     "sac": SACAlgo,

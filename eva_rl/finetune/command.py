@@ -17,7 +17,7 @@ Examples:
   python -m eva_rl.finetune env=push-v3
   python -m eva_rl.finetune env=peg-unplug-side-v3 adapter=lora adapter.rank=4 algo.updates=800
   python -m eva_rl.finetune env=push-v3 data=demos.h5 policy=runs/mine/policy run_dir=runs/push
-  python -m eva_rl.finetune env=stick-pull-v3 algo=bc_then_odt data.episodes=5 algo.env_steps=50000
+  python -m eva_rl.finetune env=stick-pull-v3 algo=bc_then_self_imitation data.episodes=2
 
 The same command continues an unfinished run_dir.
 """
