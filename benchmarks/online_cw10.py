@@ -1,7 +1,7 @@
 """CW10 from two demonstrations, at equal env steps: after cloning, after online learning, and SAC from scratch.
 
     python benchmarks/online_cw10.py run push-v3 --algo self_imitation --seed 1 --out runs/cw10
-    python benchmarks/online_cw10.py table runs/cw10 --out docs/results/online-cw10.json
+    python benchmarks/online_cw10.py table runs/cw10 --out docs/results/online-cw10.json --page docs/online.md
 
 ``run`` does one task, one seed and one algorithm on one thread, and leaves ``OUT/ALGO-TASK-SEED.json``. Everything that
 begins with the shipped policy ``mt40`` clones the same two demonstrations first (``--seed`` chooses them, the goals of
@@ -15,7 +15,7 @@ import argparse
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -149,25 +149,61 @@ def run(arguments: argparse.Namespace) -> None:
 
 def table(arguments: argparse.Namespace) -> None:
     """Success by task, means over seeds; written where asked to."""
-    records = [json.loads(path.read_text()) for path in sorted(arguments.folder.glob("*.json"))]
-    algos = [algo for algo in (*SETTINGS, "sac") if any(record["algo"] == algo for record in records)]
-    shown = Table("task", "seeds", "before", "cloned", *algos)
-    for task in TASKS:
-        mine = [record for record in records if record["task"] == task]
-        if mine:
-            first = [_mean(mine, key) for key in ("before", "cloned")]
-            seeds = ",".join(str(seed) for seed in sorted({record["seed"] for record in mine}))
-            shown.add_row(
-                task, seeds, *first, *(_mean([r for r in mine if r["algo"] == algo], "after") for algo in algos)
-            )
+    found = arguments.folder
+    if found.is_dir():
+        records = [json.loads(path.read_text()) for path in sorted(found.glob("*.json"))]
+    else:
+        records = json.loads(found.read_text())
+    shown = Table(*HEAD)
+    for row in rows(records):
+        shown.add_row(*row)
     Console(width=140).print(shown)
     if arguments.out:
         arguments.out.write_text(json.dumps(records, indent=1) + "\n")
+    if arguments.page:
+        before, _, rest = arguments.page.read_text().partition(BEGIN)
+        _, _, after = rest.partition(END)
+        arguments.page.write_text(f"{before}{BEGIN}\n{markdown(records)}\n{END}{after}")
 
 
-def _mean(records: Sequence[dict[str, Any]], key: str) -> str:
-    values = [r[key] for r in records if r.get(key) is not None]
-    return f"{np.mean(values):.2f}" if values else "-"
+BEGIN, END = "<!-- CW10, written by benchmarks/online_cw10.py table -->", "<!-- end of CW10 -->"
+"""Around the table of a page."""
+HEAD = ("task", "algo", "seeds", "before", "after cloning", "at the end", "each seed, after cloning and at the end")
+
+
+def rows(records: Sequence[dict[str, Any]]) -> Iterator[tuple[str, ...]]:
+    """The cells of the table, a row for each task and algorithm, and one for all tasks of an algorithm."""
+    for algo in (*SETTINGS, "sac"):
+        mine = [record for record in records if record["algo"] == algo]
+        for task in TASKS:
+            if one := sorted((r for r in mine if r["task"] == task), key=lambda r: r["seed"]):
+                yield (task, algo, ",".join(str(r["seed"]) for r in one), *_means(one), _each(one))
+        if mine:
+            yield ("all", algo, str(len(mine)), *_means(mine), "")
+
+
+def markdown(records: Sequence[dict[str, Any]]) -> str:
+    """The table of a page."""
+    lines = [HEAD, tuple("---" for _ in HEAD), *rows(records)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _each(records: Sequence[dict[str, Any]]) -> str:
+    return ", ".join(f"{_shown(r.get('cloned'))} to {_shown(r['after'])}" for r in records)
+
+
+def _means(records: Sequence[dict[str, Any]]) -> list[str]:
+    """Means over tasks of the means over seeds, before, after cloning and at the end."""
+    by_task = [[r for r in records if r["task"] == task] for task in TASKS]
+    means = []
+    for key in ("before", "cloned", "after"):
+        values = [[r[key] for r in mine if r.get(key) is not None] for mine in by_task]
+        means.append(_shown(float(np.mean([np.mean(v) for v in values if v])) if any(values) else None))
+    return means
+
+
+def _shown(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
 
 
 def main() -> None:
@@ -185,8 +221,9 @@ def main() -> None:
     one.add_argument("--settings", nargs="*", default=[], help="further KEY=VALUE of finetune")
     one.set_defaults(call=run)
     all_of_them = commands.add_parser("table")
-    all_of_them.add_argument("folder", type=Path)
-    all_of_them.add_argument("--out", type=Path)
+    all_of_them.add_argument("folder", type=Path, help="of records, or a file that --out wrote")
+    all_of_them.add_argument("--out", type=Path, help="one file of all records")
+    all_of_them.add_argument("--page", type=Path, help="rewrite the table of a page")
     all_of_them.set_defaults(call=table)
     arguments = parser.parse_args()
     arguments.call(arguments)

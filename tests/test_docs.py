@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import gymnasium as gym
 import numpy as np
@@ -25,13 +26,26 @@ ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 
 
-def test_every_key_is_up_to_date() -> None:
-    spec = importlib.util.spec_from_file_location("make_config", DOCS / "make_config.py")
+def script(path: Path) -> ModuleType:
+    """A script outside the package."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    assert (DOCS / "config.md").read_text() == module.page(), "run: python docs/make_config.py"
+    return module
+
+
+def test_every_key_is_up_to_date() -> None:
+    assert (DOCS / "config.md").read_text() == script(DOCS / "make_config.py").page(), "run: python docs/make_config.py"
+
+
+def test_the_table_of_cw10_comes_from_its_records() -> None:
+    module, path = script(ROOT / "benchmarks/online_cw10.py"), DOCS / "results/online-cw10.json"
+    page = (DOCS / "online.md").read_text()
+    found = page.partition(module.BEGIN)[2].partition(module.END)[0].strip()
+    again = "run: python benchmarks/online_cw10.py table docs/results/online-cw10.json --page docs/online.md"
+    assert found == module.markdown(json.loads(path.read_text())), again
 
 
 def explained(section: str) -> re.Pattern[str]:

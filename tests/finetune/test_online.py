@@ -204,7 +204,7 @@ def test_a_run_goes_on_after_a_worker_process_died(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Killed after the first checkpoint, a worker ends the run with one message; the same command completes it."""
-    run_dir, make, killers = tmp_path / "run", phases.online_envs, []
+    run_dir, make = tmp_path / "run", phases.online_envs
 
     def with_a_killer(*args: Any, **kwargs: Any) -> Any:
         vec_env = make(*args, **kwargs)
@@ -214,8 +214,7 @@ def test_a_run_goes_on_after_a_worker_process_died(
                 time.sleep(0.002)
             os.kill(vec_env.processes[1].pid, signal.SIGKILL)
 
-        killers.append(threading.Thread(target=kill, daemon=True))
-        killers[-1].start()
+        threading.Thread(target=kill, daemon=True).start()
         return vec_env
 
     others = ["algo.bc.updates=3"] if algo.startswith("bc") else []
