@@ -23,8 +23,8 @@ from tests.conftest import make_policy as small_policy
 
 OBS, ACT, TARGET, SCALE = 5, 2, 30.0, 10.0
 LENGTHS = (200, 37, 61, 5)
-CONTEXTS = usual_first((1, 2, 7, 8), (1, 7))
 """Env steps of every episode of each environment: ends fall anywhere in a cache, and one never does."""
+CONTEXTS = usual_first((1, 2, 7, 8), (1, 7))
 
 
 def make_policy(context_length: int, order: tuple[str, ...] = TOKEN_ORDERS[0]) -> DecisionTransformerPolicy:
