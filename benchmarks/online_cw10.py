@@ -22,7 +22,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
-from rich.table import Table
+
+from eva_rl.report.page import markdown_table, terminal_table
+from eva_rl.report.tables import Table
 
 TASKS = (
     "hammer-v3", "push-wall-v3", "faucet-close-v3", "push-back-v3", "stick-pull-v3", "handle-press-side-v3", "push-v3",
@@ -154,16 +156,14 @@ def table(arguments: argparse.Namespace) -> None:
         records = [json.loads(path.read_text()) for path in sorted(found.glob("*.json"))]
     else:
         records = json.loads(found.read_text())
-    shown = Table(*HEAD)
-    for row in rows(records):
-        shown.add_row(*row)
-    Console(width=140).print(shown)
+    shown = success_table(records)
+    Console(width=140).print(terminal_table(shown))
     if arguments.out:
         arguments.out.write_text(json.dumps(records, indent=1) + "\n")
     if arguments.page:
-        before, _, rest = arguments.page.read_text().partition(BEGIN)
-        _, _, after = rest.partition(END)
-        arguments.page.write_text(f"{before}{BEGIN}\n{markdown(records)}\n{END}{after}")
+        import pages
+
+        pages.write_between(arguments.page, BEGIN, END, markdown_table(shown))
 
 
 BEGIN, END = "<!-- CW10, written by benchmarks/online_cw10.py table -->", "<!-- end of CW10 -->"
@@ -171,8 +171,12 @@ BEGIN, END = "<!-- CW10, written by benchmarks/online_cw10.py table -->", "<!-- 
 HEAD = ("task", "algo", "seeds", "before", "after cloning", "at the end", "each seed, after cloning and at the end")
 
 
-def rows(records: Sequence[dict[str, Any]]) -> Iterator[tuple[str, ...]]:
-    """The cells of the table, a row for each task and algorithm, and one for all tasks of an algorithm."""
+def success_table(records: Sequence[dict[str, Any]]) -> Table:
+    """A row for each task and algorithm, and one for all tasks of an algorithm."""
+    return Table("", HEAD, list(_rows(records)))
+
+
+def _rows(records: Sequence[dict[str, Any]]) -> Iterator[tuple[str, ...]]:
     for algo in (*SETTINGS, "sac"):
         mine = [record for record in records if record["algo"] == algo]
         for task in TASKS:
@@ -180,12 +184,6 @@ def rows(records: Sequence[dict[str, Any]]) -> Iterator[tuple[str, ...]]:
                 yield (task, algo, ",".join(str(r["seed"]) for r in one), *_means(one), _each(one))
         if mine:
             yield ("all", algo, str(len(mine)), *_means(mine), "")
-
-
-def markdown(records: Sequence[dict[str, Any]]) -> str:
-    """The table of a page."""
-    lines = [HEAD, tuple("---" for _ in HEAD), *rows(records)]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def _each(records: Sequence[dict[str, Any]]) -> str:

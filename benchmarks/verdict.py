@@ -174,8 +174,9 @@ def main() -> None:
     if not parser.parse_args().write:
         print(numbers())
         return
-    pattern = re.compile(f"{re.escape(BEGIN)}.*{re.escape(END)}", re.DOTALL)
-    PAGE.write_text(pattern.sub(lambda _: f"{BEGIN}\n\n{numbers()}\n\n{END}", PAGE.read_text()))
+    import pages
+
+    pages.write_between(PAGE, BEGIN, END, numbers())
     draw(FIGURE)
 
 

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+from tests.conftest import script
 
 ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
 def verdict() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("verdict", ROOT / "benchmarks" / "verdict.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script(ROOT / "benchmarks" / "verdict.py")
 
 
 def test_every_number_of_the_page_comes_from_the_records(verdict: ModuleType) -> None:
