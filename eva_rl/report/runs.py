@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from eva_rl.adapters import METHODS
-from eva_rl.cli.run_dir import CONFIG_FILE, FREE_TO_CHANGE, SUMMARY_FILE, VERSIONS_FILE
+from eva_rl.cli.run_dir import CONFIG_FILE, FREE_IN_GROUPS, FREE_TO_CHANGE, SUMMARY_FILE, VERSIONS_FILE
 from eva_rl.errors import UserError, counted
 from eva_rl.files import check_files, check_seal, expanded
 from eva_rl.report.reading import (
@@ -37,7 +37,7 @@ RECORD, FORMAT, DIGEST = "eva_rl_record", 1, "sha256"
 NO_SETTINGS = FREE_TO_CHANGE | {"seed", "env.id", "adapter.method", "data.source", "data.seed", "data.workers"}
 """Keys that name a run or change no result; the rest tells methods apart."""
 NO_SETTINGS |= {"eval.every", "eval.quick_episodes", "eval.at", "algo.eval_every", "algo.checkpoint_every"}
-NO_SETTINGS |= {"algo.accumulate", "algo.compile", "algo.workers", "algo.replay_on_disk", "study"}
+NO_SETTINGS |= {"algo.workers", "algo.replay_on_disk", "study"}
 EVA_KEYS = ("adapter.rho", "adapter.tau", "adapter.center", "adapter.score", "adapter.variant")
 SCORES = {"success_rate": "success rate", "normalized_score": "normalised score", "mean_reward": "return"}
 """What a task is judged by: the first of these that its runs have."""
@@ -348,7 +348,8 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 def _ignored(key: str, summary: Mapping[str, Any]) -> bool:
     """Whether a setting changes no result, or the run's method ignores it."""
     method = METHODS.get(str(summary["method"]))
-    if key in NO_SETTINGS or key.partition(".")[0] in NO_SETTINGS:
+    group, _, name = key.rpartition(".")
+    if key in NO_SETTINGS or key.partition(".")[0] in NO_SETTINGS or (group and name in FREE_IN_GROUPS):
         return True
     if method is None or not key.startswith("adapter."):
         return False

@@ -143,7 +143,8 @@ def test_settings_tell_methods_apart_and_nothing_else() -> None:
         return dict(settings_of(config, SUMMARY | summary))
 
     adapter = {"rank": 8, "rho": 2.0, "method": "eva", "eva": {"rows": 9}}
-    config = {"seed": 4, "adapter": adapter, "data": {"workers": 2}, "algo": {"updates": 5, "compile": True}}
+    algo, env = {"updates": 5, "compile": True, "log_every": 3}, {"id": "a", "timeout": 600.0}
+    config = {"seed": 4, "adapter": adapter, "data": {"workers": 2}, "algo": algo, "env": env}
     rest = {"data.source": '"none"', "algo.updates": "5"}
     eva = settings(config)
     assert eva == rest | {"adapter.rank": "8", "adapter.rho": "2.0", "adapter.eva.rows": "9"}
