@@ -21,6 +21,7 @@ from pathlib import Path
 from statistics import median
 from time import process_time
 
+import pages
 import torch
 from rich.console import Console
 
@@ -117,12 +118,9 @@ def together(turns: list[Row]) -> Row:
 
 def markdown(rows: list[Row]) -> str:
     """The table of docs/adapters.md."""
-    lines = [
-        "| adapter | trainable parameters | KiB on disk | MiB at the peak | CPU s to start | CPU ms an update |",
-        "|---|---|---|---|---|---|",
-    ]
-    for one in rows:
-        cells = (
+    heads = ("adapter", "trainable parameters", "KiB on disk", "MiB at the peak", "CPU s to start", "CPU ms an update")
+    cells = (
+        (
             f"`{one.method}`",
             f"{one.trainable_parameters:,}",
             f"{one.adapter_bytes / 1024:,.0f}",
@@ -130,8 +128,9 @@ def markdown(rows: list[Row]) -> str:
             f"{one.seconds_to_start:.2f}",
             f"{one.seconds_per_update * 1000:.0f}",
         )
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        for one in rows
+    )
+    return pages.table(heads, cells)
 
 
 def main() -> None:

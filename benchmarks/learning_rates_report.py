@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pages
 import pictures
 from matplotlib import colormaps
 from matplotlib.figure import Figure
@@ -58,20 +59,13 @@ def at(curve: Mapping[float, float], rate: float) -> float:
 def table(found: Curves, measure: str) -> str:
     """Markdown: a row a method."""
     better = min if measure == "loss" else max
-    heads = [
-        "adapter",
-        "best rate of the sweep",
-        f"{measure} there",
-        "rate of `auto`",
-        f"{measure} there",
-        "`auto` / best",
-    ]
-    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    there = f"{measure} there"
+    rows = []
     for method, curve in found.items():
         best, own = better(curve, key=curve.__getitem__), METHODS[method].learning_rate
-        shown = f"{best:g} | {curve[best]:.2f} | {own:g} | {at(curve, own):.2f} | {at(curve, own) / curve[best]:.2f}"
-        lines.append(f"| `{method}` | {shown} |")
-    return "\n".join(lines)
+        found_at = (f"{best:g}", f"{curve[best]:.2f}", f"{own:g}", f"{at(curve, own):.2f}")
+        rows.append([f"`{method}`", *found_at, f"{at(curve, own) / curve[best]:.2f}"])
+    return pages.table(["adapter", "best rate of the sweep", there, "rate of `auto`", there, "`auto` / best"], rows)
 
 
 def draw(found: Curves, measure: str) -> Figure:

@@ -13,24 +13,23 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pages
 import pictures
 from matplotlib.figure import Figure
 
 from eva_rl.tracking.tracker import read_metrics
 
 
-def table(name: str, evaluation: dict[str, Any]) -> list[str]:
+def section(name: str, evaluation: dict[str, Any]) -> list[str]:
     """One evaluation as Markdown."""
-    lines = [f"### {name}: mean success {evaluation['mean_success_rate']:.3f}", ""]
-    lines += ["| task | success | 95% interval | at the last step | mean return |", "|---|---|---|---|---|"]
+    rows = []
     for task, result in evaluation["tasks"].items():
-        low, high = result["success_interval_95"]
-        metrics = result["metrics"]
-        lines.append(
-            f"| {task.removeprefix('metaworld/')} | {metrics['eval/success_rate']:.2f} | {low:.2f} to {high:.2f} "
-            f"| {metrics['eval/success_at_end']:.2f} | {metrics['eval/mean_reward']:.0f} |"
-        )
-    return [*lines, ""]
+        (low, high), metrics = result["success_interval_95"], result["metrics"]
+        success, at_end, returns = (metrics[f"eval/{key}"] for key in ("success_rate", "success_at_end", "mean_reward"))
+        short = task.removeprefix("metaworld/")
+        rows.append([short, f"{success:.2f}", f"{low:.2f} to {high:.2f}", f"{at_end:.2f}", f"{returns:.0f}"])
+    heads = ["task", "success", "95% interval", "at the last step", "mean return"]
+    return [f"### {name}: mean success {evaluation['mean_success_rate']:.3f}", "", pages.table(heads, rows), ""]
 
 
 def curve(run: Path, out: Path) -> None:
@@ -65,7 +64,7 @@ def main() -> None:
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     evaluations = {path.stem: json.loads(path.read_text()) for path in options.evaluations}
-    lines = [line for name, evaluation in evaluations.items() for line in table(name, evaluation)]
+    lines = [line for name, evaluation in evaluations.items() for line in section(name, evaluation)]
     (options.out / "mt40.md").write_text("\n".join(lines))
     record = {name: compact(evaluation) for name, evaluation in evaluations.items()}
     (options.out / "mt40.json").write_text(json.dumps(record, indent=1) + "\n")

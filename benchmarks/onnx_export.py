@@ -12,6 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
+import pages
 import torch
 
 from eva_rl import evaluate_policy, load_policy
@@ -43,13 +44,13 @@ def main() -> None:
         difference = export_onnx(policy, Path(folder) / "policy.onnx")
         exported = OnnxPolicy(Path(folder) / "policy.onnx")
     print(f"{task}: actions differ by at most {difference:.1e} of half their range")
-    print("| | success | mean return | ms an action | CPU ms an action |")
-    print("|---|---|---|---|---|")
+    rows = []
     for name, one in (("torch", policy), ("onnxruntime", exported)):
         found = evaluate_policy(one, task, episodes=int(options.get("episodes", "50")))
         success = f"{found.success_rate:.2f}" if found.reports_success else "-"
         wall, used = milliseconds(one, time.perf_counter), milliseconds(one, time.process_time)
-        print(f"| {name} | {success} | {found.mean_reward:.2f} | {wall:.2f} | {used:.2f} |")
+        rows.append([name, success, f"{found.mean_reward:.2f}", f"{wall:.2f}", f"{used:.2f}"])
+    print(pages.table(["", "success", "mean return", "ms an action", "CPU ms an action"], rows))
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
+import pages
 import third_party_sources as sources
 
 from eva_rl.__main__ import main as eva_rl
@@ -287,14 +288,14 @@ def _summary(name: str) -> Mapping[str, Any]:
 
 def table(outcomes: list[dict[str, Any]]) -> str:
     """The results as Markdown."""
-    lines = ["| what others made | data's return | before | after | online | CPU s |", "|---|---|---|---|---|---|"]
+    rows = []
     for o in outcomes:
         scores = [f"{o[key]:.4g}" if o[key] is not None else "" for key in ("data_return", "before", "after", "online")]
         if not o["ok"]:
             scores[1] = f"failed: {o['error']}"
         unit = " (success)" if o["score"] == "success" else ""
-        lines.append(f"| {o['row']}{unit} | {' | '.join(scores)} | {sum(o['seconds'].values()):.0f} |")
-    return "\n".join(lines)
+        rows.append([f"{o['row']}{unit}", *scores, f"{sum(o['seconds'].values()):.0f}"])
+    return pages.table(["what others made", "data's return", "before", "after", "online", "CPU s"], rows)
 
 
 def main() -> int:

@@ -16,6 +16,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 import numpy as np
+import pages
 import torch
 from cloning_runs import Record, Records, TaskRuns, add_options, own_part, read_records, setting_of
 from numpy.typing import NDArray
@@ -72,7 +73,7 @@ def table(found: Sequence[Record], measure: str) -> str:
         run = record["run"]
         place = (run["seed"] - FIRST_SEED, run["start"], run["order"], run["goals"])
         by_task[run["task"]][place] = record[measure]
-    lines = [f"| task | runs | sd of {measure} | {' | '.join(LEVELS)} |", "|---" * (3 + len(LEVELS)) + "|"]
+    rows = []
     for task, own in by_task.items():
         values = np.full(np.max(list(own), axis=0) + 1, np.nan)
         for place, value in own.items():
@@ -82,9 +83,9 @@ def table(found: Sequence[Record], measure: str) -> str:
             continue
         parts = components(whole)
         total = sum(parts.values())
-        shares = " | ".join(f"{parts[level] / total:.0%}" if total else "-" for level in LEVELS)
-        lines.append(f"| `{task}` | {whole.size} | {np.sqrt(total):.3g} | {shares} |")
-    return "\n".join(lines)
+        shares = [f"{parts[level] / total:.0%}" if total else "-" for level in LEVELS]
+        rows.append([f"`{task}`", str(whole.size), f"{np.sqrt(total):.3g}", *shares])
+    return pages.table(["task", "runs", f"sd of {measure}", *LEVELS], rows)
 
 
 def correlation(found: Sequence[Record]) -> dict[str, float]:
