@@ -60,6 +60,8 @@ class OnlineCounters:
         best_score: Success rate and return there.
         retries: Episodes that began where one had failed before; they count among no other episodes.
         retries_solved: Those of them in which the task was solved.
+        failures: Episodes, retries apart, in which the task was not solved.
+        failures_learned: Those of them before the last gradient steps.
     """
 
     env_steps: int = 0
@@ -75,6 +77,8 @@ class OnlineCounters:
     validation_steps: int = 0
     retries: int = 0
     retries_solved: int = 0
+    failures: int = 0
+    failures_learned: int = 0
 
     def finished(self, episode: Episode) -> None:
         """Count an episode."""
@@ -82,7 +86,9 @@ class OnlineCounters:
         self.returns = [*self.returns, float(episode.rewards.sum())][-RECENT:]
         self.lengths = [*self.lengths, len(episode.rewards)][-RECENT:]
         if episode.successes is not None:
-            self.successes = [*self.successes, bool(episode.successes.any())][-RECENT:]
+            solved = bool(episode.successes.any())
+            self.successes = [*self.successes, solved][-RECENT:]
+            self.failures += not solved
 
     def tried_again(self, solved: bool) -> None:
         """Count an episode from a start at which one had failed."""

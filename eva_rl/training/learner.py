@@ -88,8 +88,13 @@ class Learner(ABC):
         """What the learning rate is multiplied by at gradient step ``update``: a linear warm-up."""
         return min(1.0, (update + 1) / max(1, self.options.warmup_steps))
 
-    def can_learn(self, replay: TrajectoryReplay) -> bool:
-        """Whether a replay holds anything to learn from: a whole episode."""
+    def can_learn(self, replay: TrajectoryReplay, failures: int) -> bool:
+        """Whether there is anything to learn from: a whole episode, by default.
+
+        Args:
+            replay: What was played.
+            failures: Episodes since the last gradient steps in which the task was not solved.
+        """
         return replay.num_complete > 0
 
     @abstractmethod

@@ -137,12 +137,14 @@ def evaluate_and_keep_best(
 def _learn(learner: Learner, replay: TrajectoryReplay, counters: OnlineCounters) -> dict[str, float]:
     """The gradient steps of an iteration, once there is something to learn from; returns the last metrics."""
     metrics: dict[str, float] = {}
-    if counters.env_steps < learner.options.learning_starts or not learner.can_learn(replay):
+    failures = counters.failures - counters.failures_learned
+    if counters.env_steps < learner.options.learning_starts or not learner.can_learn(replay, failures):
         return metrics
     learner.policy.network.train()
     for _ in range(learner.options.updates_per_iteration):
         metrics |= learner.update(replay, counters.update)
         counters.update += 1
+    counters.failures_learned = counters.failures
     learner.policy.network.eval()
     return metrics
 

@@ -95,8 +95,8 @@ class SelfImitationOptions(ReplayOptions):
     """Self-imitation of solved episodes, with further attempts at those that failed.
 
     In each round the policy attempts new goals without exploration; from the starts at which it fails it tries again
-    with noise, half of it and all of it by turns, until the task is solved. Solved episodes are cloned, with a learning
-    rate that falls to zero in every iteration.
+    with noise until the task is solved. Solved episodes are cloned, with a learning rate that falls to zero in every
+    iteration; an iteration without a failure takes no gradient step.
     """
 
     env_steps: int = option(20_000, "total env steps", above=0)
@@ -104,7 +104,7 @@ class SelfImitationOptions(ReplayOptions):
     steps_per_iteration: int = option(
         500, "env steps of an iteration at least: rounds are played to their end", above=0
     )
-    updates_per_iteration: int = option(25, "gradient steps of an iteration", above=0)
+    updates_per_iteration: int = option(25, "gradient steps of an iteration in which the policy failed", above=0)
     batch_size: int = option(32, "windows per gradient step", above=0)
     learning_rate: float = option(1e-3, "AdamW's learning rate", above=0)
     warmup_steps: int = option(20, "gradient steps of linear learning-rate warm-up", low=0, high=MANY)
@@ -117,10 +117,7 @@ class SelfImitationOptions(ReplayOptions):
     )
     retries: int = option(4, "further attempts at a start from which the policy failed", low=0, high=1000)
     exploration_noise: float = option(
-        0.2,
-        "standard deviation of the noise on (scaled) actions of every second retry; half of it in the others",
-        low=0,
-        high=2,
+        0.1, "standard deviation of the noise on (scaled) actions of retries", low=0, high=2
     )
     noise_steps: float = option(10.0, "env steps over which the noise decorrelates; 0 draws it anew", low=0, high=MANY)
 

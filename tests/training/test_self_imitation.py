@@ -257,9 +257,37 @@ def test_windows_show_the_returns_that_were_asked_for() -> None:
 def test_there_is_nothing_to_learn_from_failures_alone(demonstrated: bool) -> None:
     learner, replay = SelfImitation(make_learner(), options()), TrajectoryReplay(1000, 2, 1)
     replay.add(episode(4, solved=False), 0.0)
-    assert not learner.can_learn(replay)
+    assert not learner.can_learn(replay, failures=1)
     replay.add(episode(4, solved=not demonstrated), 0.0, demonstrated=demonstrated)
-    assert learner.can_learn(replay)
+    assert learner.can_learn(replay, failures=1)
+
+
+@pytest.mark.parametrize("solved", [False, True])
+def test_a_policy_that_solved_all_it_met_is_left_as_it_is(solved: bool) -> None:
+    """Half of the iterations meet no failure; what those before them failed at is learned from once."""
+
+    class Turns(Reach):
+        """Cannot be solved, or is at its first step, by seeds of ten."""
+
+        def _near(self) -> bool:
+            return self._steps > 0 and (solved or self.starts[-1] // 10 % 2 == 1)
+
+    task, policy = make_task(Turns, n=10), make_learner()
+    chosen = options(retries=0, steps_per_iteration=1, env_steps=180, checkpoint_every=0)
+    learner, replay = SelfImitation(policy, chosen), TrajectoryReplay(2000, 2, 1)
+    steps: list[float] = []
+
+    def log(metrics: Mapping[str, float], _: int) -> None:
+        steps.append(metrics["time/gradient_steps"])
+
+    replay.add(episode(4), 0.0, demonstrated=True)
+    counters = train_online(learner, replay, task, log=log, collector=RetryingCollector(policy, task, chosen))
+    if solved:
+        assert counters.update == 0
+        assert counters.failures == 0
+    else:
+        assert steps == [2, 2, 4, 4]
+        assert counters.failures == counters.failures_learned == 20
 
 
 def test_an_env_that_reports_no_success_is_refused() -> None:

@@ -40,9 +40,12 @@ class SelfImitation(Learner):
         super().__init__(policy, options, seed=seed, extension=extension)
         self._weights = (options.demonstration_share, options.retry_weight)
 
-    def can_learn(self, replay: TrajectoryReplay) -> bool:
-        """Whether a replay holds a demonstration or a solved episode."""
-        return replay.num_demonstrated + replay.num_solved > 0
+    def can_learn(self, replay: TrajectoryReplay, failures: int) -> bool:
+        """Whether the policy failed since the last gradient steps, and there is an episode to imitate.
+
+        One that solved all it met has nothing to learn from imitating itself.
+        """
+        return failures > 0 and replay.num_demonstrated + replay.num_solved > 0
 
     def schedule(self, update: int) -> float:
         """A warm-up at the start of each iteration, then a cosine to zero (warm restarts, arXiv 1608.03983).

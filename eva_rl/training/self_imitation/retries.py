@@ -25,8 +25,8 @@ from eva_rl.training.options import SelfImitationOptions
 class RetryingCollector:
     """Rounds of one episode an environment, with retries of those that failed; solved episodes are kept.
 
-    The first attempts are the policy's own, without noise. Retries add half of it and all
-    of it by turns, until one succeeds. Nothing is under way between two iterations.
+    The first attempts are the policy's own, without noise. Retries add noise, until one succeeds. Nothing is under way
+    between two iterations.
 
     Args:
         policy: Acts.
@@ -62,14 +62,8 @@ class RetryingCollector:
             failed: Sequence[int] = range(counters.next_seed, counters.next_seed + n)
             counters.next_seed += n
             for attempt in range(1 + options.retries):
-                failed = self._attempt(failed, self._noise(attempt, generator), replay, counters)
-
-    def _noise(self, attempt: int, generator: torch.Generator) -> SmoothNoise | None:
-        """Of an attempt, the first of which is 0 and has none."""
-        if not attempt:
-            return None
-        std = self._options.exploration_noise * (0.5 if attempt % 2 else 1.0)
-        return SmoothNoise(std, self._options.noise_steps, generator)
+                noise = SmoothNoise(options.exploration_noise, options.noise_steps, generator) if attempt else None
+                failed = self._attempt(failed, noise, replay, counters)
 
     def _attempt(
         self, seeds: Sequence[int], noise: SmoothNoise | None, replay: TrajectoryReplay, counters: OnlineCounters
