@@ -62,18 +62,21 @@ def read_csv_curve(path: Path) -> tuple[str, Curves]:
     """The score's name and the curve of each seed.
 
     Raises:
-        UserError: A column is missing, a value is no number, or a success rate is none.
+        UserError: A column is missing, a value is no number, a success rate is none, or a step has two scores.
     """
     reader = csv.DictReader(io.StringIO(read_text(path).removeprefix("\ufeff")))  # spreadsheets put a mark in front
     curves: Curves = defaultdict(dict)
     try:
         column = _score_column(reader.fieldnames or (), path)
         for row in reader:
-            step, score, seed = (
-                _number(row, name, f"{path}, line {reader.line_num}") for name in ("step", column, "seed")
-            )
-            _check(score, seed, column, f"{path}, line {reader.line_num}")
-            curves[int(seed)][step] = score
+            where = f"{path}, line {reader.line_num}"
+            step, score, seed = (_number(row, name, where) for name in ("step", column, "seed"))
+            _check(score, seed, column, where)
+            if curves[int(seed)].setdefault(step, score) != score:
+                raise UserError(
+                    f"{where}: {column}={score:g} at step {step:g} of seed {seed:g}, which had "
+                    f"{curves[int(seed)][step]:g} before. Expected one row for each step and seed."
+                )
     except csv.Error as error:
         raise UserError(f"{path}, line {reader.line_num}: {error}.") from error
     if not curves:

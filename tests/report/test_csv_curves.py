@@ -99,6 +99,7 @@ def test_a_file_by_hand(tmp_path: Path) -> None:
     assert curve(tmp_path, text) == ("success_rate", {2: {0: 0.25, 10: 0.5}, 1: {10: 1.0}})
     assert curve(tmp_path, "\ufeff" + text) == curve(tmp_path, text), "a spreadsheet marks UTF-8"
     assert curve(tmp_path, text.replace("\n", "\r\n")) == curve(tmp_path, text)
+    assert curve(tmp_path, text + text.partition("\n")[2]) == curve(tmp_path, text), "a row twice says nothing new"
     assert curve(tmp_path, 'step,"success",seed\n"3",".5","7"\n') == ("success_rate", {7: {3: 0.5}})
 
 
@@ -121,6 +122,7 @@ def test_of_two_scores_success_is_read_whatever_their_order(order: str, tmp_path
         ("step,success,seed\n1,1,1.5\n", r"line 2: seed=1\.5, expected a whole number"),
         ('step,success,seed\n1,1,1\n"' + "1\n" * 70_000, "field larger than field limit"),
         ("step,success,seed\n", "has no rows"),
+        ("step,success,seed\n5,0.5,1\n5,0.5,2\n5,0.25,1\n", r"line 4: success=0\.25 at step 5 of seed 1, which had 0"),
     ],
 )
 def test_a_mistake_is_named_with_its_line(text: str, told: str, tmp_path: Path) -> None:
