@@ -85,7 +85,7 @@ class OnlineAlgo(OnlineOptions, AlgoOptions):
     With ``bc.updates`` above 0 the policy clones the demonstrations first.
     """
 
-    num_envs: int = option(10, "parallel environments, from no exploration noise to all of it", above=0)
+    num_envs: int = option(10, "parallel environments", above=0)
     workers: int = option(
         0, "0 steps all environments in this process, 1 gives each a process of its own", low=0, high=1
     )
@@ -114,6 +114,7 @@ class ReplayAlgo(OnlineAlgo):
 class ODTAlgo(ODTOptions, ReplayAlgo):
     """Online Decision Transformer (arXiv 2202.05607)."""
 
+    num_envs: int = option(10, "parallel environments, from no exploration noise to all of it", above=0)
     initial_std: float = option(
         0.1, "standard deviation, before the tanh, that a deterministic policy begins with", above=0
     )

@@ -38,6 +38,13 @@ def test_the_table_of_cw10_comes_from_its_records() -> None:
     assert found == markdown_table(module.success_table(json.loads(path.read_text()))), again
 
 
+def test_the_shipped_policy_s_command_is_the_script_s() -> None:
+    lines = (ROOT / "benchmarks/mt40.sh").read_text().replace("\\\n", "").splitlines()
+    command = next(line for line in lines if line.startswith("python -m eva_rl.pretrain"))
+    shown = re.findall(r"^python -m eva_rl\.pretrain.*", (DOCS / "mt40.md").read_text(), re.MULTILINE)
+    assert [shlex.split(line) for line in shown] == [shlex.split(command.replace("$runs", "runs/mt40"))]
+
+
 def explained(section: str) -> re.Pattern[str]:
     """What the tables of a section of metrics.md name: `key`, or `group/...` and `group/NAME` for all of a group."""
     text = (DOCS / "metrics.md").read_text().split(section)[1].split("\n## ")[0]
