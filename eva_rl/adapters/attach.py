@@ -281,6 +281,26 @@ def has_adapter(network: nn.Module) -> bool:
     return any(part in name for name, _ in network.named_parameters() for part in ADAPTER_PARTS)
 
 
+def is_merged(network: nn.Module) -> bool:
+    """Whether an adapter of PEFT's is merged into the network's weights."""
+    return any(getattr(module, "merged_adapters", None) for module in network.modules())
+
+
+def refuse_merged(network: nn.Module, name: str = "") -> None:
+    """Raise if an adapter of the network is merged into its weights, which are then not the base's.
+
+    Args:
+        network: With adapters or without.
+        name: Of the adapter, for the message.
+
+    Raises:
+        UserError: One is merged.
+    """
+    if is_merged(network):
+        which = f"The adapter {name!r}" if name else "An adapter"
+        raise UserError(f"{which} is merged into the weights. Call unmerge() first.")
+
+
 def base_weights(network: nn.Module, adapter: AttachedAdapter | None = None) -> dict[str, Tensor]:
     """Weights of the policy without its adapter, under the names they had before it was attached.
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eva_rl.adapters.attach import AttachedAdapter, base_weights
+from eva_rl.adapters.attach import AttachedAdapter, base_weights, refuse_merged
 from eva_rl.adapters.extensions import ADAPTER_NAME, WEIGHTS_FILE, RewrittenBase
 from eva_rl.adapters.switching import CONFIG_FILE, ORIGIN_FILE, AdaptedPolicy
 from eva_rl.agents.huggingface.options import ImportOptions
@@ -36,7 +36,11 @@ def save_adapted_policy(
         policy: With the adapter attached.
         adapter: What :func:`eva_rl.adapters.attach_adapter` returned.
         model_card: Text of README.md.
+
+    Raises:
+        UserError: An adapter is merged into the weights: the base would hold it, too.
     """
+    refuse_merged(policy.network)
     weights = base_weights(policy.network, adapter)
 
     def write(aside: Path) -> None:

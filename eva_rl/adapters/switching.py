@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
-from eva_rl.adapters.attach import AttachedAdapter, base_weights, extension_of
+from eva_rl.adapters.attach import AttachedAdapter, base_weights, extension_of, is_merged, refuse_merged
 from eva_rl.adapters.methods import METHODS
 from eva_rl.adapters.validation import CONFIG_FILE, ORIGIN_FILE, changed_weights, check_adapter, read_origin
 from eva_rl.agents.policy import DecisionTransformerPolicy
@@ -215,8 +215,7 @@ class Adapters:
 
     def unmerge(self) -> None:
         """Take a merged adapter out of the base weights again, to rounding."""
-        if self._merged():
-            assert self._model is not None
+        if self._model is not None and is_merged(self._policy.network):
             self._model.unmerge_adapter()
 
     def merge_and_unload(self) -> None:
@@ -235,8 +234,9 @@ class Adapters:
         """The one adapter, for the training loop and for saving.
 
         Raises:
-            UserError: There is none, or there are several.
+            UserError: There is none, there are several, or it is merged.
         """
+        self._refuse_merged()
         if self._model is None or len(self._origins) != 1:
             raise UserError(f"Expected one adapter to train or save, the policy has {len(self._origins)}.")
         method = METHODS.get(next(iter(self._origins.values())).get("method", ""), METHODS["lora"])
@@ -245,12 +245,8 @@ class Adapters:
     def _off(self) -> bool:
         return any(getattr(module, "disable_adapters", False) for module in self._policy.network.modules())
 
-    def _merged(self) -> bool:
-        return any(getattr(module, "merged_adapters", None) for module in self._policy.network.modules())
-
     def _refuse_merged(self) -> None:
-        if self._merged():
-            raise UserError(f"The adapter {self._active!r} is merged into the weights. Call unmerge() first.")
+        refuse_merged(self._policy.network, self._active or "")
 
 
 @contextmanager

@@ -48,6 +48,22 @@ def test_off_merged_and_unmerged_in_place(method: str, tmp_path: Path, reach_dem
         assert close(acted(policy, batch), base)
 
 
+def test_a_merged_adapter_is_neither_saved_nor_trained(tmp_path: Path, reach_demonstrations: Trajectories) -> None:
+    """The base would hold it, and the adapter beside it a second time."""
+    expected, batch = trained("lora", reach_demonstrations, tmp_path / "policy"), windows(reach_demonstrations)
+    policy = load_policy(tmp_path / "policy")
+    adapter = policy.adapters.attached()
+    policy.adapters.merge()
+    with pytest.raises(UserError, match=r"'default' is merged.*unmerge"):
+        policy.adapters.attached()
+    with pytest.raises(UserError, match=r"is merged.*unmerge"):
+        save_adapted_policy(tmp_path / "again", policy, adapter, "card")
+    assert not (tmp_path / "again").exists()
+    policy.adapters.unmerge()
+    save_adapted_policy(tmp_path / "again", policy, policy.adapters.attached(), "card")
+    assert close(acted(load_policy(tmp_path / "again"), batch), expected)
+
+
 def test_one_adapter_a_task(tmp_path: Path, reach_demonstrations: Trajectories) -> None:
     """Of different methods, ranks and layers, on the base that they have in common."""
     batch = windows(reach_demonstrations)
