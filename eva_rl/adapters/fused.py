@@ -28,7 +28,7 @@ from eva_rl.agents.transformer import Attention
 
 ADALORA_EPSILON = 1e-5
 """PEFT divides AdaLoRA's update by the rank plus this."""
-_Versions = tuple[tuple[int, int], ...]
+_Versions = tuple[float, tuple[tuple[int, int], ...]]
 
 
 @dataclass(frozen=True)
@@ -192,6 +192,8 @@ class _Fused:
     """What the fused classes share: when they apply, and W' between calls without gradients."""
 
     _kept: tuple[_Versions, Tensor] | None = None
+    scaling: dict[str, float]
+    active_adapters: list[str]
 
     def low_rank(self) -> LowRank | None:
         """The layer as it acts now; None where PEFT's own forward is needed (off, merged, dropout, several at once)."""
@@ -213,10 +215,11 @@ class _Fused:
         return F.linear(x, self._effective_weight(layer), layer.bias)
 
     def _effective_weight(self, layer: LowRank) -> Tensor:
-        """W' (out, in), composed again only where a parameter has changed since the last call."""
+        """W' (out, in), composed again only where a parameter or the scale has changed since the last call."""
         if torch.compiler.is_compiling():
             return layer.composed()[0]
-        versions = tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in self._sources())
+        scale = self.scaling[self.active_adapters[0]]
+        versions = scale, tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in self._sources())
         if self._kept is None or self._kept[0] != versions:
             with torch.autocast(layer.weight.device.type, enabled=False):
                 self._kept = versions, layer.composed()[0]

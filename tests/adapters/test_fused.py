@@ -6,7 +6,9 @@ import copy
 
 import pytest
 import torch
+from peft.helpers import rescale_adapter_scale
 from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.miss.layer import MissLinear
 from torch import Tensor
 
@@ -152,6 +154,30 @@ def test_acting_composes_once_and_leaves_the_base(
         unfuse(network)
         torch.testing.assert_close(again, network(batch), atol=1e-5, rtol=0)
     assert not torch.allclose(again, acted, atol=1e-5), "what was learned acts"
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "adalora"])
+def test_another_scale_acts_at_once(method: str, reach_demonstrations: Trajectories, batch: WindowBatch) -> None:
+    """PEFT's ways to change it, after a call without gradients has kept what the old one gave."""
+    policy = trained_a_little(method, reach_demonstrations)
+    network = policy.network.eval()
+
+    def scaled(scale: float) -> None:
+        for module in network.modules():
+            if isinstance(module, LoraLayer):
+                module.set_scale("default", scale)
+
+    with torch.no_grad():
+        acted = network(batch)
+        with rescale_adapter_scale(network, 0.0):
+            without = network(batch)
+            unfuse(network)
+            torch.testing.assert_close(without, network(batch), atol=1e-5, rtol=0)
+            fuse(network)
+        assert (without - acted).abs().max() > 1e-4
+        torch.testing.assert_close(network(batch), acted, atol=1e-6, rtol=0)
+        scaled(0.0)
+        torch.testing.assert_close(network(batch), without, atol=1e-6, rtol=0)
 
 
 def test_merged_off_and_hooked_layers_are_pefts(reach_demonstrations: Trajectories, batch: WindowBatch) -> None:
