@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -63,13 +64,18 @@ class CachedDecoder:
         self.length = 0
 
     def refresh(self, network: DecisionTransformer) -> None:
-        """Read the weights again where they have changed, as while a policy learns online; the cache stays."""
-        if _versions(network) != self._versions:
+        """Read the weights again where they have changed, as while a policy learns online; the cache stays.
+
+        An adapter that is switched, turned off, merged or rescaled changes them, too.
+        """
+        if (_versions(network), _acting(self._adapted)) != (self._versions, self._acting):
             with torch.no_grad():
                 self._read(network)
 
     def _read(self, network: DecisionTransformer) -> None:
         config, self._versions = network.config, _versions(network)
+        self._adapted = [module for module in network.modules() if hasattr(module, "active_adapters")]
+        self._acting = _acting(self._adapted)
         self._kinds = {
             kind: _linear(getattr(network, f"embed_{name}"))
             for kind, name in ((RETURN, "return"), (STATE, "state"), (ACTION, "action"), (REWARD, "reward"))
@@ -145,6 +151,19 @@ class CachedDecoder:
 def _versions(network: nn.Module) -> list[int]:
     """What changes with every in-place change of a parameter."""
     return [0 if parameter.is_inference() else parameter._version for parameter in network.parameters()]
+
+
+def _acting(adapted: list[Any]) -> list[tuple[Any, ...]]:
+    """What PEFT's layers say of how their adapters act: which of them do, whether at all, and at which scale."""
+    return [
+        (
+            module.disable_adapters,
+            tuple(module.active_adapters),
+            tuple(module.merged_adapters),
+            tuple(getattr(module, "scaling", {}).items()),  # MiSS has none
+        )
+        for module in adapted
+    ]
 
 
 def _layer(block: nn.Module) -> _Layer:

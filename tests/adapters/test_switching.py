@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
 import torch
+from peft.helpers import rescale_adapter_scale
 
 from eva_rl.adapters import load_policy, save_adapted_policy
 from eva_rl.agents import DecisionTransformerPolicy, save_policy
@@ -85,6 +88,40 @@ def test_one_adapter_a_task(tmp_path: Path, reach_demonstrations: Trajectories) 
     policy.adapters.merge_and_unload()
     assert close(acted(policy, batch), expected["pissa"])
     assert policy.adapters.names == ()
+
+
+@pytest.mark.parametrize("window", ["cached", "static"])
+@pytest.mark.parametrize("method", ["lora", "miss"])
+def test_a_switch_acts_at_once(
+    window: Literal["cached", "static"], method: str, tmp_path: Path, reach_demonstrations: Trajectories
+) -> None:
+    """Where the decoder keeps its own copy of the weights, and where modules are called; no reset between."""
+    trained(method, reach_demonstrations, tmp_path / "policy")
+    policy = load_policy(tmp_path / "policy")
+    policy.window = window
+
+    def first() -> np.ndarray:
+        return policy.act(np.ones((2, 39), np.float32), np.zeros(2, np.float32), np.ones(2, bool))
+
+    def after(change: Callable[[], object]) -> np.ndarray:
+        change()
+        policy.reset(["metaworld/reach-v3"] * 2)
+        return first()
+
+    on, off = after(lambda: None), after(lambda: policy.adapters.use(None))
+    assert np.abs(on - off).max() > 1e-4
+    policy.adapters.use("default")
+    np.testing.assert_allclose(first(), on, atol=1e-6)
+    with policy.adapters.off():
+        np.testing.assert_allclose(first(), off, atol=1e-6)
+    np.testing.assert_allclose(first(), on, atol=1e-6)
+    policy.adapters.merge()
+    np.testing.assert_allclose(first(), on, atol=1e-5)
+    policy.adapters.unmerge()
+    if method == "lora":
+        with rescale_adapter_scale(policy.network, 0.0):
+            np.testing.assert_allclose(first(), off, atol=1e-6)
+        np.testing.assert_allclose(first(), on, atol=1e-5)
 
 
 def test_what_cannot_go_together(tmp_path: Path, reach_demonstrations: Trajectories) -> None:
