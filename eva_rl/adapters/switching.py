@@ -76,7 +76,7 @@ class Adapters:
         Args:
             name: To call it by.
             folder: As PEFT writes it.
-            is_trainable: Whether it is going to be trained.
+            is_trainable: Whether it is going to be trained: its parameters ask for gradients while it acts.
 
         Raises:
             UserError: A file is missing or damaged, it was made for another base, its shapes are others, or the name
@@ -100,9 +100,7 @@ class Adapters:
         self._origins[name] = origin
         if origin.get("target_return") is not None:
             self._policy.with_target(origin["target_return"], origin.get("env_id", ""))
-        if not is_trainable:
-            self.use(name)
-        self._active = name
+        self.use(name)
 
     def _read(self, name: str, folder: Path, is_trainable: bool) -> None:
         from peft import PeftConfig, PeftModel
@@ -160,7 +158,7 @@ class Adapters:
                 self._model.base_model.disable_adapter_layers()
             else:
                 self._model.base_model.enable_adapter_layers()
-                self._model.set_adapter(name, inference_mode=True)
+                self._model.set_adapter(name, inference_mode=self._model.peft_config[name].inference_mode)
         self._active = name
 
     @contextmanager

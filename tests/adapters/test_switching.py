@@ -90,6 +90,43 @@ def test_one_adapter_a_task(tmp_path: Path, reach_demonstrations: Trajectories) 
     assert policy.adapters.names == ()
 
 
+@pytest.mark.parametrize("method", ["dora", "adalora", "mica", "miss"])
+def test_a_trainable_adapter_stays_so(method: str, tmp_path: Path, reach_demonstrations: Trajectories) -> None:
+    """Of those that were loaded to be trained, the parameters of the active one ask for gradients, and no others."""
+    trained(method, reach_demonstrations, tmp_path / "policy")
+    policy = load_policy(tmp_path / "policy", is_trainable=True)
+
+    def asking() -> set[str]:
+        return {name for name, p in policy.network.named_parameters() if p.requires_grad}
+
+    trainable = asking()
+    assert trainable
+    with policy.adapters.off():
+        assert not asking()
+    assert asking() == trainable
+    policy.adapters.use(None)
+    policy.adapters.use("default")
+    assert asking() == trainable
+    policy.adapters.add("fixed", tmp_path / "policy/adapter")
+    assert policy.adapters.active == "fixed"
+    assert not asking()
+    policy.adapters.use("default")
+    assert asking() == trainable
+
+
+def test_a_second_adapter_to_be_trained_is_the_active_one(tmp_path: Path, reach_demonstrations: Trajectories) -> None:
+    first = trained("lora", reach_demonstrations, tmp_path / "lora")
+    second = trained("dora", reach_demonstrations, tmp_path / "dora")
+    policy, batch = load_policy(tmp_path / "lora", is_trainable=True), windows(reach_demonstrations)
+    policy.adapters.add("more", tmp_path / "dora/adapter", is_trainable=True)
+    assert policy.adapters.active == "more"
+    assert close(acted(policy, batch), second)
+    assert all(".more." in name for name, p in policy.network.named_parameters() if p.requires_grad)
+    policy.adapters.use("default")
+    assert close(acted(policy, batch), first)
+    assert all(".default." in name for name, p in policy.network.named_parameters() if p.requires_grad)
+
+
 @pytest.mark.parametrize("window", ["cached", "static"])
 @pytest.mark.parametrize("method", ["lora", "miss"])
 def test_a_switch_acts_at_once(
