@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from eva_rl.report.reading import one_line
-from eva_rl.report.runs import SCORES, Run, Settings, score_keys
+from eva_rl.report.runs import SCORES, Run, score_keys
+from eva_rl.report.settings import Settings
 from eva_rl.report.stats.aggregates import Floats
 
 EPISODE_KEYS = {"success_rate": "success", "normalized_score": "episode_return", "mean_reward": "episode_return"}

@@ -12,8 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from eva_rl.adapters import METHODS
-from eva_rl.cli.run_dir import CONFIG_FILE, FREE_IN_GROUPS, FREE_TO_CHANGE, SUMMARY_FILE, VERSIONS_FILE
+from eva_rl.cli.run_dir import CONFIG_FILE, SUMMARY_FILE, VERSIONS_FILE
 from eva_rl.errors import UserError, counted
 from eva_rl.files import check_files, check_seal, expanded
 from eva_rl.report.reading import (
@@ -27,6 +26,7 @@ from eva_rl.report.reading import (
     read_rows,
     read_yaml,
 )
+from eva_rl.report.settings import Settings, settings_of
 from eva_rl.tracking.tracker import METRICS_FILE
 
 EVALUATION_FILE = "evaluation.json"
@@ -34,15 +34,8 @@ READ_IN_PART = (METRICS_FILE, EVALUATION_FILE, VERSIONS_FILE)
 """Files without which, or with other numbers in which, a run still counts."""
 RECORD, FORMAT, DIGEST = "eva_rl_record", 1, "sha256"
 """The key by which the record of a run is recognised, the number of its format, and the key of its checksum."""
-NO_SETTINGS = FREE_TO_CHANGE | {"seed", "env.id", "adapter.method", "data.source", "data.seed", "data.workers"}
-"""Keys that name a run or change no result; the rest tells methods apart."""
-NO_SETTINGS |= {"eval.every", "eval.quick_episodes", "eval.at", "algo.eval_every", "algo.checkpoint_every"}
-NO_SETTINGS |= {"algo.workers", "algo.replay_on_disk", "study"}
-EVA_KEYS = ("adapter.rho", "adapter.tau", "adapter.center", "adapter.score", "adapter.variant")
 SCORES = {"success_rate": "success rate", "normalized_score": "normalised score", "mean_reward": "return"}
 """What a task is judged by: the first of these that its runs have."""
-
-Settings = tuple[tuple[str, Any], ...]
 
 
 @dataclass(frozen=True)
@@ -325,37 +318,6 @@ def _versions(folder: Path) -> dict[str, str]:
     except UserError:  # written since 0.1.0; a run without it counts
         return {}
     return {str(key): one_line(value) for key, value in found.items() if isinstance(value, str)}
-
-
-def settings_of(config: Mapping[str, Any], summary: Mapping[str, Any]) -> Settings:
-    """What decides a result besides task, method and seed: canonical JSON by dotted key."""
-    flat = {key: value for key, value in _flat(config) if not _ignored(key, summary)}
-    data = summary.get("data") or {}
-    task = summary["env"]
-    origin = str(data.get("source", "none"))
-    flat["data.source"] = origin.replace(task, "TASK").replace(task.rpartition("/")[2], "TASK")
-    return tuple(sorted((one_line(key), json.dumps(value, default=str)) for key, value in flat.items()))
-
-
-def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in config.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def _ignored(key: str, summary: Mapping[str, Any]) -> bool:
-    """Whether a setting changes no result, or the run's method ignores it."""
-    method = METHODS.get(str(summary["method"]))
-    group, _, name = key.rpartition(".")
-    if key in NO_SETTINGS or key.partition(".")[0] in NO_SETTINGS or (group and name in FREE_IN_GROUPS):
-        return True
-    if method is None or not key.startswith("adapter."):
-        return False
-    if not method.adapter:
-        return True
-    return (not method.eva and key in EVA_KEYS) or (not method.needs and key.startswith("adapter.eva."))
 
 
 def _without_duplicates(runs: Sequence[Run], problems: list[Problem]) -> tuple[list[Run], list[Problem]]:

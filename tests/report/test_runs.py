@@ -26,8 +26,8 @@ from eva_rl.report.runs import (
     read_runs,
     score_keys,
     select,
-    settings_of,
 )
+from eva_rl.report.settings import settings_of
 from eva_rl.rollouts.episodes import EpisodeRecord
 from eva_rl.rollouts.evaluation import EvaluationResult
 from tests.report.making_groups import make_run
