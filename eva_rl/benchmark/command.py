@@ -207,7 +207,7 @@ def run_cells(cells: Sequence[Cell], config: BenchmarkConfig, phase: str) -> Non
 
 def write_report(cells: Sequence[Cell], config: BenchmarkConfig, study: Study) -> None:
     """Report on the records there are; runs without one are listed."""
-    places = [cell.record if cell.record.exists() else cell.run_dir for cell in cells]
+    places = [cell.record if cell.keep() else cell.run_dir for cell in cells]
     if not any(cell.record.exists() for cell in cells if not cell.tuning):
         return
     options = report.ReportConfig(

@@ -28,7 +28,7 @@ from eva_rl.finetune.adapter import check_adapter
 from eva_rl.launch.jobs import Job
 from eva_rl.launch.launching import last_words
 from eva_rl.report.reading import one_line
-from eva_rl.report.runs import Run, read_config, read_record
+from eva_rl.report.runs import ABOUT_FILE, Run, read_config, read_record
 
 DIVERGED = "diverged"
 QUICKER = "eval.stop_at_success=true"
@@ -99,6 +99,11 @@ class Cell:
         return self.place.out / "logs" / f"{self.name.replace('/', '-')}.log"
 
     @property
+    def about(self) -> dict[str, Any]:
+        """Its method by the name that the study gives it, and the settings that are tried, if it is a tuning run."""
+        return {"method": self.method, "tuning": dict(self.chosen) if self.tuning else None}
+
+    @property
     def has_diverged(self) -> bool:
         """Whether it ended because a loss was not finite, which counts as an answer while tuning."""
         return self.record.with_suffix(f".{DIVERGED}").exists()
@@ -130,11 +135,13 @@ class Cell:
 
     def keep(self) -> bool:
         """Write the record of a run that has finished, or that diverged while tuning; whether there is one now."""
+        finished = (self.run_dir / SUMMARY_FILE).exists()
+        if finished and not (self.run_dir / ABOUT_FILE).exists():
+            write_json(self.run_dir / ABOUT_FILE, self.about)
         if self.record.exists() or (self.tuning and self.has_diverged):
             return True
-        if (self.run_dir / SUMMARY_FILE).exists():
-            about = {"method": self.method, "tuning": dict(self.chosen) if self.tuning else None}
-            write_record(self.record, self.run_dir, self.name, about)
+        if finished:
+            write_record(self.record, self.run_dir, self.name, self.about)
             return True
         reason = last_words(self.log)
         if self.tuning and any(words in reason for words in NOT_FINITE):

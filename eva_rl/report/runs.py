@@ -30,6 +30,8 @@ from eva_rl.report.settings import Settings, settings_of
 from eva_rl.tracking.tracker import METRICS_FILE
 
 EVALUATION_FILE = "evaluation.json"
+ABOUT_FILE = "study.json"
+"""In the run directories of a benchmark: which of its methods a run belongs to, and what was tuned."""
 READ_IN_PART = (METRICS_FILE, EVALUATION_FILE, VERSIONS_FILE)
 """Files without which, or with other numbers in which, a run still counts."""
 RECORD, FORMAT, DIGEST = "eva_rl_record", 1, "sha256"
@@ -174,7 +176,7 @@ def read_runs(folders: Sequence[Path]) -> tuple[list[Run], list[Problem]]:
 
 def select(runs: Sequence[Run], problems: Sequence[Problem]) -> tuple[list[Run], list[Problem]]:
     """Leave out copies, and runs without the score that the other runs of their task are judged by."""
-    return _without_scoreless(*_without_duplicates(runs, list(problems)))
+    return _without_scoreless(*_without_duplicates(*_without_recorded(runs, problems)))
 
 
 def read_run(folder: Path) -> tuple[Run, list[Problem]]:
@@ -197,10 +199,27 @@ def read_run(folder: Path) -> tuple[Run, list[Problem]]:
     check_seal(raw, path)
     check_files(raw, folder, [CONFIG_FILE], path)
     goals, damaged_goals = _goals(folder, summary["env"])
-    run = make_run(folder, config, summary, goals, rows, _versions(folder))
+    run = _of_study(make_run(folder, config, summary, goals, rows, _versions(folder)))
     reasons = [reason for reason in (damaged_rows, damaged_goals) if reason]
     reasons += _changed(raw, folder, [name for name in READ_IN_PART if name not in " ".join(reasons)])
     return run, [Problem(folder, "in part", reason) for reason in reasons]
+
+
+def _of_study(run: Run) -> Run:
+    """A run with the method and the tuned settings that the benchmark which made it noted in its run directory."""
+    path = run.folder / ABOUT_FILE
+    if not path.exists():
+        return run
+    try:
+        return _named(run, read_json_object(path))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} names no method of a study ({error}). Remove it to read the run by itself.") from error
+
+
+def _named(run: Run, about: Mapping[str, Any]) -> Run:
+    """A run with the method and the tuned settings that its study says."""
+    tuning = None if about["tuning"] is None else {one_line(k): _as_typed(v) for k, v in about["tuning"].items()}
+    return replace(run, method=one_line(about["method"]), tuning=tuning)
 
 
 def _changed(raw: Mapping[str, Any], folder: Path, names: Sequence[str]) -> list[str]:
@@ -259,10 +278,7 @@ def _run(path: Path, body: Mapping[str, Any]) -> Run:
     goals = {int(seed): _goal(success, total) for seed, success, total in zip(*lists, strict=True)}
     rows = [{key: float(value) for key, value in row.items() if is_number(value)} for row in body["curve"]]
     sound = [row for row in rows if {"step", "wall_time"} <= row.keys()]
-    run = make_run(path, body["config"], summary, goals, sound, body["versions"])
-    about = body["about"]
-    tuning = None if about["tuning"] is None else {one_line(k): _as_typed(v) for k, v in about["tuning"].items()}
-    return replace(run, method=one_line(about["method"]), tuning=tuning)
+    return _named(make_run(path, body["config"], summary, goals, sound, body["versions"]), body["about"])
 
 
 def _as_typed(value: Any) -> str:
@@ -318,6 +334,18 @@ def _versions(folder: Path) -> dict[str, str]:
     except UserError:  # written since 0.1.0; a run without it counts
         return {}
     return {str(key): one_line(value) for key, value in found.items() if isinstance(value, str)}
+
+
+def _without_recorded(runs: Sequence[Run], problems: Sequence[Problem]) -> tuple[list[Run], list[Problem]]:
+    """Leave out the run directory of a run whose record was found as well, and what is said of it: it counts once."""
+    recorded = {_identity(run) for run in runs if run.folder.is_file()}
+    twice = {run.folder for run in runs if not run.folder.is_file() and _identity(run) in recorded}
+    return [run for run in runs if run.folder not in twice], [p for p in problems if p.folder not in twice]
+
+
+def _identity(run: Run) -> tuple[Any, ...]:
+    """What the record of a run has in common with its run directory, and no two runs have: seconds are in a summary."""
+    return run.task, run.seed, run.settings, json.dumps(run.summary, sort_keys=True)
 
 
 def _without_duplicates(runs: Sequence[Run], problems: list[Problem]) -> tuple[list[Run], list[Problem]]:

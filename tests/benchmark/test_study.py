@@ -26,6 +26,7 @@ from eva_rl.benchmark.tuning import choose
 from eva_rl.cli.parsing import parse
 from eva_rl.errors import UserError
 from eva_rl.files import write_json
+from eva_rl.report.runs import find_runs, read_runs
 from tests.conftest import make_policy
 from tests.report.making_runs import make_run
 
@@ -131,6 +132,29 @@ def finish(cell: Any, solved: float) -> None:
     write_record(
         cell.record, folder, cell.name, {"method": cell.method, "tuning": dict(cell.chosen) if cell.tuning else None}
     )
+
+
+def test_a_study_is_reported_from_its_run_directories_too(tmp_path: Path) -> None:
+    """They were read as runs of their adapters, and those of the tuning phase as runs of the test."""
+    study = read_study(
+        write(
+            tmp_path / "study.yaml",
+            endpoint="final",
+            tasks=["reach-v3"],
+            methods={"small": {"adapter": "eva", "adapter.rank": 2}},
+        )
+    )
+    tuned = tuning_cells(study, place(tmp_path))
+    cells = [*tuned, *comparison_cells(study, place(tmp_path), {"small": {}})]
+    for cell in cells:
+        words = [word for word in cell.overrides if not word.startswith(("run_dir", "eval.epi"))]
+        make_run(cell.run_dir, cell.task, [True, False, cell.seed > 0, cell.tuning], *words)
+        assert cell.keep()
+    both, records, folders = (read_runs(find_runs([str(tmp_path / where)])) for where in ("", "records", "out"))
+    for runs, problems in (both, records, folders):
+        found = sorted((run.method, run.seed, "" if run.tuning is None else str(*run.tuning.values())) for run in runs)
+        assert found == [("small", 0, ""), ("small", 1, ""), ("small", 7, "0.001"), ("small", 7, "0.01")]
+        assert problems == []
 
 
 def test_the_best_mean_is_chosen_and_divergence_never(tmp_path: Path) -> None:

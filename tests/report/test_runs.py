@@ -98,6 +98,34 @@ def test_a_record_is_its_run(tmp_path: Path) -> None:
         assert episodes_by_seed(json.loads((folder / "evaluation.json").read_text()), "t") == back.goals
 
 
+@pytest.mark.parametrize("tuning", [None, {"algo.x": 0.5}])
+def test_a_run_and_its_record_count_once(tuning: dict[str, Any] | None, tmp_path: Path) -> None:
+    """Under its adapter's name the run directory was one more run, and that of a tuning run was tested."""
+    folder = run_folder(tmp_path / "out" / "t" / "seed_3")
+    record = tmp_path / "out" / "records" / "seed_3.json"
+    write_record(record, folder, "name", {"method": "mine", "tuning": tuning})
+    (folder / "metrics.jsonl").unlink()  # the record has what it held
+    again = run_folder(tmp_path / "again", SUMMARY | {"updates": 9})
+    for places in ([folder, record, again], [again, record, folder]):
+        runs, problems = read_runs(places)
+        found = {run.folder: (run.method, run.tuning) for run in runs}
+        assert found == {record: ("mine", {"algo.x": "0.5"} if tuning else None), again: ("eva", None)}
+        assert problems == []
+
+
+def test_a_run_directory_says_what_it_is_in_its_study(tmp_path: Path) -> None:
+    """Where its record lies elsewhere."""
+    folder = run_folder(tmp_path / "run")
+    (folder / "study.json").write_text('{"method": "mine", "tuning": {"algo.x": true}}')
+    ((run,), _) = read_runs([folder])
+    assert (run.method, run.tuning) == ("mine", {"algo.x": "true"})
+    for damaged in ("{}", '{"method": "mine", "tuning": 3}'):
+        (folder / "study.json").write_text(damaged)
+        runs, (problem,) = read_runs([folder])
+        assert (runs, problem.kind) == ([], "damaged")
+        assert "study.json names no method of a study" in problem.reason
+
+
 def set_in(*path: str, to: Any) -> Callable[[dict[str, Any]], None]:
     def change(record: dict[str, Any]) -> None:
         place = record
