@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from eva_rl.adapters import METHODS
+from eva_rl.adapters.methods import METHODS, OWN_GAIN, Method
 from eva_rl.cli.parsing import flat
 from eva_rl.cli.run_dir import FREE_IN_GROUPS, FREE_TO_CHANGE
 from eva_rl.report.reading import one_line
@@ -15,14 +15,18 @@ NO_SETTINGS = FREE_TO_CHANGE | {"seed", "env.id", "adapter.method", "data.source
 """Keys that name a run or change no result; the rest tells methods apart."""
 NO_SETTINGS |= {"eval.every", "eval.quick_episodes", "eval.at", "algo.eval_every", "algo.checkpoint_every"}
 NO_SETTINGS |= {"algo.workers", "algo.replay_on_disk", "study"}
-EVA_KEYS = ("adapter.rho", "adapter.tau", "adapter.center", "adapter.score", "adapter.variant")
+VALIDATION, KEEP_BEST = ("algo.eval_every", "eval.quick_episodes"), "algo.keep_best"
+"""Settings that decide a result where the best parameters are kept, and the one that says so."""
+EVA_KEYS = ("adapter.rho", "adapter.tau", "adapter.center", "adapter.score")
+VARIANT, EVA_DATA, GAIN = "adapter.variant", "adapter.eva.", "adapter.gain"
 
 Settings = tuple[tuple[str, Any], ...]
 
 
 def settings_of(config: Mapping[str, Any], summary: Mapping[str, Any]) -> Settings:
     """What decides a result besides task, method and seed: canonical JSON by dotted key."""
-    found = {key: value for key, value in flat(config) if not _ignored(key, summary)}
+    everything = dict(flat(config))
+    found = {key: value for key, value in everything.items() if not _ignored(key, everything, str(summary["method"]))}
     data = summary.get("data") or {}
     task = summary["env"]
     origin = str(data.get("source", "none"))
@@ -30,14 +34,22 @@ def settings_of(config: Mapping[str, Any], summary: Mapping[str, Any]) -> Settin
     return tuple(sorted((one_line(key), json.dumps(value, default=str)) for key, value in found.items()))
 
 
-def _ignored(key: str, summary: Mapping[str, Any]) -> bool:
+def _ignored(key: str, settings: Mapping[str, Any], method: str) -> bool:
     """Whether a setting changes no result, or the run's method ignores it."""
-    method = METHODS.get(str(summary["method"]))
+    if key in VALIDATION and settings.get(KEEP_BEST):
+        return False
     group, _, name = key.rpartition(".")
     if key in NO_SETTINGS or key.partition(".")[0] in NO_SETTINGS or (group and name in FREE_IN_GROUPS):
         return True
-    if method is None or not key.startswith("adapter."):
-        return False
+    return key.startswith("adapter.") and method in METHODS and _ignored_by(METHODS[method], key, settings)
+
+
+def _ignored_by(method: Method, key: str, settings: Mapping[str, Any]) -> bool:
+    """Whether a method ignores a setting of its adapter."""
     if not method.adapter:
         return True
-    return (not method.eva and key in EVA_KEYS) or (not method.needs and key.startswith("adapter.eva."))
+    if key == VARIANT:  # rotate is every method's
+        return not method.eva and settings[key] is None
+    if key.startswith(EVA_DATA):  # a gain is measured on it
+        return not method.needs and settings.get(GAIN, OWN_GAIN) == OWN_GAIN
+    return not method.eva and key in EVA_KEYS

@@ -172,16 +172,36 @@ def test_settings_tell_methods_apart_and_nothing_else() -> None:
 
     adapter = {"rank": 8, "rho": 2.0, "method": "eva", "eva": {"rows": 9}}
     algo, env = {"updates": 5, "compile": True, "log_every": 3}, {"id": "a", "timeout": 600.0}
+    adapter |= {"variant": None, "gain": "own"}
     config = {"seed": 4, "adapter": adapter, "data": {"workers": 2}, "algo": algo, "env": env}
     rest = {"data.source": '"none"', "algo.updates": "5"}
-    eva = settings(config)
-    assert eva == rest | {"adapter.rank": "8", "adapter.rho": "2.0", "adapter.eva.rows": "9"}
-    assert settings(config, method="lora") == rest | {"adapter.rank": "8"}
+    lora = rest | {"adapter.rank": "8", "adapter.gain": '"own"'}
+    assert settings(config, method="lora") == lora
+    eva = {"adapter.rho": "2.0", "adapter.eva.rows": "9", "adapter.variant": "null"}
+    assert settings(config) == lora | eva
     assert settings(config, method="full") == rest
     one, two = (
         settings({}, env=f"metaworld/{task}", data={"source": f"expert:metaworld/{task}?n=5"}) for task in ("a", "b")
     )
     assert one == two == {"data.source": '"expert:TASK?n=5"'}
+
+
+@pytest.mark.parametrize(
+    ("method", "one", "other"),
+    [
+        ("lora", {"adapter": {"variant": None}}, {"adapter": {"variant": "rotate"}}),
+        ("lora", {"adapter": {"gain": "eva", "eva": {"rows": 9}}}, {"adapter": {"gain": "eva", "eva": {"rows": 5}}}),
+        ("dora", {"adapter": {"gain": "2.5", "eva": {"rows": 9}}}, {"adapter": {"gain": "2.5", "eva": {"rows": 5}}}),
+        ("eva", {"algo": {"keep_best": True, "eval_every": 1}}, {"algo": {"keep_best": True, "eval_every": 2}}),
+        ("eva", {"algo": {"keep_best": True}, "eval": {"quick_episodes": 1}}, {"algo": {"keep_best": True}}),
+    ],
+)
+def test_settings_count_where_another_makes_them_matter(
+    method: str, one: dict[str, Any], other: dict[str, Any]
+) -> None:
+    """Of two runs of one seed that differ in these the second was dropped as a copy of the first."""
+    summary = SUMMARY | {"method": method}
+    assert settings_of(one, summary) != settings_of(other, summary)
 
 
 def test_copies_are_left_out_and_tuning_is_another_phase() -> None:
