@@ -18,8 +18,8 @@ from eva_rl.files import expanded
 
 
 def key_of(**parts: Any) -> str:
-    """A short digest of everything that decides a result."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    """A short digest of everything that decides a result, JSON values all: text of others may leave digits out."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 @contextmanager

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
+from eva_rl.agents import DecisionTransformerPolicy
 from eva_rl.agents.policy_folder import weights_digest
 from eva_rl.eva import EvaResult
 from eva_rl.files import expanded, read_json, write_file, write_folder, write_json
+from eva_rl.finetune.adapter import activation_source
 from eva_rl.finetune.locations import alone, key_of
 from eva_rl.finetune.session import Session
 from eva_rl.rollouts.episodes import EpisodeRecord
@@ -33,18 +37,7 @@ def evaluate_before(session: Session, *, again: bool) -> tuple[EvaluationResult,
     config = session.config
     if session.process_group.world_size > 1:
         return session.evaluate("Before")
-    key = key_of(
-        policy=weights_digest(session.policy.network.state_dict()),
-        target=session.policy.conditioning.of(session.spec.env_id),
-        scaling=repr(session.policy.scaling),
-        protocol=session.spec.protocol,
-        episodes=config.eval.episodes,
-        seed=config.eval.seed,
-        stop_at_success=config.eval.stop_at_success,
-        horizon=config.env.horizon,
-        threads=config.threads,
-        device=str(session.policy.device),
-    )
+    key = before_key(session)
     if config.shared:
         session.shared["before"] = key
     path = (expanded(config.shared) if config.shared else session.run_dir) / BEFORE / key
@@ -53,6 +46,54 @@ def evaluate_before(session: Session, *, again: bool) -> tuple[EvaluationResult,
             result, actions = session.evaluate("Before")
             write_folder(path, lambda aside: _save(aside, result, actions))
         return _load(path)
+
+
+def before_key(session: Session) -> str:
+    """A digest of everything that decides the evaluation before training."""
+    config = session.config
+    return key_of(
+        policy=_policy_parts(session.policy),
+        target=session.policy.conditioning.of(session.spec.env_id),
+        protocol=session.spec.protocol,
+        episodes=config.eval.episodes,
+        seed=config.eval.seed,
+        stop_at_success=config.eval.stop_at_success,
+        horizon=config.env.horizon,
+        threads=config.threads,
+    )
+
+
+def eva_key(session: Session) -> str:
+    """A digest of everything that decides the EVA pass; of the target return only where the policy acts in it."""
+    config, data = session.config, session.data
+    acts = activation_source(config, data is not None) != "trajectories"
+    return key_of(
+        policy=_policy_parts(session.policy),
+        target=session.policy.conditioning.of(session.spec.env_id) if acts else None,
+        data=None if data is None else (data.content_hash, _digest(data.successes)),
+        sampling=(config.data.after_success, config.data.weight_by),
+        env=session.spec.env_id,
+        horizon=config.env.horizon,
+        seed=config.seed,
+        pruned=config.adapter.method.endswith("adalora"),
+        threads=config.threads,
+        **{k: v for k, v in asdict(config.adapter).items() if k not in {"method", "dropout"}},
+    )
+
+
+def _policy_parts(policy: DecisionTransformerPolicy) -> dict[str, Any]:
+    """Everything of a policy that decides how it acts, but for its target return."""
+    scaling = {field.name: getattr(policy.scaling, field.name) for field in fields(policy.scaling)}
+    return {
+        "weights": weights_digest(policy.network.state_dict()),
+        "architecture": asdict(policy.network.config),
+        "scaling": {name: x.tolist() if isinstance(x, Tensor) else x for name, x in scaling.items()},
+        "device": str(policy.device),
+    }
+
+
+def _digest(array: NDArray[Any] | None) -> str:
+    return "" if array is None else sha256(np.ascontiguousarray(array).data).hexdigest()
 
 
 def _save(folder: Path, result: EvaluationResult, actions: Actions) -> None:
@@ -75,20 +116,10 @@ def _load(folder: Path) -> tuple[EvaluationResult, Actions]:
 
 def shared_eva(session: Session, compute: Callable[[], EvaResult]) -> EvaResult:
     """The EVA pass, which all runs with one policy, data and seed have in common."""
-    config, data = session.config, session.data
+    config = session.config
     if not config.shared or session.process_group.world_size > 1:
         return compute()
-    key = key_of(
-        policy=weights_digest(session.policy.network.state_dict()),
-        data=None if data is None else data.content_hash,
-        sampling=(config.data.after_success, config.data.weight_by),
-        env=session.spec.env_id,
-        horizon=config.env.horizon,
-        seed=config.seed,
-        pruned=config.adapter.method.endswith("adalora"),
-        threads=config.threads,
-        **{k: v for k, v in asdict(config.adapter).items() if k not in {"method", "dropout"}},
-    )
+    key = eva_key(session)
     session.shared["eva"] = key
     path = expanded(config.shared) / "eva" / key
     with alone(path):

@@ -1,0 +1,77 @@
+"""What runs share by key: equal for equal work, different wherever the work differs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import pytest
+
+from eva_rl.agents import DecisionTransformerPolicy
+from eva_rl.agents.policy_folder import save_policy
+from eva_rl.cli.parsing import parse
+from eva_rl.finetune import command  # noqa: F401 - registers its config
+from eva_rl.finetune.session import Session, open_session
+from eva_rl.finetune.shared import before_key, eva_key
+from tests.conftest import make_policy
+
+KEYS = {"before": before_key, "eva": eva_key}
+SMALL = ["env=reach-v3", "env.horizon=10", "eval.episodes=1", "data.episodes=1", "data.only_successes=false"]
+SMALL += ["data.workers=1", "threads=1"]
+
+
+@pytest.fixture(scope="module")
+def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
+    folder = tmp_path_factory.mktemp("shared")
+    save_policy(folder / "base", make_policy())
+    config = parse("finetune", [*SMALL, f"policy={folder / 'base'}", f"run_dir={folder / 'run'}"])
+    with open_session(config) as opened:
+        yield opened
+
+
+def with_scaling(value: float, return_scale: float = 200.0) -> DecisionTransformerPolicy:
+    policy = make_policy()
+    mean = policy.scaling.observation_mean.clone()
+    mean[3] = value
+    policy.scaling = replace(policy.scaling, observation_mean=mean, return_scale=return_scale)
+    return policy
+
+
+@pytest.mark.parametrize("key", KEYS.values(), ids=KEYS)
+def test_each_part_of_a_policy_has_its_part_in_the_key(key: Callable[[Session], str], session: Session) -> None:
+    """Also those that are no weights, and numbers that differ in the fifth digit."""
+    policies = [
+        make_policy(),
+        make_policy(seed=1),
+        make_policy(context_length=4),
+        make_policy(num_heads=4),
+        with_scaling(0.12341),
+        with_scaling(0.12344),
+        with_scaling(0.0, return_scale=100.0),
+    ]
+    for policy in policies:
+        policy.with_target(1000.0, session.spec.env_id)
+    keys = [key(replace(session, policy=policy)) for policy in policies]
+    assert len(set(keys)) == len(policies)
+    assert with_target(session, key, 1000.0) == keys[0]
+
+
+def with_target(session: Session, key: Callable[[Session], str], target_return: float, source: str = "auto") -> str:
+    policy = make_policy()
+    policy.with_target(target_return, session.spec.env_id)
+    adapter = replace(session.config.adapter, eva=replace(session.config.adapter.eva, source=source))
+    return key(replace(session, policy=policy, config=replace(session.config, adapter=adapter)))
+
+
+def test_the_target_return_counts_where_the_policy_acts(session: Session) -> None:
+    assert with_target(session, before_key, 1.0) != with_target(session, before_key, 2.0)
+    for source in ("rollouts", "mixed"):
+        assert with_target(session, eva_key, 1.0, source) != with_target(session, eva_key, 2.0, source)
+    assert with_target(session, eva_key, 1.0) == with_target(session, eva_key, 2.0), "the data's returns are seen"
+
+
+def test_successes_count_since_they_weigh_the_windows(session: Session) -> None:
+    assert session.data is not None
+    assert session.data.successes is not None
+    other = replace(session.data, successes=~session.data.successes)
+    assert eva_key(replace(session, data=other)) != eva_key(session)
