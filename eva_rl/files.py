@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -10,7 +11,7 @@ import shutil
 import stat
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -228,6 +229,28 @@ def write_folder(path: Path, write: Callable[[Path], object]) -> None:
             _swap(aside, path)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextmanager
+def alone(path: Path, setting: str) -> Iterator[None]:
+    """Let one process at a time make what belongs at ``path``; on a file system without locks, each on its own.
+
+    Args:
+        path: What is made.
+        setting: What says where it is, for the message: ``run_dir=``, say.
+
+    Raises:
+        UserError: Its folder cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = path.with_name(f".{path.name}.lock").open("ab")
+    except OSError as error:
+        raise UserError(f"{path.parent} cannot be written: {error}. Name another {setting}.") from error
+    with lock:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 PARTIAL = re.compile(r"\..+\.[0-9a-f]{8}\.partial")

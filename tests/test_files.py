@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,7 @@ import pytest
 
 from eva_rl.errors import UserError
 from eva_rl.files import (
+    alone,
     check_files,
     check_seal,
     copy_files,
@@ -29,6 +33,7 @@ from eva_rl.files import (
     write_json,
 )
 from eva_rl.schema import Integer, Record
+from tests import forks
 
 
 def listed(folder: Path) -> list[str]:
@@ -251,3 +256,45 @@ def test_every_typed_path_is_expanded_in_one_way() -> None:
     root = Path(__file__).parent.parent
     files = [file for folder in ("eva_rl", "agents", "envs", "configs") for file in (root / folder).rglob("*.py")]
     assert [file.name for file in files if "expanduser(" in file.read_text(encoding="utf-8")] == ["files.py"]
+
+
+def test_what_one_process_makes_the_others_find(tmp_path: Path) -> None:
+    """Processes that all look first whether it is there: without the lock each finds nothing, and makes it."""
+    path, log = tmp_path / "places" / "made", tmp_path / "log"
+
+    def make() -> int:
+        with alone(path, "run_dir="):
+            if not path.exists():
+                time.sleep(0.2)
+                write_file(path, lambda aside: aside.write_text("x"))
+                with log.open("a") as file:
+                    file.write("made\n")
+        return 0
+
+    processes = [forks.start(make, tmp_path / "out") for _ in range(3)]
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert log.read_text() == "made\n"
+
+
+def test_a_file_system_without_locks_is_used_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unsupported(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    with alone(tmp_path / "made", "run_dir="):
+        (tmp_path / "made").touch()
+    assert (tmp_path / "made").exists()
+
+
+def test_errors_inside_a_lock_are_not_taken_for_the_lock_s(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="disk"), alone(tmp_path / "made", "run_dir="):
+        raise OSError("disk")
+
+
+def test_the_setting_of_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    made = alone(tmp_path / "file" / "made", "run_dir=")
+    with pytest.raises(UserError, match=r"file cannot be written: .* Name another run_dir=\."), made:
+        pass

@@ -41,8 +41,9 @@ from eva_rl.envs import EnvSpec, env_spec, split_options
 from eva_rl.envs.names import REWARD, SPARSE
 from eva_rl.envs.vector import TaskVecEnv
 from eva_rl.errors import UserError
+from eva_rl.files import alone
 from eva_rl.finetune.adapter import activation_source, check_adapter
-from eva_rl.finetune.locations import alone, data_folder
+from eva_rl.finetune.locations import data_folder, place_key
 from eva_rl.rollouts.evaluation import EvaluationResult, evaluate_distributed, evaluate_policy, shared_envs
 from eva_rl.seeding import MAX_SEED, ONLINE, VALIDATION, episode_seeds
 from eva_rl.training.checkpoint import Checkpoints
@@ -223,7 +224,7 @@ def check_processes(config: FinetuneConfig, number: int) -> None:
 def _load_data(config: FinetuneConfig, options: DataOptions, env_id: str, run_dir: Path) -> Trajectories:
     """Demonstrations; collected ones lie where other runs of a study find them, too."""
     folder = data_folder(config, options, env_id, run_dir)
-    with alone(folder):
+    with alone(folder, place_key(config)):
         return load_task_data(env_id, options, folder, config.env.horizon)
 
 
@@ -242,7 +243,7 @@ def _held_out(
     options = replace(config.data, source=EXPERT, episodes=config.eval.demonstrations, seed=MAX_SEED)
     options = replace(options, top=1.0, first=0, max_return=None)
     folder = data_folder(config, options, env_id, run_dir / "held_out")
-    with alone(folder):
+    with alone(folder, place_key(config)):
         data = load_task_data(env_id, options, folder, config.env.horizon)
     return make_sampler(policy, data, replace(config, seed=0))
 

@@ -15,9 +15,9 @@ from torch import Tensor
 from eva_rl.agents import DecisionTransformerPolicy
 from eva_rl.agents.policy_folder import weights_digest
 from eva_rl.eva import EvaResult
-from eva_rl.files import expanded, read_json, write_file, write_folder, write_json
+from eva_rl.files import alone, expanded, read_json, write_file, write_folder, write_json
 from eva_rl.finetune.adapter import activation_source
-from eva_rl.finetune.locations import alone, key_of
+from eva_rl.finetune.locations import key_of, place_key
 from eva_rl.finetune.session import Session
 from eva_rl.rollouts.episodes import EpisodeRecord
 from eva_rl.rollouts.evaluation import EvaluationResult
@@ -41,7 +41,7 @@ def evaluate_before(session: Session, *, again: bool) -> tuple[EvaluationResult,
     if config.shared:
         session.shared["before"] = key
     path = (expanded(config.shared) if config.shared else session.run_dir) / BEFORE / key
-    with alone(path):
+    with alone(path, place_key(config)):
         if not path.exists() or (again and not config.shared):
             result, actions = session.evaluate("Before")
             write_folder(path, lambda aside: _save(aside, result, actions))
@@ -122,7 +122,7 @@ def shared_eva(session: Session, compute: Callable[[], EvaResult]) -> EvaResult:
     key = eva_key(session)
     session.shared["eva"] = key
     path = expanded(config.shared) / "eva" / key
-    with alone(path):
+    with alone(path, place_key(config)):
         if not path.exists():
             result = compute()
             write_folder(path, lambda aside: result.save(aside / "eva"))
