@@ -44,6 +44,9 @@ def finetune_policy(
 ) -> FinetuneResult:
     """Fine-tune a policy on a task, with its success on held-out episodes before and after.
 
+    In a script, call it under ``if __name__ == "__main__":``, or with ``data.workers`` of 1: the processes that collect
+    demonstrations run the script from its top.
+
     Args:
         policy: A policy, or the name of one as ``policy=`` takes it.
         env: The task.

@@ -5,6 +5,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from multiprocessing import get_context
@@ -69,7 +71,8 @@ def collect_expert(
         workers: Processes.
 
     Raises:
-        UserError: The task has no scripted expert, or the expert fails too often.
+        UserError: The task has no scripted expert, the expert fails too often, or a process ended early: in a script,
+            ``workers`` above 1 need ``if __name__ == "__main__":`` around the call.
     """
     env_id = canonical_id(env)
     if not env_id.startswith(PREFIX):
@@ -96,9 +99,21 @@ def _in_order(play: partial[Episode], attempts: range, workers: int, chunk: int)
     if workers <= 1:
         yield from map(play, attempts)
         return
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool, _broken_pool():
         for first in range(0, len(attempts), chunk):
             yield from pool.map(play, attempts[first : first + chunk], chunksize=max(1, chunk // (4 * workers)))
+
+
+@contextmanager
+def _broken_pool() -> Iterator[None]:
+    try:
+        yield
+    except BrokenProcessPool as error:
+        raise UserError(
+            "A process that collects demonstrations ended early. In a script of yours, call this under "
+            '`if __name__ == "__main__":`, since each process runs the script from its top, or use data.workers=1 '
+            "(collect_expert(workers=1)). Elsewhere, look whether memory ran out, and use fewer data.workers."
+        ) from error
 
 
 @cache

@@ -1,11 +1,18 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 
 from eva_rl.data import Trajectories, read_episodes, write_episodes
 from eva_rl.errors import UserError
-from eva_rl.rollouts.experts import ActionNoise, collect_expert
+from eva_rl.rollouts.experts import ActionNoise, _in_order, collect_expert
 
 
 def same(one: Trajectories, two: Trajectories) -> bool:
@@ -53,6 +60,29 @@ def test_failures_are_left_out_unless_asked_for() -> None:
 def test_tasks_without_a_script_say_so() -> None:
     with pytest.raises(UserError, match="No scripted expert for Hopper-v5"):
         collect_expert("mujoco/hopper", 1)
+
+
+def test_a_process_that_ends_early_is_explained() -> None:
+    """As one does that is killed for its memory, or whose script has no main guard."""
+    ends: Any = partial(os._exit)
+    with pytest.raises(UserError, match=r"ended early.*__main__.*data\.workers=1 \(collect_expert\(workers=1\)\)"):
+        list(_in_order(ends, range(1, 3), workers=2, chunk=2))
+
+
+@pytest.mark.slow
+def test_a_script_without_a_main_guard_is_told_so(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(
+        "from eva_rl.errors import UserError\n"
+        "from eva_rl.rollouts.experts import collect_expert\n"
+        "try:\n"
+        "    collect_expert('reach-v3', 2, workers=2, horizon=5, only_successes=False)\n"
+        "except UserError as error:\n"
+        "    print('said:', error)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "script.py"], check=True, cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
+    assert "said: A process that collects demonstrations ended early. In a script of yours, call" in done.stdout
 
 
 def test_file_round_trip(tmp_path, reach_demonstrations: Trajectories) -> None:
