@@ -257,6 +257,11 @@ def check_method(algo: AlgoOptions, method: Method) -> None:
             f"adapter={method.name} gives B a learning rate of its own, in our own loops; algo={algo.name} is "
             "Stable-Baselines3's. Use adapter=lora, or algo=odt_td3."
         )
+    if isinstance(algo, ResidualAlgo) and algo.refresh_every:
+        raise UserError(
+            f"algo.refresh_every={algo.refresh_every}: algo={algo.name} leaves the policy's adapter as it is until "
+            "distillation. Use algo.refresh_every=0, or algo=odt_td3."
+        )
     if isinstance(algo, ReplayOptions) and algo.refresh_every and (not method.eva or method.adalora):
         raise UserError(
             f"algo.refresh_every={algo.refresh_every} refreshes EVA's directions; adapter={method.name} has none "

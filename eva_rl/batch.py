@@ -173,6 +173,8 @@ class TransitionWindows:
         returns: (B, T), discounted sum of the rewards that were obtained from each step on.
         acted: (B, T), True where the step is real and an action was taken in it.
         valid: (B, T - 1), True where a step and its successor are both in the window.
+        complete: (B, 1), False for windows of an episode that was broken off: its returns are not those that would have
+            been obtained.
     """
 
     windows: WindowBatch
@@ -181,6 +183,7 @@ class TransitionWindows:
     returns: Tensor
     acted: Tensor
     valid: Tensor
+    complete: Tensor
 
     def to(self, device: torch.device | str) -> TransitionWindows:
         """The same windows on a device."""

@@ -18,7 +18,7 @@ from eva_rl.data.windows import discounted_returns, gather_windows, window_rows
 from eva_rl.errors import UserError
 
 COLUMNS = ("observations", "actions", "rewards", "returns_to_go", "discounted_returns", "asked")
-_EPISODES, _EXTRAS = "episodes", "extras/"
+TARGETS, _EPISODES, _EXTRAS = "target_actions", "episodes", "extras/"
 
 
 class TrajectoryReplay:
@@ -58,7 +58,8 @@ class TrajectoryReplay:
         self.asked, self.discounted_returns = arrays["asked"], arrays["discounted_returns"]
         widths = extras or {}
         self.extras = {name: new_array(f"extras_{name}", (capacity, width), folder) for name, width in widths.items()}
-        self.target_actions: None = None
+        self.target_actions: NDArray[np.float32] | None = None
+        self._folder = folder
         self._starts = np.zeros(0, np.int64)
         self._lengths = np.zeros(0, np.int64)
         self._terminated = np.zeros(0, bool)
@@ -143,6 +144,9 @@ class TrajectoryReplay:
         self.discounted_returns[rows] = discounted_returns(episode.rewards, self._discount)
         last = begin + length
         self.actions[last], self.rewards[last] = 0, 0
+        if episode.target_actions is not None or self.target_actions is not None:
+            targets, labels = self._with_targets(), episode.target_actions
+            targets[rows], targets[last] = episode.actions if labels is None else labels, 0
         self.returns_to_go[last], self.discounted_returns[last], self.asked[last] = 0, 0, asked - to_go[0]
         for name, rows_of in self.extras.items():
             rows_of[rows], rows_of[last] = episode.extras[name], 0
@@ -154,6 +158,13 @@ class TrajectoryReplay:
         self._retried = np.append(self._retried, retried)
         self._solved = np.append(self._solved, episode.successes is not None and bool(episode.successes[-1]))
         self._next_row = last + 1
+
+    def _with_targets(self) -> NDArray[np.float32]:
+        """What a clone should do; the actions themselves in episodes that do not say."""
+        if self.target_actions is None:
+            self.target_actions = new_array(TARGETS, self.actions.shape, self._folder)
+            self.target_actions[:] = self.actions
+        return self.target_actions
 
     def _make_room(self, rows: int) -> int:
         """First of ``rows`` free rows; the episodes that lie there are forgotten, all of which are the oldest."""
@@ -218,10 +229,9 @@ class TrajectoryReplay:
         rows, episodes = self._draw(batch_size, rng, weights, extra=0)
         starts = self._starts[episodes]
         windows = gather_windows(self, rows, starts, context_length, scaling)
-        return replace(windows, returns_to_go=self._asked_in(*window_rows(rows, starts, context_length), scaling))
-
-    def _asked_in(self, span: NDArray[np.int64], real: NDArray[np.bool_], scaling: InputScaling) -> Tensor:
-        return torch.from_numpy(self.asked[span] * real).unsqueeze(-1) / scaling.return_scale
+        span, real = window_rows(rows, starts, context_length)
+        asked = torch.from_numpy(self.asked[span] * real).unsqueeze(-1) / scaling.return_scale
+        return replace(windows, returns_to_go=asked)
 
     def sample_transitions(
         self,
@@ -230,7 +240,6 @@ class TrajectoryReplay:
         context_length: int,
         scaling: InputScaling,
         *,
-        as_asked: bool = False,
         demonstration_share: float = 0.0,
     ) -> TransitionWindows:
         """Windows for temporal differences: broken-off episodes and observations after an end are among them.
@@ -240,7 +249,6 @@ class TrajectoryReplay:
             rng: What draws.
             context_length: T, at least 2.
             scaling: How raw numbers become what the network sees; on the CPU.
-            as_asked: Show the returns-to-go that the policy was asked for, rather than those obtained.
             demonstration_share: As in :meth:`sample`.
         """
         weights = self._shared_out(np.ones(self.num_episodes), demonstration_share, 1)
@@ -248,8 +256,6 @@ class TrajectoryReplay:
         starts = self._starts[episodes]
         windows = gather_windows(self, rows, starts, context_length, scaling)
         span, real = window_rows(rows, starts, context_length)
-        if as_asked:
-            windows = replace(windows, returns_to_go=self._asked_in(span, real, scaling))
         last_step = (starts + self._lengths[episodes] - 1)[:, None]
         return TransitionWindows(
             windows=windows,
@@ -258,6 +264,7 @@ class TrajectoryReplay:
             returns=torch.from_numpy(self.discounted_returns[span] * real),
             acted=torch.from_numpy(real & (span <= last_step)),
             valid=torch.from_numpy(real[:, :-1]),
+            complete=torch.from_numpy(self._complete[episodes][:, None]),
         )
 
     def sample_n_step(
@@ -325,8 +332,10 @@ class TrajectoryReplay:
                 failed before.
         """
         weights = np.where(self._retried, retries, 1.0) * self._complete * (self._demonstrated | self._solved)
-        for kind, share in ((self._demonstrated, demonstrations), (~self._demonstrated, 1 - demonstrations)):
-            weights[kind] *= share / max(1e-12, float((weights * self._lengths)[kind].sum()))
+        mass = weights * self._lengths
+        given, played = float(mass[self._demonstrated].sum()), float(mass[~self._demonstrated].sum())
+        if given and played:
+            weights *= np.where(self._demonstrated, demonstrations / given, (1 - demonstrations) / played)
         return weights
 
     def _above_worst(self) -> NDArray[np.float64]:
@@ -355,6 +364,8 @@ class TrajectoryReplay:
         rows = self._rows()
         state = {name: torch.from_numpy(np.array(getattr(self, name)[rows])) for name in COLUMNS}
         state |= {_EXTRAS + name: torch.from_numpy(np.array(array[rows])) for name, array in self.extras.items()}
+        if self.target_actions is not None:
+            state[TARGETS] = torch.from_numpy(np.array(self.target_actions[rows]))
         flags = (self._terminated, self._complete, self._starts, self._solved, self._demonstrated, self._retried)
         episodes = np.stack([self._lengths, *flags])
         return state | {_EPISODES: torch.from_numpy(episodes.astype(np.int64)), "next": torch.tensor(self._next_row)}
@@ -373,6 +384,8 @@ class TrajectoryReplay:
             getattr(self, name)[rows] = state[name].numpy()
         for name, array in self.extras.items():
             array[rows] = state[_EXTRAS + name].numpy()
+        if TARGETS in state:
+            self._with_targets()[rows] = state[TARGETS].numpy()
 
     def _rows(self) -> NDArray[np.int64]:
         spans = [np.arange(s, s + n + 1) for s, n in zip(self._starts, self._lengths, strict=True)]

@@ -173,7 +173,7 @@ def learn(session: Session, adapter: AttachedAdapter, algo: Replayed, tracker: T
                 replay,
                 task,
                 log=bar.also(tracker.log),
-                evaluate=session.validate,
+                evaluate=partial(session.validate, policy=policy.with_own_history()),
                 refresh=make_refresh(session, adapter, algo, algorithm, replay),
                 checkpoints=session.online_checkpoints,
                 collector=RetryingCollector(policy, task, algo) if isinstance(algo, SelfImitationAlgo) else None,
@@ -254,6 +254,8 @@ def make_refresh(
     rank = max(layer.rank for layer in first.layers.values())
 
     def refresh(update: int) -> Mapping[str, float]:
+        if not replay.num_complete:
+            return {}
         rng, _ = step_generators(session.config.seed, update)
         recent = (
             replay.sample(options.eva.batch_size, rng, learner.context_length, learner.scaling).to(policy.device)

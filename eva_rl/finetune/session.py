@@ -105,7 +105,8 @@ class Session:
     def online_task(self, vec_env: VecEnv) -> TaskEnvs:
         """The task in environments to learn in, with the goals that belong to the run's seed."""
         spec = self.spec
-        return TaskEnvs(vec_env, spec.env_id, spec.reports_success, episode_seeds(ONLINE, self.config.seed))
+        first, horizon = episode_seeds(ONLINE, self.config.seed), self.config.env.horizon or spec.horizon or 0
+        return TaskEnvs(vec_env, spec.env_id, spec.reports_success, first, horizon)
 
     def play(self, policy: Policy | None = None, **arguments: Any) -> EvaluationResult:
         """Evaluate the policy, or another one, on this run's task; see :func:`evaluate_policy`."""

@@ -34,12 +34,14 @@ class TaskEnvs:
         env_id: Their task.
         reports_success: Whether they report success.
         first_episode: Seed of the first episode.
+        horizon: Env steps of an episode at most; 0 where that is not known.
     """
 
     vec_env: VecEnv
     env_id: str
     reports_success: bool
     first_episode: int = 0
+    horizon: int = 0
 
 
 @dataclass
@@ -62,6 +64,7 @@ class OnlineCounters:
         retries_solved: Those of them in which the task was solved.
         failures: Episodes, retries apart, in which the task was not solved.
         failures_learned: Those of them before the last gradient steps.
+        truncated_at: Env steps when unfinished episodes were last truncated.
     """
 
     env_steps: int = 0
@@ -79,6 +82,7 @@ class OnlineCounters:
     retries_solved: int = 0
     failures: int = 0
     failures_learned: int = 0
+    truncated_at: int = 0
 
     def finished(self, episode: Episode) -> None:
         """Count an episode."""
@@ -136,6 +140,9 @@ class EpisodeCollector(Protocol):
     def collect(self, learner: Learner, replay: TrajectoryReplay, counters: OnlineCounters) -> None:
         """Act for an iteration, and keep and count what ends."""
 
+    def may_truncate(self, counters: OnlineCounters) -> bool:
+        """Whether every environment had the time for a whole episode since the last truncation."""
+
     def truncate_episodes(self, replay: TrajectoryReplay, counters: OnlineCounters) -> None:
         """End what is under way."""
 
@@ -164,7 +171,7 @@ class Collector:
         replay: TrajectoryReplay,
         counters: OnlineCounters,
     ) -> None:
-        """Act for ``steps_per_iteration`` env steps, over all environments.
+        """Act for ``steps_per_iteration`` env steps over all environments, or as many as are left of the run.
 
         Raises:
             NotFiniteError: An environment gave a number that is not finite.
@@ -172,7 +179,8 @@ class Collector:
         n = self._vec_env.num_envs
         explore = learner.explore(collection_generator(learner.seed, counters.env_steps))
         target_return = self._policy.conditioning.of(self._task.env_id)
-        for _ in range(max(1, learner.options.steps_per_iteration // n)):
+        left = -(-(learner.options.env_steps - counters.env_steps) // n)
+        for _ in range(min(left, max(1, learner.options.steps_per_iteration // n))):
             actions, extras = self._act(explore)
             stepped, self._rewards, self._starts, infos = self._vec_env.step(actions)
             self._observations = _rows(stepped)
@@ -197,11 +205,19 @@ class Collector:
 
         return self._policy.act_by(choose, self._observations, self._rewards, self._starts), kept
 
+    def may_truncate(self, counters: OnlineCounters) -> bool:
+        """Whether every environment had the time for a whole episode since the last truncation.
+
+        Episodes that are always truncated would leave nothing to learn returns from.
+        """
+        return counters.env_steps - counters.truncated_at >= self._vec_env.num_envs * self._task.horizon
+
     def truncate_episodes(self, replay: TrajectoryReplay, counters: OnlineCounters) -> None:
         """End all episodes here; their transitions are kept for temporal differences.
 
         Where a reset failed there are none, and the next ones begin elsewhere.
         """
+        counters.truncated_at = counters.env_steps
         if not self.acting:
             counters.next_seed += self._vec_env.num_envs
             return

@@ -24,7 +24,7 @@ from eva_rl.training.optimizer import (
 )
 from eva_rl.training.options import ReplayOptions
 
-ACTOR = "actor"
+ACTOR, ACTOR_STEPS = "actor", "actor_steps"
 
 
 class Choice(NamedTuple):
@@ -72,6 +72,7 @@ class Learner(ABC):
         factor = extension.learning_rate_factor if extension else None
         self.optimizer = make_optimizer(self.parameters, options, factor)
         self._trained: dict[str, tuple[Mapping[str, nn.Parameter], torch.optim.Optimizer]] = {}
+        self._actor_steps = 0
         self.add(ACTOR, self.parameters, self.optimizer)
 
     @property
@@ -83,6 +84,11 @@ class Learner(ABC):
     def acting(self) -> Policy:
         """What has been learned so far, without exploration."""
         return self.policy
+
+    @property
+    def acting_parameters(self) -> Mapping[str, nn.Parameter]:
+        """Those of what has been learned so far: ``keep_best`` keeps them."""
+        return self.parameters
 
     def schedule(self, update: int) -> float:
         """What the learning rate is multiplied by at gradient step ``update``: a linear warm-up."""
@@ -121,8 +127,9 @@ class Learner(ABC):
         whole.backward(inputs=list(self.parameters.values()))  # type: ignore[no-untyped-call]  # not the critics'
         clip, parameters = self.options.gradient_clip, self.parameters.values()
         norm = checked_step(self.optimizer, parameters, whole.detach(), clip, update=update, batch=batch)
+        self._actor_steps += 1
         if self.extension is not None:
-            self.extension.after_step(update + 1)
+            self.extension.after_step(self._actor_steps)
         return float(norm)
 
     def forget(self, changed: Sequence[nn.Parameter]) -> None:
@@ -146,10 +153,11 @@ class Learner(ABC):
             state |= {f"{kind}/{name}": value for name, value in optimizer_tensors(optimizer, names).items()}
         if self.extension is not None:
             state |= {EXTENSION + name: value for name, value in self.extension.tensors().items()}
-        return state
+        return state | {ACTOR_STEPS: torch.tensor(self._actor_steps)}
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Put back what :meth:`tensors` gave."""
+        self._actor_steps = int(tensors[ACTOR_STEPS]) if ACTOR_STEPS in tensors else 0  # not in older ones
         for kind, (parameters, optimizer) in self._trained.items():
             restore_parameters(parameters, tensors, f"{kind}/parameter/")
             restore_optimizer(optimizer, parameters, _below(tensors, f"{kind}/"))

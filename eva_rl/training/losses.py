@@ -60,8 +60,8 @@ def autocast(device: torch.device, precision: str) -> Iterator[None]:
 
 
 def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
-    """Mean of values (B, T) where the mask (B, T) is True; None says everywhere."""
+    """Mean of values (B, T) where the mask (B, T) is True, 0 where it is True nowhere; None says everywhere."""
     if mask is None:
         return values.mean()
     real = mask.to(values.dtype)
-    return torch.sum(values * real) / real.sum()
+    return torch.sum(values * real) / real.sum().clamp(min=1)

@@ -68,14 +68,14 @@ class TD3DecisionTransformer(Learner):
     def update(self, replay: TrajectoryReplay, update: int) -> dict[str, float]:
         """One gradient step on the critics, and at every ``policy_delay``-th one on the policy."""
         rng, generator = step_generators(self.seed, update)
-        self._reward_scale = self._reward_scale or max(replay.mean_discounted_return, 1e-8)
+        self._reward_scale = self._reward_scale or replay.mean_discounted_return
         share, size = self.options.demonstration_share, self.options.batch_size
         batch = replay.sample_transitions(size, rng, self.context_length, self.scaling, demonstration_share=share)
         batch = batch.to(self.policy.device)
         metrics = self._update_critics(batch, generator, update)
         if update >= self._td3.critic_warmup and update % self._td3.policy_delay == 0:
             metrics |= self._update_policy(batch, update)
-            polyak_update(self.target_network, self.policy.network, self._td3.tau * self._td3.policy_delay)
+            polyak_update(self.target_network, self.policy.network, min(1.0, self._td3.tau * self._td3.policy_delay))
         warming = update < self._td3.critic_warmup
         polyak_update(self.target_critics, self.critics, 1.0 if warming else self._td3.tau)
         return metrics
@@ -89,16 +89,17 @@ class TD3DecisionTransformer(Learner):
             noise = noise.clamp(-options.target_noise_clip, options.target_noise_clip)
             pair = random_pair(options.critics, generator).to(actions.device)
             next_values = self.target_critics.min_of(observations[:, 1:], (actions + noise).clamp(-1, 1), pair)
-        rewards = batch.rewards[:, :-1] / self._reward_scale
+        rewards = batch.rewards[:, :-1] / (self._reward_scale or 1.0)
         return td_targets(rewards, batch.terminated[:, :-1], next_values, options.discount)
 
     def _update_critics(self, batch: TransitionWindows, generator: torch.Generator, update: int) -> dict[str, float]:
-        if update < self._td3.critic_warmup:
-            targets = batch.returns[:, :-1] / self._reward_scale
+        if warming := update < self._td3.critic_warmup:
+            targets = batch.returns[:, :-1] / (self._reward_scale or 1.0)
         else:
             targets = self.targets(batch, generator)
         values = self.critics(batch.windows.observations[:, :-1], batch.windows.actions[:, :-1])
-        loss = masked_mean((values - targets).square().sum(0), batch.valid)
+        counted = batch.valid & batch.complete if warming else batch.valid
+        loss = masked_mean((values - targets).square().sum(0), counted)
         self._critic_optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         if not bool(torch.isfinite(loss)):
@@ -109,7 +110,8 @@ class TD3DecisionTransformer(Learner):
     def _update_policy(self, batch: TransitionWindows, update: int) -> dict[str, float]:
         windows = batch.windows
         actions = self.policy.network(windows)
-        distance = masked_mean((actions - windows.actions).square().mean(-1), batch.acted)
+        labels = windows.actions if windows.target_actions is None else windows.target_actions
+        distance = masked_mean((actions - labels).square().mean(-1), batch.acted & batch.complete)
         values = self.critics(windows.observations, actions).mean(0)
         gain = masked_mean(values, batch.acted) / masked_mean(values.detach().abs(), batch.acted).clamp(min=1e-6)
         loss = self._td3.bc_coef * distance - self._td3.q_coef * gain

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from eva_rl.data.replay import TrajectoryReplay
 from eva_rl.errors import EnvironmentFailedError
+from eva_rl.seeding import random_state, restore_random_state
 from eva_rl.training.bc import Log
 from eva_rl.training.checkpoint import Checkpoints, TrainState
 from eva_rl.training.collector import Collector, EpisodeCollector, OnlineCounters, TaskEnvs
@@ -37,15 +38,16 @@ def train_online(  # noqa: PLR0913 - one call for all algorithms; all but four h
     """Alternate rollouts and gradient updates, resuming from the latest checkpoint if one exists.
 
     Episodes are truncated where the run is validated or saved, so that a resumed run meets the same episodes as one
-    that was never interrupted.
+    that was never interrupted; but not before every environment had the time for a whole one, until when nothing is
+    saved, and validations interrupt nothing.
 
     Args:
         learner: Its policy acts; its options say how long and how often.
         replay: Takes the episodes; what it holds already is learned from, too.
         task: Where the policy acts.
         log: Takes metrics and the env step they belong to; the env steps of validations count, too.
-        evaluate: Returns validation metrics, which are logged; how many env steps it played stands under
-            :data:`eva_rl.training.collector.VALIDATION_STEPS`.
+        evaluate: Returns validation metrics, which are logged, of a policy with histories of its own; how many env
+            steps it played stands under :data:`eva_rl.training.collector.VALIDATION_STEPS`.
         refresh: Called with the gradient steps done every ``refresh_every`` env steps; what it returns is logged.
         checkpoints: Where to save, besides every ``checkpoint_every`` env steps at validations when the time has come;
             None keeps no checkpoint.
@@ -73,16 +75,17 @@ def train_online(  # noqa: PLR0913 - one call for all algorithms; all but four h
         counters.seconds += time.perf_counter() - began
         done = counters.env_steps >= options.env_steps
         evaluating = _due(counters, options.eval_every, before)
-        saving = done or _due(counters, options.checkpoint_every, before)
+        saving = done or _due(counters, options.checkpoint_every, counters.truncated_at)
         log(metrics | counters.metrics(), counters.env_steps_played)
-        if evaluating or saving:
+        truncating = done or ((evaluating or saving) and collector.may_truncate(counters))
+        if truncating:
             collector.truncate_episodes(replay, counters)
         if validate and (options.keep_best if done else evaluating):
             validate()
-        if checkpoints and (options.checkpoint_every if saving else evaluating and checkpoints.due_by_time()):
+        if checkpoints and truncating and (options.checkpoint_every if saving else checkpoints.due_by_time()):
             checkpoints.save(_state(counters, learner, replay, best))
     if options.keep_best:
-        best.restore(learner.parameters)
+        best.restore(learner.acting_parameters)
     return counters
 
 
@@ -131,7 +134,7 @@ def evaluate_and_keep_best(
     score = [max((v for k, v in metrics.items() if k.endswith(f"/{key}")), default=0.0) for key in SCORES]
     if counters.best_step < 0 or score > counters.best_score:
         counters.best_step, counters.best_score = counters.env_steps, score
-        best.keep(learner.parameters)
+        best.keep(learner.acting_parameters)
 
 
 def _learn(learner: Learner, replay: TrajectoryReplay, counters: OnlineCounters) -> dict[str, float]:
@@ -158,6 +161,7 @@ def _state(counters: OnlineCounters, learner: Learner, replay: TrajectoryReplay,
     tensors = {ALGORITHM + name: value for name, value in learner.tensors().items()}
     tensors |= {REPLAY + name: value for name, value in replay.tensors().items()}
     tensors |= {BEST + name: value for name, value in best.parameters.items()}
+    tensors |= random_state(learner.policy.device)
     return TrainState(counters.env_steps_played, tensors, asdict(counters))
 
 
@@ -176,4 +180,6 @@ def _resume(
         learner.restore(parts[ALGORITHM])
         replay.restore(parts[REPLAY])
         best.parameters = parts[BEST]
+        if "random/torch" in state.tensors:  # not in older ones
+            restore_random_state(state.tensors, learner.policy.device)
         return OnlineCounters(**state.record)

@@ -68,7 +68,8 @@ class ReplayOptions(OptimizerOptions, OnlineOptions):
     """What the algorithms share that learn from a replay of whole episodes.
 
     Unfinished episodes are truncated where the policy is validated or saved, so that a resumed run meets the same
-    episodes as one that was never interrupted. The best validation is the one with the most success, ties broken by
+    episodes as one that was never interrupted; but never before every environment had the time for a whole episode,
+    until when nothing is saved. The best validation is the one with the most success, ties broken by
     return.
     """
 
@@ -163,6 +164,12 @@ class TD3Options(ReplayOptions):
     target_noise_clip: float = option(0.5, "largest magnitude of that noise", low=0, high=2)
     q_coef: float = option(1.0, "weight of the critic in the policy's loss", low=0, high=1000)
     bc_coef: float = option(1.0, "weight of the error to the replay's actions in the policy's loss", low=0, high=1000)
+
+    @property
+    def total_updates(self) -> int:
+        """Gradient steps of the policy, at most."""
+        of_critics, delay = super().total_updates, self.policy_delay
+        return max(0, -(-of_critics // delay) - -(-self.critic_warmup // delay))
 
 
 @dataclass

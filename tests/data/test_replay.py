@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -57,9 +58,9 @@ def test_returns_are_relabelled_with_what_was_obtained() -> None:
     assert full.any()
     # rewards 1, 2, 3: what is still to come is 6, 5, 3, whatever was asked for
     torch.testing.assert_close(batch.returns_to_go[full][0, :, 0], torch.tensor([0.6, 0.5, 0.3]))
-    asked = replay.sample_transitions(64, np.random.default_rng(0), 4, SCALING, as_asked=True)
-    ends = asked.windows.timesteps[:, -1] == 3
-    torch.testing.assert_close(asked.windows.returns_to_go[ends][0, :, 0], torch.tensor([10.0, 9.9, 9.7, 9.4]))
+    asked = replay.sample_as_asked(32, np.random.default_rng(0), 3, SCALING, np.ones(1))
+    ends = asked.timesteps[:, -1] == 2
+    torch.testing.assert_close(asked.returns_to_go[ends][0, :, 0], torch.tensor([10.0, 9.9, 9.7]))
 
 
 @pytest.mark.parametrize("terminated", [True, False])
@@ -95,6 +96,30 @@ def test_broken_off_episodes_serve_for_transitions_only() -> None:
     assert set(cloned.observations[:, -1, 0].tolist()) == {2.0}
     seen = replay.sample_transitions(64, np.random.default_rng(0), 3, SCALING)
     assert set(seen.windows.observations[:, -1, 0].tolist()) == {1.0, 2.0}
+    assert torch.equal(seen.complete[:, 0], seen.windows.observations[:, -1, 0] == 2)
+
+
+def test_a_clone_is_shown_what_the_expert_wanted(tmp_path: Path) -> None:
+    """The disturbed action that was executed was cloned where the replay held the demonstrations."""
+    replay, wanted = make(), np.full((4, 1), 0.5, np.float32)
+    replay.add(episode(4, 1), asked=0.0)
+    assert replay.sample(4, np.random.default_rng(0), 3, SCALING).target_actions is None
+    replay.add(dataclasses.replace(episode(4, 2), target_actions=wanted), asked=0.0)
+    replay.add(episode(4, 3), asked=0.0)
+    restored = make(folder=tmp_path)
+    restored.restore(replay.tensors())
+    for one in (replay, restored):
+        for windows in (
+            one.sample(64, np.random.default_rng(0), 3, SCALING),
+            one.sample_transitions(64, np.random.default_rng(0), 3, SCALING).windows,
+        ):
+            assert windows.target_actions is not None
+            labelled = windows.observations[:, -1, 0] == 2
+            assert torch.equal(windows.target_actions[~labelled], windows.actions[~labelled])
+            acted = windows.timesteps[labelled] < 4
+            real = acted if windows.attention_mask is None else acted & windows.attention_mask[labelled]
+            assert bool((windows.target_actions[labelled][real] == 0.5).all())
+            assert labelled.any()
 
 
 def test_the_oldest_episodes_make_room() -> None:

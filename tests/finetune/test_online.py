@@ -154,6 +154,7 @@ def test_directions_are_looked_at_again(policy_folder: Path, tmp_path: Path) -> 
         (["algo=odt", "adapter.eva.source=trajectories"], "needs demonstrations"),
         (["algo=odt", "adapter=lora_ga"], "nothing to clone"),
         (["algo=odt", "algo.refresh_every=100", "adapter=lora"], "refreshes EVA's directions"),
+        (["algo=residual", "algo.distill.rounds=0", "algo.refresh_every=100"], "leaves the policy's adapter as it is"),
         (["algo=ppo", "adapter=adalora"], "Stable-Baselines3's"),
         (["algo=odt", "algo.initial_std=50"], "initial_std=50"),
         (["algo=odt", "algo.replay_size=1"], "replay_size"),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+from typing import Any, ClassVar
 
 import gymnasium as gym
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 
 from eva_rl.data import Episode
 from eva_rl.data.replay import TrajectoryReplay
+from eva_rl.training.bc import Extension
 from eva_rl.training.critics import CriticEnsemble, polyak_update, td_targets
 from eva_rl.training.learner import step_generators
 from eva_rl.training.odt_td3 import TD3DecisionTransformer
@@ -96,6 +98,78 @@ def test_critics_begin_with_the_returns_obtained() -> None:
         found = values[(batch.windows.timesteps == step) & batch.acted].mean().item()
         assert found == pytest.approx(expected, abs=0.05)
     assert all(torch.equal(a, b) for a, b in zip(before, learner.policy.network.parameters(), strict=True))
+
+
+def test_a_broken_off_episode_teaches_no_returns() -> None:
+    """Its returns end where it was broken off; critics that begin with returns, and the clone, leave it out."""
+    replay = TrajectoryReplay(1000, 2, 1)
+    broken = Episode(
+        observations=np.ones((5, 2), np.float32),
+        actions=np.ones((4, 1), np.float32),
+        rewards=np.full(4, 100, np.float32),
+        terminations=np.zeros(4, bool),
+        truncations=np.array([False, False, False, True]),
+    )
+    replay.add(broken, asked=1.0, complete=False)
+    learner = TD3DecisionTransformer(make_learner(), TD3Options(critic_warmup=1, batch_size=4, policy_delay=1))
+    assert learner.update(replay, 0)["train/critic_loss"] == 0
+    later = learner.update(replay, 1)
+    assert later["train/critic_loss"] > 0, "temporal differences need no whole episode"
+    assert later["train/clone_loss"] == 0
+
+
+def test_rewards_of_zero_are_no_scale() -> None:
+    """The first reward after them counted as a hundred million."""
+    learner, replay = TD3DecisionTransformer(make_learner(), TD3Options(critic_warmup=0)), _replay(terminated=True)
+    nothing = TrajectoryReplay(1000, 2, 1, discount=0.5)
+    for kept in replay.episodes():
+        nothing.add(dataclasses.replace(kept, rewards=np.zeros(2, np.float32)), asked=0.0)
+    learner.update(nothing, 0)
+    assert learner._reward_scale == 0
+    assert learner.update(replay, 1)["train/critic_loss"] < 10
+    assert learner._reward_scale == pytest.approx(1.25)
+
+
+def test_targets_never_move_beyond_what_they_follow() -> None:
+    options = TD3Options(critic_warmup=0, tau=1.0, policy_delay=4, batch_size=4)
+    learner, replay = TD3DecisionTransformer(make_learner(), options), _replay(terminated=True)
+    for update in range(5):
+        learner.update(replay, update)
+    for slow, fast in zip(learner.target_network.parameters(), learner.policy.network.parameters(), strict=True):
+        assert torch.equal(slow, fast)
+
+
+def test_an_adapter_s_method_is_told_of_the_policy_s_own_steps() -> None:
+    """At every second step of the critics it was told of odd numbers alone, and AdaLoRA never pruned."""
+
+    class Told(Extension):
+        steps: ClassVar[list[int]] = []
+        learning_rate_factor = None
+
+        def penalty(self) -> torch.Tensor:
+            return torch.zeros(())
+
+        def after_step(self, update: int) -> None:
+            self.steps.append(update)
+
+        def tensors(self) -> dict[str, torch.Tensor]:
+            return {}
+
+        def restore(self, tensors: Any) -> None:
+            pass
+
+    options = TD3Options(
+        critic_warmup=3, policy_delay=2, batch_size=4, env_steps=50, steps_per_iteration=10, updates_per_iteration=2
+    )
+    learner, replay = TD3DecisionTransformer(make_learner(), options, extension=Told()), _replay(terminated=True)
+    for update in range(6):
+        learner.update(replay, update)
+    resumed = TD3DecisionTransformer(make_learner(), options, extension=Told())
+    resumed.restore(learner.tensors())
+    for update in range(6, 10):
+        resumed.update(replay, update)
+    assert Told.steps == [1, 2, 3]
+    assert options.total_updates == 3
 
 
 @pytest.mark.parametrize(("terminated", "second"), [(True, 1.0), pytest.param(False, None, marks=pytest.mark.slow)])

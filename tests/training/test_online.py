@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,83 @@ def test_a_resumed_run_is_the_run_that_was_not_interrupted(make: Make, tmp_path:
         assert torch.equal(value, found[name]), name
     assert rest == [(step, metrics) for step, metrics in record if step > 120]
     assert any("rollout/ep_rew_mean" in metrics for _, metrics in rest)
+
+
+def test_dropout_goes_on_where_it_was(tmp_path: Path) -> None:
+    def make() -> Learner:
+        learner = odt()
+        for layer in learner.policy.network.modules():
+            if isinstance(layer, torch.nn.Dropout):
+                layer.p = 0.3
+        return learner
+
+    assert any(isinstance(layer, torch.nn.Dropout) for layer in odt().policy.network.modules())
+    torch.manual_seed(3)
+    _, expected, _ = run(make, None)
+    torch.manual_seed(3)
+    run(make, tmp_path, stop_at=200)
+    _, found, _ = run(make, tmp_path)
+    assert all(torch.equal(value, found[name]) for name, value in expected.items())
+
+
+LONG = 20
+
+
+class Long(Bandit):
+    """Twenty env steps an episode."""
+
+    def reset(self, **options: Any) -> Any:
+        self._steps = 0
+        return super().reset()
+
+    def step(self, action: Any) -> Any:
+        self._steps += 1
+        observation, reward, *_ = super().step(action)
+        return observation, reward, False, self._steps == LONG, {}
+
+
+def play_long(folder: Path | None = None, stop_at: int = 10**9, **others: Any) -> tuple[OnlineCounters | None, Learner]:
+    learner = bandit(**{"env_steps": 400, "steps_per_iteration": 20, "updates_per_iteration": 1} | others)
+    beside = learner.policy.with_own_history()
+
+    def validate(step: int) -> dict[str, float]:
+        if step >= stop_at:
+            raise StopError
+        beside.reset(["problem"] * 3)
+        beside.act(np.ones((3, 2), np.float32), np.zeros(3, np.float32), np.ones(3, bool))
+        return {"validation/mean_reward": 0.0}
+
+    task = dataclasses.replace(make_task(Long, 4), horizon=LONG)
+    checkpoints = Checkpoints(folder, every=1) if folder else None
+    with contextlib.suppress(StopError):
+        replay = TrajectoryReplay(2000, 2, 1)
+        found = train_online(learner, replay, task, log=lambda *_: None, evaluate=validate, checkpoints=checkpoints)
+        assert replay.num_complete == replay.num_episodes
+        return found, learner
+    return None, learner
+
+
+def test_an_episode_is_played_to_its_end_however_often_the_policy_is_validated(tmp_path: Path) -> None:
+    """Each of 4 environments plays 5 env steps between two validations, an episode has 20: none was ever complete,
+    and nothing was learned."""
+    often, learner = play_long(eval_every=20, checkpoint_every=80)
+    assert often is not None
+    assert often.episodes == 400 // LONG
+    assert often.update > 10
+    _, seldom = play_long(eval_every=80, checkpoint_every=80)
+    for name, value in seldom.tensors().items():
+        assert torch.equal(value, learner.tensors()[name]), name
+    assert play_long(tmp_path, stop_at=200, eval_every=20, checkpoint_every=30)[0] is None
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["step_000000080", "step_000000160"]
+    _, resumed = play_long(tmp_path, eval_every=20, checkpoint_every=30)
+    for name, value in learner.tensors().items():
+        assert torch.equal(value, resumed.tensors()[name]), name
+
+
+def test_no_more_is_played_than_was_asked_for() -> None:
+    learner = bandit(env_steps=50, steps_per_iteration=32, updates_per_iteration=1)
+    counters = train_online(learner, TrajectoryReplay(500, 2, 1), make_task(Bandit, 4), log=lambda *_: None)
+    assert counters.env_steps == 52, "the next multiple of four environments"
 
 
 @pytest.mark.parametrize("interrupted", [pytest.param(False, marks=pytest.mark.slow), True])

@@ -241,6 +241,19 @@ def test_each_kind_of_episode_has_its_share_of_a_batch(
     assert weights[0] == 0, "an episode that failed is not imitated"
 
 
+def test_what_is_never_to_be_drawn_stands_aside_only_for_others() -> None:
+    """Demonstrations alone, and a share of none: the run ended, as if there were no episode."""
+    replay = TrajectoryReplay(1000, 2, 1)
+    replay.add(episode(4), 0.0, demonstrated=True)
+    assert replay.imitation_weights(0.0, 10.0).tolist() == [1]
+    replay.add(episode(3), 0.0, retried=True)
+    assert replay.imitation_weights(0.0, 0.0).tolist() == [1, 0]
+    assert (replay.imitation_weights(0.0, 10.0) > 0).tolist() == [False, True]
+    only = TrajectoryReplay(1000, 2, 1)
+    only.add(episode(3), 0.0, retried=True)
+    assert not SelfImitation(make_learner(), options(retry_weight=0.0)).can_learn(only, failures=1)
+
+
 def test_windows_show_the_returns_that_were_asked_for() -> None:
     policy, replay = make_learner(target=10.0), TrajectoryReplay(1000, 2, 1)
     replay.add(episode(3), 10.0)

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from eva_rl.agents.policy import DecisionTransformerPolicy
 from eva_rl.batch import NStepBatch
@@ -31,8 +31,9 @@ from eva_rl.training.residual.playback import FEATURES, PROPOSALS, TARGETS, extr
 class ResidualLearner(Learner):
     """A residual actor and an ensemble of critics on a frozen policy.
 
-    Rewards are divided by a scale that is found when training begins: where success ends an episode, the value of the
-    highest reward for ever, so that values lie below 1; else the mean discounted return.
+    Rewards are divided by a scale that is found at the first gradient step after one was paid: where success ends an
+    episode and one is known, the value of the highest reward for ever, so that values lie below 1; else the mean
+    discounted return.
 
     Args:
         policy: Stays as it is.
@@ -85,6 +86,11 @@ class ResidualLearner(Learner):
         """The frozen policy with the averaged actor's residuals."""
         return ResidualPolicy(self.policy.with_own_history(), self.target_actor)
 
+    @property
+    def acting_parameters(self) -> Mapping[str, nn.Parameter]:
+        """The averaged actor's."""
+        return named(self.target_actor)
+
     def explore(self, generator: torch.Generator) -> Explore:
         """The actor's actions with Gaussian noise, times each environment's level."""
         std = self._residual.exploration_noise
@@ -123,16 +129,15 @@ class ResidualLearner(Learner):
         return NStepBatch.joined(parts).to(self.policy.device), generator
 
     def _find_scale(self, replay: TrajectoryReplay) -> None:
-        """Fix what rewards are divided by, and what a success is worth, at the first gradient step."""
-        if self._reward_scale:
+        """Fix what a success is worth when the first one is known, and what rewards are divided by when one is paid."""
+        if self._reward_scale and (self._solved_value or not self._residual.stop_at_success):
             return
         known = [source for source in (self.demonstrations, replay) if source.num_episodes]
         highest = max(source.highest_reward for source in known)
-        forever = highest / max(1 - self._residual.discount, 1e-3)
         if self._residual.stop_at_success and any(source.num_solved for source in known) and highest > 0:
-            self._solved_value = self._reward_scale = forever
-        else:
-            self._reward_scale = max(1e-8, *(source.mean_discounted_return for source in known))
+            self._solved_value = highest / max(1 - self._residual.discount, 1e-3)
+        own_scale = self._solved_value or max(source.mean_discounted_return for source in known)
+        self._reward_scale = self._reward_scale or own_scale
 
     def targets(self, batch: NStepBatch, generator: torch.Generator) -> Tensor:
         """What the critics are taught, (B,)."""
@@ -143,7 +148,7 @@ class ResidualLearner(Learner):
             noise = noise.clamp(-2 * options.target_noise, 2 * options.target_noise)
             pair = random_pair(options.critics, generator).to(actions.device)
             values = self.target_critics.min_of(batch.next_observations, (actions + noise).clamp(-1, 1), pair)
-            return batch.returns / self._reward_scale + batch.discounts * values
+            return batch.returns / (self._reward_scale or 1.0) + batch.discounts * values
 
     def _update_critics(self, batch: NStepBatch, generator: torch.Generator, update: int) -> dict[str, float]:
         targets = self.targets(batch, generator)

@@ -45,7 +45,7 @@ class SelfImitation(Learner):
 
         One that solved all it met has nothing to learn from imitating itself.
         """
-        return failures > 0 and replay.num_demonstrated + replay.num_solved > 0
+        return failures > 0 and bool(replay.imitation_weights(*self._weights).any())
 
     def schedule(self, update: int) -> float:
         """A warm-up at the start of each iteration, then a cosine to zero (warm restarts, arXiv 1608.03983).

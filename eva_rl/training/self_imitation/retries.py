@@ -43,8 +43,13 @@ class RetryingCollector:
     def begin(self, counters: OnlineCounters) -> None:
         """Nothing to start."""
 
+    def may_truncate(self, counters: OnlineCounters) -> bool:
+        """Always: rounds are played to their end."""
+        return True
+
     def truncate_episodes(self, replay: TrajectoryReplay, counters: OnlineCounters) -> None:
         """Nothing to end."""
+        counters.truncated_at = counters.env_steps
 
     def collect(self, learner: Learner, replay: TrajectoryReplay, counters: OnlineCounters) -> None:
         """Play rounds until an iteration's env steps are reached, or those of the whole run.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import gymnasium as gym
@@ -146,6 +147,39 @@ def test_it_begins_as_the_frozen_policy() -> None:
         one.reset(["problem"] * 5)
     rewards = np.zeros(5, np.float32)
     assert np.array_equal(acting.act(observations, rewards, starts), policy.act(observations, rewards, starts))
+
+
+@pytest.mark.parametrize("first", ["zeros", "unsolved"])
+def test_a_success_is_worth_something_whenever_it_comes(first: str) -> None:
+    """A success after the first gradient step was worth nothing for ever, and a first reward after zeros 1e8."""
+    learner = ResidualLearner(make_learner(), ResidualOptions(**QUICK | {"stop_at_success": True, "discount": 0.9}))
+    replay, unsolved = learner.new_replay(200), episode(4, terminated=False)
+    replay.add(replace(unsolved, rewards=unsolved.rewards * (first != "zeros")), asked=1.0)
+    learner.update(replay, 0)
+    assert learner._solved_value == 0
+    scale = learner._reward_scale
+    replay.add(episode(3, terminated=True, solved=True), asked=1.0)
+    learner.update(replay, 1)
+    assert learner._solved_value == pytest.approx(replay.highest_reward / 0.1)
+    assert learner._reward_scale == (scale or learner._solved_value)
+
+
+def test_the_best_averaged_actor_is_kept() -> None:
+    """What is validated and distilled is the average; the actor that it follows was kept in its place."""
+    options = ResidualOptions(**QUICK | {"keep_best": True, "eval_every": 160, "critic_warmup": 1, "tau": 0.5})
+    learner, seen = ResidualLearner(make_learner(), options, seed=1), {}
+
+    def evaluate(step: int) -> dict[str, float]:
+        seen[step] = [p.detach().clone() for p in learner.target_actor.parameters()]
+        return {"validation/success_rate": float(step == 480)}
+
+    counters = train_online(
+        learner, learner.new_replay(4000), make_task(TwoSteps), log=lambda *_: None, evaluate=evaluate
+    )
+    assert counters.best_step == 480
+    kept = list(learner.target_actor.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(kept, seen[480], strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(kept, seen[960], strict=True))
 
 
 def mean_return(learner: ResidualLearner, kind: type[gym.Env[Any, Any]], steps: int) -> float:
