@@ -78,11 +78,6 @@ class TrajectoryReplay:
         return int(self._complete.sum())
 
     @property
-    def num_demonstrated(self) -> int:
-        """Episodes kept that were given."""
-        return int(self._demonstrated.sum())
-
-    @property
     def num_solved(self) -> int:
         """Episodes kept in which the task was solved."""
         return int(self._solved.sum())
@@ -96,11 +91,6 @@ class TrajectoryReplay:
     def num_steps(self) -> int:
         """Env steps kept."""
         return int(self._lengths.sum())
-
-    @property
-    def episode_returns(self) -> NDArray[np.float32]:
-        """(E,), oldest first."""
-        return self.returns_to_go[self._starts]
 
     @property
     def mean_discounted_return(self) -> float:
@@ -340,7 +330,7 @@ class TrajectoryReplay:
 
     def _above_worst(self) -> NDArray[np.float64]:
         """Return of each episode between the worst complete one's, 0.01, and the best one's, 1."""
-        returns = self.episode_returns.astype(np.float64)
+        returns = self.returns_to_go[self._starts].astype(np.float64)
         low, high = returns[self._complete].min(), returns[self._complete].max()
         share: NDArray[np.float64] = np.clip((returns - low) / max(high - low, 1e-12), 0.01, 1)
         return share
