@@ -20,7 +20,7 @@ from eva_rl.distributed import ProcessGroup
 from eva_rl.errors import UserError
 from eva_rl.seeding import random_state, restore_random_state
 from eva_rl.training.averaging import WeightAverage
-from eva_rl.training.checkpoint import Checkpoints, TrainState
+from eva_rl.training.checkpoint import Checkpoints, TrainState, below
 from eva_rl.training.compiling import compiled
 from eva_rl.training.failures import interrupts_deferred
 from eva_rl.training.losses import autocast, microbatches, num_action_elements, summed_action_loss
@@ -224,18 +224,14 @@ class _Run:
         restore_parameters(self.parameters, state.tensors, "parameter/")
         restore_optimizer(self.optimizer, self.parameters, state.tensors)
         if self.extension is not None:
-            self.extension.restore(_below(state.tensors, EXTENSION))
-        if self.average is not None and (means := _below(state.tensors, AVERAGE)):
+            self.extension.restore(below(state.tensors, EXTENSION))
+        if self.average is not None and (means := below(state.tensors, AVERAGE)):
             self.average.restore(means)
         restore_random_state(state.tensors, self.loss_since_point.device)
         if LOSS in state.tensors:  # not in older checkpoints
             self.loss_since_point.copy_(state.tensors[LOSS])
         for name, value in asdict(Counters(**state.record)).items():
             setattr(self.counters, name, value)
-
-
-def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,11 @@ class TrainState:
     record: Mapping[str, Any]
 
 
+def below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with a prefix, without it."""
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
 class Checkpoints:
     """Where a training loop keeps its checkpoints, and when the next one is due.
 

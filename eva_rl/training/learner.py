@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from eva_rl.agents.policy import DecisionTransformerPolicy, Policy
 from eva_rl.data.replay import TrajectoryReplay
 from eva_rl.training.bc import EXTENSION, Extension
+from eva_rl.training.checkpoint import below
 from eva_rl.training.failures import Batch
 from eva_rl.training.optimizer import (
     checked_step,
@@ -160,14 +161,10 @@ class Learner(ABC):
         self._actor_steps = int(tensors[ACTOR_STEPS]) if ACTOR_STEPS in tensors else 0  # not in older ones
         for kind, (parameters, optimizer) in self._trained.items():
             restore_parameters(parameters, tensors, f"{kind}/parameter/")
-            restore_optimizer(optimizer, parameters, _below(tensors, f"{kind}/"))
+            restore_optimizer(optimizer, parameters, below(tensors, f"{kind}/"))
         if self.extension is not None:
-            self.extension.restore(_below(tensors, EXTENSION))
-        self.restore_state(_below(tensors, "own/"))
-
-
-def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+            self.extension.restore(below(tensors, EXTENSION))
+        self.restore_state(below(tensors, "own/"))
 
 
 def step_generators(seed: int, update: int) -> tuple[np.random.Generator, torch.Generator]:

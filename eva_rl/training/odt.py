@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -122,7 +121,3 @@ class OnlineDecisionTransformer(Learner):
         self._temperature_optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         self._temperature_optimizer.step()
-
-    def state_of(self) -> Mapping[str, Tensor]:
-        """Nothing besides parameters and optimisers."""
-        return {}

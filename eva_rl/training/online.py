@@ -15,7 +15,7 @@ from eva_rl.data.replay import TrajectoryReplay
 from eva_rl.errors import EnvironmentFailedError
 from eva_rl.seeding import random_state, restore_random_state
 from eva_rl.training.bc import Log
-from eva_rl.training.checkpoint import Checkpoints, TrainState
+from eva_rl.training.checkpoint import Checkpoints, TrainState, below
 from eva_rl.training.collector import Collector, EpisodeCollector, OnlineCounters, TaskEnvs
 from eva_rl.training.learner import Learner
 
@@ -171,15 +171,11 @@ def _resume(
     state = checkpoints.load() if checkpoints else None
     if state is None:
         return None
-    parts = {
-        prefix: {k.removeprefix(prefix): v for k, v in state.tensors.items() if k.startswith(prefix)}
-        for prefix in (ALGORITHM, REPLAY, BEST)
-    }
     assert checkpoints is not None
     with checkpoints.fitting():
-        learner.restore(parts[ALGORITHM])
-        replay.restore(parts[REPLAY])
-        best.parameters = parts[BEST]
+        learner.restore(below(state.tensors, ALGORITHM))
+        replay.restore(below(state.tensors, REPLAY))
+        best.parameters = below(state.tensors, BEST)
         if "random/torch" in state.tensors:  # not in older ones
             restore_random_state(state.tensors, learner.policy.device)
         return OnlineCounters(**state.record)

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from eva_rl.adapters import load_policy
+from eva_rl.adapters.extensions import AdaLoraExtension
 from eva_rl.finetune import phases
 from eva_rl.finetune.command import main
 from eva_rl.rollouts.evaluation import evaluate_policy
@@ -118,6 +119,22 @@ def test_a_residual_is_learned_and_distilled(policy_folder: Path, tmp_path: Path
     played = evaluate_policy(policy, "reach-v3", episodes=2, seed=0, horizon=30)
     assert played.mean_reward == pytest.approx(found["eval/mean_reward"])
     assert found["eval/mean_reward"] != found["eval_cloned/mean_reward"]
+
+
+@pytest.mark.slow
+def test_rounds_of_distillation_are_one_training_to_the_adapter(
+    policy_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """AdaLoRA's schedule began anew in each round, and its budget was never reached."""
+    told, prune = [], AdaLoraExtension.after_step
+
+    def after_step(self: AdaLoraExtension, update: int) -> None:
+        told.append(update)
+        prune(self, update)
+
+    monkeypatch.setattr(AdaLoraExtension, "after_step", after_step)
+    assert main(command(policy_folder, tmp_path / "run", "residual", "adapter=adalora", "data=none")) == 0
+    assert told == [1, 2, 3, 4]
 
 
 @pytest.mark.slow
