@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from eva_rl.report.runs import DIGEST, FORMAT, RECORD, digest, read_config, read
 PLACES = ("run_dir", "shared")
 """Settings that say where a run lay on its machine: a record goes to others, to whom they say nothing."""
 MOST_POINTS = 200
-"""Points of the learning curve that a record keeps; of more, every second is left out until they fit."""
+"""Points of the learning curve that a record keeps; of more, every second goes until they fit, evaluations last."""
 
 
 def write_record(path: Path, run_dir: Path, name: str, about: Mapping[str, Any] | None = None) -> None:
@@ -52,16 +52,34 @@ def _return_of(goal: Mapping[str, float]) -> float | None:
 
 def thinned(rows: Sequence[Row]) -> list[Row]:
     """The evaluations among the rows of ``metrics.jsonl``, with the steps and seconds at which they were made."""
-    kept = [
-        _point(row) for index, row in enumerate(rows) if index == 0 or _is_evaluation(row) or set(UPDATES) & set(row)
-    ]
+    kept = [_point(row) for index, row in enumerate(rows) if index == 0 or _importance(row) or set(UPDATES) & set(row)]
+    if len(kept) > MOST_POINTS:
+        kept = list(_with_updates(kept))
     while len(kept) > MOST_POINTS:
-        kept = [row for index, row in enumerate(kept) if index % 2 == 0 or index == len(kept) - 1]
+        kept = _halved(kept)
     return kept
 
 
-def _is_evaluation(row: Row) -> bool:
-    return any(key.split("/")[0] in {"eval", "validation"} or "/validation/" in key for key in row)
+def _importance(row: Row) -> int:
+    """2 for an evaluation on held-out episodes, 1 for one on validation episodes, 0 for none."""
+    kinds = {part for key in row for part in key.split("/")[:-1]}  # those of cloning come as bc/validation/...
+    return 2 if "eval" in kinds else int("validation" in kinds)
+
+
+def _with_updates(points: Sequence[Row]) -> Iterator[Row]:
+    """The points, evaluations with the number of updates before them: the rows that said it may go."""
+    updates: Row = {}
+    for point in points:
+        updates |= {key: point[key] for key in UPDATES if key in point}
+        yield updates | point if _importance(point) else point
+
+
+def _halved(points: Sequence[Row]) -> list[Row]:
+    """Points without every second of the least important ones, but with the first and the last."""
+    inner = range(1, len(points) - 1)
+    least = min(_importance(points[index]) for index in inner)
+    dropped = set([index for index in inner if _importance(points[index]) == least][::2])
+    return [point for index, point in enumerate(points) if index not in dropped]
 
 
 def _point(row: Row) -> Row:
