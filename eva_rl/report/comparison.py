@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from eva_rl.report import stats
-from eva_rl.report.methods import EPISODE_KEYS, Method, TaskGroup
+from eva_rl.report.methods import EPISODE_KEYS, Method, TaskGroup, paired_runs
 from eva_rl.report.stats.aggregates import Floats
 
 STATISTICS = {"IQM": stats.interquartile_mean, "mean": stats.mean, "median": stats.median}
@@ -155,24 +155,20 @@ def _compare(group: TaskGroup, first: Method, second: Method, resampling: Resamp
 
 
 def run_differences(key: str, task: str, first: Method, second: Method) -> Floats:
-    """First minus second, for each seed that both have on a task."""
-    scores = [
-        {run.seed: float(score) for run, score in zip(method.runs[task], method.scores(task, key), strict=True)}
-        for method in (first, second)
-    ]
-    return np.array([scores[0][seed] - scores[1][seed] for seed in sorted(scores[0].keys() & scores[1].keys())])
+    """First minus second, for each pair of runs of a task."""
+    pairs = paired_runs(first, second, task)
+    return np.array([float(a.summary[f"eval/{key}"]) - float(b.summary[f"eval/{key}"]) for a, b in pairs])
 
 
 def goal_differences(group: TaskGroup, first: Method, second: Method) -> list[Floats]:
-    """First minus second on each goal of each task, for each seed that both have, [(seeds,)]."""
+    """First minus second on each goal of each task, for each pair of runs, [(pairs,)]."""
     found: dict[tuple[str, int], list[float]] = defaultdict(list)
     key = EPISODE_KEYS[group.key]
     for task in group.tasks:
-        others = {run.seed: run.goals for run in second.runs[task]}
-        for run in first.runs[task]:
-            theirs = others.get(run.seed, {})
-            for goal in [g for g in run.goals.keys() & theirs.keys() if key in run.goals[g] and key in theirs[g]]:
-                found[task, goal].append(float(run.goals[goal][key]) - float(theirs[goal][key]))
+        for ours, theirs in paired_runs(first, second, task):
+            a, b = ours.goals, theirs.goals
+            for goal in [g for g in a.keys() & b.keys() if key in a[g] and key in b[g]]:
+                found[task, goal].append(float(a[goal][key]) - float(b[goal][key]))
     return [np.array(found[goal]) for goal in sorted(found)]
 
 

@@ -28,7 +28,7 @@ class Method:
         label: The method's name, with what tells it from other rows of the same name.
         name: As in ``adapter=``.
         settings: What decides its results.
-        runs: By task, in order of their seeds.
+        runs: By task, in order of their seeds, and of the hash of their data.
     """
 
     label: str
@@ -102,11 +102,31 @@ def make_methods(runs: Sequence[Run]) -> list[Method]:
     for key, label in zip(keys, _unique(labels), strict=True):
         own = grouped[key]
         by_task = {
-            task: sorted((run for run in own if run.task == task), key=lambda run: run.seed)
+            task: sorted((run for run in own if run.task == task), key=lambda run: (run.seed, run.data_hash))
             for task in sorted({run.task for run in own})
         }
         methods.append(Method(label, key[0], settings[key], by_task))
     return methods
+
+
+def paired_runs(first: Method, second: Method, task: str) -> list[tuple[Run, Run]]:
+    """Pairs of runs of a task and one seed, in order; where several of a method share a seed, of the same data, too."""
+    ours, theirs = (_by_seed(method.runs.get(task, ())) for method in (first, second))
+    return [pair for seed in sorted(ours.keys() & theirs.keys()) for pair in _pairs(ours[seed], theirs[seed])]
+
+
+def _by_seed(runs: Sequence[Run]) -> dict[int, list[Run]]:
+    found: dict[int, list[Run]] = defaultdict(list)
+    for run in runs:
+        found[run.seed].append(run)
+    return found
+
+
+def _pairs(ours: Sequence[Run], theirs: Sequence[Run]) -> list[tuple[Run, Run]]:
+    if len(ours) == len(theirs) == 1:
+        return [(ours[0], theirs[0])]
+    others = {run.data_hash: run for run in theirs}
+    return [(run, others[run.data_hash]) for run in ours if run.data_hash in others]
 
 
 def _label(name: str, own: Mapping[str, str], same_name: Sequence[Mapping[str, str]]) -> str:

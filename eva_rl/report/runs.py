@@ -75,6 +75,11 @@ class Run:
         """Where it lies, for people."""
         return one_line(self.folder)
 
+    @property
+    def data_hash(self) -> str:
+        """Of its demonstrations; empty where there were none."""
+        return str((self.summary.get("data") or {}).get("hash") or "")
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -349,12 +354,12 @@ def _identity(run: Run) -> tuple[Any, ...]:
 
 
 def _without_duplicates(runs: Sequence[Run], problems: list[Problem]) -> tuple[list[Run], list[Problem]]:
-    """Of runs with one seed, task, method and settings, the first: a copy is no further evidence."""
+    """Of runs with one seed, task, method, settings and data, the first: a copy is no further evidence."""
     kept: dict[tuple[Any, ...], Run] = {}
     for run in runs:
-        key = (run.task, run.method, run.seed, run.settings, run.tuning is None)
+        key = (run.task, run.method, run.seed, run.settings, run.data_hash, run.tuning is None)
         if key in kept:
-            problems.append(Problem(run.folder, "left out", f"the same seed and settings as {kept[key].place}"))
+            problems.append(Problem(run.folder, "left out", f"the same seed, settings and data as {kept[key].place}"))
         kept.setdefault(key, run)
     return list(kept.values()), problems
 

@@ -9,7 +9,7 @@ from itertools import combinations
 import numpy as np
 
 from eva_rl.report import stats
-from eva_rl.report.methods import Method, TaskGroup
+from eva_rl.report.methods import Method, TaskGroup, paired_runs
 from eva_rl.report.runs import Run
 from eva_rl.report.stats.aggregates import Floats
 from eva_rl.report.stats.equivalence import PairedMean, paired_mean
@@ -117,18 +117,20 @@ class Verdict:
     text: str
 
 
-def endpoint_values(method: Method, task: str, endpoint: str, key: str) -> dict[int, float]:
-    """By seed, what was measured in the runs of a task; without runs where it is not known."""
-    values = {run.seed: ENDPOINTS[endpoint].value(run, key) for run in method.runs.get(task, ())}
-    return {seed: value for seed, value in values.items() if np.isfinite(value)}
+def endpoint_values(method: Method, task: str, endpoint: str, key: str) -> dict[tuple[int, str], float]:
+    """By seed and hash of the data, what was measured in the runs of a task; without runs where it is not known."""
+    values = {(run.seed, run.data_hash): ENDPOINTS[endpoint].value(run, key) for run in method.runs.get(task, ())}
+    return {which: value for which, value in values.items() if np.isfinite(value)}
 
 
 def paired_differences(group: TaskGroup, endpoint: str, first: Method, second: Method) -> list[Floats]:
-    """First minus second for each seed that both have, for each common task with such seeds."""
+    """First minus second for each pair of runs, for each common task with such pairs."""
+    value = ENDPOINTS[endpoint].value
     found = []
     for task in group.tasks:
-        a, b = (endpoint_values(method, task, endpoint, group.key) for method in (first, second))
-        found.append(np.array([a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())]))
+        pairs = paired_runs(first, second, task)
+        differences = np.array([value(a, group.key) - value(b, group.key) for a, b in pairs])
+        found.append(differences[np.isfinite(differences)])
     return [task for task in found if len(task)]
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 import numpy as np
 
 from eva_rl.errors import counted
 from eva_rl.report.comparison import LEVEL, Analysis, overlapping
-from eva_rl.report.methods import RANK, TaskGroup, differing_settings, plain_setting
+from eva_rl.report.methods import RANK, TaskGroup, differing_settings, paired_runs, plain_setting
 from eva_rl.report.runs import Problem
 from eva_rl.report.verdicts import ENDPOINTS, EQUIVALENT, FINAL, UNDECIDED, Verdict, verdicts
 
@@ -154,16 +155,16 @@ def _unequal(group: TaskGroup) -> Iterator[ReportWarning]:
     if group.partial and len(group.methods) > 1:
         yield ReportWarning(f"Not in the aggregates, because some method lacks them: {_listed(group.partial)}.")
     for task in group.tasks:
-        seeds = {tuple(run.seed for run in method.runs[task]) for method in group.methods}
-        if len(seeds) > 1:
+        most = max(len(method.runs[task]) for method in group.methods)
+        if any(len(paired_runs(a, b, task)) < most for a, b in combinations(group.methods, 2)):
             yield ReportWarning(f"Seeds differ between methods on {task}; paired tests take those that both have.")
             break
-    pairs = [(run.task, run.seed, run) for m in group.methods for runs in m.runs.values() for run in runs]
-    for what, values in (
-        ("held-out goals", {(t, s, frozenset(run.goals)) for t, s, run in pairs if run.goals}),
-        ("demonstrations", {(t, s, (run.summary.get("data") or {}).get("hash")) for t, s, run in pairs}),
+    pairs = [p for task in group.tasks for a, b in combinations(group.methods, 2) for p in paired_runs(a, b, task)]
+    for what, differ in (
+        ("held-out goals", any(a.goals and b.goals and a.goals.keys() != b.goals.keys() for a, b in pairs)),
+        ("demonstrations", any(a.data_hash != b.data_hash for a, b in pairs)),
     ):
-        if len(values) > len({value[:2] for value in values}):
+        if differ:
             yield ReportWarning(f"Runs of one task and seed have different {what}: pairs are not quite alike.")
 
 

@@ -7,8 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from eva_rl.report.comparison import analyse
-from eva_rl.report.methods import group_tasks, make_methods, plain_setting
+from eva_rl.report.comparison import analyse, goal_differences, run_differences
+from eva_rl.report.methods import group_tasks, make_methods, paired_runs, plain_setting
+from eva_rl.report.runs import Run, select
+from eva_rl.report.verdicts import endpoint_values, paired_differences
 from tests.report.making_groups import QUICK, make_group, make_run
 
 
@@ -84,3 +86,27 @@ def test_a_task_of_one_method_alone_is_no_common_one() -> None:
     assert (found.aggregates, list(found.comparisons), found.profiles) == ({}, [], {})
     assert {task: list(means) for task, means in found.tasks.items()} == {"t": ["a"], "u": ["b"]}
     assert np.isnan(found.before["t"])
+
+
+def drawn(method: str, score: float, data: str, seed: int = 0) -> Run:
+    """A run on these demonstrations."""
+    return make_run(method, "t", seed, score, goals=[score > 0.5], summary={"data": {"hash": data}})
+
+
+def test_runs_that_share_a_seed_are_paired_by_their_data() -> None:
+    """seed=0 data.seed=0..2: all but the first were dropped as copies, and a seed stood for one of its runs."""
+    scores = {"x": (0.9, 0.6), "y": (0.2, 0.4), "z": (0.5, 0.5)}
+    runs = [drawn(m, own[k], data) for data, own in scores.items() for k, m in enumerate("ab")][::-1]
+    kept, problems = select([*runs, drawn("a", 0.0, "w"), drawn("a", 0.3, "p", 1), drawn("b", 0.1, "q", 1)], [])
+    assert problems == []
+    (group,) = group_tasks(kept)
+    a, b = group.methods
+    pairs = paired_runs(a, b, "t")
+    assert [(one.seed, one.data_hash, other.data_hash) for one, other in pairs] == [
+        (0, "x", "x"), (0, "y", "y"), (0, "z", "z"), (1, "p", "q"),
+    ]  # fmt: skip
+    expected = [0.3, -0.2, 0.0, 0.2]
+    np.testing.assert_allclose(run_differences(group.key, "t", a, b), expected)
+    np.testing.assert_allclose(paired_differences(group, "final", a, b), [expected])
+    assert len(endpoint_values(a, "t", "final", group.key)) == 5
+    assert [list(goal) for goal in goal_differences(group, a, b)] == [[0.0, 0.0, 0.0, 0.0]]

@@ -208,10 +208,11 @@ def test_copies_are_left_out_and_tuning_is_another_phase() -> None:
     run = make_run("eva", "t", 0, 0.5)
     copy, other = replace(run, folder=Path("copy")), replace(run, seed=1)
     tuned = replace(run, folder=Path("tuned"), tuning={"a": "1"})
-    kept, (problem,) = select([run, copy, other, tuned], [])
-    assert kept == [run, other, tuned]
+    drawn = [replace(run, summary={**run.summary, "data": {"hash": name}}) for name in "xy"]  # data.seed=0, 1
+    kept, (problem,) = select([run, copy, other, tuned, *drawn], [])
+    assert kept == [run, other, tuned, *drawn]
     assert (problem.kind, problem.place, problem.reason) == (
-        "left out", "copy", "the same seed and settings as eva/t/0",
+        "left out", "copy", "the same seed, settings and data as eva/t/0",
     )  # fmt: skip
 
 

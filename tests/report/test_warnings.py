@@ -116,6 +116,10 @@ def test_methods_that_were_not_treated_alike() -> None:
     assert "different held-out goals" in text([*runs[:-1], other])
     hashed = [replace(run, summary={**run.summary, "data": {"hash": run.method}}) for run in runs]
     assert "different demonstrations" in text(hashed)
+    shared = [replace(run, seed=0, summary={**run.summary, "data": {"hash": f"{run.seed}"}}) for run in runs]
+    assert "demonstrations" not in text(shared), "runs of one seed are paired by their data"
+    assert "Seeds differ" not in text(shared)
+    assert "Seeds differ between methods on t" in text(shared[:-1])
     assert "different study files" not in text(runs)
     strays = [replace(run, study="0a") if run.method == "a" else run for run in runs]
     assert ReportWarning("The runs belong to different study files, or some to none.", severe=True) in told(strays)
