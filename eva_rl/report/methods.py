@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from eva_rl.report.reading import one_line
-from eva_rl.report.runs import SCORES, Run, score_keys
+from eva_rl.report.runs import RETURN, SCORES, Run, score_keys
 from eva_rl.report.settings import Settings
 from eva_rl.report.stats.aggregates import Floats
 
@@ -78,7 +78,7 @@ def group_tasks(runs: Sequence[Run]) -> list[TaskGroup]:
     """Group runs by how their tasks are judged, and then by method; returns of different tasks are never averaged."""
     grouped: dict[tuple[str, str], list[Run]] = defaultdict(list)
     for task, key in sorted(score_keys(runs).items()):
-        title = SCORES[key] if key != "mean_reward" else f"{SCORES[key]} on {task}"
+        title = SCORES[key] if key != RETURN else f"{SCORES[key]} on {task}"
         grouped[title, key] += [run for run in runs if run.task == task]
     return [_task_group(title, key, own) for (title, key), own in grouped.items()]
 

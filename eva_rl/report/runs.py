@@ -36,7 +36,8 @@ READ_IN_PART = (METRICS_FILE, EVALUATION_FILE, VERSIONS_FILE)
 """Files without which, or with other numbers in which, a run still counts."""
 RECORD, FORMAT, DIGEST = "eva_rl_record", 1, "sha256"
 """The key by which the record of a run is recognised, the number of its format, and the key of its checksum."""
-SCORES = {"success_rate": "success rate", "normalized_score": "normalised score", "mean_reward": "return"}
+RETURN = "mean_reward"
+SCORES = {"success_rate": "success rate", "normalized_score": "normalised score", RETURN: "return"}
 """What a task is judged by: the first of these that its runs have."""
 
 

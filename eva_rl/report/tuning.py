@@ -4,19 +4,51 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
+from scipy.stats import rankdata
 
 from eva_rl.report.figures import WIDTH, colour_and_marker, legend_label
 from eva_rl.report.page import Picture, Section
-from eva_rl.report.runs import Run, score_keys
+from eva_rl.report.runs import RETURN, Run, score_keys
+from eva_rl.report.stats.aggregates import Floats
 from eva_rl.report.tables import Table, number
 from eva_rl.report.verdicts import ENDPOINTS
 
+Tried = list[tuple[str, float]]
+"""Of one setting: the task and the endpoint of each run."""
 Scores = dict[str, dict[str, list[float]]]
-"""By method, by setting: the endpoint of each run."""
+"""By method, by setting: what is averaged, the endpoint of each run or the rank on each task."""
+
+
+def comparable(keys: Mapping[str, str]) -> bool:
+    """Whether an endpoint may be averaged over tasks, by the score that judges each: one for all, and no return."""
+    kinds = set(keys.values())
+    return len(keys) < 2 or (len(kinds) == 1 and RETURN not in kinds)
+
+
+def task_ranks(settings: Sequence[Tried]) -> Floats:
+    """The rank of each setting on each task by its mean over runs.
+
+    Args:
+        settings: For each setting the task of each run and what it reached there; more is better.
+
+    Returns:
+        (settings, tasks): 1 for the best, ties share their mean. NaN for a setting without a finite result on some
+        task, which takes no rank from the others.
+    """
+    tasks = sorted({task for tried in settings for task, _ in tried})
+    means = np.array([[_mean([value for one, value in tried if one == task]) for task in tasks] for tried in settings])
+    found = np.full(means.shape, np.nan)
+    sound = np.isfinite(means).all(axis=1)
+    found[sound] = rankdata(-means[sound], axis=0) if sound.any() else np.nan
+    return found
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(np.mean(values)) if len(values) else float("nan")
 
 
 def tuning_sections(found: Sequence[Run], tested: Sequence[Run], endpoint: str) -> list[Section]:
@@ -24,41 +56,63 @@ def tuning_sections(found: Sequence[Run], tested: Sequence[Run], endpoint: str) 
     tuned = [run for run in found if run.tuning is not None]
     if not tuned:
         return []
-    scores, chosen = tuning_scores(tuned, endpoint), _chosen(tuned, tested)
+    tried, chosen = tried_settings(tuned, endpoint), _chosen(tuned, tested)
+    ranked = not comparable(score_keys(tuned))
+    title = ENDPOINTS[endpoint].title
+    what = f"mean rank over tasks by {title}, 1 is the best" if ranked else title
+    scores = tuning_scores(tried, ENDPOINTS[endpoint].sign if ranked else None)
     rows = [
         [
             method,
             setting,
-            number(float(np.mean(values))),
-            str(len(values)),
+            number(_mean(scores[method][setting])),
+            str(len(runs)),
             "yes" if chosen.get(method) == setting else "",
         ]
-        for method, own in sorted(scores.items())
-        for setting, values in own.items()
+        for method, own in sorted(tried.items())
+        for setting, runs in own.items()
     ]
-    title = ENDPOINTS[endpoint].title
     tasks, seeds = sorted({run.task for run in tuned}), sorted({run.seed for run in tuned})
     text = (
-        f"Settings were chosen by the {title}, on {', '.join(tasks)} and seeds {', '.join(map(str, seeds))}, none of "
+        f"Settings were chosen by the {what}, on {', '.join(tasks)} and seeds {', '.join(map(str, seeds))}, none of "
         "which is tested above."
     )
+    column = "mean rank" if ranked else "mean"
     return [
         Section(
             "Tuning",
             text=[text, *_edges(scores, chosen)],
-            tables=[Table("", ["method", "setting", "mean", "runs", "chosen"], rows, f"Mean {title}.")],
-            pictures=[Picture("tuning", f"Tuning curves: {title}", tuning_figure(scores, title))],
+            tables=[
+                Table("", ["method", "setting", column, "runs", "chosen"], rows, f"{column.capitalize()}: {what}.")
+            ],
+            pictures=[Picture("tuning", f"Tuning curves: {what}", tuning_figure(scores, what))],
         )
     ]
 
 
-def tuning_scores(runs: Sequence[Run], endpoint: str) -> Scores:
+def tried_settings(runs: Sequence[Run], endpoint: str) -> dict[str, dict[str, Tried]]:
     """The endpoint of each run, by method and setting, in ascending order of the setting."""
     keys = score_keys(runs)
-    found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    found: dict[str, dict[str, Tried]] = defaultdict(lambda: defaultdict(list))
     for run in sorted(runs, key=_order):
-        found[run.method][setting_of(run)].append(ENDPOINTS[endpoint].value(run, keys[run.task]))
+        found[run.method][setting_of(run)].append((run.task, ENDPOINTS[endpoint].value(run, keys[run.task])))
     return {method: dict(own) for method, own in found.items()}
+
+
+def tuning_scores(tried: Mapping[str, Mapping[str, Tried]], rank_sign: int | None = None) -> Scores:
+    """What is averaged of each setting.
+
+    Args:
+        tried: See :func:`tried_settings`.
+        rank_sign: None for the endpoint of each run; for ranks within tasks 1 where more is better, -1 where less is.
+    """
+    if rank_sign is None:
+        return {method: {name: [v for _, v in one] for name, one in own.items()} for method, own in tried.items()}
+    found = {}
+    for method, own in tried.items():
+        ranks = task_ranks([[(task, rank_sign * value) for task, value in one] for one in own.values()])
+        found[method] = dict(zip(own, ranks.tolist(), strict=True))
+    return found
 
 
 def setting_of(run: Run) -> str:
@@ -119,7 +173,7 @@ ROOM = 60
 
 
 def tuning_figure(scores: Scores, title: str) -> Figure:
-    """The mean endpoint of each setting, with its single runs."""
+    """The mean of each setting, with what it is the mean of: single runs, or ranks on tasks."""
     settings = list(dict.fromkeys(setting for own in scores.values() for setting in own))
     figure = Figure(figsize=(WIDTH, 3.6), layout="constrained")
     axes = figure.subplots()

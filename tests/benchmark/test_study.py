@@ -175,6 +175,44 @@ def test_the_best_mean_is_chosen_and_divergence_never(tmp_path: Path) -> None:
     }
 
 
+def finish_by_return(cell: Any, total: float) -> None:
+    """Leave the record of a run on a task without success that reached this mean return."""
+    folder = cell.place.out / "made" / cell.name
+    make_run(folder, cell.task, [False], *[word for word in cell.overrides if not word.startswith("run_dir")])
+    summary = {"env": cell.task, "method": "eva", "seed": cell.seed, "eval/mean_reward": total}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    write_record(cell.record, folder, cell.name, cell.about)
+
+
+RETURNS = {
+    "metaworld/drawer-open-v3": {0.001: 1.0, 0.003: 2.0, 0.01: 3.0},
+    "metaworld/reach-wall-v3": {0.001: 900.0, 0.003: 800.0, 0.01: 100.0},
+    "metaworld/hammer-v3": {0.001: -5.0, 0.003: -1.0, 0.01: -2.0},
+}
+"""Mean ranks 7 / 3, 5 / 3 and 2; the mean is the best at 0.001 because one task counts in hundreds."""
+
+
+@pytest.mark.parametrize(
+    ("diverged", "expected"), [(None, 0.003), (0.003, 0.01), (0.01, 0.003)], ids=["none", "the best", "another"]
+)
+def test_returns_of_different_tasks_are_ranked_not_averaged(
+    diverged: float | None, expected: float, tmp_path: Path
+) -> None:
+    changes = {"endpoint": "final", "budgets": None, "methods": {"eva": {}}, "tuning_tasks": list(RETURNS)}
+    rates = {"algo.learning_rate": [0.001, 0.003, 0.01]}
+    study = read_study(write(tmp_path / "study.yaml", **changes, tune=rates, tuning_seeds=[7, 8]))
+    cells = tuning_cells(study, place(tmp_path))
+    for cell in cells:
+        rate = cell.chosen["algo.learning_rate"]
+        if rate == diverged and cell.seed == 8 and cell.task == "metaworld/hammer-v3":
+            write_json(cell.record.with_suffix(".diverged"), {"reason": "the loss is nan"})
+        else:
+            finish_by_return(cell, RETURNS[cell.task][rate] + cell.seed)
+    assert choose(study, cells) == {"eva": {"algo.learning_rate": expected}}
+    one_task = [cell for cell in cells if cell.task == "metaworld/reach-wall-v3"]
+    assert choose(study, one_task) == {"eva": {"algo.learning_rate": 0.001}}
+
+
 def test_a_report_from_records_alone(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Every run has its record: nothing is run, and the report says what was tuned, tested and decided."""
     changes = {"tasks": ["reach-v3"], "settings": {**TINY, "eval.episodes": 10}}

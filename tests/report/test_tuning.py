@@ -11,7 +11,15 @@ import numpy as np
 import pytest
 
 from eva_rl.report.runs import Run
-from eva_rl.report.tuning import setting_of, tuning_figure, tuning_scores, tuning_sections
+from eva_rl.report.tuning import (
+    comparable,
+    setting_of,
+    task_ranks,
+    tried_settings,
+    tuning_figure,
+    tuning_scores,
+    tuning_sections,
+)
 from tests.report.making_groups import make_run
 
 
@@ -36,7 +44,7 @@ def test_nothing_tuned_is_no_section() -> None:
 
 def test_settings_are_in_ascending_order_of_numbers() -> None:
     runs = grid("a", "algo.learning_rate", [0.01, 2e-05, 0.0003])
-    scores = tuning_scores(runs, "final")["a"]
+    scores = tuning_scores(tried_settings(runs, "final"))["a"]
     assert list(scores) == ["learning_rate=2e-05", "learning_rate=0.0003", "learning_rate=0.01"]
     assert scores["learning_rate=2e-05"] == [0.25, 0.25]
     assert setting_of(tuned("a", {"x.b": 1, "y.a": "w"}, 0.5)) == "b=1, a=w"
@@ -66,6 +74,50 @@ def test_what_was_chosen_and_whether_it_is_at_an_end(key: str, values: list[Any]
     assert row[:3] == ["a", f"{key.partition('.')[2]}={text}", f"{0.25 * values.index(choice):.3f}"]
     assert any("At an end of the grid" in line for line in section.text) == edge
     assert "on tuning-task and seeds 0, 1, none of which is tested above" in section.text[0]
+
+
+def test_settings_are_ranked_within_tasks() -> None:
+    nan = float("nan")
+    tried = [
+        [("t", 1.0), ("u", 50.0), ("t", 3.0), ("u", 50.0)],
+        [("t", 2.0), ("u", 90.0)],
+        [("t", 9.0), ("t", nan), ("u", 999.0)],
+        [("t", 1.0), ("u", 10.0)],
+    ]
+    np.testing.assert_array_equal(task_ranks(tried), [[1.5, 2.0], [1.5, 1.0], [nan, nan], [3.0, 3.0]])
+    assert np.isnan(task_ranks([[("t", nan)], [("u", 1.0)]])).all()
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        (["success_rate", "success_rate"], True),
+        (["normalized_score", "normalized_score"], True),
+        (["mean_reward"], True),
+        (["mean_reward", "mean_reward"], False),
+        (["success_rate", "normalized_score"], False),
+        (["success_rate", "mean_reward"], False),
+    ],
+)
+def test_what_may_be_averaged_over_tasks(keys: list[str], expected: bool) -> None:
+    assert comparable({f"task {index}": key for index, key in enumerate(keys)}) is expected
+
+
+@pytest.mark.parametrize(("endpoint", "ranks"), [("final", ["1.250", "1.750"]), ("cloning_loss", ["2.000", "1.000"])])
+def test_the_report_shows_the_ranks_that_were_averaged(endpoint: str, ranks: list[str]) -> None:
+    """A mean of 3 and 900 was shown as that of the method."""
+    returns = {("t", 1): [3.0, 5.0], ("t", 2): [4.0, 4.0], ("u", 1): [900.0, 800.0], ("u", 2): [9.0, 9.0]}
+    runs = []
+    for (task, x), scores in returns.items():
+        for seed, score in enumerate(scores):
+            summary = {"eval/cloning_loss": 1 / x}
+            run = make_run("a", task, seed, score, key="mean_reward", settings={"algo.x": x}, summary=summary)
+            runs.append(replace(run, tuning={"algo.x": str(x)}))
+    (section,) = tuning_sections(runs, chosen("a", {"algo.x": 1}), endpoint)
+    (table,) = section.tables
+    assert table.columns[2] == "mean rank"
+    assert [row[1:4] for row in table.rows] == [["x=1", ranks[0], "4"], ["x=2", ranks[1], "4"]]
+    assert "mean rank over tasks by" in section.text[0]
 
 
 def test_a_method_whose_choice_is_not_tested_has_none() -> None:
