@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eva_rl.agents.onnx.graph import INPUTS, OUTPUTS
-from eva_rl.agents.policy import check_shapes
+from eva_rl.agents.policy import Conditioning, check_shapes
 from eva_rl.agents.policy_record import CONDITIONING, LARGEST_SIZE, SCALING
 from eva_rl.errors import UserError
 from eva_rl.files import regular_size
@@ -147,8 +147,8 @@ class OnnxPolicy:
 
     def reset(self, env_ids: Sequence[str]) -> None:
         """Forget all histories and prepare for one environment per name."""
-        targets = [self.about["per_env"].get(env_id, self.about["target_return"]) for env_id in env_ids]
-        self._envs = [_Episode(self._session, self.about, target) for target in targets]
+        conditioning = Conditioning(self.about["target_return"], self.about["per_env"])
+        self._envs = [_Episode(self._session, self.about, conditioning.of(env_id)) for env_id in env_ids]
 
     def act(
         self, observations: NDArray[np.float32], rewards: NDArray[np.float32], episode_starts: NDArray[np.bool_]

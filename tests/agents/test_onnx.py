@@ -63,6 +63,15 @@ def test_actions_equal_torchs(tmp_path: Path, shape: dict[str, Any]) -> None:
     assert largest_difference(policy, tmp_path / "policy.onnx", steps=5) > 1e-4, "the target return matters"
 
 
+def test_a_task_with_options_asks_for_the_same_return(tmp_path: Path) -> None:
+    policy = scaled(make_policy(11, 3), 11, 3)
+    policy.with_target(-30.0, "metaworld/reach-v3")
+    policy.env_id = "metaworld/reach-v3?fixed"
+    assert export_onnx(policy, tmp_path / "policy.onnx") < 1e-5
+    policy.with_target(300.0, "metaworld/reach-v3?fixed")
+    assert largest_difference(policy, tmp_path / "policy.onnx", steps=5) > 1e-4, "the target return matters"
+
+
 def test_a_full_window_and_steps_with_memory_give_the_same(tmp_path: Path) -> None:
     """Called by its inputs: T steps at once, and one by one with the keys and values of the call before."""
     policy = scaled(make_policy(11, 3), 11, 3)
