@@ -204,7 +204,8 @@ def _lora_config(
     alphas: Mapping[str, float] = {name: scale * r for name, r in ranks.items()}
     if eva is not None:
         alphas = {name: eva.alphas[name] for name in ranks}
-    if method.rslora:  # divides by the root of a layer's rank: the same scale everywhere needs a root here, too
+    if method.rslora and (eva is None or eva.options.keep_scale):
+        # divides by the root of a layer's rank: the same scale everywhere needs a root here, too
         alphas = {name: value * (rank / ranks[name]) ** 0.5 for name, value in alphas.items()}
     own = [name for name in ranks if eva is not None or ranks[name] != rank]
     return LoraConfig(

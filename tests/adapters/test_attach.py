@@ -18,7 +18,7 @@ from eva_rl.training.bc import train_bc
 from eva_rl.training.checkpoint import Checkpoints
 from eva_rl.training.losses import clone_loss
 from eva_rl.training.options import BCOptions
-from tests.adapters.making import REWRITING, UPDATES, attached, sampler, train, usual_first
+from tests.adapters.making import REWRITING, UPDATES, attached, measure, sampler, train, usual_first
 from tests.conftest import make_policy
 
 
@@ -92,6 +92,17 @@ def test_rslora_keeps_its_scale_when_ranks_differ(reach_demonstrations: Trajecto
     assert len({layer.rank for layer in adapter.eva.layers.values()}) > 1
     for name in adapter.eva.ranks:
         assert policy.network.get_submodule(name).scaling["default"] == pytest.approx(4 / 4**0.5)
+
+
+@pytest.mark.parametrize(("method", "root"), [("eva", 1.0), ("eva_rslora", 0.5)])
+def test_one_alpha_for_all_ranks(method: str, root: float, reach_demonstrations: Trajectories) -> None:
+    """Without keep_scale, PEFT divides the same alpha by each layer's rank, or by its root."""
+    policy = make_policy()
+    found = measure(policy, reach_demonstrations, rho=2.0, alpha=8.0, keep_scale=False)
+    attach_adapter(policy, method, eva=found)
+    assert len(set(found.ranks.values())) > 1
+    for name, rank in found.ranks.items():
+        assert policy.network.get_submodule(name).scaling["default"] == pytest.approx(8 / rank**root)
 
 
 def test_adalora_really_prunes_and_starts_along_evas_directions(reach_demonstrations: Trajectories) -> None:
