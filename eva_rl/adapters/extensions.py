@@ -195,14 +195,15 @@ class AdaLoraExtension:
         return state | {f"kept/{name}": torch.tensor(value) for name, value in kept.items()}
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """Put back what :meth:`tensors` gave."""
-        allocator = self._model.base_model.rankallocator
+        """Put back what :meth:`tensors` gave, beside the parameters: a checkpoint is read on the CPU."""
+        allocator, network = self._model.base_model.rankallocator, self._model.get_base_model()
         groups: dict[str, dict[str, Tensor]] = {kind: {} for kind in (*_STATISTICS, "kept")}
         for key, value in tensors.items():
             kind, _, name = key.partition("/")
             groups[kind][name] = value
         for kind in _STATISTICS:
-            setattr(allocator, kind, groups[kind])
+            found = {name: value.to(network.get_parameter(name).device) for name, value in groups[kind].items()}
+            setattr(allocator, kind, found)
         self._config.rank_pattern = {name: value.tolist() for name, value in groups["kept"].items()} or None
 
     @property

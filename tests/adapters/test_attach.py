@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from eva_rl.adapters import METHODS, attach_adapter, initial_rank, load_policy, save_adapted_policy
+from eva_rl.adapters.extensions import AdaLoraExtension
 from eva_rl.agents import DecisionTransformerPolicy
 from eva_rl.batch import WindowBatch
 from eva_rl.data import Trajectories
@@ -115,6 +116,22 @@ def test_adalora_really_prunes_and_starts_along_evas_directions(reach_demonstrat
     kept = [int((policy.network.get_submodule(name).lora_E["default"].abs() > 0).sum()) for name in adapter.eva.layers]
     assert sum(kept) == 4 * len(kept), "the budget is the target rank times the number of layers"
     assert len(set(kept)) > 1, "some layers keep more than others"
+
+
+def test_adaloras_statistics_come_back_beside_the_parameters(reach_demonstrations: Trajectories) -> None:
+    """A checkpoint is read on the CPU, whatever device the parameters are on."""
+    policy, adapter = attached("adalora", reach_demonstrations)
+    train(policy, reach_demonstrations, adapter, updates=2)
+    assert isinstance(adapter.extension, AdaLoraExtension)
+    checkpoint = adapter.extension.tensors()
+    assert any(name.startswith("exp_avg_ipt/") for name in checkpoint)
+    policy.network.to("meta")
+    adapter.extension.restore(checkpoint)
+    statistics = {name: value for name, value in adapter.extension.tensors().items() if not name.startswith("kept/")}
+    assert {value.device.type for value in statistics.values()} == {"meta"}
+    assert {name: value.shape for name, value in checkpoint.items() if name in statistics} == {
+        name: value.shape for name, value in statistics.items()
+    }
 
 
 @pytest.mark.parametrize("method", usual_first(METHODS, ("adalora", "dora", "lora_ga", "pissa")))
