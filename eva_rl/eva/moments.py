@@ -17,6 +17,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -163,18 +164,35 @@ class Moments(Shifted):
 
 def full_product(left: Tensor, right: Tensor) -> Tensor:
     """Multiply in true float32, whatever autocast or the TF32 setting says."""
-    with _full_precision(left.device.type):
+    with _ieee_products() if _MATMULS else _highest_products(), torch.autocast(left.device.type, enabled=False):
         return left @ right
 
 
+_CANDIDATES: tuple[Any, ...] = (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None))
+_MATMULS = [matmul for matmul in _CANDIDATES if hasattr(matmul, "fp32_precision")]
+"""Where PyTorch keeps the precision of products since 2.9; its older setting cannot be read once these are set."""
+
+
 @contextmanager
-def _full_precision(device_type: str) -> Iterator[None]:
-    before = torch.get_float32_matmul_precision()
-    if before != "highest":
-        torch.set_float32_matmul_precision("highest")
+def _ieee_products() -> Iterator[None]:
+    before = [(matmul, matmul.fp32_precision) for matmul in _MATMULS]
+    lowered = [(matmul, precision) for matmul, precision in before if precision not in {"none", "ieee"}]
+    for matmul, _ in lowered:
+        matmul.fp32_precision = "ieee"
     try:
-        with torch.autocast(device_type, enabled=False):
-            yield
+        yield
     finally:
-        if before != "highest":
-            torch.set_float32_matmul_precision(before)
+        for matmul, precision in lowered:
+            matmul.fp32_precision = "none"  # inherits torch.backends.fp32_precision
+            if matmul.fp32_precision != precision:
+                matmul.fp32_precision = precision
+
+
+@contextmanager
+def _highest_products() -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from eva_rl import eva
 from eva_rl.errors import UnknownNameError, UserError
@@ -217,6 +219,58 @@ def test_a_mean_far_from_zero_hides_no_variance(method: str, center: bool) -> No
     captured = (spread @ found.components.double().T).square().sum()
     best = (spread @ truth.directions[:8].T).square().sum()
     assert captured > 0.98 * best
+
+
+@pytest.fixture
+def product_settings() -> Iterator[None]:
+    yield
+    torch.set_float32_matmul_precision("highest")
+    for settings in (torch.backends, torch.backends.cuda.matmul, torch.backends.mkldnn.matmul):
+        settings.fp32_precision = "none"
+
+
+def product_precisions() -> list[str]:
+    settings = (torch.backends, torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    return [each.fp32_precision for each in settings]
+
+
+class Products(TorchFunctionMode):
+    """Notes the precision at which float32 matrices are multiplied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (Tensor.matmul, Tensor.__matmul__, torch.matmul) and args[0].dtype is torch.float32:
+            self.seen |= set(product_precisions()[1:])
+        return func(*args, **kwargs or {})
+
+
+WAYS: dict[str, Callable[[], object]] = {
+    "old": lambda: torch.set_float32_matmul_precision("high"),
+    "cuda": lambda: setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32"),
+    "mkldnn": lambda: setattr(torch.backends.mkldnn.matmul, "fp32_precision", "bf16"),
+    "all": lambda: setattr(torch.backends, "fp32_precision", "tf32"),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_products_are_float32_however_tf32_was_asked_for(way: str, product_settings: None) -> None:
+    """By PyTorch's old setting, which cannot be read once a new one is set, or by a new one; each stays as it was."""
+    WAYS[way]()
+    before = product_precisions()
+    assert set(before) & {"tf32", "bf16"}
+    with Products() as products:
+        eva.compute(nn.Sequential(nn.Linear(8, 8)), [torch.randn(16, 8) for _ in range(2)], targets="all-linear")
+    assert products.seen
+    assert products.seen <= {"ieee", "none"}
+    assert product_precisions() == before
+    if way == "old":
+        assert torch.get_float32_matmul_precision() == "high"
+    if way == "all":
+        torch.backends.fp32_precision = "ieee"
+        assert product_precisions() == ["ieee"] * 3, "the settings for products follow it as before"
 
 
 def test_reasons_for_silence() -> None:
