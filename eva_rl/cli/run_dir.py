@@ -38,6 +38,8 @@ CONFIG_FILE, SUMMARY_FILE, VERSIONS_FILE = "config.yaml", "summary.json", "versi
 SEALED_FILES = (CONFIG_FILE, VERSIONS_FILE, "metrics.jsonl", "evaluation.json", "eva_report.json")
 """What the summary holds the digests of."""
 LOCK_FILE = ".lock"
+INPUTS = "inputs"
+"""Folder of a run directory with what a caller in Python gave as objects; it is there before the run begins."""
 FREE_BYTES = 200 * 2**20
 """A run that would start with less room on its disk is refused."""
 FREE_TO_CHANGE = {"run_dir", "shared", "resume", "threads", "device", "checkpoint", "tracker", "video"}
@@ -82,11 +84,8 @@ def open_run(name: str, options: Any) -> Path:
 def _open(name: str, options: Any) -> Path:
     run_dir = expanded(options.run_dir or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
     config = asdict(options)
-    if (run_dir / SUMMARY_FILE).exists():
-        raise UserError(f"{run_dir} holds a finished run, which is not overwritten. Name another run_dir=.")
-    if run_dir.is_dir() and any(not _left_by_a_start(path) for path in run_dir.iterdir()):
-        if not (run_dir / CONFIG_FILE).exists():
-            raise UserError(f"{run_dir} is not empty and not a run of eva-rl. Name another run_dir=.")
+    check_run_dir(run_dir)
+    if (run_dir / CONFIG_FILE).exists():
         lock(run_dir)
         remove_leftovers(run_dir)
         _continue(run_dir, options)
@@ -101,9 +100,23 @@ def _open(name: str, options: Any) -> Path:
     return run_dir
 
 
+def check_run_dir(run_dir: Path) -> None:
+    """Raise unless a folder is new, empty or an unfinished run.
+
+    Raises:
+        UserError: It holds a finished run, or something else.
+    """
+    if (run_dir / SUMMARY_FILE).exists():
+        raise UserError(f"{run_dir} holds a finished run, which is not overwritten. Name another run_dir=.")
+    if not run_dir.is_dir() or (run_dir / CONFIG_FILE).exists():
+        return
+    if any(not _left_by_a_start(path) for path in run_dir.iterdir()):
+        raise UserError(f"{run_dir} is not empty and not a run of eva-rl. Name another run_dir=.")
+
+
 def _left_by_a_start(path: Path) -> bool:
     """Whether a file is what a command that was killed at its start leaves, before the folder is marked as a run."""
-    return path.name == LOCK_FILE or is_partial(path, CONFIG_FILE)
+    return path.name in {LOCK_FILE, INPUTS} or is_partial(path, CONFIG_FILE)
 
 
 _LOCKS: dict[Path, IO[str]] = {}

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from eva_rl.adapters import load_policy
 from eva_rl.agents import DecisionTransformerPolicy, save_policy
+from eva_rl.agents.policy_folder import policy_record, weights_digest
 from eva_rl.cli.keys import as_typed
 from eva_rl.cli.parsing import parse
-from eva_rl.cli.run_dir import read_summary
+from eva_rl.cli.run_dir import INPUTS, check_run_dir, read_summary
 from eva_rl.data import Trajectories, write_episodes
-from eva_rl.files import expanded
+from eva_rl.data.trajectories import COLUMNS
+from eva_rl.files import alone, expanded
 from eva_rl.finetune.command import finetune
+from eva_rl.finetune.locations import digest_of, key_of
 
 
 @dataclass(frozen=True)
@@ -51,35 +53,46 @@ def finetune_policy(
         policy: A policy, or the name of one as ``policy=`` takes it.
         env: The task.
         data: Demonstrations, or their source as ``data=`` takes it; None takes the scripted expert where one is needed.
-        run_dir: New folder for everything; an unfinished one is continued.
+        run_dir: New folder for everything; an unfinished one is continued. A policy and data given as objects are
+            written to its folder ``inputs``.
         adapter: The method.
         settings: Any other keys of the command: ``{"algo.updates": 100, "adapter.rank": 4}``.
 
     Raises:
         UserError: As the command.
     """
-    with TemporaryDirectory() as folder:
-        own = {
-            "policy": _written_policy(policy, Path(folder)),
-            "env": env,
-            "data": _written_data(data, Path(folder)),
-            "adapter": adapter,
-            "run_dir": str(run_dir),
-        }
-        finetune(parse("finetune", [f"{key}={as_typed(value)}" for key, value in {**own, **(settings or {})}.items()]))
-    place = expanded(run_dir)
+    place = expanded(run_dir).resolve()
+    check_run_dir(place)
+    own = {
+        "policy": _policy_path(policy, place / INPUTS),
+        "env": env,
+        "data": _data_path(data, place / INPUTS),
+        "adapter": adapter,
+        "run_dir": str(run_dir),
+    }
+    finetune(parse("finetune", [f"{key}={as_typed(value)}" for key, value in {**own, **(settings or {})}.items()]))
     return FinetuneResult(load_policy(place), read_summary(place), place)
 
 
-def _written_policy(policy: DecisionTransformerPolicy | str | Path, folder: Path) -> str:
+def _policy_path(policy: DecisionTransformerPolicy | str | Path, folder: Path) -> str:
+    """Where a policy is, written there if it is an object: under one name as long as it is the same."""
     if not isinstance(policy, DecisionTransformerPolicy):
         return str(policy)
-    save_policy(folder / "policy", policy)
-    return str(folder / "policy")
+    key = key_of(weights=weights_digest(policy.network.state_dict()), record=policy_record(policy))
+    return _written(folder / f"policy-{key}", lambda path: save_policy(path, policy))
 
 
-def _written_data(data: Trajectories | str | Path | None, folder: Path) -> str:
+def _data_path(data: Trajectories | str | Path | None, folder: Path) -> str:
+    """As :func:`_policy_path`; ``auto`` where there are none."""
     if not isinstance(data, Trajectories):
         return "auto" if data is None else str(data)
-    write_episodes(folder / "data.h5", data)
-    return str(folder / "data.h5")
+    arrays = {name: digest_of(getattr(data, name)) for name in ("offsets", *COLUMNS)}
+    key = key_of(arrays=arrays, env_id=data.env_id, source=data.source, metadata=data.metadata)
+    return _written(folder / f"data-{key}.h5", lambda path: write_episodes(path, data))
+
+
+def _written(path: Path, write: Callable[[Path], None]) -> str:
+    with alone(path, "run_dir="):
+        if not path.exists():
+            write(path)
+    return str(path)

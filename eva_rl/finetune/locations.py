@@ -8,6 +8,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from eva_rl.configs.finetune import FinetuneConfig
 from eva_rl.configs.groups import DataOptions
 from eva_rl.files import expanded
@@ -16,6 +19,11 @@ from eva_rl.files import expanded
 def key_of(**parts: Any) -> str:
     """A short digest of everything that decides a result, JSON values all: text of others may leave digits out."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def digest_of(array: NDArray[Any] | None) -> str:
+    """SHA-256 of an array's numbers; "" of none."""
+    return "" if array is None else hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()
 
 
 def place_key(config: FinetuneConfig) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from eva_rl.agents.policy_folder import weights_digest
 from eva_rl.eva import EvaResult
 from eva_rl.files import alone, expanded, read_json, write_file, write_folder, write_json
 from eva_rl.finetune.adapter import activation_source
-from eva_rl.finetune.locations import key_of, place_key
+from eva_rl.finetune.locations import digest_of, key_of, place_key
 from eva_rl.finetune.session import Session
 from eva_rl.rollouts.episodes import EpisodeRecord
 from eva_rl.rollouts.evaluation import EvaluationResult
@@ -70,7 +69,7 @@ def eva_key(session: Session) -> str:
     return key_of(
         policy=_policy_parts(session.policy),
         target=session.policy.conditioning.of(session.spec.env_id) if acts else None,
-        data=None if data is None else (data.content_hash, _digest(data.successes)),
+        data=None if data is None else (data.content_hash, digest_of(data.successes)),
         sampling=(config.data.after_success, config.data.weight_by),
         env=session.spec.env_id,
         horizon=config.env.horizon,
@@ -90,10 +89,6 @@ def _policy_parts(policy: DecisionTransformerPolicy) -> dict[str, Any]:
         "scaling": {name: x.tolist() if isinstance(x, Tensor) else x for name, x in scaling.items()},
         "device": str(policy.device),
     }
-
-
-def _digest(array: NDArray[Any] | None) -> str:
-    return "" if array is None else sha256(np.ascontiguousarray(array).data).hexdigest()
 
 
 def _save(folder: Path, result: EvaluationResult, actions: Actions) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from eva_rl.data import Episode, Trajectories
 from eva_rl.errors import UserError
 from eva_rl.finetune.results import warn_of_worse_data
 from eva_rl.rollouts.evaluation import EvaluationResult, evaluate_policy
+from tests import forks
 from tests.conftest import make_policy
 
 SMALL = {
@@ -78,3 +80,29 @@ def test_data_that_are_worse_than_the_policy_are_said(
     warn_of_worse_data(data_of(before.mean_reward), before)
     warn_of_worse_data(None, before)
     assert capsys.readouterr().err == ""
+
+
+def test_an_interrupted_call_with_objects_is_continued(
+    policy: DecisionTransformerPolicy, reach_demonstrations: Trajectories, tmp_path: Path
+) -> None:
+    run_dir, settings = tmp_path / "run", SMALL | {"algo.updates": 4, "checkpoint.every": 2}
+    call = partial(eva_rl.finetune_policy, env="reach-v3", data=reach_demonstrations, settings=settings)
+    assert forks.killed_at_checkpoint(lambda: bool(call(policy, run_dir=run_dir)) - 1, 2, tmp_path / "log"), (
+        tmp_path / "log"
+    ).read_text()
+    with pytest.raises(UserError, match=r"other settings of policy\.path"):
+        call(make_policy(seed=1), run_dir=run_dir)
+    with pytest.raises(UserError, match=r"other settings of data\.source"):
+        call(policy, data=data_of(1.0), run_dir=run_dir)
+    done = call(policy, run_dir=run_dir)
+    whole = call(policy, run_dir=tmp_path / "whole")
+    assert done.summary["eval/mean_reward"] == whole.summary["eval/mean_reward"]
+    for given in (done.summary["policy"], done.summary["data"]["source"]):
+        assert Path(given).exists()
+
+
+def test_a_folder_that_is_refused_is_left_as_it_was(policy: DecisionTransformerPolicy, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="not a run of eva-rl"):
+        eva_rl.finetune_policy(policy, "reach-v3", run_dir=tmp_path, settings=SMALL)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
