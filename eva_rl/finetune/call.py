@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eva_rl.adapters import load_policy
+from eva_rl.adapters import AdaptedPolicy, load_policy
 from eva_rl.agents import DecisionTransformerPolicy, save_policy
 from eva_rl.agents.policy_folder import policy_record, weights_digest
 from eva_rl.cli.keys import as_typed
@@ -30,7 +31,7 @@ class FinetuneResult:
         run_dir: Where everything lies.
     """
 
-    policy: DecisionTransformerPolicy
+    policy: AdaptedPolicy
     summary: dict[str, Any]
     run_dir: Path
 
@@ -50,7 +51,7 @@ def finetune_policy(
     demonstrations run the script from its top.
 
     Args:
-        policy: A policy, or the name of one as ``policy=`` takes it.
+        policy: A policy, or the name of one as ``policy=`` takes it; its active adapter becomes part of its weights.
         env: The task.
         data: Demonstrations, or their source as ``data=`` takes it; None takes the scripted expert where one is needed.
         run_dir: New folder for everything; an unfinished one is continued. A policy and data given as objects are
@@ -78,8 +79,19 @@ def _policy_path(policy: DecisionTransformerPolicy | str | Path, folder: Path) -
     """Where a policy is, written there if it is an object: under one name as long as it is the same."""
     if not isinstance(policy, DecisionTransformerPolicy):
         return str(policy)
+    policy = _without_adapter(policy)
     key = key_of(weights=weights_digest(policy.network.state_dict()), record=policy_record(policy))
     return _written(folder / f"policy-{key}", lambda path: save_policy(path, policy))
+
+
+def _without_adapter(policy: DecisionTransformerPolicy) -> DecisionTransformerPolicy:
+    """The policy, or a copy in whose weights its active adapter is."""
+    if not isinstance(policy, AdaptedPolicy) or not policy.adapters.names:
+        return policy
+    copied = deepcopy(policy)
+    copied.adapters.unmerge()
+    copied.adapters.merge_and_unload()
+    return copied
 
 
 def _data_path(data: Trajectories | str | Path | None, folder: Path) -> str:

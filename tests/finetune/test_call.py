@@ -32,17 +32,23 @@ SMALL = {
 }
 
 
-def test_one_call_takes_objects(
+def test_one_call_takes_objects_and_the_next_its_result(
     policy: DecisionTransformerPolicy, reach_demonstrations: Trajectories, tmp_path: Path
 ) -> None:
     done = eva_rl.finetune_policy(policy, "reach-v3", reach_demonstrations, run_dir=tmp_path / "a b", settings=SMALL)
     assert done.summary["env"] == "metaworld/reach-v3"
     assert done.summary["data"]["episodes"] == 4
     assert done.summary["trainable_parameters"] > 0
-    again = evaluate_policy(done.policy, "reach-v3", episodes=2, horizon=24)
-    assert again.success_rate == done.summary["eval/success_rate"]
+    played = evaluate_policy(done.policy, "reach-v3", episodes=2, horizon=24)
+    assert played.success_rate == done.summary["eval/success_rate"]
     with pytest.raises(UserError, match="holds a finished run"):
         eva_rl.finetune_policy(policy, "reach-v3", reach_demonstrations, run_dir=done.run_dir, settings=SMALL)
+    done.policy.adapters.merge()  # an adapter at work, merged or not, is part of what is fine-tuned next
+    again = eva_rl.finetune_policy(
+        done.policy, "reach-v3", reach_demonstrations, run_dir=tmp_path / "b", settings=SMALL
+    )
+    assert again.summary["eval_before/mean_reward"] == pytest.approx(done.summary["eval/mean_reward"], rel=1e-4)
+    assert done.policy.adapters.names, "the caller's own is as it was"
 
 
 def test_policies_show_what_they_are() -> None:
