@@ -31,7 +31,7 @@ from eva_rl.cli.machine import prepare_machine
 from eva_rl.cli.profiling import Phases
 from eva_rl.cli.run_dir import open_run
 from eva_rl.cli.saving import data_references
-from eva_rl.configs.algorithms import ODTAlgo, OnlineAlgo, check_method
+from eva_rl.configs.algorithms import ODTAlgo, OnlineAlgo, SB3Algo, check_method
 from eva_rl.configs.finetune import FinetuneConfig
 from eva_rl.configs.groups import DataOptions
 from eva_rl.data import Trajectories, WindowSampler
@@ -186,6 +186,10 @@ def open_session(config: FinetuneConfig) -> Session:
     if source == NONE and config.policy.observations_from == FROM_DEMONSTRATIONS:
         raise UserError("policy.observations_from=data, but data=none. Name a source of data instead.")
     check_method(config.algo, find_method(config.adapter.method))
+    if isinstance(config.algo, SB3Algo):
+        from eva_rl.training.sb3 import check_actor
+
+        check_actor(policy, config.algo)
     _check_activations(config, source != NONE)
     run_dir = open_run("finetune", config)
     data = None

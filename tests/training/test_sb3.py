@@ -15,6 +15,7 @@ from stable_baselines3 import PPO, SAC, TD3
 from stable_baselines3.common.callbacks import BaseCallback
 
 from eva_rl import envs
+from eva_rl.errors import UserError
 from eva_rl.training.checkpoint import Checkpoints
 from eva_rl.training.collector import TaskEnvs
 from eva_rl.training.options import OffPolicyOptions, PPOOptions, SACOptions, SB3Options
@@ -136,6 +137,15 @@ def test_at_first_it_acts_as_the_decision_transformer_does(name: str) -> None:
         observations, rewards, starts, _ = own.step(expected)
     task.vec_env.close()
     own.close()
+
+
+def test_sac_refuses_a_policy_whose_actions_pass_through_no_tanh() -> None:
+    """It would execute, and improve, tanh(mu), where the policy is evaluated with clamp(mu)."""
+    policy, task = make_policy(action_tanh=False), make_task(Bandit, 1)
+    with pytest.raises(UserError, match=r"action_tanh=false.*Use algo=td3 or ppo\."):
+        make_model(policy, task, SACOptions(env_steps=100))
+    for name in ("td3", "ppo"):
+        make_model(make_policy(2, 1, action_tanh=False), task, OPTIONS[name](env_steps=100))
 
 
 def options(name: str, env_steps: int, **others: Any) -> SB3Options:

@@ -16,7 +16,7 @@ from stable_baselines3.common.vec_env import VecMonitor
 from torch import Tensor
 
 from eva_rl.agents.policy import DecisionTransformerPolicy
-from eva_rl.errors import EnvironmentFailedError
+from eva_rl.errors import EnvironmentFailedError, UserError
 from eva_rl.seeding import random_state, restore_random_state
 from eva_rl.training.bc import Log
 from eva_rl.training.checkpoint import Checkpoints, TrainState
@@ -40,6 +40,19 @@ Model = PPO | SAC | TD3
 POLICY, OPTIMIZER, REPLAY, NUMPY_RANDOM = "policy/", "optimizer/", "replay/", "random/numpy"
 
 
+def check_actor(policy: DecisionTransformerPolicy, options: SB3Options) -> None:
+    """Raise unless the algorithm would train the policy that is evaluated and saved.
+
+    Raises:
+        UserError: SAC's actions pass through a tanh, and the policy's do not.
+    """
+    if isinstance(options, SACOptions) and not policy.network.config.action_tanh:
+        raise UserError(
+            "algo=sac passes every action through a tanh, and this policy's do not (action_tanh=false): it would train "
+            "another policy than the one that is saved. Use algo=td3 or ppo."
+        )
+
+
 def make_model(policy: DecisionTransformerPolicy, task: TaskEnvs, options: SB3Options, *, seed: int = 0) -> Model:
     """A Stable-Baselines3 model whose actor is the policy's own network.
 
@@ -48,7 +61,11 @@ def make_model(policy: DecisionTransformerPolicy, task: TaskEnvs, options: SB3Op
         task: Where to act.
         options: Their class chooses the algorithm: PPO, SAC, or else TD3.
         seed: Of everything random.
+
+    Raises:
+        UserError: See :func:`check_actor`.
     """
+    check_actor(policy, options)
     env = HistoryWindows(VecMonitor(task.vec_env), policy, task.env_id, policy.scaling.return_scale)
     shared: dict[str, Any] = {
         "learning_rate": options.learning_rate,

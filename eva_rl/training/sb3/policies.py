@@ -118,7 +118,7 @@ class DecisionTransformerSACPolicy(SACPolicy):
         observation_space: Windows.
         action_space: [-1, 1] in each dimension.
         lr_schedule: Stable-Baselines3's.
-        network: Trained in place; its actions pass through a tanh.
+        network: Trained in place; with ``action_tanh``, as SAC's actions pass through a tanh.
         initial_std: Standard deviation before the tanh at first.
         critic_hidden_size: Width of the two hidden layers of the critics.
         **options: Of ``SACPolicy``.
