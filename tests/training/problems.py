@@ -64,9 +64,11 @@ def make_task(kind: type[gym.Env[Any, Any]], n: int = 8) -> TaskEnvs:
     return TaskEnvs(make_vec(kind, n), "problem", False)
 
 
-def make_learner(stochastic: bool = False, target: float = 1.0) -> DecisionTransformerPolicy:
+def make_learner(stochastic: bool = False, target: float = 1.0, context_length: int = 4) -> DecisionTransformerPolicy:
     torch.manual_seed(0)
-    config = DecisionTransformerConfig(2, 1, 16, 1, 2, context_length=4, max_timestep=4, stochastic=stochastic)
+    config = DecisionTransformerConfig(
+        2, 1, 16, 1, 2, context_length=context_length, max_timestep=4, stochastic=stochastic
+    )
     scaling = InputScaling.create([0.0, 0.0], [1.0, 1.0], 1.0, [-1.0], [1.0])
     return DecisionTransformerPolicy(DecisionTransformer(config).eval(), scaling, Conditioning(target))
 

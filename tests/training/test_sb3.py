@@ -49,16 +49,17 @@ class Counting(gym.Env[Any, Any]):
         return np.array([self.episode, self.t], np.float32), float(self.t), self.t == 5 and not odd, self.t == 7, {}
 
 
-def counting_env() -> HistoryWindows:
+def counting_env(context_length: int = 4) -> HistoryWindows:
     from stable_baselines3.common.vec_env import DummyVecEnv
 
-    policy = make_learner(target=100.0)
+    policy = make_learner(target=100.0, context_length=context_length)
     return HistoryWindows(DummyVecEnv([lambda: Counting(0), lambda: Counting(1)]), policy, "", 1.0)
 
 
+@pytest.mark.parametrize("context_length", [4, 1])
 @pytest.mark.parametrize("capacity", [400, 60])  # as much as is needed; a ring that turns several times
-def test_replay_rebuilds_the_windows_that_were_shown(capacity: int) -> None:
-    env, rng = counting_env(), np.random.default_rng(0)
+def test_replay_rebuilds_the_windows_that_were_shown(capacity: int, context_length: int) -> None:
+    env, rng = counting_env(context_length), np.random.default_rng(0)
     assert isinstance(env.observation_space, gym.spaces.Box)
     assert isinstance(env.action_space, gym.spaces.Box)
     buffer = WindowReplayBuffer(capacity, env.observation_space, env.action_space, "cpu", n_envs=2)
@@ -76,7 +77,7 @@ def test_replay_rebuilds_the_windows_that_were_shown(capacity: int) -> None:
         buffer.add(before, following, actions, rewards, dones, infos)
         before = after
     assert {bool(value[3]) for value in shown.values()} == {True, False}
-    steps = (buffer._oldest() + np.arange(buffer.size() - 1)) % buffer.buffer_size
+    steps = (buffer._oldest() + np.arange(buffer.size())) % buffer.buffer_size
     rows, columns = np.repeat(steps, 2), np.tile([0, 1], len(steps))
     found = buffer.samples_at(rows, columns)
     reach = 4  # windows near the oldest step are cut short there
@@ -114,6 +115,34 @@ def test_steps_without_a_successor_are_not_drawn() -> None:
             before = env.reset()
     drawn = buffer.sample(300).observations[:, -1]
     assert {tuple(row) for row in drawn[:, :2].int().tolist()}.isdisjoint({(0, 3), (1, 3)})
+
+
+def test_the_newest_step_is_drawn_where_no_other_has_a_successor() -> None:
+    env = counting_env()
+    buffer = WindowReplayBuffer(400, env.observation_space, env.action_space, "cpu", n_envs=2)  # type: ignore[arg-type]
+    for steps in range(1, 4):  # each stretch of learning is one env step long
+        before = np.asarray(env.reset())
+        after, rewards, dones, infos = env.step(np.full((2, 1), 0.5))
+        buffer.add(before, np.asarray(after), np.full((2, 1), 0.5), rewards, dones, infos)
+        drawn = buffer.sample(20)
+        assert buffer.size() == steps
+        shown = {tuple(window.ravel()) for window in before}
+        assert {tuple(window.ravel()) for window in drawn.observations.numpy()} == shown
+        assert {tuple(window.ravel()) for window in drawn.next_observations.numpy()} == {
+            tuple(window.ravel()) for window in np.asarray(after)
+        }
+        buffer.truncate_episodes()
+
+
+@pytest.mark.parametrize("eval_every", [0, 2])
+def test_it_learns_from_the_very_first_step(eval_every: int) -> None:
+    """With windows of one step, too; and where every stretch between two evaluations is one step."""
+    chosen = SACOptions(
+        env_steps=8, learning_starts=0, train_freq=1, gradient_steps=1, batch_size=4, eval_every=eval_every
+    )
+    task = make_task(TwoSteps, 2)
+    model = make_model(make_learner(context_length=1), task, chosen)
+    assert train_sb3(model, task, chosen, log=lambda *_: None)["updates"] == 4
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)

@@ -140,7 +140,7 @@ class WindowReplayBuffer(ReplayBuffer):
 
     The arguments are Stable-Baselines3's. Observations have the shape (T, F) of :class:`WindowLayout`; one row of F
     numbers an env step is kept instead of two windows. The last observation of an episode is kept beside it. The
-    newest step of an environment, whose successor is not there yet, is not drawn.
+    newest step of an environment, whose successor is not there yet, is drawn only where there is no other.
     """
 
     def __init__(
@@ -165,6 +165,8 @@ class WindowReplayBuffer(ReplayBuffer):
         self.broken = np.zeros((size, n_envs), bool)
         """Where an episode was truncated: the next row belongs to another one, and its last observation is unknown."""
         self.ends: dict[tuple[int, int], Floats] = {}
+        self._latest = np.zeros((n_envs, F), np.float32)
+        """The row that follows the newest step."""
 
     def add(
         self,
@@ -186,12 +188,14 @@ class WindowReplayBuffer(ReplayBuffer):
             self.ends.pop((now, index), None)
             if done[index]:
                 self.ends[now, index] = next_obs[index, -1].copy()
+        self._latest = next_obs[:, -1].copy()
         self._scaled_rewards(now, next_obs)
         self.pos = (now + 1) % self.buffer_size
         self.full = self.full or self.pos == 0
 
     def _scaled_rewards(self, now: int, next_obs: NDArray[Any]) -> None:
-        self.rows[now, :, self._F - EXTRAS + 1] = next_obs[:, -2, self._F - EXTRAS + 1]
+        if self._T > 1:  # in windows of one step nobody sees it
+            self.rows[now, :, self._F - EXTRAS + 1] = next_obs[:, -2, self._F - EXTRAS + 1]
 
     def truncate_episodes(self) -> None:
         """The environments will be reset: the newest steps have no successor."""
@@ -206,10 +210,12 @@ class WindowReplayBuffer(ReplayBuffer):
         """Draw env steps that have a successor, with their windows (B, T, F)."""
         picks = np.zeros((0, 2), np.int64)
         while len(picks) < batch_size:  # hardly ever more than twice: few steps have no successor
-            ages = np.random.randint(0, self.size() - 1, size=batch_size)  # noqa: NPY002 - SB3 seeds the global one
+            ages = np.random.randint(0, max(1, self.size() - 1), size=batch_size)  # noqa: NPY002 - SB3 seeds that one
             columns = np.random.randint(0, self.n_envs, size=batch_size)  # noqa: NPY002
             rows = (self._oldest() + ages) % self.buffer_size
             usable = ~self.broken[rows, columns]
+            if not usable.any() and self._all_broken():
+                rows, usable = np.full_like(rows, self._newest()), ~usable
             picks = np.concatenate([picks, np.stack([rows, columns], 1)[usable]])
         return self.samples_at(picks[:batch_size, 0], picks[:batch_size, 1])
 
@@ -217,15 +223,16 @@ class WindowReplayBuffer(ReplayBuffer):
         """The env steps at the given positions (B,) and environments (B,)."""
         following = (rows + 1) % self.buffer_size
         ended = self.dones[rows, columns] > 0
-        newest = self.rows[following, columns].copy()
+        newest = np.where((rows == self._newest())[:, None], self._latest[columns], self.rows[following, columns])
         for k in np.flatnonzero(ended):
             newest[k] = self.ends[int(rows[k]), int(columns[k])]
         before = self.windows(rows, columns)
         after = np.zeros_like(before)
         after[:, :-1] = before[:, 1:]
-        after[:, -2, self._action_columns] = self.actions[rows, columns]
         reward_column = self._F - EXTRAS + 1
-        after[:, -2, reward_column] = self.rows[rows, columns, reward_column]
+        if self._T > 1:
+            after[:, -2, self._action_columns] = self.actions[rows, columns]
+            after[:, -2, reward_column] = self.rows[rows, columns, reward_column]
         newest[:, self._action_columns], newest[:, reward_column] = 0, 0
         after[:, -1] = newest
         terminal = self.dones[rows, columns] * (1 - self.timeouts[rows, columns])
@@ -248,6 +255,14 @@ class WindowReplayBuffer(ReplayBuffer):
 
     def _oldest(self) -> int:
         return self.pos if self.full else 0
+
+    def _newest(self) -> int:
+        return (self.pos - 1) % self.buffer_size
+
+    def _all_broken(self) -> bool:
+        """Whether no step but the newest has a successor: each stretch of learning was of one step."""
+        older = np.arange(self.size()) != self._newest()
+        return bool(self.broken[: self.size()][older].all())
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything kept, for a checkpoint."""
