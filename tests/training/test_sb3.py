@@ -200,9 +200,11 @@ class StopError(Exception):
     """The run is over."""
 
 
-def run(name: str, folder: Path | None, *, stop: bool = False) -> tuple[Any, list[tuple[int, dict[str, float]]]]:
+def run(
+    name: str, folder: Path | None, *, stop: bool = False, learning_starts: int = 20
+) -> tuple[Any, list[tuple[int, dict[str, float]]]]:
     task = TaskEnvs(envs.make_vec_env("mujoco/hopper", 2, horizon=15), "Hopper-v5", False)
-    few = {"epochs": 2} if name == "ppo" else {"learning_starts": 20, "gradient_steps": 2}
+    few = {"epochs": 2} if name == "ppo" else {"learning_starts": learning_starts, "gradient_steps": 2}
     chosen = options(name, 160, eval_every=80, batch_size=8, **few)
     model, record = make_model(make_policy(11, 3, hidden_size=16, num_layers=1), task, chosen, seed=2), []
 
@@ -226,6 +228,15 @@ def test_a_resumed_run_ends_with_the_same_weights(name: str, tmp_path: Path) -> 
     assert found.num_timesteps == expected.num_timesteps == 160
     for key, value in expected.policy.state_dict().items():
         assert torch.equal(value, found.policy.state_dict()[key]), key
+
+
+@pytest.mark.parametrize("name", ["sac", "td3"])
+def test_a_resumed_run_goes_on_with_its_random_first_actions(name: str, tmp_path: Path) -> None:
+    """Where it was interrupted before the first gradient step; it would act as in the stretch before."""
+    expected, _ = run(name, None, learning_starts=150)
+    run(name, tmp_path, stop=True, learning_starts=150)
+    found, _ = run(name, tmp_path, learning_starts=150)
+    np.testing.assert_array_equal(found.replay_buffer.actions, expected.replay_buffer.actions)
 
 
 @pytest.mark.parametrize("name", SAC_FIRST)

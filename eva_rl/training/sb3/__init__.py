@@ -251,6 +251,7 @@ def _state(model: Model, played: OnlineCounters) -> TrainState:
         "next_episode": played.next_seed,
         "validation_steps": played.validation_steps,
         "numpy": [str(kind), int(position), int(has_gauss), float(cached)],
+        "action_space": model.action_space.np_random.bit_generator.state,  # draws the first, random actions
     }
     return TrainState(int(model.num_timesteps) + played.validation_steps, tensors, record)
 
@@ -281,5 +282,7 @@ def _restore(model: Model, played: OnlineCounters, state: TrainState) -> None:
     kind, position, has_gauss, cached = record["numpy"]
     np.random.set_state((kind, tensors[NUMPY_RANDOM].numpy().astype(np.uint32), position, has_gauss, cached))  # noqa: NPY002
     restore_random_state(tensors, model.device)
+    if "action_space" in record:  # earlier versions did not keep it
+        model.action_space.np_random.bit_generator.state = record["action_space"]
     model.num_timesteps, model._n_updates = record["num_timesteps"], record["updates"]
     played.next_seed, played.validation_steps = int(record["next_episode"]), int(record.get("validation_steps", 0))
