@@ -21,10 +21,10 @@ from eva_rl.data.formats.episodes import ReadOptions
 from eva_rl.data.formats.groups import iterate_d3rlpy, iterate_robomimic, layout_of
 from eva_rl.data.formats.minari import iterate_minari, minari_data_folder, minari_folder
 from eva_rl.data.formats.minari_file import iterate_episodes
-from eva_rl.data.formats.store import FORMAT, gather, is_store, read_store
-from eva_rl.data.trajectories import Trajectories
+from eva_rl.data.formats.store import FORMAT, is_store, read_store, write_store
+from eva_rl.data.trajectories import Trajectories, concatenate
 from eva_rl.errors import UnknownNameError, UserError
-from eva_rl.files import expanded
+from eva_rl.files import alone, expanded
 
 log = logging.getLogger(__name__)
 
@@ -143,12 +143,18 @@ def load_dataset(
     path = locate(parsed)
     if parsed.kind == "trajectories" and is_store(path):
         return _bounded_store(read_store(path), source, bounds)
-    folder = None
     if memory_map if memory_map is not None else _too_large(path):
-        folder = _store_folder(source, path, options)
-    if folder is not None and is_store(folder):
-        return replace(read_store(folder), source=source)
-    return gather(_parts(parsed, path, options), source, folder)
+        return _converted(parsed, path, options, _store_folder(source, path, options), source)
+    return concatenate(list(_parts(parsed, path, options)), source=source)
+
+
+def _converted(parsed: ParsedSource, path: Path, options: ReadOptions, folder: Path, source: str) -> Trajectories:
+    """The data as a store in the cache; of processes that want it at once, one makes it."""
+    if not is_store(folder):
+        with alone(folder, "EVA_RL_CACHE"):
+            if not is_store(folder):
+                write_store(folder, _parts(parsed, path, options), source)
+    return replace(read_store(folder), source=source)
 
 
 def _bounds(sides: tuple[Iterable[float], Iterable[float]] | None, outside: str = "check") -> ActionBounds | None:
@@ -168,7 +174,7 @@ def _given(source: Any, options: ReadOptions) -> Trajectories:
             "a path, a dict of arrays (observations, actions, rewards, terminations, truncations), or a list of such "
             "dicts, one an episode. Flat arrays: Trajectories.from_arrays(observations, actions, rewards, ...)."
         )
-    return gather(iterate_content(source, options), "arrays")
+    return concatenate(list(iterate_content(source, options)), source="arrays")
 
 
 def _bounded_store(data: Trajectories, source: str, bounds: ActionBounds | None) -> Trajectories:

@@ -8,15 +8,27 @@ import json
 import mmap
 import os
 import pickle
+import time
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
 import pytest
 
-from eva_rl.data import Trajectories, concatenate, load_dataset, read_episodes, read_store, write_episodes, write_store
+from eva_rl.data import (
+    Trajectories,
+    concatenate,
+    load_dataset,
+    read_episodes,
+    read_store,
+    sources,
+    write_episodes,
+    write_store,
+)
 from eva_rl.data.formats.pickles import read_pickle
 from eva_rl.errors import UserError
+from tests import forks
 from tests.data.making import differences, random_trajectories, table, write_h5
 
 
@@ -72,13 +84,38 @@ def test_mapped_data_are_what_is_read(tmp_path: Path, cache: Path) -> None:
     assert is_mapped(mapped.observations)
     with pytest.raises(ValueError, match="read-only"):
         mapped.observations[0] = 1
-    (first,) = (cache / "stores").iterdir()
+    (first,) = (path for path in (cache / "stores").iterdir() if path.is_dir())
     before = (first / "observations.npy").stat().st_mtime_ns
     load_dataset(f"d4rl:{path}", memory_map=True)
     assert (first / "observations.npy").stat().st_mtime_ns == before  # mapped again, not converted again
     write_h5(path, table(rewards=np.zeros(12)))
     os.utime(path, ns=(1, 1))
     assert load_dataset(f"d4rl:{path}", memory_map=True).returns.tolist() == [0, 0, 0]  # a changed file is converted
+
+
+def test_processes_that_want_the_same_data_convert_them_once(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One would move away what the other maps, or find its folder not empty."""
+    path, log = write_h5(tmp_path / "a.hdf5", table()), tmp_path / "log"
+    parts = sources._parts
+
+    def slowly(*arguments: Any) -> Any:
+        with log.open("a") as file:
+            file.write("converted\n")
+        time.sleep(0.2)
+        return parts(*arguments)
+
+    monkeypatch.setattr(sources, "_parts", slowly)
+
+    def load() -> int:
+        return int(load_dataset(f"d4rl:{path}", memory_map=True).num_steps != 12)
+
+    processes = [forks.start(load, tmp_path / "out") for _ in range(3)]
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0, 0], (tmp_path / "out").read_text()
+    assert log.read_text() == "converted\n"
 
 
 def episode_arrays(steps: int, number: int) -> dict[str, np.ndarray]:

@@ -21,8 +21,7 @@ from numpy.typing import NDArray
 from eva_rl.data.formats.episodes import EpisodeChecker, ReadOptions
 from eva_rl.data.formats.hdf5 import HdfFile
 from eva_rl.data.formats.spaces import MAX_DEPTH, Spaces, Tree, flattened
-from eva_rl.data.formats.store import gather
-from eva_rl.data.trajectories import Episode, Trajectories
+from eva_rl.data.trajectories import Episode, Trajectories, concatenate
 from eva_rl.errors import UserError
 from eva_rl.files import write_file
 
@@ -116,7 +115,7 @@ def read_episodes(path: Path, options: ReadOptions | None = None) -> Trajectorie
     if not path.exists():
         raise UserError(f"No data file {path}. Make one with `python -m eva_rl.collect env=push-v3 out={path}`.")
     parts = list(iterate_episodes(path, options or ReadOptions()))
-    return gather(parts, parts[0].source)
+    return concatenate(parts, source=parts[0].source)
 
 
 def iterate_episodes(

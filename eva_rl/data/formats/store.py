@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eva_rl.data.formats.checks import Source, check_regular_file
-from eva_rl.data.trajectories import COLUMNS, Trajectories, concatenate
+from eva_rl.data.trajectories import COLUMNS, Trajectories
 from eva_rl.errors import UserError
 from eva_rl.files import read_json, write_folder, write_json
 
@@ -23,28 +23,11 @@ WITHOUT_DIGESTS = 1
 OPTIONAL = frozenset({"successes", "target_actions"})
 
 
-def gather(parts: Iterable[Trajectories], source: str, folder: Path | None = None) -> Trajectories:
-    """Join what a reader yields, in memory or in a folder.
-
-    Args:
-        parts: Some whole episodes each.
-        source: What a user would call the whole.
-        folder: Where to write a store and map it; None keeps everything in memory.
-
-    Raises:
-        UserError: There is no episode, the parts do not fit each other, or the disk is full.
-    """
-    if folder is None:
-        return concatenate(list(parts), source=source)
-    write_store(folder, parts, source)
-    return read_store(folder)
-
-
 def write_store(folder: Path, parts: Iterable[Trajectories], source: str) -> None:
     """Write a store part by part, completely or not at all; memory for one part is needed.
 
     Raises:
-        UserError: As :func:`gather`.
+        UserError: There is no episode, the parts do not fit each other, or the disk is full.
     """
     write_folder(folder, lambda aside: _write_parts(aside, parts, source))
 
