@@ -12,7 +12,10 @@ import h5py
 import numpy as np
 import pytest
 
-from eva_rl.data import Trajectories, load_dataset, write_store
+from eva_rl.data import Trajectories, load_dataset, write_episodes, write_store
+from eva_rl.data.formats import minari_file
+from eva_rl.data.formats.episodes import ReadOptions
+from eva_rl.data.formats.hdf5 import HdfFile
 from eva_rl.errors import UserError
 from tests.data.making import differences, random_trajectories, table, write_h5
 
@@ -44,6 +47,30 @@ def test_d3rlpy(tmp_path: Path) -> None:
     data = random_trajectories(tuple(range(1, 13)))
     path = write_h5(tmp_path / "buffer.h5", d3rlpy(data))
     assert differences(load_dataset(str(path)), repeated(data)) == []  # 10 comes after 9
+
+
+def test_d3rlpy_s_names_are_listed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There are several for each episode: listing them for each one takes the square of the time."""
+    listed, names = [], HdfFile.names
+
+    def counting(file: HdfFile, group: str = "") -> list[str]:
+        listed.append(group)
+        return names(file, group)
+
+    monkeypatch.setattr(HdfFile, "names", counting)
+    counts = []
+    for episodes in (3, 12):
+        listed.clear()
+        load_dataset(str(write_h5(tmp_path / f"{episodes}.h5", d3rlpy(random_trajectories((2,) * episodes)))))
+        counts.append(len(listed))
+    assert counts[0] == counts[1]
+
+
+def test_parts_of_a_file_of_episodes_have_about_as_many_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(minari_file, "PART_ROWS", 5)
+    write_episodes(tmp_path / "a.h5", random_trajectories((2, 2, 3, 6, 1, 1)))
+    parts = list(minari_file.iterate_episodes(tmp_path / "a.h5", ReadOptions()))
+    assert [part.lengths.tolist() for part in parts] == [[2, 2, 3], [6], [1, 1]]
 
 
 def test_d3rlpy_with_tuples(tmp_path: Path) -> None:

@@ -48,13 +48,15 @@ def iterate_d3rlpy(path: Path, options: ReadOptions) -> Iterator[Trajectories]:
         UserError: As :func:`eva_rl.data.formats.episode_folder.iterate_folder`.
     """
     with HdfFile(path) as file:
-        numbers = sorted({int(name.split("_")[1]) for name in file.names() if re.fullmatch(r"actions_\d+", name)})
-        episodes = ((file.source(f"episode_{i}"), partial(_d3rlpy_episode, file, i, options.keys)) for i in numbers)
+        held = frozenset(file.names())  # once: there are several an episode
+        numbers = sorted({int(name.split("_")[1]) for name in held if re.fullmatch(r"actions_\d+", name)})
+        read = partial(_d3rlpy_episode, file, held, options.keys)
+        episodes = ((file.source(f"episode_{i}"), partial(read, i)) for i in numbers)
         yield from checked_parts(str(path), episodes, options)
 
 
-def _d3rlpy_episode(file: HdfFile, number: int, keys: tuple[str, ...]) -> Arrays:
-    source, held = file.source(f"episode_{number}"), set(file.names())
+def _d3rlpy_episode(file: HdfFile, held: frozenset[str], keys: tuple[str, ...], number: int) -> Arrays:
+    source = file.source(f"episode_{number}")
     arrays: dict[str, Any] = {}
     for key in ("observations", "actions", "rewards"):
         name = f"{key}_{number}"

@@ -141,13 +141,16 @@ def iterate_episodes(
         env_id, source = said.pop("env_id", ""), said.pop("source", "") or str(path)
         checker, digest = EpisodeChecker(path, options), Digest()
         pending: list[Episode] = []
+        rows = 0
         for name in _episode_names(file, attributes):
             read = partial(_raw_episode, file, name, spaces or Spaces(), options.keys, digest)
             episode = checker.episode(file.source(name), read)
-            pending += [] if episode is None else [episode]
-            if sum(len(waiting.rewards) for waiting in pending) >= PART_ROWS:
+            if episode is not None:
+                pending.append(episode)
+                rows += len(episode.rewards)
+            if rows >= PART_ROWS:
                 yield Trajectories.from_episodes(pending, env_id=env_id, source=source, metadata=said)
-                pending = []
+                pending, rows = [], 0
         if DIGEST in attributes:
             _check_digest(file, digest, attributes)
         checker.close()
