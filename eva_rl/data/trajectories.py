@@ -355,12 +355,7 @@ def concatenate(parts: Sequence[Trajectories], *, source: str = "") -> Trajector
         raise UserError(f"{source or 'trajectories'}: no episode. Expected at least one; name another data set.")
     env_ids, first = {part.env_id for part in parts}, parts[0]
     for part in parts:
-        dims, expected = (part.observation_dim, part.action_dim), (first.observation_dim, first.action_dim)
-        if dims != expected:
-            raise UserError(
-                f"{part.source} has {dims[0]} numbers in an observation and {dims[1]} in an action, {first.source} "
-                f"has {expected[0]} and {expected[1]}. Join data of one kind."
-            )
+        check_same_dimensions(part, first)
     steps = np.cumsum([0, *(part.num_steps for part in parts)])
     columns = {name: _joined(parts, name) for name in COLUMNS}
     return Trajectories(
@@ -370,6 +365,20 @@ def concatenate(parts: Sequence[Trajectories], *, source: str = "") -> Trajector
         source=source or " + ".join(dict.fromkeys(part.source for part in parts)),
         metadata=dict(first.metadata) if all(part.metadata == first.metadata for part in parts) else {},
     )
+
+
+def check_same_dimensions(part: Trajectories, first: Trajectories) -> None:
+    """Raise unless two sets of trajectories can be joined.
+
+    Raises:
+        UserError: They differ in their dimensions.
+    """
+    dims, expected = (part.observation_dim, part.action_dim), (first.observation_dim, first.action_dim)
+    if dims != expected:
+        raise UserError(
+            f"{part.source} has {dims[0]} numbers in an observation and {dims[1]} in an action, {first.source} "
+            f"has {expected[0]} and {expected[1]}. Join data of one kind."
+        )
 
 
 def _joined(parts: Sequence[Trajectories], name: str) -> NDArray[Any] | None:

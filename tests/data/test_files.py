@@ -9,6 +9,7 @@ import mmap
 import os
 import pickle
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -308,6 +309,24 @@ def test_files_of_episodes_have_a_digest(tmp_path: Path, key: str, value: object
             file.attrs[key] = value
     with pytest.raises(UserError, match=r"a\.h5 is damaged or was changed"):
         load_dataset(str(tmp_path / "a.h5"))
+
+
+@pytest.mark.parametrize("dims", [(4, 2), (3, 1)])
+def test_a_store_of_parts_that_differ_is_not_written(dims: tuple[int, int], tmp_path: Path) -> None:
+    """Rows of another width, one after the other, were read back as rows of the first one's."""
+    parts = [random_trajectories(), random_trajectories(dims=dims)]
+    with pytest.raises(UserError, match=r"numbers in an observation and . in an action.*Join data of one kind"):
+        write_store(tmp_path / "store", parts, "both")
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_store_says_of_its_parts_what_all_say(tmp_path: Path) -> None:
+    one = replace(random_trajectories(), env_id="A-v0", metadata={"author": "x"})
+    other = replace(one, env_id="B-v0", metadata={})
+    for name, parts in {"same": [one, one], "other": [one, other]}.items():
+        write_store(tmp_path / name, parts, "both")
+        stored, joined = read_store(tmp_path / name), concatenate(parts)
+        assert (stored.env_id, stored.metadata) == (joined.env_id, joined.metadata)
 
 
 def test_unfinished_stores_are_not_there(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eva_rl.data.formats.checks import Source, check_regular_file
-from eva_rl.data.trajectories import COLUMNS, Trajectories
+from eva_rl.data.trajectories import COLUMNS, Trajectories, check_same_dimensions
 from eva_rl.errors import UserError
 from eva_rl.files import read_json, write_folder, write_json
 
@@ -129,9 +129,14 @@ class _Column:
 def _write_parts(folder: Path, parts: Iterable[Trajectories], source: str) -> None:
     columns = {name: _Column(folder / f"{name}.npy", dtype) for name, (dtype, _) in COLUMNS.items()}
     optional, offsets, first = dict.fromkeys(OPTIONAL, False), [np.zeros(1, np.int64)], None
+    env_id = ""
+    metadata: dict[str, str] = {}
     try:
         for part in parts:
-            first = first or part
+            if first is None:
+                first, env_id, metadata = part, part.env_id, part.metadata
+            check_same_dimensions(part, first)
+            env_id, metadata = env_id if part.env_id == env_id else "", metadata if part.metadata == metadata else {}
             for name, column in columns.items():
                 column.append(part.column(name))
             offsets.append(part.offsets[1:] + offsets[-1][-1])
@@ -144,8 +149,8 @@ def _write_parts(folder: Path, parts: Iterable[Trajectories], source: str) -> No
     for name in (name for name, seen in optional.items() if not seen):
         columns.pop(name).path.unlink()
     np.save(folder / "offsets.npy", np.concatenate(offsets))
-    index: dict[str, Any] = {"format": FORMAT, "columns": list(columns), "env_id": first.env_id, "source": source}
-    index |= {"metadata": first.metadata}
+    index: dict[str, Any] = {"format": FORMAT, "columns": list(columns), "env_id": env_id, "source": source}
+    index |= {"metadata": metadata}
     index["sha256"] = {name: _file_digest(folder / f"{name}.npy") for name in (*columns, "offsets")}
     index["sha256"][INDEX] = _index_digest(index)
     write_json(folder / INDEX, index)
