@@ -133,6 +133,8 @@ def _input_moments(
         return {}
     most = options.eva.max_batches
     matrices = [n for n in target_layers(network, options.targets) if isinstance(network.get_submodule(n), nn.Linear)]
+    if not matrices:  # lookup tables alone
+        return {}
     if measured_alone and sampler is not None:
         batches = windows(policy, ShardedSampler(sampler, process_group), options.eva.batch_size)
         return input_moments(policy, matrices, batches, None, max_batches=min(most, MEASURED_BATCHES))

@@ -268,6 +268,15 @@ def test_a_policy_with_its_adapter_pulled_from_the_hub(
     assert torch.equal(policy.network(batch), load_policy(folder / "reach").network(batch))
 
 
+@pytest.mark.parametrize("more", [["adapter=mica"], ["adapter=dora", "adapter.gain=lora"]])
+def test_a_lookup_table_alone(more: list[str], folder: Path, tmp_path: Path) -> None:
+    """It has no inputs of which a second moment could be measured."""
+    run(folder / "base", tmp_path / "run", "adapter.targets=[embed_timestep]", *more)
+    names = [name for name, _ in load_policy(tmp_path / "run").network.named_parameters() if ".lora_" in name]
+    assert names
+    assert all(name.startswith("embed_timestep.") for name in names)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("source", ["trajectories", "rollouts", "mixed"])
 @pytest.mark.parametrize("method", ["eva", "corda", "lora_ga"])
