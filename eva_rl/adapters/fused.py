@@ -196,7 +196,11 @@ class _Fused:
     active_adapters: list[str]
 
     def low_rank(self) -> LowRank | None:
-        """The layer as it acts now; None where PEFT's own forward is needed (off, merged, dropout, several at once)."""
+        """The layer as it acts now; None where PEFT's own forward is needed.
+
+        That is where adapters are off, merged or several, with dropout, and where the factors are more precise than
+        the base (float32 on bfloat16): composed, a small update would be rounded away.
+        """
         raise NotImplementedError
 
     def _sources(self) -> tuple[Tensor, ...]:
@@ -248,6 +252,8 @@ class FusedLoraLinear(_Fused, LoraLinear):  # type: ignore[misc]  # PEFT is unty
         magnitude = self.lora_magnitude_vector[name].weight if isinstance(variant, DoraLinearVariant) else None
         base = self.base_layer
         a, b = self.lora_A[name].weight, self.lora_B[name].weight
+        if a.dtype is not base.weight.dtype:
+            return None
         return LowRank(base.weight, base.bias, a, b, self.scaling[name], magnitude)
 
     def _sources(self) -> tuple[Tensor, ...]:
@@ -265,6 +271,8 @@ class FusedSVDLinear(_Fused, SVDLinear):  # type: ignore[misc]  # PEFT is untype
         if name is None:
             return None
         base = self.base_layer
+        if self.lora_A[name].dtype is not base.weight.dtype:
+            return None
         shrink = self.scaling[name] / (self.ranknum[name] + ADALORA_EPSILON)
         return LowRank(base.weight, base.bias, self.lora_A[name] * (self.lora_E[name] * shrink), self.lora_B[name], 1.0)
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
+from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from peft.helpers import rescale_adapter_scale
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.miss.layer import MissLinear
-from torch import Tensor
+from torch import Tensor, nn
 
 from eva_rl.adapters import METHODS
 from eva_rl.adapters.fused import FusedAttention, FusedLoraLinear, LowRank, fuse, fused_linears, unfuse
@@ -233,6 +235,33 @@ def test_mixed_precision(method: str, reach_demonstrations: Trajectories, batch:
     similar = [torch.cosine_similarity(found[n].flatten(), exact[n].flatten(), dim=0) for n in exact]
     assert min(similar) > 0.95
     assert loss == pytest.approx(gradients(policy, batch)[0], rel=0.05)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "adalora"])
+def test_a_bfloat16_base_takes_pefts_passes(method: str) -> None:
+    """Its factors are float32, as PEFT makes them: to the last bit the outputs and gradients of PEFT's layers."""
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 16)).bfloat16()
+    options: dict[str, Any] = {"target_modules": ["0", "2"], "init_lora_weights": False}
+    if method == "adalora":
+        config: LoraConfig = AdaLoraConfig(init_r=4, target_r=2, total_step=10, **options)
+    else:
+        config = LoraConfig(r=4, use_dora=method == "dora", **options)
+    model, x = get_peft_model(layers, config), torch.randn(5, 16).bfloat16()
+
+    def passes() -> list[Tensor]:
+        model.zero_grad()
+        outputs = model(x)
+        outputs.float().square().sum().backward()
+        found = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        with torch.no_grad():
+            return [outputs.detach(), model(x), *found]
+
+    expected = passes()
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    assert fuse(model) == 2
+    for one, other in zip(passes(), expected, strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.slow
