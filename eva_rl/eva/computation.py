@@ -179,9 +179,15 @@ def _run(feed: _Feed, max_batches: int, options: EvaOptions) -> Stopped:
             return "data exhausted"
         if turn >= due:
             due = max(turn + 1, round(turn * CHECK_GROWTH))
-            if options.tau < 1 and turn < max_batches and feed.statistics.agreement(options) >= options.tau:
+            if options.tau < 1 and turn < max_batches and _agreed(feed.statistics, options):
                 return "converged"
     return "max_batches"
+
+
+def _agreed(statistics: ActivationStatistics, options: EvaOptions) -> bool:
+    """Whether the halves agree to tau on every process: near tau, rounding may tell them different things."""
+    [apart] = statistics.process_group.any(not statistics.agreement(options) >= options.tau)
+    return not apart
 
 
 def default_forward(model: nn.Module, batch: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,15 @@ def batches(count: int = 8) -> list[Tensor]:
     return [torch.randn(30, 20, generator=g) * torch.logspace(0, -1, 20) + 1 for _ in range(count)]
 
 
+TIMEOUT = timedelta(seconds=60)
+
+
 def worker(rank: int, world: int, folder: str, shares: list[list[int]], options: dict[str, Any]) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    store = f"file://{folder}/store"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world, timeout=TIMEOUT)
+    if "taus" in options:
+        options = {"tau": options["taus"][rank]}
     data = batches()
     try:
         mine = [data[i] if i >= 0 else torch.full((4, 20), torch.nan) for i in shares[rank]]
@@ -73,6 +80,14 @@ def test_an_early_end_is_common(tmp_path: Path) -> None:
     outcomes = run(tmp_path / "end", [[0, 1, 2, 3], [4, 5, 6, 7]], tau=0.5)
     assert [outcome["stopped"] for outcome in outcomes] == ["converged"] * 2
     assert {outcome["rows"] for outcome in outcomes} == {120}
+
+
+@pytest.mark.slow
+def test_one_process_alone_does_not_end(tmp_path: Path) -> None:
+    """Near tau one may find the halves to agree and another not; here they do by another tau."""
+    outcomes = run(tmp_path / "end", [[0, 1, 2, 3], [4, 5, 6, 7]], taus=[0.5, 0.99999])
+    assert [outcome["stopped"] for outcome in outcomes] == ["data exhausted"] * 2
+    assert {outcome["rows"] for outcome in outcomes} == {240}
 
 
 @pytest.mark.slow
