@@ -23,7 +23,7 @@ from eva_rl.eva.statistics import ActivationStatistics
 Forward = Callable[[nn.Module, Any], Any]
 
 MIN_BATCHES = 2
-# Checks after 2, 3, 5, 8, 12, 18, ... batches: their cost stays a fixed share of the forwards'.
+# Checks after 2, 3, 4, 6, 9, 14, 21, ... batches: their cost stays a fixed share of the forwards'.
 CHECK_GROWTH = 1.5
 _END = object()
 
