@@ -9,12 +9,13 @@ from itertools import combinations
 import numpy as np
 
 from eva_rl.benchmark.study import Study
+from eva_rl.envs import env_spec
 from eva_rl.errors import UserError, counted
-from eva_rl.report.methods import group_tasks
+from eva_rl.report.methods import TaskGroup, group_tasks
 from eva_rl.report.runs import Run, find_runs, read_runs
 from eva_rl.report.stats.equivalence import smallest_difference
 from eva_rl.report.tables import Table, number
-from eva_rl.report.verdicts import paired_differences
+from eva_rl.report.verdicts import AREA, FINAL, paired_differences
 
 ASSUMED_SPREAD = 0.2
 """Standard deviation of success over seeds after few updates on few demonstrations; of a difference, times root two."""
@@ -26,7 +27,8 @@ class Pilot:
     """What finished runs say beforehand.
 
     Attributes:
-        spread: Standard deviation of the paired difference between two runs of one task and seed.
+        spread: Standard deviation of the paired difference between two runs of one task and seed; NaN where it is not
+            known, or tasks have no unit in common.
         seconds: Of a run, median; NaN where it is not known.
         source: Where that comes from.
     """
@@ -36,28 +38,42 @@ class Pilot:
     source: str
 
 
-def read_pilot(place: str, endpoint: str) -> Pilot:
-    """The spread and the duration of the runs of a pilot; an assumption where none is named.
+def read_pilot(place: str, study: Study) -> Pilot:
+    """The spread and the duration of the runs of a pilot; of success rates, an assumption where none is named.
 
     Raises:
         UserError: No two methods of it share two seeds on a task.
     """
     if not place:
-        return Pilot(2**0.5 * ASSUMED_SPREAD, float("nan"), f"assuming a spread of {ASSUMED_SPREAD} over seeds")
+        return _assumed(study)
     runs, _ = read_runs(find_runs([place]))
-    variances = [
+    variances = [found for group in group_tasks(runs) if (found := _variances(group, study.endpoint))]
+    if not variances:
+        raise UserError(
+            f"pilot={place}: no two methods share two seeds on a task where the endpoint {study.endpoint} was "
+            "measured, so that its spread is not known. Name other runs, or none."
+        )
+    source = f"from {counted(len(runs), 'run')} in {place}"
+    if len(variances) > 1:
+        return Pilot(float("nan"), _seconds(runs), f"{source}, whose tasks are judged by different scores")
+    return Pilot(float(np.sqrt(np.mean(variances[0]))), _seconds(runs), source)
+
+
+def _assumed(study: Study) -> Pilot:
+    """What is assumed of success rates; other endpoints have units of their own."""
+    if study.endpoint in {FINAL, AREA} and all(env_spec(task).reports_success for task in study.tasks):
+        return Pilot(2**0.5 * ASSUMED_SPREAD, float("nan"), f"assuming a spread of {ASSUMED_SPREAD} over seeds")
+    return Pilot(float("nan"), float("nan"), "nothing is assumed of what is no success rate")
+
+
+def _variances(group: TaskGroup, endpoint: str) -> list[float]:
+    """Of the paired differences of each two methods, by task, with two pairs or more."""
+    return [
         float(np.var(task, ddof=1))
-        for group in group_tasks(runs)
         for first, second in combinations(group.methods, 2)
         for task in paired_differences(group, endpoint, first, second)
         if len(task) > 1
     ]
-    if not variances:
-        raise UserError(
-            f"pilot={place}: no two methods share two seeds on a task where the endpoint {endpoint} was measured, so "
-            "that its spread is not known. Name other runs, or none."
-        )
-    return Pilot(float(np.sqrt(np.mean(variances))), _seconds(runs), f"from {counted(len(runs), 'run')} in {place}")
 
 
 def _seconds(runs: Sequence[Run]) -> float:
@@ -84,7 +100,19 @@ def plan_table(study: Study, pilot: Pilot, tuning_runs: int, test_runs: int, thr
         f"{counted(tasks, 'task')}, {counted(methods, 'method')}, {counted(tuning_runs, 'tuning run')}",
         ["seeds", "runs", "core-hours", "smallest difference"],
         rows,
+        _note(pilot, comparisons),
+    )
+
+
+def _note(pilot: Pilot, comparisons: int) -> str:
+    """What the smallest difference is, and how it can be known better."""
+    if not np.isfinite(pilot.spread):
+        return (
+            f"The smallest difference is not known ({pilot.source}). Name finished runs of tasks that are judged by "
+            "one score, and measured by the study's endpoint: pilot=FOLDER."
+        )
+    return (
         f"Smallest difference: found with probability 0.8 by a paired test at level 0.05, corrected for {comparisons} "
         f"pairs of methods; spread of a paired difference {pilot.spread:.3f} ({pilot.source}); - where so few pairs "
-        "cannot reach the level at all. Name finished runs with pilot=FOLDER for a better estimate.",
+        "cannot reach the level at all. Name finished runs with pilot=FOLDER for a better estimate."
     )

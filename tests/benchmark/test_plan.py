@@ -1,0 +1,62 @@
+"""Plans: what can be detected is only said where the spread is known in the endpoint's unit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from eva_rl.benchmark.plan import plan_table, read_pilot
+from eva_rl.benchmark.study import Study
+from tests.report.making_runs import make_run
+
+METHODS = {"lora": {"adapter": "lora"}, "eva": {"adapter": "eva"}}
+
+
+def smallest(study: Study, pilot: str = "") -> tuple[list[str], str]:
+    """The last column, and the note below."""
+    table = plan_table(study, read_pilot(pilot, study), 0, 10, 1)
+    return [row[-1] for row in table.rows], table.note
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "tasks", "assumed"),
+    [
+        ("final", ["metaworld/push-v3"], True),
+        ("area", ["metaworld/push-v3", "metaworld/reach-v3"], True),
+        ("updates_to_90", ["metaworld/push-v3"], False),
+        ("cloning_loss", ["metaworld/push-v3"], False),
+        ("final", ["mujoco/hopper"], False),
+        ("final", ["metaworld/push-v3", "mujoco/hopper"], False),
+    ],
+)
+def test_a_spread_is_assumed_of_success_rates_alone(endpoint: str, tasks: list[str], assumed: bool) -> None:
+    """0.2 of a success rate was taken for 0.2 updates, or for 0.2 of a return."""
+    shown, note = smallest(Study(tasks, METHODS, [0, 1], budgets=[1, 2], endpoint=endpoint))
+    assert (set(shown) != {"-"}) is assumed
+    assert ("The smallest difference is not known" in note) is not assumed
+    assert "pilot=FOLDER" in note
+
+
+def test_a_pilot_has_a_spread_where_its_tasks_share_a_unit(tmp_path: Path) -> None:
+    for method, low in (("eva", 0), ("lora", 1)):
+        for seed in range(3):
+            solved = [k < low + seed * (1 + low) for k in range(10)]
+            make_run(tmp_path / "one" / f"{method}{seed}", "push-v3", solved, f"adapter={method}", f"seed={seed}")
+    study = Study(["metaworld/push-v3"], METHODS, [0, 1])
+    assert read_pilot(str(tmp_path), study).spread == pytest.approx(np.std([0.1, 0.2, 0.3], ddof=1))
+    shown, _ = smallest(study, str(tmp_path))
+    assert "-" not in shown[3:]
+    for method in METHODS:
+        for seed in range(3):
+            make_run(
+                tmp_path / "two" / f"{method}{seed}",
+                "mujoco/hopper",
+                [True, False],
+                f"adapter={method}",
+                f"seed={seed}",
+            )
+    shown, note = smallest(study, str(tmp_path))
+    assert set(shown) == {"-"}
+    assert "judged by different scores" in note
