@@ -12,7 +12,8 @@ from eva_rl.benchmark.study import Study
 from eva_rl.envs import env_spec
 from eva_rl.errors import UserError, counted
 from eva_rl.report.methods import TaskGroup, group_tasks
-from eva_rl.report.runs import Run, find_runs, read_runs
+from eva_rl.report.reading import find_runs
+from eva_rl.report.runs import Run, read_runs
 from eva_rl.report.stats.equivalence import smallest_difference
 from eva_rl.report.tables import Table, number
 from eva_rl.report.verdicts import AREA, FINAL, paired_differences

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from eva_rl.files import write_json
-from eva_rl.report.reading import UPDATES, Row
-from eva_rl.report.runs import DIGEST, FORMAT, RECORD, digest, read_config, read_run
+from eva_rl.report.reading import RECORD, UPDATES, Row
+from eva_rl.report.runs import DIGEST, FORMAT, digest, read_config, read_run
 
 PLACES = ("run_dir", "shared")
 """Settings that say where a run lay on its machine: a record goes to others, to whom they say nothing."""

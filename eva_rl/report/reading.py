@@ -1,17 +1,20 @@
-"""Read the files of a run that may be damaged or foreign: every value checked, every failure one ``UserError``."""
+"""Find runs, and read their files, damaged or foreign: every value checked, every failure one ``UserError``."""
 
 from __future__ import annotations
 
+import glob
 import json
+import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from eva_rl.cli.run_dir import CONFIG_FILE, SUMMARY_FILE
 from eva_rl.errors import UserError
-from eva_rl.files import FILES, SEAL
+from eva_rl.files import FILES, SEAL, expanded
 from eva_rl.schema import DIGEST, Check, Either, Integer, MapOf, NotMeasured, Number, Optional, Record, Text
 
 MOST_BYTES = 256 * 2**20
@@ -28,6 +31,65 @@ GROUPS = ("data", "seconds")
 """Keys of a summary that hold groups."""
 
 Row = dict[str, float]
+RECORD = "eva_rl_record"
+"""The key by which the record of a run is recognised."""
+
+
+def find_runs(places: Sequence[str]) -> list[Path]:
+    """Run directories and records at or below some folders.
+
+    Args:
+        places: Run directories, records of runs (JSON files), folders that hold some (however deep), or patterns such
+            as ``runs/*``.
+
+    Raises:
+        UserError: One of them does not exist, or there is no run in any.
+    """
+    folders: dict[Path, Path] = {}
+    for place in places:
+        named = expanded(place)
+        matches = [named] if os.path.exists(named) else sorted(map(Path, glob.glob(str(named))))
+        if not matches:
+            raise UserError(
+                f"No folder {place}. Name run directories, a folder that holds some, or a pattern: 'runs/*'."
+            )
+        for match in matches:
+            folders |= {folder.resolve(): folder for folder in _runs_below(match)}
+    if not folders:
+        raise UserError(f"No run in {', '.join(places)}: a run directory holds a {CONFIG_FILE}.")
+    return list(folders.values())
+
+
+def _runs_below(folder: Path) -> Iterator[Path]:
+    if _is_run(folder):
+        yield folder
+        return
+    for inner in _inner(folder):
+        if inner.is_dir() and not inner.is_symlink() and not inner.name.startswith("."):
+            yield from _runs_below(inner)
+        elif inner.suffix == ".json" and is_record(inner):
+            yield inner
+
+
+def _inner(folder: Path) -> list[Path]:
+    try:
+        return sorted(folder.iterdir()) if folder.is_dir() else []
+    except OSError:  # a folder that may not be read holds no run for us
+        return []
+
+
+def _is_run(folder: Path) -> bool:
+    if folder.is_file():
+        return is_record(folder)
+    return (folder / CONFIG_FILE).exists() or (folder / SUMMARY_FILE).exists()
+
+
+def is_record(path: Path) -> bool:
+    """Whether a file is the record of a run, damaged or not."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return f'"{RECORD}"'.encode() in file.read(200)
 
 
 def read_text(path: Path, most: int = MOST_BYTES) -> str:

@@ -1,21 +1,20 @@
-"""Find and read the runs of a report; every run that does not count is listed with its reason."""
+"""Read the runs of a report; every run that does not count is listed with its reason."""
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
-import os
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from eva_rl.cli.run_dir import CONFIG_FILE, SUMMARY_FILE, VERSIONS_FILE
 from eva_rl.errors import UserError, counted
-from eva_rl.files import check_files, check_seal, expanded
+from eva_rl.files import check_files, check_seal
 from eva_rl.report.reading import (
+    RECORD,
     Row,
     clean_summary,
     episodes_by_seed,
@@ -34,8 +33,8 @@ ABOUT_FILE = "study.json"
 """In the run directories of a benchmark: which of its methods a run belongs to, and what was tuned."""
 READ_IN_PART = (METRICS_FILE, EVALUATION_FILE, VERSIONS_FILE)
 """Files without which, or with other numbers in which, a run still counts."""
-RECORD, FORMAT, DIGEST = "eva_rl_record", 1, "sha256"
-"""The key by which the record of a run is recognised, the number of its format, and the key of its checksum."""
+FORMAT, DIGEST = 1, "sha256"
+"""Of records: the number of their format, and the key of their checksum."""
 RETURN = "mean_reward"
 SCORES = {"success_rate": "success rate", "normalized_score": "normalised score", RETURN: "return"}
 """What a task is judged by: the first of these that its runs have."""
@@ -104,63 +103,6 @@ class Problem:
 
 class UnfinishedError(Exception):
     """The run has no summary yet."""
-
-
-def find_runs(places: Sequence[str]) -> list[Path]:
-    """Run directories and records at or below some folders.
-
-    Args:
-        places: Run directories, records of runs (JSON files), folders that hold some (however deep), or patterns such
-            as ``runs/*``.
-
-    Raises:
-        UserError: One of them does not exist, or there is no run in any.
-    """
-    folders: dict[Path, Path] = {}
-    for place in places:
-        named = expanded(place)
-        matches = [named] if os.path.exists(named) else sorted(map(Path, glob.glob(str(named))))
-        if not matches:
-            raise UserError(
-                f"No folder {place}. Name run directories, a folder that holds some, or a pattern: 'runs/*'."
-            )
-        for match in matches:
-            folders |= {folder.resolve(): folder for folder in _runs_below(match)}
-    if not folders:
-        raise UserError(f"No run in {', '.join(places)}: a run directory holds a {CONFIG_FILE}.")
-    return list(folders.values())
-
-
-def _runs_below(folder: Path) -> Iterator[Path]:
-    if _is_run(folder):
-        yield folder
-        return
-    for inner in _inner(folder):
-        if inner.is_dir() and not inner.is_symlink() and not inner.name.startswith("."):
-            yield from _runs_below(inner)
-        elif inner.suffix == ".json" and is_record(inner):
-            yield inner
-
-
-def _inner(folder: Path) -> list[Path]:
-    try:
-        return sorted(folder.iterdir()) if folder.is_dir() else []
-    except OSError:  # a folder that may not be read holds no run for us
-        return []
-
-
-def _is_run(folder: Path) -> bool:
-    if folder.is_file():
-        return is_record(folder)
-    return (folder / CONFIG_FILE).exists() or (folder / SUMMARY_FILE).exists()
-
-
-def is_record(path: Path) -> bool:
-    """Whether a file is the record of a run, damaged or not."""
-    if not path.is_file():
-        return False
-    with path.open("rb") as file:
-        return f'"{RECORD}"'.encode() in file.read(200)
 
 
 def read_runs(folders: Sequence[Path]) -> tuple[list[Run], list[Problem]]:

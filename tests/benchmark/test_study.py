@@ -26,7 +26,8 @@ from eva_rl.benchmark.tuning import choose
 from eva_rl.cli.parsing import parse
 from eva_rl.errors import UserError
 from eva_rl.files import write_json
-from eva_rl.report.runs import find_runs, read_runs
+from eva_rl.report.reading import find_runs
+from eva_rl.report.runs import read_runs
 from tests.conftest import make_policy
 from tests.report.making_runs import make_run
 

@@ -19,8 +19,8 @@ from eva_rl.adapters.markdown import markdown_text
 from eva_rl.benchmark.records import write_record
 from eva_rl.errors import UserError
 from eva_rl.report import command as report
-from eva_rl.report.reading import MOST_CHARACTERS
-from eva_rl.report.runs import find_runs, read_record, read_runs
+from eva_rl.report.reading import MOST_CHARACTERS, find_runs
+from eva_rl.report.runs import read_record, read_runs
 from eva_rl.report.tables import csv_cell, write_csv
 from tests import forks
 from tests.conftest import unseal

@@ -22,7 +22,8 @@ from eva_rl.report.comparison import Resampling, analyse
 from eva_rl.report.curves import points_of
 from eva_rl.report.figures import aggregate_figure, task_figure
 from eva_rl.report.methods import group_tasks
-from eva_rl.report.runs import Run, find_runs, read_runs
+from eva_rl.report.reading import find_runs
+from eva_rl.report.runs import Run, read_runs
 from eva_rl.report.warnings import warnings_of
 from tests.conftest import unseal
 from tests.report.making_runs import make_run, make_study

@@ -13,14 +13,12 @@ import pytest
 
 from eva_rl.benchmark.records import write_record
 from eva_rl.errors import UserError
-from eva_rl.report.reading import episodes_by_seed
+from eva_rl.report.reading import episodes_by_seed, find_runs, is_record
 from eva_rl.report.runs import (
     DIGEST,
     SCORES,
     UnfinishedError,
     digest,
-    find_runs,
-    is_record,
     read_record,
     read_run,
     read_runs,
