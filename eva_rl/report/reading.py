@@ -81,15 +81,18 @@ def _inner(folder: Path) -> list[Path]:
 def _is_run(folder: Path) -> bool:
     if folder.is_file():
         return is_record(folder)
-    return (folder / CONFIG_FILE).exists() or (folder / SUMMARY_FILE).exists()
+    return os.path.exists(folder / CONFIG_FILE) or os.path.exists(folder / SUMMARY_FILE)  # Path's raises without access
 
 
 def is_record(path: Path) -> bool:
-    """Whether a file is the record of a run, damaged or not."""
-    if not path.is_file():
+    """Whether a file is the record of a run, damaged or not; one that cannot be read may be, and is not lost."""
+    if not os.path.isfile(path):
         return False
-    with path.open("rb") as file:
-        return f'"{RECORD}"'.encode() in file.read(200)
+    try:
+        with path.open("rb") as file:
+            return f'"{RECORD}"'.encode() in file.read(200)
+    except OSError:
+        return True
 
 
 def read_text(path: Path, most: int = MOST_BYTES) -> str:

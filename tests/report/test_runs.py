@@ -69,6 +69,16 @@ def test_a_place_that_is_none(place: str) -> None:
         find_runs([place])
 
 
+def test_a_file_that_cannot_be_read_is_listed(tmp_path: Path) -> None:
+    """It ended the report with a traceback."""
+    run_folder(tmp_path / "run")
+    (tmp_path / "locked.json").symlink_to("/proc/self/mem")  # which root may not read, either
+    runs, (problem,) = read_runs(find_runs([str(tmp_path)]))
+    assert [run.folder for run in runs] == [tmp_path / "run"]
+    assert (problem.folder, problem.kind) == (tmp_path / "locked.json", "damaged")
+    assert "cannot be read" in problem.reason
+
+
 def test_a_run_that_is_not_finished_says_how_far_it_came(tmp_path: Path) -> None:
     folder = run_folder(tmp_path / "run", None)
     with pytest.raises(UnfinishedError, match=r"no summary\.json; 1 point recorded, the last at step 5"):
