@@ -12,7 +12,6 @@ from scipy.stats import nct, t
 from eva_rl.report.stats.aggregates import Floats
 
 POWER = 0.8
-LARGEST_EFFECT = 1e3
 
 
 @dataclass(frozen=True)
