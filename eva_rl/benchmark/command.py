@@ -207,11 +207,14 @@ def run_cells(cells: Sequence[Cell], config: BenchmarkConfig, phase: str) -> Non
 
 def write_report(cells: Sequence[Cell], config: BenchmarkConfig, study: Study) -> None:
     """Report on the records there are; runs without one are listed."""
-    places = [cell.record if cell.keep() else cell.run_dir for cell in cells]
+    for cell in cells:
+        cell.keep()
+    several = [(cell.record, cell.divergence, cell.run_dir) for cell in cells]
+    places = [place for own in several if (place := next((one for one in own if one.exists()), None))]
     if not any(cell.record.exists() for cell in cells if not cell.tuning):
         return
     options = report.ReportConfig(
-        runs=[str(place) for place in places if place.exists()],
+        runs=[str(place) for place in places],
         out=str(config.place.out / "report"),
         title="Study" if study.digest else "Benchmark",
         endpoint=study.endpoint,

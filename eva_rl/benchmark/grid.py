@@ -26,15 +26,12 @@ from eva_rl.files import write_json
 from eva_rl.finetune import command as _finetune  # noqa: F401 - registers its keys
 from eva_rl.finetune.adapter import check_adapter
 from eva_rl.launch.jobs import Job
-from eva_rl.launch.launching import last_words
-from eva_rl.report.reading import one_line
+from eva_rl.report.reading import DIVERGED, one_line, read_json_object
 from eva_rl.report.runs import ABOUT_FILE, Run, read_config, read_record
+from eva_rl.training.failures import NOT_FINITE_FILE
 
-DIVERGED = "diverged"
 QUICKER = "eval.stop_at_success=true"
 """What every run of a benchmark gets unless it says otherwise: the same success rate for fewer env steps."""
-NOT_FINITE = ("not finite", "the loss is nan", "the loss is inf")
-"""What a run says that diverged."""
 
 
 @dataclass(frozen=True)
@@ -104,9 +101,9 @@ class Cell:
         return {"method": self.method, "tuning": dict(self.chosen) if self.tuning else None}
 
     @property
-    def has_diverged(self) -> bool:
-        """Whether it ended because a loss was not finite, which counts as an answer while tuning."""
-        return self.record.with_suffix(f".{DIVERGED}").exists()
+    def divergence(self) -> Path:
+        """What is kept in place of a record where a loss was not finite, which counts as an answer while tuning."""
+        return self.record.with_suffix(DIVERGED)
 
     @property
     def overrides(self) -> list[str]:
@@ -138,16 +135,23 @@ class Cell:
         finished = (self.run_dir / SUMMARY_FILE).exists()
         if finished and not (self.run_dir / ABOUT_FILE).exists():
             write_json(self.run_dir / ABOUT_FILE, self.about)
-        if self.record.exists() or (self.tuning and self.has_diverged):
+        if self.record.exists() or self._keep_divergence():
             return True
         if finished:
             write_record(self.record, self.run_dir, self.name, self.about)
             return True
-        reason = last_words(self.log)
-        if self.tuning and any(words in reason for words in NOT_FINITE):
-            write_json(self.record.with_suffix(f".{DIVERGED}"), {"name": self.name, "reason": one_line(reason)})
-            return True
         return False
+
+    def _keep_divergence(self) -> bool:
+        """Write down that a tuning run diverged, by what it left; whether it did."""
+        left = self.divergence if self.divergence.exists() else self.run_dir / NOT_FINITE_FILE
+        if not self.tuning or not left.exists():
+            return False
+        found = read_json_object(left)
+        if "method" not in found:  # the run's own, or an earlier version's
+            what = {"name": self.name, "reason": one_line(found.get("reason")), "task": self.task, "seed": self.seed}
+            write_json(self.divergence, what | self.about)
+        return True
 
     def result(self) -> Run | None:
         """Its record; None where it diverged."""

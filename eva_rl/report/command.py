@@ -128,7 +128,7 @@ def report(config: ReportConfig) -> None:
     curves = [curves_of(analysis.group, resampling) for analysis in groups]
     with style():
         sections = [s for pair in zip(groups, curves, strict=True) for s in sections_of(*pair, problems, config)]
-        sections += tuning_sections(found, runs, config.endpoint)
+        sections += tuning_sections(found, runs, config.endpoint, [p.run for p in problems if p.run is not None])
         sections.append(runs_section(groups, problems))
 
         def fill(folder: Path) -> None:

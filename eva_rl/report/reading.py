@@ -33,6 +33,8 @@ GROUPS = ("data", "seconds")
 Row = dict[str, float]
 RECORD = "eva_rl_record"
 """The key by which the record of a run is recognised."""
+DIVERGED = ".diverged"
+"""Ending of the file that stands in place of the record of a tuning run that diverged."""
 
 
 def find_runs(places: Sequence[str]) -> list[Path]:
@@ -67,7 +69,7 @@ def _runs_below(folder: Path) -> Iterator[Path]:
     for inner in _inner(folder):
         if inner.is_dir() and not inner.is_symlink() and not inner.name.startswith("."):
             yield from _runs_below(inner)
-        elif inner.suffix == ".json" and is_record(inner):
+        elif inner.suffix in {".json", DIVERGED} and _is_run(inner):
             yield inner
 
 
@@ -80,7 +82,7 @@ def _inner(folder: Path) -> list[Path]:
 
 def _is_run(folder: Path) -> bool:
     if folder.is_file():
-        return is_record(folder)
+        return folder.suffix == DIVERGED or is_record(folder)
     return os.path.exists(folder / CONFIG_FILE) or os.path.exists(folder / SUMMARY_FILE)  # Path's raises without access
 
 

@@ -14,6 +14,7 @@ from eva_rl.cli.run_dir import CONFIG_FILE, SUMMARY_FILE, VERSIONS_FILE
 from eva_rl.errors import UserError, counted
 from eva_rl.files import check_files, check_seal
 from eva_rl.report.reading import (
+    DIVERGED,
     RECORD,
     Row,
     clean_summary,
@@ -87,13 +88,15 @@ class Problem:
 
     Attributes:
         folder: Its run directory.
-        kind: unfinished, damaged, left out, or in part.
+        kind: unfinished, damaged, diverged, left out, or in part.
         reason: In one sentence.
+        run: Of a tuning run that diverged: its task, method, seed and tuned settings, without any result.
     """
 
     folder: Path
     kind: str
     reason: str
+    run: Run | None = None
 
     @property
     def place(self) -> str:
@@ -111,6 +114,9 @@ def read_runs(folders: Sequence[Path]) -> tuple[list[Run], list[Problem]]:
     problems: list[Problem] = []
     for folder in folders:
         try:
+            if folder.suffix == DIVERGED and folder.is_file():
+                problems.append(read_divergence(folder))
+                continue
             run, partly = read_run(folder)
         except UnfinishedError as error:
             problems.append(Problem(folder, "unfinished", one_line(error)))
@@ -227,6 +233,24 @@ def _run(path: Path, body: Mapping[str, Any]) -> Run:
     rows = [{key: float(value) for key, value in row.items() if is_number(value)} for row in body["curve"]]
     sound = [row for row in rows if {"step", "wall_time"} <= row.keys()]
     return _named(make_run(path, body["config"], summary, goals, sound, body["versions"]), body["about"])
+
+
+def read_divergence(path: Path) -> Problem:
+    """Read what is kept of a tuning run that diverged.
+
+    Raises:
+        UserError: It is damaged, or of a version that did not say which run it was.
+    """
+    found = read_json_object(path)
+    try:
+        task, seed = one_line(found["task"]), int(str(found["seed"]))
+        run = _named(Run(path, task, "", seed, (), {}, {}, ()), found)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"{path} does not say which run diverged: {type(error).__name__} {error}. "
+            "Type the study's command once more."
+        ) from error
+    return Problem(path, "diverged", one_line(found.get("reason")), run)
 
 
 def _as_typed(value: Any) -> str:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Container, Mapping, Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -51,68 +51,85 @@ def _mean(values: Sequence[float]) -> float:
     return float(np.mean(values)) if len(values) else float("nan")
 
 
-def tuning_sections(found: Sequence[Run], tested: Sequence[Run], endpoint: str) -> list[Section]:
-    """The section on tuning; empty where nothing was tuned."""
+def tuning_sections(
+    found: Sequence[Run], tested: Sequence[Run], endpoint: str, diverged: Sequence[Run] = ()
+) -> list[Section]:
+    """The section on tuning; empty where nothing was tuned.
+
+    Args:
+        found: The runs that were read, those of the tuning phase among them.
+        tested: Those of the test phase.
+        endpoint: What settings were chosen by.
+        diverged: The runs of the tuning phase that diverged.
+    """
     tuned = [run for run in found if run.tuning is not None]
-    if not tuned:
+    if not tuned and not diverged:
         return []
-    tried, chosen = tried_settings(tuned, endpoint), _chosen(tuned, tested)
+    tried, chosen = tried_settings(tuned, endpoint, diverged), _chosen(tuned, tested)
     ranked = not comparable(score_keys(tuned))
+    lost = Counter((method, setting) for method, setting, _, _ in {_which(run) for run in diverged})
     title = ENDPOINTS[endpoint].title
     what = f"mean rank over tasks by {title}, 1 is the best" if ranked else title
-    scores = tuning_scores(tried, ENDPOINTS[endpoint].sign if ranked else None)
+    scores = tuning_scores(tried, ENDPOINTS[endpoint].sign if ranked else None, lost)
     rows = [
-        [
-            method,
-            setting,
-            number(_mean(scores[method][setting])),
-            str(len(runs)),
-            "yes" if chosen.get(method) == setting else "",
-        ]
+        [method, setting, number(_mean(scores[method][setting])), str(len(runs)), str(lost[method, setting]), mark]
         for method, own in sorted(tried.items())
         for setting, runs in own.items()
+        for mark in ["yes" if chosen.get(method) == setting else ""]
     ]
-    tasks, seeds = sorted({run.task for run in tuned}), sorted({run.seed for run in tuned})
+    everything = [*tuned, *diverged]
+    tasks, seeds = sorted({run.task for run in everything}), sorted({run.seed for run in everything})
     text = (
         f"Settings were chosen by the {what}, on {', '.join(tasks)} and seeds {', '.join(map(str, seeds))}, none of "
         "which is tested above."
     )
     column = "mean rank" if ranked else "mean"
+    note = f"{column.capitalize()}: {what}." + (" A run that diverged rules its setting out." if lost else "")
     return [
         Section(
             "Tuning",
             text=[text, *_edges(scores, chosen)],
-            tables=[
-                Table("", ["method", "setting", column, "runs", "chosen"], rows, f"{column.capitalize()}: {what}.")
-            ],
+            tables=[Table("", ["method", "setting", column, "runs", "diverged", "chosen"], rows, note)],
             pictures=[Picture("tuning", f"Tuning curves: {what}", tuning_figure(scores, what))],
         )
     ]
 
 
-def tried_settings(runs: Sequence[Run], endpoint: str) -> dict[str, dict[str, Tried]]:
-    """The endpoint of each run, by method and setting, in ascending order of the setting."""
+def tried_settings(runs: Sequence[Run], endpoint: str, diverged: Sequence[Run] = ()) -> dict[str, dict[str, Tried]]:
+    """The endpoint of each run that did not diverge, by method and setting, in ascending order of the setting."""
     keys = score_keys(runs)
-    found: dict[str, dict[str, Tried]] = defaultdict(lambda: defaultdict(list))
+    found: dict[str, dict[str, Tried]] = defaultdict(dict)
+    for run in sorted([*runs, *diverged], key=_order):
+        found[run.method].setdefault(setting_of(run), [])
     for run in sorted(runs, key=_order):
         found[run.method][setting_of(run)].append((run.task, ENDPOINTS[endpoint].value(run, keys[run.task])))
-    return {method: dict(own) for method, own in found.items()}
+    return dict(found)
 
 
-def tuning_scores(tried: Mapping[str, Mapping[str, Tried]], rank_sign: int | None = None) -> Scores:
+def tuning_scores(
+    tried: Mapping[str, Mapping[str, Tried]],
+    rank_sign: int | None = None,
+    diverged: Container[tuple[str, str]] = (),
+) -> Scores:
     """What is averaged of each setting.
 
     Args:
         tried: See :func:`tried_settings`.
         rank_sign: None for the endpoint of each run; for ranks within tasks 1 where more is better, -1 where less is.
+        diverged: Methods and settings with a run that diverged, which take no rank.
     """
     if rank_sign is None:
         return {method: {name: [v for _, v in one] for name, one in own.items()} for method, own in tried.items()}
-    found = {}
+    found: Scores = {}
     for method, own in tried.items():
-        ranks = task_ranks([[(task, rank_sign * value) for task, value in one] for one in own.values()])
-        found[method] = dict(zip(own, ranks.tolist(), strict=True))
+        sound = [name for name in own if (method, name) not in diverged]
+        ranks = task_ranks([[(task, rank_sign * value) for task, value in own[name]] for name in sound])
+        found[method] = {name: [] for name in own} | dict(zip(sound, ranks.tolist(), strict=True))
     return found
+
+
+def _which(run: Run) -> tuple[str, str, str, int]:
+    return run.method, setting_of(run), run.task, run.seed
 
 
 def setting_of(run: Run) -> str:
@@ -182,7 +199,7 @@ def tuning_figure(scores: Scores, title: str) -> Figure:
         places = [settings.index(setting) for setting in own]
         axes.plot(
             places,
-            [np.mean(values) for values in own.values()],
+            [_mean(values) for values in own.values()],
             color=colour,
             marker=marker,
             label=legend_label(method),

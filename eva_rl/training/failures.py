@@ -12,12 +12,14 @@ from types import FrameType
 from typing import TYPE_CHECKING, TypeAlias
 
 from eva_rl.errors import TerminatedError, UserError
-from eva_rl.files import write_file
+from eva_rl.files import write_file, write_json
 
 if TYPE_CHECKING:
     from eva_rl.batch import NStepBatch, WindowBatch
 
 FAILED_BATCH = "failed_batch.safetensors"
+NOT_FINITE_FILE = "not_finite.json"
+"""What a run that ended with a :class:`NotFiniteError` leaves, with the reason, until it is continued."""
 Batch: TypeAlias = "WindowBatch | NStepBatch"
 
 
@@ -40,14 +42,16 @@ class NotFiniteError(UserError):
 
 @contextmanager
 def failures_kept(run_dir: Path) -> Iterator[None]:
-    """Save the batch of a :class:`NotFiniteError`, and explain what happened and what to do.
+    """Note a :class:`NotFiniteError` and save its batch, and explain what happened and what to do.
 
     Raises:
         UserError: A NotFiniteError was raised inside, or a worker process of an environment died.
     """
+    (run_dir / NOT_FINITE_FILE).unlink(missing_ok=True)
     try:
         yield
     except NotFiniteError as error:
+        write_json(run_dir / NOT_FINITE_FILE, {"reason": str(error)})
         kept = _keep(run_dir / FAILED_BATCH, error.batch)
         raise UserError(f"Stopped: {error}{kept}") from error
     except (EOFError, BrokenPipeError, ConnectionResetError) as error:

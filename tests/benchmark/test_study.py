@@ -28,6 +28,8 @@ from eva_rl.errors import UserError
 from eva_rl.files import write_json
 from eva_rl.report.reading import find_runs
 from eva_rl.report.runs import read_runs
+from eva_rl.report.tuning import setting_of
+from eva_rl.training.failures import NOT_FINITE_FILE
 from tests.conftest import make_policy
 from tests.report.making_runs import make_run
 
@@ -174,6 +176,62 @@ def test_the_best_mean_is_chosen_and_divergence_never(tmp_path: Path) -> None:
         "small": 0.001,
         "head": 0.001,
     }
+
+
+def test_a_run_diverged_if_it_left_the_mark_of_it(tmp_path: Path) -> None:
+    """Whatever its last line says: "the data are not finite" once ruled its setting out for good."""
+    study = read_study(write(tmp_path / "study.yaml", endpoint="final"))
+    cell, other, *_ = tuning_cells(study, place(tmp_path))
+    for one in (cell, other):
+        one.log.parent.mkdir(parents=True, exist_ok=True)
+        one.log.write_text("Error: the data are not finite: the loss is nan\n")
+    assert not cell.keep()
+    write_json(cell.run_dir / NOT_FINITE_FILE, {"reason": "the loss is not finite"})
+    assert cell.keep()
+    assert cell.result() is None
+    write_json(other.divergence, {"name": other.name, "reason": "of an earlier version"})
+    _, (_, early) = read_runs(find_runs([str(tmp_path)]))
+    assert "Type the study's command once more" in early.reason
+    assert other.keep()
+    runs, problems = read_runs(find_runs([str(tmp_path)]))
+    assert [(p.kind, p.reason) for p in problems] == [
+        ("diverged", "the loss is not finite"), ("diverged", "of an earlier version"),
+    ]  # fmt: skip
+    assert [setting_of(p.run) for p in problems if p.run] == ["learning_rate=0.001", "learning_rate=0.01"]
+    assert {(p.run.method, p.run.task, p.run.seed) for p in problems if p.run} == {(cell.method, cell.task, cell.seed)}
+    assert runs == []
+    tested = comparison_cells(study, place(tmp_path), {method: {} for method in study.methods})[0]
+    write_json(tested.run_dir / NOT_FINITE_FILE, {"reason": "the loss is not finite"})
+    assert not tested.keep(), "a run of the test has to be looked at"
+
+
+def test_the_report_of_a_study_counts_what_diverged(tmp_path: Path) -> None:
+    """A setting with one diverged run showed the mean of its others; one that always diverged was not there."""
+    changes = {"tasks": ["reach-v3"], "methods": {"lora": {}}, "tuning_seeds": [7, 8], "endpoint": "final"}
+    rates = {"algo.learning_rate": [0.001, 0.01, 0.1]}
+    path = write(tmp_path / "study.yaml", **changes, tune=rates, settings={**TINY, "eval.episodes": 10})
+    study, where = read_study(path), place(tmp_path)
+    tuned = tuning_cells(study, where)
+    for cell in tuned:
+        rate = cell.chosen["algo.learning_rate"]
+        if rate == 0.1 or (rate == 0.001 and cell.seed == 8):
+            write_json(cell.run_dir / NOT_FINITE_FILE, {"reason": "the loss is not finite"})
+        else:
+            finish(cell, 0.5)
+        assert cell.keep()
+    for cell in comparison_cells(study, where, choose(study, tuned)):
+        finish(cell, 0.5)
+    shutil.rmtree(where.out)
+    assert benchmark.main([f"study={path}", f"out={where.out}", f"records={where.records}"]) == 0
+    text = (where.out / "report" / "report.md").read_text().replace("\\", "")
+    shown = [[cell.strip() for cell in row.split("|")[2:-1]] for row in text.splitlines() if "learning_rate=0" in row]
+    assert [row for row in shown if len(row) == 5] == [
+        ["learning_rate=0.001", "0.500", "1", "1", ""],
+        ["learning_rate=0.01", "0.500", "2", "0", "yes"],
+        ["learning_rate=0.1", "-", "0", "2", ""],
+    ]
+    assert "At an end of the grid" not in text, "0.1 was tried"
+    assert text.count("| diverged | the loss is not finite") == 3
 
 
 def finish_by_return(cell: Any, total: float) -> None:

@@ -68,8 +68,8 @@ def test_what_was_chosen_and_whether_it_is_at_an_end(key: str, values: list[Any]
     """True and None were never found among true and null; of two words each was "at an end of the grid"."""
     (section,) = tuning_sections(grid("a", key, values), chosen("a", {key: choice, "other": 1}), "final")
     (table,) = section.tables
-    assert [row[3:] for row in table.rows if row[4]] == [["2", "yes"]]
-    (row,) = [row for row in table.rows if row[4]]
+    assert [row[3:] for row in table.rows if row[5]] == [["2", "0", "yes"]]
+    (row,) = [row for row in table.rows if row[5]]
     text = choice if isinstance(choice, str) else json.dumps(choice)
     assert row[:3] == ["a", f"{key.partition('.')[2]}={text}", f"{0.25 * values.index(choice):.3f}"]
     assert any("At an end of the grid" in line for line in section.text) == edge
@@ -120,9 +120,29 @@ def test_the_report_shows_the_ranks_that_were_averaged(endpoint: str, ranks: lis
     assert "mean rank over tasks by" in section.text[0]
 
 
+def test_settings_that_diverged_are_shown_and_take_no_rank() -> None:
+    returns = {("t", 1): 3.0, ("t", 2): 4.0, ("t", 3): 9.0, ("u", 1): 900.0, ("u", 2): 9.0}
+    runs = []
+    for (task, x), score in returns.items():
+        run = make_run("a", task, 0, score, key="mean_reward", settings={"algo.x": x})
+        runs.append(replace(run, tuning={"algo.x": str(x)}))
+    lost = [replace(make_run("a", "u", 0, 0.0), summary={}, tuning={"algo.x": x}) for x in ("3", "4")]
+    (section,) = tuning_sections(runs, chosen("a", {"algo.x": 2}), "final", [*lost, *lost])
+    assert [row[1:] for row in section.tables[0].rows] == [
+        ["x=1", "1.500", "2", "0", ""],
+        ["x=2", "1.500", "2", "0", "yes"],
+        ["x=3", "-", "1", "1", ""],
+        ["x=4", "-", "0", "1", ""],
+    ]
+    assert len(section.text) == 1, "x=2 is at no end"
+    assert "A run that diverged rules its setting out." in section.tables[0].note
+    (section,) = tuning_sections([], [], "final", lost)
+    assert [row[2:] for row in section.tables[0].rows] == [["-", "0", "1", ""]] * 2
+
+
 def test_a_method_whose_choice_is_not_tested_has_none() -> None:
     (section,) = tuning_sections(grid("a", "x", [1, 2]), chosen("b", {"x": 1}), "final")
-    assert {row[4] for row in section.tables[0].rows} == {""}
+    assert {row[5] for row in section.tables[0].rows} == {""}
     assert len(section.text) == 1
 
 

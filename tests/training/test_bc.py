@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from eva_rl.data import Trajectories, WindowSampler
 from eva_rl.errors import UserError
 from eva_rl.training.bc import learning_rate, train_bc
 from eva_rl.training.checkpoint import Checkpoints, load_latest_checkpoint
-from eva_rl.training.failures import FAILED_BATCH, failures_kept
+from eva_rl.training.failures import FAILED_BATCH, NOT_FINITE_FILE, failures_kept
 from eva_rl.training.losses import clone_loss
 from eva_rl.training.options import BCOptions
 from tests.conftest import make_policy
@@ -152,4 +153,8 @@ def test_a_loss_that_is_not_finite_stops_before_it_does_harm(
     with pytest.raises(UserError, match=r"loss \(nan\).* at step \d+"), failures_kept(tmp_path):
         train_bc(policy, sampler, replace(OPTIONS, updates=200), log=lambda m, s: None)
     assert load_file(tmp_path / FAILED_BATCH)["returns_to_go"].isnan().any()
+    assert "is not finite at step" in json.loads((tmp_path / NOT_FINITE_FILE).read_text())["reason"]
+    with pytest.raises(UserError, match="of another kind"), failures_kept(tmp_path):
+        raise UserError("of another kind: the data are not finite")
+    assert not (tmp_path / NOT_FINITE_FILE).exists()
     assert all(torch.isfinite(p).all() for p in policy.network.parameters())
