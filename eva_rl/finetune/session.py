@@ -290,9 +290,15 @@ def set_target_return(
         target = target_return(data)
     own = policy.conditioning.of(env_id)
     if data is not None and config.policy.target_return is None and split_options(env_id)[1].get(REWARD) == SPARSE:
-        unit = policy.scaling.return_scale * target_return(data) / own  # the network goes on seeing the same number
-        policy.scaling = replace(policy.scaling, return_scale=unit if unit > 0 else policy.scaling.return_scale)
+        _keep_scaled_target(policy, own, target_return(data))
     policy.with_target(own if target is None else target, env_id)
+
+
+def _keep_scaled_target(policy: DecisionTransformerPolicy, own: float, target: float) -> None:
+    """Change the unit of returns so that the network goes on seeing the number it is used to, where there is one."""
+    unit = policy.scaling.return_scale * target / own if own else 0.0
+    if unit > 0:
+        policy.scaling = replace(policy.scaling, return_scale=unit)
 
 
 def make_sampler(policy: DecisionTransformerPolicy, data: Trajectories, config: FinetuneConfig) -> WindowSampler:

@@ -1,0 +1,27 @@
+"""What a run works on: the target return, and what is checked before anything is started."""
+
+from __future__ import annotations
+
+import pytest
+
+from eva_rl.cli.parsing import parse
+from eva_rl.data.selection import target_return
+from eva_rl.finetune import command  # noqa: F401 - registers its config
+from eva_rl.finetune.session import set_target_return
+from tests.conftest import make_policy
+from tests.finetune.test_call import data_of
+
+
+@pytest.mark.parametrize("own", [1000.0, 0.0, -5.0])
+def test_with_sparse_rewards_the_network_sees_the_target_that_it_knows(own: float) -> None:
+    """Where it knows one that is above zero; else the unit of returns stays."""
+    policy, data, env_id = make_policy(), data_of(1.0), "metaworld/reach-v3?reward=sparse"
+    policy.with_target(own, env_id)
+    unit = policy.scaling.return_scale
+    set_target_return(policy, parse("finetune", ["env=reach-v3", "env.reward=sparse"]), data, env_id)
+    found = policy.conditioning.of(env_id)
+    assert found == target_return(data) == 4
+    if own > 0:
+        assert found / policy.scaling.return_scale == pytest.approx(own / unit)
+    else:
+        assert policy.scaling.return_scale == unit
