@@ -61,7 +61,8 @@ DID_NOTHING = {"target_scale", "checkpoint_every"}
 ADDED_LATER = {"study"}
 """Groups that earlier versions did not write."""
 
-
+MADE_FROM = {"data": ("env.", "data."), "held_out": ("env.", "data.", "eval.demonstrations")}
+"""Folders of collected demonstrations in a run directory, and how the settings begin that decide them."""
 NOT_SHOWN = {"run_dir", "shared", "study", "resume", "threads", "device", "tracker", "video", "checkpoint"}
 """Settings that say nothing about a result."""
 SHORT = {"adapter": "adapter.method", "algo": "algo.name", "env": "env.id", "rank": "adapter.rank", "seed": "seed"}
@@ -172,8 +173,9 @@ def _continue(run_dir: Path, options: Any) -> None:
         return
     if changed and not (run_dir / "checkpoint").exists():
         (run_dir / CONFIG_FILE).unlink()
-        if any(key.startswith(("env.", "data.")) for key in changed):
-            shutil.rmtree(run_dir / "data", ignore_errors=True)
+        for name, decide in MADE_FROM.items():
+            if any(key.startswith(decide) for key in changed):
+                shutil.rmtree(run_dir / name, ignore_errors=True)
     elif changed:
         had = ", ".join(f"{key}={_typed(value)}" for key, value in changed.items())
         raise UserError(

@@ -94,11 +94,17 @@ def test_before_the_first_checkpoint_any_settings_do(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     open_run("finetune", config(run_dir, "seed=1"))
     (run_dir / "data").mkdir()
+    (run_dir / "held_out").mkdir()
     open_run("finetune", config(run_dir, "seed=2"))
     assert read_yaml(run_dir / CONFIG_FILE)["seed"] == 2
     assert (run_dir / "data").is_dir()
-    open_run("finetune", config(run_dir, "seed=2", "data.episodes=9"))
+    open_run("finetune", config(run_dir, "seed=2", "eval.demonstrations=3"))
+    assert (run_dir / "data").is_dir()
+    assert not (run_dir / "held_out").exists(), "held-out demonstrations of other settings"
+    (run_dir / "held_out").mkdir()
+    open_run("finetune", config(run_dir, "seed=2", "eval.demonstrations=3", "env.horizon=9"))
     assert not (run_dir / "data").exists(), "demonstrations of other settings"
+    assert not (run_dir / "held_out").exists()
 
 
 @pytest.mark.parametrize(
