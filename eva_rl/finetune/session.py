@@ -185,11 +185,7 @@ def open_session(config: FinetuneConfig) -> Session:
     source = data_source(config)
     if source == NONE and config.policy.observations_from == FROM_DEMONSTRATIONS:
         raise UserError("policy.observations_from=data, but data=none. Name a source of data instead.")
-    check_method(config.algo, find_method(config.adapter.method))
-    if isinstance(config.algo, SB3Algo):
-        from eva_rl.training.sb3 import check_actor
-
-        check_actor(policy, config.algo)
+    _check_algorithm(policy, config)
     _check_activations(config, source != NONE)
     run_dir = open_run("finetune", config)
     data = None
@@ -202,10 +198,19 @@ def open_session(config: FinetuneConfig) -> Session:
             normalise_by(policy, data, config.policy)
     set_target_return(policy, config, data, spec.env_id)
     sampler = None if data is None else make_sampler(policy, data, config)
-    vec_env = shared_envs(process_group, spec.env_id, config.eval.episodes, config.env.horizon)
+    with process_group.main_process_first():
+        held_out = _held_out(policy, config, spec.env_id, run_dir)
+    vec_env = shared_envs(process_group, spec.env_id, config.eval.episodes, config.env.horizon)  # last: it has workers
     phases.end("data")
-    held_out = _held_out(policy, config, spec.env_id, run_dir)
     return Session(config, spec, policy, named.path, run_dir, data, sampler, vec_env, process_group, phases, held_out)
+
+
+def _check_algorithm(policy: DecisionTransformerPolicy, config: FinetuneConfig) -> None:
+    check_method(config.algo, find_method(config.adapter.method))
+    if isinstance(config.algo, SB3Algo):
+        from eva_rl.training.sb3 import check_actor
+
+        check_actor(policy, config.algo)
 
 
 def check_processes(config: FinetuneConfig, number: int) -> None:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import multiprocessing
+from pathlib import Path
+
 import pytest
 
 from eva_rl.cli.parsing import parse
+from eva_rl.data import write_episodes
 from eva_rl.data.selection import target_return
+from eva_rl.errors import UserError
 from eva_rl.finetune import command  # noqa: F401 - registers its config
-from eva_rl.finetune.session import set_target_return
+from eva_rl.finetune.session import open_session, set_target_return
+from eva_rl.seeding import MAX_SEED
 from tests.conftest import make_policy
 from tests.finetune.test_call import data_of
 
@@ -25,3 +31,12 @@ def test_with_sparse_rewards_the_network_sees_the_target_that_it_knows(own: floa
         assert found / policy.scaling.return_scale == pytest.approx(own / unit)
     else:
         assert policy.scaling.return_scale == unit
+
+
+def test_a_run_that_is_refused_leaves_no_worker_behind(policy_folder: Path, tmp_path: Path) -> None:
+    write_episodes(tmp_path / "data.h5", data_of(1.0))
+    words = [f"policy={policy_folder}", f"data={tmp_path / 'data.h5'}", f"run_dir={tmp_path / 'run'}"]
+    words += ["env=reach-v3", "eval.episodes=50", "eval.demonstrations=1", f"data.seed={MAX_SEED}", "threads=1"]
+    with pytest.raises(UserError, match="is the seed of the held-out demonstrations"):
+        open_session(parse("finetune", words))
+    assert multiprocessing.active_children() == []
