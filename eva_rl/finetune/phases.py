@@ -35,10 +35,10 @@ from eva_rl.finetune.residual import learn_residual
 from eva_rl.finetune.session import Session
 from eva_rl.finetune.shared import shared_eva
 from eva_rl.rollouts.evaluation import EvaluationResult
-from eva_rl.tracking import Resume, Tracker
+from eva_rl.tracking import Tracker
 from eva_rl.tracking.tracker import CLONING as CLONED
 from eva_rl.training.bc import Log, train_bc
-from eva_rl.training.checkpoint import Checkpoints, load_latest_checkpoint
+from eva_rl.training.checkpoint import Checkpoints
 from eva_rl.training.failures import failures_kept
 from eva_rl.training.learner import Learner, step_generators
 from eva_rl.training.odt import OnlineDecisionTransformer
@@ -50,16 +50,6 @@ from eva_rl.training.self_imitation.retries import RetryingCollector
 
 Replayed: TypeAlias = ODTAlgo | ODTTD3Algo | SelfImitationAlgo
 """Algorithms that learn from a replay of whole episodes."""
-
-
-def resume_step(session: Session) -> Resume | None:
-    """The last step of the record that a continued run builds on; None where it begins afresh."""
-    online = load_latest_checkpoint(session.checkpoint_dir / "online")
-    if online is not None:
-        return Resume(online.step)
-    cloned = load_latest_checkpoint(session.checkpoint_dir)
-    first_of_two = isinstance(session.config.algo, OnlineAlgo)
-    return None if cloned is None else Resume(cloned.step, cloning=first_of_two)
 
 
 def initialise_adapter(session: Session) -> AttachedAdapter:

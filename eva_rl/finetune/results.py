@@ -24,7 +24,7 @@ from eva_rl.errors import counted
 from eva_rl.eva import EvaResult
 from eva_rl.files import write_json
 from eva_rl.finetune.adapter import activation_source
-from eva_rl.finetune.phases import Training, resume_step
+from eva_rl.finetune.phases import Training
 from eva_rl.finetune.session import Session
 from eva_rl.finetune.shared import evaluate_before
 from eva_rl.rollouts.evaluation import EvaluationResult, described_return
@@ -104,7 +104,7 @@ class Evaluated:
 
 def evaluate_first(session: Session) -> Evaluated:
     """Evaluate the pretrained policy; runs of a study share this, and a run that continues has it."""
-    result, actions = evaluate_before(session, again=resume_step(session) is None)
+    result, actions = evaluate_before(session, again=session.resumed is None)
     warn_of_worse_data(session.data, result)
     found = Evaluated(result, snapshot(session, actions), session.cloning_loss())
     session.phases.end("evaluate_before")
@@ -121,7 +121,7 @@ def evaluate_last(session: Session) -> Evaluated:
 
 def open_record(session: Session, adapter: AttachedAdapter, before: Evaluated) -> Tracker:
     """Open the tracker, where the run goes on or afresh with the evaluation before and the adapter's start."""
-    config, network, resumed = session.config, session.policy.network, resume_step(session)
+    config, network, resumed = session.config, session.policy.network, session.resumed
     counts = {f"settings/{name}": number for name, number in count_parameters(network).items()}
     writes = session.process_group.is_main
     hyperparameters = flat_hyperparameters(config) | counts

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,8 @@ from eva_rl.finetune.adapter import activation_source, check_adapter
 from eva_rl.finetune.locations import data_folder, place_key
 from eva_rl.rollouts.evaluation import EvaluationResult, evaluate_distributed, evaluate_policy, shared_envs
 from eva_rl.seeding import MAX_SEED, ONLINE, VALIDATION, episode_seeds
-from eva_rl.training.checkpoint import Checkpoints
+from eva_rl.tracking import Resume
+from eva_rl.training.checkpoint import Checkpoints, latest_step
 from eva_rl.training.collector import TaskEnvs
 from eva_rl.training.losses import clone_loss
 
@@ -101,6 +102,15 @@ class Session:
     def online_checkpoints(self) -> Checkpoints:
         """Where checkpoints of online learning go; the algorithm's options say how many env steps they are apart."""
         return Checkpoints(self.checkpoint_dir / "online", seconds=self.config.checkpoint.seconds)
+
+    @cached_property
+    def resumed(self) -> Resume | None:
+        """The last step of the record that a continued run builds on, as the run began; None where it is new."""
+        online = latest_step(self.checkpoint_dir / "online")
+        if online is not None:
+            return Resume(online)
+        cloned = latest_step(self.checkpoint_dir)
+        return None if cloned is None else Resume(cloned, cloning=isinstance(self.config.algo, OnlineAlgo))
 
     def online_task(self, vec_env: VecEnv) -> TaskEnvs:
         """The task in environments to learn in, with the goals that belong to the run's seed."""

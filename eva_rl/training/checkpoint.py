@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -21,6 +21,7 @@ from eva_rl.schema import DIGEST, Integer, MapOf, Record, Text
 from eva_rl.training.failures import interrupts_deferred
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 TENSORS_FILE, RECORD_FILE = "state.safetensors", "state.json"
 RECORD = Record(
@@ -136,10 +137,23 @@ def load_latest_checkpoint(folder: Path) -> TrainState | None:
     Raises:
         UserError: There are checkpoints, and all are damaged.
     """
+    return _latest(folder, _read)
+
+
+def latest_step(folder: Path) -> int | None:
+    """Step of what :func:`load_latest_checkpoint` would read; its tensors are checked, but not loaded.
+
+    Raises:
+        UserError: As there.
+    """
+    return _latest(folder, lambda path: int(_checked_record(path)["step"]))
+
+
+def _latest(folder: Path, read: Callable[[Path], T]) -> T | None:
     found = _checkpoints(folder)
     for path in reversed(found):
         try:
-            return _read(path)
+            return read(path)
         except (OSError, ValueError, KeyError, SafetensorError, UserError) as error:
             log.warning("%s is damaged (%s); trying the checkpoint before it.", path, error)
     if found:
@@ -148,13 +162,19 @@ def load_latest_checkpoint(folder: Path) -> TrainState | None:
 
 
 def _read(path: Path) -> TrainState:
-    record = read_json(path / RECORD_FILE, RECORD)
+    record = _checked_record(path)
+    return TrainState(record["step"], load_file(path / TENSORS_FILE), record["record"])
+
+
+def _checked_record(path: Path) -> dict[str, Any]:
+    """The record of a checkpoint, whose tensors have the digest that it states."""
+    record: dict[str, Any] = read_json(path / RECORD_FILE, RECORD)
     if FILES in record:
         check_seal(record, path / RECORD_FILE)
         check_files(record, path, [TENSORS_FILE], path / RECORD_FILE)
     elif sha256(path / TENSORS_FILE) != record[SEAL]:  # written before the record was under a checksum itself
         raise ValueError("its checksum does not match")
-    return TrainState(record["step"], load_file(path / TENSORS_FILE), record["record"])
+    return record
 
 
 def _checkpoints(folder: Path) -> list[Path]:

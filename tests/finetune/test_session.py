@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ from eva_rl.errors import UserError
 from eva_rl.finetune import command  # noqa: F401 - registers its config
 from eva_rl.finetune.session import open_session, set_target_return
 from eva_rl.seeding import MAX_SEED
+from eva_rl.tracking import Resume
+from eva_rl.training.checkpoint import TrainState, save_checkpoint
 from tests.conftest import make_policy
 from tests.finetune.test_call import data_of
 
@@ -40,3 +43,19 @@ def test_a_run_that_is_refused_leaves_no_worker_behind(policy_folder: Path, tmp_
     with pytest.raises(UserError, match="is the seed of the held-out demonstrations"):
         open_session(parse("finetune", words))
     assert multiprocessing.active_children() == []
+
+
+def test_what_a_run_builds_on_is_looked_up_once(policy_folder: Path, tmp_path: Path) -> None:
+    """Checkpoints hold the replay: each look reads gigabytes, and those of this run are no part of its start."""
+    write_episodes(tmp_path / "data.h5", data_of(1.0))
+    words = [f"policy={policy_folder}", f"data={tmp_path / 'data.h5'}", "env=reach-v3", "eval.episodes=1", "algo=odt"]
+    with open_session(parse("finetune", [*words, f"run_dir={tmp_path / 'run'}", "threads=1"])) as session:
+        new = replace(session)
+        assert new.resumed is None
+        save_checkpoint(session.checkpoint_dir, TrainState(3, {}, {}))
+        assert new.resumed is None
+        cloned = replace(session)
+        assert cloned.resumed == Resume(3, cloning=True)
+        save_checkpoint(session.checkpoint_dir / "online", TrainState(40, {}, {}))
+        assert cloned.resumed == Resume(3, cloning=True)
+        assert replace(session).resumed == Resume(40)

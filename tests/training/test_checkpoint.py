@@ -15,8 +15,9 @@ import torch
 from eva_rl.data import Trajectories, WindowSampler
 from eva_rl.errors import UserError
 from eva_rl.files import remove_leftovers, write_folder
+from eva_rl.training import checkpoint
 from eva_rl.training.bc import train_bc
-from eva_rl.training.checkpoint import Checkpoints, TrainState, load_latest_checkpoint, save_checkpoint
+from eva_rl.training.checkpoint import Checkpoints, TrainState, latest_step, load_latest_checkpoint, save_checkpoint
 from eva_rl.training.failures import interrupts_deferred, sigterm_like_ctrl_c
 from eva_rl.training.options import BCOptions
 from tests.conftest import make_policy
@@ -159,10 +160,19 @@ def test_every_damage_falls_back_to_the_checkpoint_before(
     state = load_latest_checkpoint(tmp_path)
     assert state is not None
     assert (state.step, state.record["update"]) == (1, 1), done
+    assert latest_step(tmp_path) == 1
     assert "trying the checkpoint before it" in caplog.text
     damage(tmp_path / "step_000000001" / file.name, random.Random(seed))
-    with pytest.raises(UserError, match="All checkpoints"):
-        load_latest_checkpoint(tmp_path)
+    for read in (load_latest_checkpoint, latest_step):
+        with pytest.raises(UserError, match="All checkpoints"):
+            read(tmp_path)
+
+
+def test_the_step_is_known_without_the_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert latest_step(tmp_path) is None
+    save_checkpoint(tmp_path, TrainState(7, {"a": torch.zeros(2)}, {}))
+    monkeypatch.setattr(checkpoint, "load_file", None)
+    assert latest_step(tmp_path) == 7
 
 
 def test_leftovers_of_a_killed_process_are_removed_and_what_it_replaced_comes_back(tmp_path: Path) -> None:
