@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from eva_rl.envs.registry import canonical_id, env_spec, make_env, task_ids
     from eva_rl.envs.scores import normalized_score, reference_scores, score_between
     from eva_rl.envs.spec import EnvSpec
-    from eva_rl.envs.vector import AUTO, TaskVecEnv, close_vec_env, make_task_vec_env, make_vec_env
+    from eva_rl.envs.vector import AUTO, TaskVecEnv, make_task_vec_env, make_vec_env
 
 __all__ = [
     "AUTO",
@@ -23,7 +23,6 @@ __all__ = [
     "EnvSpec",
     "TaskVecEnv",
     "canonical_id",
-    "close_vec_env",
     "env_spec",
     "make_env",
     "make_task_vec_env",
@@ -49,7 +48,6 @@ __getattr__ = lazy_names(
         "TASK_SETS": "eva_rl.envs.names",
         "TaskVecEnv": "eva_rl.envs.vector",
         "canonical_id": "eva_rl.envs.registry",
-        "close_vec_env": "eva_rl.envs.vector",
         "env_spec": "eva_rl.envs.registry",
         "make_env": "eva_rl.envs.registry",
         "make_task_vec_env": "eva_rl.envs.vector",

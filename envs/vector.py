@@ -341,8 +341,3 @@ def _step_seconds(env_id: str, steps: int = 20) -> float:
     seconds = (time.perf_counter() - began) / done
     env.close()
     return seconds
-
-
-def close_vec_env(vec_env: VecEnv) -> None:
-    """Close environments, the worker processes that are left with them where one has died."""
-    vec_env.close()

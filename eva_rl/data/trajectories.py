@@ -181,11 +181,6 @@ class Trajectories:
         return (end - total + self.rewards).astype(np.float32)
 
     @cached_property
-    def timesteps(self) -> NDArray[np.int64]:
-        """Env steps since the start of the episode, (N,)."""
-        return np.arange(self.num_steps) - np.repeat(self.offsets[:-1], self.lengths)
-
-    @cached_property
     def content_hash(self) -> str:
         """First 16 hex digits of the SHA-256 of observations, actions, rewards and offsets."""
         digest = hashlib.sha256()

@@ -27,7 +27,7 @@ from eva_rl.configs.algorithms import (
 from eva_rl.data.replay import TrajectoryReplay
 from eva_rl.data.samplers import ShardedSampler, prefetching
 from eva_rl.data.selection import until_success
-from eva_rl.envs import close_vec_env, make_vec_env
+from eva_rl.envs import make_vec_env
 from eva_rl.errors import counted
 from eva_rl.files import write_file
 from eva_rl.finetune.adapter import attach
@@ -113,7 +113,7 @@ def _learn_residual(
     try:
         found = learn_residual(session, adapter, algo, tracker, vec_env)
     finally:
-        close_vec_env(vec_env)
+        vec_env.close()
     return Training({**first.costs, **found.costs}, {**first.between, "residual": found.evaluation})
 
 
@@ -169,7 +169,7 @@ def learn(session: Session, adapter: AttachedAdapter, algo: Replayed, tracker: T
                 collector=RetryingCollector(policy, task, algo) if isinstance(algo, SelfImitationAlgo) else None,
             )
     finally:
-        close_vec_env(vec_env)
+        vec_env.close()
     best = {"best_step": counters.best_step} if algo.keep_best else {}
     counts = {"env_steps": counters.env_steps, "env_steps_played": counters.env_steps_played}
     return {"updates": counters.update, **counts, "episodes": counters.episodes, **best}
@@ -194,7 +194,7 @@ def learn_sb3(session: Session, algo: PPOAlgo | TD3Algo, tracker: Tracker) -> di
             )
         write_file(session.run_dir / "sb3.zip", lambda aside: _save_model(model, aside))
     finally:
-        close_vec_env(vec_env)
+        vec_env.close()
     return dict(steps)
 
 

@@ -335,7 +335,7 @@ def test_a_dead_worker_is_a_clear_end() -> None:
         try:
             train_online(learner, TrajectoryReplay(2000, 11, 3), task, log=log)
         finally:
-            envs.close_vec_env(vec_env)
+            vec_env.close()
 
     with (
         pytest.raises(UserError, match=r"Hopper-v5 failed .*worker process \d+ ended by signal SIGKILL"),
