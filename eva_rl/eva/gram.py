@@ -156,9 +156,10 @@ def _nothing(method: Method, width: int, columns: int, device: torch.device) -> 
 
 
 def _reduce(sums: Sums, process_group: ProcessGroup) -> Sums:
-    core = (
-        process_group.all_reduce_sum(sums.core) if sums.method == "moments" else process_group.all_gather_cat(sums.core)
-    )
+    if sums.method == "moments":
+        core = process_group.all_reduce_sum(sums.core)
+    else:
+        core = process_group.all_gather_cat(sums.core).to(sums.core.device)
     return Sums(sums.method, core, *(process_group.all_reduce_sum(part) for part in sums.tensors()[1:]))
 
 

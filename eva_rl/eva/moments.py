@@ -60,9 +60,10 @@ class Sums:
 
     @staticmethod
     def stack(many: list[Sums]) -> Sums:
-        """Stack the sums of G inputs of equal width."""
-        first = many[0]
-        return Sums(first.method, *(torch.stack(parts) for parts in zip(*(s.tensors() for s in many), strict=True)))
+        """Stack the sums of G inputs of equal width, on the first one's device: a model may be spread over several."""
+        method, device = many[0].method, many[0].core.device
+        parts = zip(*(sums.tensors() for sums in many), strict=True)
+        return Sums(method, *(torch.stack([tensor.to(device) for tensor in part]) for part in parts))
 
 
 class Accumulator(ABC):

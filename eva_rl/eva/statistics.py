@@ -68,10 +68,11 @@ class ActivationStatistics(Listener):
         """
         if not self.groups:
             return
-        probes = torch.stack([torch.stack([a.probe() for a in group.accumulators]).sum() for group in self.groups])
-        if bool(probes.isfinite().all()):
+        probes = [torch.stack([a.probe() for a in group.accumulators]).sum() for group in self.groups]
+        finite = torch.stack([probe.to(probes[0].device) for probe in probes]).isfinite()
+        if bool(finite.all()):
             return
-        bad = [group.leader for group, fine in zip(self.groups, probes.isfinite().tolist(), strict=True) if not fine]
+        bad = [group.leader for group, fine in zip(self.groups, finite.tolist(), strict=True) if not fine]
         raise UserError(
             f"The input of layer {bad[0]!r} ({len(bad)} of {len(self.groups)} distinct inputs) holds NaN, Inf or "
             f"values too large to square, by batch {self.batches}. Check the batches and the model's weights; padding "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -219,6 +219,36 @@ def test_a_mean_far_from_zero_hides_no_variance(method: str, center: bool) -> No
     captured = (spread @ found.components.double().T).square().sum()
     best = (spread @ truth.directions[:8].T).square().sum()
     assert captured > 0.98 * best
+
+
+@pytest.fixture(scope="module")
+def second_device() -> str:
+    """PyTorch's lazy device, which computes on the CPU, and refuses to mix its tensors with the CPU's."""
+    pytest.importorskip("torch._lazy.ts_backend").init()
+    return "lazy"
+
+
+@pytest.mark.parametrize("method", ["moments", "sketch"])
+def test_a_model_spread_over_two_devices(method: Literal["moments", "sketch"], second_device: str) -> None:
+    """The sums of one layer are on another device than those of the first."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
+    with eva.listen(model, "all-linear", components=4, method=method) as statistics:
+        for _ in range(3):
+            model(torch.randn(16, 8))
+    options = {"rank": 2, "rho": 2.0}
+    expected = statistics.result(**options)
+    for accumulator in statistics.groups[1].accumulators:
+        for name, value in vars(accumulator).items():
+            setattr(accumulator, name, value.to(second_device) if isinstance(value, Tensor) else value)
+    assert {group.accumulators[0].linear.device.type for group in statistics.groups} == {"cpu", second_device}
+    found = statistics.result(**options)
+    assert found.ranks == expected.ranks
+    for name, layer in expected.layers.items():
+        torch.testing.assert_close(found.layers[name].components, layer.components)
+    statistics.groups[1].accumulators[0].square += torch.inf
+    with pytest.raises(UserError, match="layer '2'"):
+        statistics.check_finite()
 
 
 @pytest.fixture
