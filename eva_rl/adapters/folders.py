@@ -60,7 +60,17 @@ def _write_adapter(folder: Path, adapter: AttachedAdapter, model_card: str) -> N
         adapter.extension.save(folder)
     else:
         adapter.model.save_pretrained(str(folder))
+        for name in adapter.model.peft_config:
+            if name != ADAPTER_NAME:  # which PEFT writes to a folder of its own
+                _move_up(folder / name)
     (folder / CARD_FILE).write_text(model_card)
+
+
+def _move_up(folder: Path) -> None:
+    """Move all that a folder holds to the folder that it is in, in place of it."""
+    for path in folder.iterdir():
+        path.replace(folder.parent / path.name)
+    folder.rmdir()
 
 
 def _origin(

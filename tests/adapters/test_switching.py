@@ -161,6 +161,20 @@ def test_a_switch_acts_at_once(
         np.testing.assert_allclose(first(), on, atol=1e-5)
 
 
+@pytest.mark.parametrize("method", ["dora", "adalora", "mica"])
+def test_an_adapter_of_another_name_is_saved(method: str, tmp_path: Path, reach_demonstrations: Trajectories) -> None:
+    """In the place of any other: a policy folder has one adapter, whatever it was called while it was loaded."""
+    expected, batch = trained(method, reach_demonstrations, tmp_path / "first"), windows(reach_demonstrations)
+    save_policy(tmp_path / "base", make_policy())
+    policy = load_policy(tmp_path / "base", adapters={"push": tmp_path / "first"})
+    save_adapted_policy(tmp_path / "second", policy, policy.adapters.attached(), "card")
+    first, second = ({p.relative_to(folder) for p in folder.rglob("*")} for folder in tmp_path.glob("[fs]*"))
+    assert first == second
+    again = load_policy(tmp_path / "second")
+    assert again.adapters.active == "default"
+    assert close(acted(again, batch), expected)
+
+
 def test_what_cannot_go_together(tmp_path: Path, reach_demonstrations: Trajectories) -> None:
     for name in ("lora", "adalora"):
         trained(name, reach_demonstrations, tmp_path / name)
