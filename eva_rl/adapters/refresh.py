@@ -46,10 +46,14 @@ class Refresh:
 def subspace_overlap(directions: Tensor, others: Tensor) -> float:
     """Mean squared cosine between two subspaces: 1 where the smaller lies in the larger, 0 where they are orthogonal.
 
+    An empty one, of a layer whose input does not vary, lies in every other.
+
     Args:
         directions: (R, D), rows of any length that span one.
         others: (K, D), rows that span the other.
     """
+    if not (len(directions) and len(others)):
+        return 1.0
     first, second = (torch.linalg.qr(x.double().T)[0] for x in (directions, others))
     shared: Tensor = (first.T @ second).square().sum() / min(first.shape[1], second.shape[1])
     return float(shared)
@@ -92,12 +96,19 @@ def _reinitialise_unused(a: nn.Parameter, b: nn.Parameter, components: Tensor) -
     if not len(fresh):
         return 0
     kept = left[:, :used] * values[:used]
+    # where too few are new, the rows that are left keep to what A spanned before: a row of zeros would never train
+    rows = _orthonormal(torch.cat([right[:used], fresh, right[used:]]))[used + len(fresh) : len(a)]
     with torch.no_grad():
-        a.zero_()
         b.zero_()
-        a[:used], b[:, :used] = right[:used].to(a.dtype), kept.to(b.dtype)
-        a[used : used + len(fresh)] = fresh.to(a.dtype)
+        b[:, :used] = kept.to(b.dtype)
+        a.copy_(torch.cat([right[:used], fresh, rows]))
     return len(fresh)
+
+
+def _orthonormal(rows: Tensor) -> Tensor:
+    """Each row less what those above it span, of length 1; any other direction where nothing is left."""
+    orthonormal: Tensor = torch.linalg.qr(rows.T)[0].T
+    return orthonormal
 
 
 def _svd(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -27,6 +28,12 @@ def test_overlap_of_known_subspaces() -> None:
     assert subspace_overlap(axes[:2], axes[1:3]) == pytest.approx(0.5)
     slanted = torch.tensor([[np.cos(0.3), np.sin(0.3), 0, 0, 0]], dtype=torch.float32)
     assert subspace_overlap(slanted, axes[:1]) == pytest.approx(np.cos(0.3) ** 2)
+
+
+def test_an_empty_subspace_lies_in_every_other() -> None:
+    """That of a layer whose input does not vary: the mean over layers stays a number."""
+    axes = torch.eye(5)
+    assert subspace_overlap(axes[:2], axes[:0]) == subspace_overlap(axes[:0], axes[:2]) == 1
 
 
 def batches(policy: DecisionTransformerPolicy, data: Trajectories) -> Iterator[WindowBatch]:
@@ -70,6 +77,27 @@ def test_unused_directions_are_reinitialised_and_nothing_else_changes(
     assert all(again.overlaps[name] > overlap for name, overlap in done.overlaps.items())
     if used == 0:
         assert min(again.overlaps.values()) == pytest.approx(1, abs=1e-4)
+
+
+def test_every_row_can_train_where_few_directions_are_new(reach_demonstrations: Trajectories) -> None:
+    """Fewer than the adapter has unused rows, as where a layer's input has little variance."""
+    policy = make_policy()
+    found = look(policy, reach_demonstrations)
+    adapter = attach_adapter(policy, "lora", rank=RANK)
+    assert adapter.model is not None
+    few = {name: replace(layer, components=layer.components[:1]) for name, layer in found.layers.items()}
+    batch = next(batches(policy, reach_demonstrations))
+    with torch.no_grad():
+        before = policy.network(batch)
+    done = refresh_directions(adapter.model, replace(found, layers=few), threshold=1.0)
+    assert set(done.reinitialised.values()) == {1}
+    with torch.no_grad():
+        torch.testing.assert_close(policy.network(batch), before, atol=1e-5, rtol=1e-5)
+    for name in NAMES:
+        layer = policy.network.get_submodule(name)
+        rows = layer.lora_A["default"].weight.detach()
+        torch.testing.assert_close(rows @ rows.T, torch.eye(RANK), atol=1e-5, rtol=0)
+        assert float((rows[:1] @ few[name].components.T).abs()) == pytest.approx(1, abs=1e-4), "the new one"
 
 
 def test_layers_that_still_overlap_are_left_alone(reach_demonstrations: Trajectories) -> None:
