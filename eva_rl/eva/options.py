@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -50,9 +51,12 @@ class EvaOptions:
 
     def __post_init__(self) -> None:
         _require(self.rank >= 1, f"rank={self.rank}: expected at least 1.")
-        _require(self.rho >= 1, f"rho={self.rho}: expected at least 1; 1 keeps the ranks uniform.")
+        finite_rho = math.isfinite(self.rho) and self.rho >= 1
+        _require(finite_rho, f"rho={self.rho}: expected a number of at least 1; 1 keeps the ranks uniform.")
         _require(0 < self.tau <= 1, f"tau={self.tau}: expected more than 0 and at most 1.")
-        _require(self.alpha > 0, f"alpha={self.alpha}: expected more than 0.")
+        finite_alpha = math.isfinite(self.alpha) and self.alpha > 0
+        _require(finite_alpha, f"alpha={self.alpha}: expected a number above 0.")
+        _require(self.seed >= 0, f"seed={self.seed}: expected at least 0.")
         one_of(get_args(Score), score=self.score)
         one_of(get_args(Criterion), criterion=self.criterion)
         if self.variant is not None:

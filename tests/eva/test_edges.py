@@ -145,6 +145,11 @@ def test_no_batches() -> None:
     [
         ({"rank": 0}, "rank=0"),
         ({"rho": 0.5}, "rho=0.5"),
+        ({"rho": float("inf")}, "rho=inf"),
+        ({"rho": float("nan")}, "rho=nan"),
+        ({"alpha": float("inf")}, "alpha=inf"),
+        ({"alpha": 0.0}, "alpha=0.0"),
+        ({"seed": -1}, "seed=-1: expected at least 0"),
         ({"tau": 0.0}, "tau=0.0"),
         ({"max_batches": 0}, "max_batches=0"),
         ({"score": "raito"}, "Did you mean 'ratio'"),
