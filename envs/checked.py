@@ -13,7 +13,7 @@ from gymnasium import spaces
 from numpy.typing import NDArray
 
 from eva_rl.envs.deadline import Deadline
-from eva_rl.errors import EnvironmentFailedError, UserError
+from eva_rl.errors import ActionNotFiniteError, EnvironmentFailedError, UserError
 
 log = logging.getLogger(__name__)
 Step = tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]
@@ -91,7 +91,7 @@ class CheckedEnv(gym.Wrapper[NDArray[np.float32], NDArray[np.float32], Any, Any]
         if action.size != self._num_actions:
             raise self._error(f"the action has {action.size} numbers, its action space {self._native} has other ones")
         if not np.isfinite(action).all():
-            raise self._error(f"the policy's action is not finite: {action}")
+            raise ActionNotFiniteError(*self._error(f"the policy's action is not finite: {action}").args)
         return self._unrounded(action.reshape(self._native.shape).astype(self._native.dtype, copy=False))
 
     def _unrounded(self, action: NDArray[Any]) -> NDArray[Any]:

@@ -35,11 +35,15 @@ class EnvironmentFailedError(UserError):
         """The same error of a run whose progress is saved."""
         env_id, where, cause = self.args
         more = "what was learned before is saved, and the same command continues from there"
-        return EnvironmentFailedError(env_id, where, f"{cause}; {more}")
+        return type(self)(env_id, where, f"{cause}; {more}")
 
     def __str__(self) -> str:
         env_id, where, cause = self.args
         return f"The environment {env_id} failed {where}: {cause}."
+
+
+class ActionNotFiniteError(EnvironmentFailedError):
+    """An environment was given an action that is infinite or not a number: the policy's training has diverged."""
 
 
 class UnknownNameError(UserError):

@@ -32,6 +32,7 @@ from eva_rl.rollouts.video import Clip, record_clip, side_by_side, write_video
 from eva_rl.tracking import Tracker
 from eva_rl.tracking.figures import action_figure, rank_figure, spectrum_figure
 from eva_rl.tracking.tracker import open_tracker, read_metrics
+from eva_rl.training.failures import failures_kept
 
 DASHBOARD = "#custom_scalars&_smoothingWeight=0"
 """TensorBoard's start page; smoothing, which distorts curves of few points, is off."""
@@ -112,8 +113,9 @@ def evaluate_first(session: Session) -> Evaluated:
 
 
 def evaluate_last(session: Session) -> Evaluated:
-    """Evaluate the fine-tuned policy."""
-    result, actions = session.evaluate("After")
+    """Evaluate the fine-tuned policy; that its actions are not finite is noted."""
+    with failures_kept(session.run_dir):
+        result, actions = session.evaluate("After")
     found = Evaluated(result, snapshot(session, actions), session.cloning_loss())
     session.phases.end("evaluate_after")
     return found

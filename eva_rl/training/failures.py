@@ -11,7 +11,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, TypeAlias
 
-from eva_rl.errors import TerminatedError, UserError
+from eva_rl.errors import ActionNotFiniteError, TerminatedError, UserError
 from eva_rl.files import write_file, write_json
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 FAILED_BATCH = "failed_batch.safetensors"
 NOT_FINITE_FILE = "not_finite.json"
-"""What a run that ended with a :class:`NotFiniteError` leaves, with the reason, until it is continued."""
+"""What a run leaves that ended because its numbers or actions were not finite, with the reason, until it goes on."""
 Batch: TypeAlias = "WindowBatch | NStepBatch"
 
 
@@ -45,6 +45,7 @@ def failures_kept(run_dir: Path) -> Iterator[None]:
     """Note a :class:`NotFiniteError` and save its batch, and explain what happened and what to do.
 
     Raises:
+        ActionNotFiniteError: It was raised inside; it is noted, too.
         UserError: A NotFiniteError was raised inside, or a worker process of an environment died.
     """
     (run_dir / NOT_FINITE_FILE).unlink(missing_ok=True)
@@ -54,6 +55,9 @@ def failures_kept(run_dir: Path) -> Iterator[None]:
         write_json(run_dir / NOT_FINITE_FILE, {"reason": str(error)})
         kept = _keep(run_dir / FAILED_BATCH, error.batch)
         raise UserError(f"Stopped: {error}{kept}") from error
+    except ActionNotFiniteError as error:
+        write_json(run_dir / NOT_FINITE_FILE, {"reason": str(error)})
+        raise
     except (EOFError, BrokenPipeError, ConnectionResetError) as error:
         raise UserError(
             "A worker process of the environments died. Type the same command again to continue from the last "

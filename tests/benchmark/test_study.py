@@ -26,6 +26,7 @@ from eva_rl.benchmark.tuning import choose
 from eva_rl.cli.parsing import parse
 from eva_rl.errors import UserError
 from eva_rl.files import write_json
+from eva_rl.finetune import command as finetune
 from eva_rl.report.reading import find_runs
 from eva_rl.report.runs import read_runs
 from eva_rl.report.tuning import setting_of
@@ -203,6 +204,25 @@ def test_a_run_diverged_if_it_left_the_mark_of_it(tmp_path: Path) -> None:
     tested = comparison_cells(study, place(tmp_path), {method: {} for method in study.methods})[0]
     write_json(tested.run_dir / NOT_FINITE_FILE, {"reason": "the loss is not finite"})
     assert not tested.keep(), "a run of the test has to be looked at"
+
+
+@pytest.mark.parametrize("budgets", [[1, 2], None], ids=["while training", "in the evaluation after it"])
+def test_a_run_that_diverges_leaves_the_mark(
+    budgets: list[int] | None, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    save_policy(tmp_path / "base", make_policy())
+    settings = {**TINY, "policy": str(tmp_path / "base"), "eval.episodes": 1}
+    settings |= {} if budgets else {"algo.updates": 1}
+    changes = {"methods": {"lora": {}}, "budgets": budgets, "endpoint": "final", "settings": settings}
+    path = write(tmp_path / "study.yaml", **changes, tune={"algo.learning_rate": [1e35, 0.01]})
+    cell, other = tuning_cells(read_study(path), place(tmp_path))
+    assert finetune.main(cell.overrides) == 2
+    assert "the policy's action is not finite" in " ".join(capfd.readouterr().err.split())
+    assert cell.keep()
+    _, (problem,) = read_runs([cell.divergence])
+    assert problem.kind == "diverged"
+    assert "the policy's action is not finite" in problem.reason
+    assert not other.keep()
 
 
 def test_the_report_of_a_study_counts_what_diverged(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ import pytest
 
 from eva_rl import collect, envs
 from eva_rl.envs import deadline, worker
-from eva_rl.errors import EnvironmentFailedError
+from eva_rl.errors import ActionNotFiniteError, EnvironmentFailedError
 from eva_rl.rollouts.evaluation import evaluate_policy
 from tests.conftest import make_policy
 
@@ -291,9 +291,15 @@ def test_an_action_that_is_not_finite_is_the_policys_fault(env: str, bad: float)
     policy = make_policy(spec.observation_dim, spec.action_dim)
     policy.network.action_head.bias.data[0] = bad
     policy.network.action_head.weight.data[0] = bad
-    with pytest.raises(EnvironmentFailedError, match=r"the policy's action is not finite") as caught:
+    with pytest.raises(ActionNotFiniteError, match=r"the policy's action is not finite") as caught:
         evaluate_policy(policy, env, episodes=2, horizon=3)
     assert spec.env_id in str(caught.value)
+    assert isinstance(caught.value.saved(), ActionNotFiniteError)
+    vec_env = envs.make_vec_env(env, 2, horizon=3, workers=1)  # also where it comes from another process
+    vec_env.reset()
+    with pytest.raises(ActionNotFiniteError, match=r"the policy's action is not finite"):
+        vec_env.step(np.full((2, spec.action_dim), bad, np.float32))
+    vec_env.close()
 
 
 def test_a_worker_that_is_killed_is_one_message() -> None:
