@@ -252,7 +252,14 @@ def make_refresh(
             for _ in count()
         )
         found = compute_eva(
-            policy, names, recent, None, max_batches=options.eva.max_batches, rank=rank, tau=options.tau
+            policy,
+            names,
+            recent,
+            None,
+            max_batches=options.eva.max_batches,
+            rank=rank,
+            tau=options.tau,
+            center=options.center,
         )
         done = refresh_directions(model, found, algo.refresh_below)
         learner.forget(done.changed)

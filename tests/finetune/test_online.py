@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from peft import PeftModel
 
-from eva_rl.adapters import load_policy
+from eva_rl.adapters import Refresh, load_policy, refresh_directions
 from eva_rl.adapters.extensions import AdaLoraExtension
+from eva_rl.eva import EvaResult
 from eva_rl.finetune import phases
 from eva_rl.finetune.command import main
 from eva_rl.rollouts.evaluation import evaluate_policy
@@ -162,6 +164,24 @@ def test_directions_are_looked_at_again(policy_folder: Path, tmp_path: Path) -> 
     rows = [row for row in read_metrics(run_dir) if "eva/overlap_mean" in row]
     assert [row["step"] for row in rows] == [60, 120, 240, 300], "60 env steps of validation come after 120"
     assert all(0 < row["eva/overlap_min"] <= row["eva/overlap_mean"] <= 1 for row in rows)
+
+
+@pytest.mark.slow
+def test_directions_are_looked_at_as_at_first(
+    policy_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the covariance where the first ones are."""
+    found: list[bool] = []
+
+    def refresh(model: PeftModel, result: EvaResult, threshold: float) -> Refresh:
+        found.append(result.options.center)
+        return refresh_directions(model, result, threshold)
+
+    monkeypatch.setattr(phases, "refresh_directions", refresh)
+    more = ["algo.refresh_every=120", "algo.refresh_below=1", "adapter.center=true"]
+    assert main(command(policy_folder, tmp_path / "run", "odt", *more)) == 0
+    assert found
+    assert all(found)
 
 
 @pytest.mark.parametrize(
