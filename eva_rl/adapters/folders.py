@@ -120,6 +120,8 @@ def load_policy(
     """
     folder = find_policy(str(name_or_path))
     policy = AdaptedPolicy(read_policy(folder, options))
+    if not merge:  # merged weights are computed on the CPU: the same for every device
+        policy.to(device)  # whose kind decides whether layers are fused
     found = policy.adapters
     if _has_adapter(folder):
         found.add(ADAPTER_NAME, folder / ADAPTER_FOLDER, is_trainable=is_trainable)

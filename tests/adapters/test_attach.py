@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
 
 from eva_rl.adapters import METHODS, attach_adapter, initial_rank, load_policy, save_adapted_policy
 from eva_rl.adapters.extensions import AdaLoraExtension
@@ -210,3 +211,9 @@ def test_on_a_gpu(method: str, tmp_path: Path, reach_demonstrations: Trajectorie
     for merge in (False, True):
         loaded = load_policy(tmp_path / "policy", "cuda", merge=merge)
         torch.testing.assert_close(loaded.network(batch), policy.network(batch), atol=1e-4, rtol=0)
+        assert merge or low_rank_classes(loaded.network) == low_rank_classes(policy.network)
+
+
+def low_rank_classes(network: nn.Module) -> dict[str, type[nn.Module]]:
+    """Whether PEFT's layers are fused, by name."""
+    return {name: type(module) for name, module in network.named_modules() if isinstance(module, BaseTunerLayer)}

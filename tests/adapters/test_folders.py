@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from eva_rl.adapters import METHODS, base_weights, load_policy, save_adapted_policy
+from eva_rl.adapters import METHODS, AdaptedPolicy, base_weights, fused, load_policy, save_adapted_policy
 from eva_rl.agents import save_policy
 from eva_rl.agents.policy_folder import read_policy
 from eva_rl.batch import WindowBatch
@@ -123,6 +123,27 @@ def test_loaded_to_be_trained_and_saved_again(method: str, tmp_path: Path, reach
     save_adapted_policy(tmp_path / "second", policy, adapter, "card")
     again = load_policy(tmp_path / "second").network(windows(reach_demonstrations))
     torch.testing.assert_close(again, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("merge", "expected"), [(False, ["to", "fuse", "to"]), (True, ["fuse", "to"])])
+def test_layers_are_fused_where_they_will_be(
+    merge: bool, expected: list[str], saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the device, whose kind decides; that the classes are those of training is seen on a GPU, in test_attach.py."""
+    order, move, fuse = [], AdaptedPolicy.to, fused.fuse_where_faster
+
+    def moved(self: AdaptedPolicy, device: torch.device | str) -> AdaptedPolicy:
+        order.append("to")
+        return move(self, device)
+
+    def fused_there(network: torch.nn.Module) -> int:
+        order.append("fuse")
+        return fuse(network)
+
+    monkeypatch.setattr(AdaptedPolicy, "to", moved)
+    monkeypatch.setattr(fused, "fuse_where_faster", fused_there)
+    load_policy(saved, merge=merge)
+    assert order == expected
 
 
 @pytest.fixture
