@@ -26,7 +26,7 @@ from eva_rl.report.reading import (
     read_rows,
     read_yaml,
 )
-from eva_rl.report.settings import Settings, settings_of
+from eva_rl.report.settings import ADAPTER, Settings, settings_of
 from eva_rl.tracking.tracker import METRICS_FILE
 
 EVALUATION_FILE = "evaluation.json"
@@ -173,7 +173,9 @@ def _of_study(run: Run) -> Run:
 def _named(run: Run, about: Mapping[str, Any]) -> Run:
     """A run with the method and the tuned settings that its study says."""
     tuning = None if about["tuning"] is None else {one_line(k): _as_typed(v) for k, v in about["tuning"].items()}
-    return replace(run, method=one_line(about["method"]), tuning=tuning)
+    method, adapter = one_line(about["method"]), run.summary.get("method")
+    own = () if adapter in {None, method} else ((ADAPTER, json.dumps(adapter)),)
+    return replace(run, method=method, tuning=tuning, settings=tuple(sorted((*run.settings, *own))))
 
 
 def _changed(raw: Mapping[str, Any], folder: Path, names: Sequence[str]) -> list[str]:
@@ -317,7 +319,8 @@ def _without_recorded(runs: Sequence[Run], problems: Sequence[Problem]) -> tuple
 
 def _identity(run: Run) -> tuple[Any, ...]:
     """What the record of a run has in common with its run directory, and no two runs have: seconds are in a summary."""
-    return run.task, run.seed, run.settings, json.dumps(run.summary, sort_keys=True)
+    settings = [setting for setting in run.settings if setting[0] != ADAPTER]  # where a study gives it another name
+    return run.task, run.seed, tuple(settings), json.dumps(run.summary, sort_keys=True)
 
 
 def _without_duplicates(runs: Sequence[Run], problems: list[Problem]) -> tuple[list[Run], list[Problem]]:

@@ -11,7 +11,9 @@ from eva_rl.cli.parsing import flat
 from eva_rl.cli.run_dir import FREE_IN_GROUPS, FREE_TO_CHANGE
 from eva_rl.report.reading import one_line
 
-NO_SETTINGS = FREE_TO_CHANGE | {"seed", "env.id", "adapter.method", "data.source", "data.seed", "data.workers"}
+ADAPTER = "adapter.method"
+"""A setting only where a study gives its method another name."""
+NO_SETTINGS = FREE_TO_CHANGE | {"seed", "env.id", ADAPTER, "data.source", "data.seed", "data.workers"}
 """Keys that name a run or change no result; the rest tells methods apart."""
 NO_SETTINGS |= {"eval.every", "eval.quick_episodes", "eval.at", "algo.eval_every", "algo.checkpoint_every"}
 NO_SETTINGS |= {"algo.workers", "algo.replay_on_disk", "study"}

@@ -12,6 +12,7 @@ from eva_rl.errors import counted
 from eva_rl.report.comparison import LEVEL, Analysis, overlapping
 from eva_rl.report.methods import RANK, TaskGroup, differing_settings, paired_runs, plain_setting
 from eva_rl.report.runs import Problem
+from eva_rl.report.settings import ADAPTER
 from eva_rl.report.verdicts import ENDPOINTS, EQUIVALENT, FINAL, UNDECIDED, Verdict, verdicts
 
 FEW_RUNS, FEW_EPISODES = 5, 50
@@ -176,7 +177,7 @@ def _studies(group: TaskGroup) -> Iterator[ReportWarning]:
 
 def _settings(group: TaskGroup) -> Iterator[ReportWarning]:
     everything = [method.settings for method in group.methods]
-    differing = differing_settings(everything, everywhere=True)
+    differing = [key for key in differing_settings(everything, everywhere=True) if key != ADAPTER]
     if differing:
         shown = "; ".join(f"{key}: {_values(key, everything)}" for key in differing)
         yield ReportWarning(f"Methods differ in more than the adapter ({shown}). Each row is at its own settings.")

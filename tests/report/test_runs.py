@@ -13,6 +13,7 @@ import pytest
 
 from eva_rl.benchmark.records import write_record
 from eva_rl.errors import UserError
+from eva_rl.report.methods import make_methods
 from eva_rl.report.reading import episodes_by_seed, find_runs, is_record
 from eva_rl.report.runs import (
     DIGEST,
@@ -97,7 +98,8 @@ def test_a_record_is_its_run(tmp_path: Path) -> None:
         run, problems = read_run(folder)
         assert not problems
         back = read_record(path)
-        assert (back.goals, back.settings, back.seed) == (run.goals, run.settings, 3)
+        assert (back.goals, back.seed) == (run.goals, 3)
+        assert dict(back.settings) == dict(run.settings) | {"adapter.method": '"eva"'}, "the name no longer tells"
         assert (back.goals[8], back.goals[7]["episode_return"]) == (
             {"success": 1.0} | ({} if stopped else {"episode_return": 2.5}),
             1.25,
@@ -119,6 +121,17 @@ def test_a_run_and_its_record_count_once(tuning: dict[str, Any] | None, tmp_path
         found = {run.folder: (run.method, run.tuning) for run in runs}
         assert found == {record: ("mine", {"algo.x": "0.5"} if tuning else None), again: ("eva", None)}
         assert problems == []
+
+
+def test_one_name_in_two_studies_may_be_two_methods(tmp_path: Path) -> None:
+    """The second passed for a copy of the first."""
+    places = []
+    for adapter in ("lora", "dora"):
+        places.append(run_folder(tmp_path / adapter, SUMMARY | {"method": adapter}))
+        (places[-1] / "study.json").write_text('{"method": "mine", "tuning": null}')
+    runs, problems = read_runs(places)
+    assert [method.label for method in make_methods(runs)] == ["mine (method=dora)", "mine (method=lora)"]
+    assert problems == []
 
 
 def test_a_run_directory_says_what_it_is_in_its_study(tmp_path: Path) -> None:

@@ -132,6 +132,8 @@ def test_settings_beside_the_adapter_are_named_on_one_line() -> None:
     found = text(runs)
     assert "Methods differ in more than the adapter (a.x: one # two, true; adapter.rank: 4, 8)." in found
     assert "Ranks differ" not in found, "that is said already"
+    named = [make_run(m, "t", s, FIVE[s], settings={"adapter.method": m}) for m in ("a", "b") for s in (0, 1)]
+    assert "more than the adapter" not in text(named)
     ranks = [
         make_run(m, "t", s, FIVE[s], settings={"adapter.rank": r}) for m, r in (("a", 4), ("b", 8)) for s in (0, 1)
     ]
