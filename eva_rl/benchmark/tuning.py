@@ -61,5 +61,8 @@ def _best(
         return candidates[0]
     found = merits([tried[method, setting_name(one)] for one in candidates])
     if not np.isfinite(found).any():
-        raise UserError(f"No setting of {method} gave a finite result while tuning. Try lower learning rates.")
+        raise UserError(
+            f"No setting of {method} gave a finite result on every tuning task and seed. Try lower learning rates, or "
+            "an endpoint that is known of these tasks: updates_to_90 needs success, cloning_loss eval.demonstrations."
+        )
     return candidates[int(np.nanargmax(found))]

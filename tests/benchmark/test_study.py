@@ -254,6 +254,16 @@ def test_the_report_of_a_study_counts_what_diverged(tmp_path: Path) -> None:
     assert text.count("| diverged | the loss is not finite") == 3
 
 
+def test_an_endpoint_that_no_run_has_chooses_nothing(tmp_path: Path) -> None:
+    """It was said to come of high learning rates."""
+    study = read_study(write(tmp_path / "study.yaml", endpoint="cloning_loss", methods={"lora": {}}))
+    cells = tuning_cells(study, place(tmp_path))
+    for cell in cells:
+        finish(cell, 0.5)
+    with pytest.raises(UserError, match=r"No setting of lora .* cloning_loss eval\.demonstrations"):
+        choose(study, cells)
+
+
 def finish_by_return(cell: Any, total: float) -> None:
     """Leave the record of a run on a task without success that reached this mean return."""
     folder = cell.place.out / "made" / cell.name
