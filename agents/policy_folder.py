@@ -106,7 +106,7 @@ def _load_network(config: DecisionTransformerConfig, path: Path) -> DecisionTran
 
 
 def save_policy(
-    folder: Path,
+    folder: str | Path,
     policy: DecisionTransformerPolicy,
     *,
     weights: Mapping[str, Tensor] | None = None,
@@ -120,8 +120,16 @@ def save_policy(
         weights: The base network's weights where they are not ``policy.network.state_dict()`` (an adapter is
             injected, say).
         dtype: Precision of the weights on disk; they are loaded as float32.
+
+    Raises:
+        UserError: The policy has an adapter, and the base network's weights are not given.
     """
-    write_folder(folder, lambda aside: write_policy_files(aside, policy, weights, dtype))
+    if weights is None and any(".base_layer." in name for name in policy.network.state_dict()):
+        raise UserError(
+            "save_policy writes a policy without adapters, and this one has some. Use "
+            "eva_rl.adapters.save_adapted_policy, or PEFT's merge_and_unload() first."
+        )
+    write_folder(expanded(folder), lambda aside: write_policy_files(aside, policy, weights, dtype))
 
 
 def write_policy_files(

@@ -14,7 +14,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from eva_rl.adapters import METHODS, AdaptedPolicy, base_weights, fused, load_policy, save_adapted_policy
+from eva_rl.adapters import (
+    METHODS,
+    AdaptedPolicy,
+    attach_adapter,
+    base_weights,
+    fused,
+    load_policy,
+    save_adapted_policy,
+)
 from eva_rl.agents import save_policy
 from eva_rl.agents.policy_folder import read_policy
 from eva_rl.batch import WindowBatch
@@ -215,3 +223,16 @@ def test_weights_of_a_rewritten_base_come_back_exactly(reach_demonstrations: Tra
     assert any(not torch.equal(plain[name], value) for name, value in original.items()), "the base was rewritten"
     kept = base_weights(policy.network, adapter)
     assert all(torch.equal(kept[name], value) for name, value in original.items())
+
+
+def test_a_policy_with_an_adapter_is_not_saved_as_one_without(tmp_path: Path) -> None:
+    """The folder could not be read again: the names of its weights were PEFT's."""
+    policy = make_policy()
+    model = attach_adapter(policy, "lora").model
+    assert model is not None
+    with pytest.raises(UserError, match="save_adapted_policy, or PEFT's merge_and_unload"):
+        save_policy(tmp_path / "policy", policy)
+    model.merge_and_unload()
+    save_policy(str(tmp_path / "policy"), policy)
+    kept = load_policy(tmp_path / "policy").network.state_dict()
+    assert all(torch.equal(value, kept[name]) for name, value in policy.network.state_dict().items())
