@@ -26,7 +26,7 @@ from rich.table import Table
 ROOT = Path(__file__).parent.parent
 MAPPED = ("agents", "envs", "configs")
 """Folders that are mapped into the package."""
-DEFAULTS = ("env=push-v3", "adapter=eva", "algo.updates=100", "eval.episodes=50", "eval.every=0")
+DEFAULTS = ("env=push-v3", "adapter=eva", "algo.updates=100", "algo.batch_size=64", "eval.episodes=50", "eval.every=0")
 RUN = """
 import importlib, json, os, sys, time
 sys.meta_path[:] = [f for f in sys.meta_path if "editable" not in getattr(f, "__module__", "")]  # this version alone

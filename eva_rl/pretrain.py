@@ -45,7 +45,7 @@ Train a Decision Transformer by behaviour cloning on demonstrations of one or ma
 
 Examples:
   python -m eva_rl.pretrain env=mt40 data.episodes=100 run_dir=runs/mt40
-  python -m eva_rl.pretrain env=push-v3+reach-v3 algo.updates=2000 size.hidden_size=64
+  python -m eva_rl.pretrain env=push-v3+reach-v3 algo.updates=4000 size.hidden_size=64
 
 The same command continues an unfinished run_dir.
 """

@@ -45,6 +45,21 @@ def test_the_shipped_policy_s_command_is_the_script_s() -> None:
     assert [shlex.split(line) for line in shown] == [shlex.split(command.replace("$runs", "runs/mt40"))]
 
 
+def test_the_table_of_lengths_comes_from_its_records() -> None:
+    found: dict[str, dict[str, list[float]]] = {}
+    for path in sorted((DOCS / "results/updates").rglob("*.json")):
+        record = json.loads(path.read_text())
+        method = found.setdefault(record["about"]["method"], {})
+        method.setdefault(record["config"]["env"]["id"], []).append(record["summary"]["eval/success_rate"])
+    page = (DOCS / "learning_rates.md").read_text()
+    for name, tasks in found.items():
+        rates = list(tasks.values())
+        cells = [", ".join(f"{rate:.2f}" for rate in seeds) for seeds in rates]
+        _, updates, _, windows = name.split("_")
+        assert f"| {updates} x {windows} | {' | '.join(cells)} | {np.mean(rates):.2f} |" in page
+    assert len(found) == 3
+
+
 def explained(section: str) -> re.Pattern[str]:
     """What the tables of a section of metrics.md name: `key`, or `group/...` and `group/NAME` for all of a group."""
     text = (DOCS / "metrics.md").read_text().split(section)[1].split("\n## ")[0]

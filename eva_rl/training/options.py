@@ -32,10 +32,11 @@ class BCOptions(OptimizerOptions):
     The learning rate rises linearly for ``warmup_steps`` gradient steps and then falls along a cosine. The parameters
     stay float32 in every precision, and the gradient is that of the whole batch however many microbatches it is taken
     in. With ``ema``, evaluation during and after that part of training, and what is kept at the end, are of the mean
-    weights.
+    weights. Length and batches are those chosen in docs/learning_rates.md.
     """
 
-    updates: int = option(200, "gradient steps", above=0)
+    updates: int = option(100, "gradient steps", above=0)
+    batch_size: int = option(32, "windows per gradient step", above=0)
     learning_rate: float = option(1e-3, "peak learning rate of AdamW", above=0)
     warmup_steps: int = option(20, "gradient steps of linear learning-rate warm-up", low=0, high=MANY)
     final_learning_rate: float = option(0.05, "end of the cosine, as a fraction of the peak", low=0, high=1)
@@ -224,6 +225,7 @@ class DistillOptions(BCOptions):
     """Cloning of the residual policy, first on the replay, then with env steps of the clone in every round."""
 
     updates: int = option(200, "gradient steps of each round, and of the first one on the replay", above=0)
+    batch_size: int = option(64, "windows per gradient step", above=0)
     rounds: int = option(2, "DAgger rounds: the clone acts, the residual policy labels", low=0, high=100)
     env_steps: int = option(1_000, "env steps of the clone per round; part of algo.env_steps", above=0)
 
