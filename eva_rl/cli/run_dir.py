@@ -58,6 +58,8 @@ RENAMED = {
 """Settings within groups, by the names that an earlier version wrote."""
 DID_NOTHING = {"target_scale", "checkpoint_every"}
 """Settings that are gone from some groups."""
+CLONING = "algo.bc."
+"""How the settings begin of cloning before an online algorithm."""
 ADDED_LATER = {"study"}
 """Groups that earlier versions did not write."""
 
@@ -211,12 +213,14 @@ def changed_settings(run_dir: Path, options: Any) -> dict[str, Any]:
 
 
 def _deciding(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that decide a result, flat and by the names of today."""
+    """The settings that decide a result, flat and by the names of today; not how to clone where nothing is cloned."""
     settings = {}
     for key, value in flat({key: value for key, value in values.items() if key not in FREE_TO_CHANGE}):
         group, dot, name = key.rpartition(".")
         if not dot or name not in FREE_IN_GROUPS:
             settings[f"{group}{dot}{RENAMED.get(name, name) if dot else name}"] = value
+    if settings.get(f"{CLONING}updates") == 0:
+        settings = {k: v for k, v in settings.items() if not k.startswith(CLONING) or k == f"{CLONING}updates"}
     return settings
 
 

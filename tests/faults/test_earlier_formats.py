@@ -32,22 +32,21 @@ ONLINE = ["algo.env_steps=96", "algo.num_envs=2", "algo.eval_every=0", "algo.bat
 REPLAYED = [*ONLINE, "algo.steps_per_iteration=48", "algo.updates_per_iteration=2", "algo.checkpoint_every=48"]
 REPLAYED += ["algo.keep_best=false"]
 CRITICS = ["algo.critic_warmup=20", "algo.critic_hidden_size=32"]
-RATE, BC_RATE = "algo.learning_rate=0.001", "algo.bc.learning_rate=0.001"
+RATE = "algo.learning_rate=0.001"
 RUNS = {
     "bc_lora": ["adapter=lora", *CLONING, RATE],
     "bc_adalora": ["adapter=adalora", *CLONING, RATE],
     "bc_pissa": ["adapter=pissa", *CLONING, RATE],
     "bc_full": ["adapter=full", *CLONING, RATE],
-    "odt": ["adapter=lora", "algo=odt", *REPLAYED, BC_RATE],
+    "odt": ["adapter=lora", "algo=odt", *REPLAYED],
     "odt_td3": [
         "adapter=lora",
         "algo=odt_td3",
         "algo.critic_warmup=20",
         "algo.critic_hidden_size=32",
         *REPLAYED,
-        BC_RATE,
     ],
-    "sac": ["adapter=lora", "algo=sac", "algo.learning_starts=20", "algo.critic_hidden_size=32", *ONLINE, BC_RATE],
+    "sac": ["adapter=lora", "algo=sac", "algo.learning_starts=20", "algo.critic_hidden_size=32", *ONLINE],
 }
 """What each run was begun with, by the names of today; the learning rate was another by default."""
 

@@ -67,7 +67,7 @@ def test_a_shared_pass_can_be_given_another_gain(policy_folder: Path, tmp_path: 
 
 @pytest.mark.parametrize("at", ["[0]", "[300]"])
 def test_budgets_lie_within_the_run(at: str) -> None:
-    with pytest.raises(UserError, match="expected gradient steps from 1 to 200"):
+    with pytest.raises(UserError, match="expected gradient steps from 1 to 100"):
         parse("finetune", [f"eval.at={at}"])
     with pytest.raises(UserError, match="of algo=bc"):
         parse("finetune", ["eval.at=[10]", "algo=odt"])
