@@ -89,12 +89,15 @@ class TD3DecisionTransformer(Learner):
             noise = noise.clamp(-options.target_noise_clip, options.target_noise_clip)
             pair = random_pair(options.critics, generator).to(actions.device)
             next_values = self.target_critics.min_of(observations[:, 1:], (actions + noise).clamp(-1, 1), pair)
-        rewards = batch.rewards[:, :-1] / (self._reward_scale or 1.0)
-        return td_targets(rewards, batch.terminated[:, :-1], next_values, options.discount)
+        return td_targets(self._scaled(batch.rewards[:, :-1]), batch.terminated[:, :-1], next_values, options.discount)
+
+    def _scaled(self, rewards: Tensor) -> Tensor:
+        """Rewards or returns over their scale, which is not known while all were zero."""
+        return rewards / (self._reward_scale or 1.0)
 
     def _update_critics(self, batch: TransitionWindows, generator: torch.Generator, update: int) -> dict[str, float]:
         if warming := update < self._td3.critic_warmup:
-            targets = batch.returns[:, :-1] / (self._reward_scale or 1.0)
+            targets = self._scaled(batch.returns[:, :-1])
         else:
             targets = self.targets(batch, generator)
         values = self.critics(batch.windows.observations[:, :-1], batch.windows.actions[:, :-1])

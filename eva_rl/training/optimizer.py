@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from eva_rl.training.checkpoint import below
 from eva_rl.training.failures import Batch, NotFiniteError
 from eva_rl.training.options import OptimizerOptions
 
@@ -99,9 +100,7 @@ def restore_optimizer(
     """Put moments and step counts back where :func:`optimizer_tensors` took them."""
     fused = bool(optimizer.defaults.get("fused"))  # then the count of steps lies where the parameters do
     for name, parameter in parameters.items():
-        prefix = f"optimizer/{name}/"
-        state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-        if state:
+        if state := below(tensors, f"optimizer/{name}/"):
             optimizer.state[parameter] = {
                 key: value if key == "step" and not fused else value.to(parameter.device)
                 for key, value in state.items()

@@ -19,7 +19,7 @@ from eva_rl.agents.policy import DecisionTransformerPolicy
 from eva_rl.errors import EnvironmentFailedError, UserError
 from eva_rl.seeding import random_state, restore_random_state
 from eva_rl.training.bc import Log
-from eva_rl.training.checkpoint import Checkpoints, TrainState
+from eva_rl.training.checkpoint import Checkpoints, TrainState, below
 from eva_rl.training.collector import OnlineCounters, TaskEnvs
 from eva_rl.training.failures import NotFiniteError
 from eva_rl.training.optimizer import optimizer_tensors, restore_optimizer
@@ -269,16 +269,15 @@ def _resume(model: Model, played: OnlineCounters, checkpoints: Checkpoints | Non
 def _restore(model: Model, played: OnlineCounters, state: TrainState) -> None:
     """Put back what :func:`_state` gave."""
     tensors, record = state.tensors, state.record
-    model.policy.load_state_dict({k.removeprefix(POLICY): v for k, v in tensors.items() if k.startswith(POLICY)})
+    model.policy.load_state_dict(below(tensors, POLICY))
     for kind, (optimizer, parameters) in _optimizers(model).items():
-        own = {k.removeprefix(f"{kind}/"): v for k, v in tensors.items() if k.startswith(f"{kind}/")}
-        restore_optimizer(optimizer, parameters, own)
+        restore_optimizer(optimizer, parameters, below(tensors, f"{kind}/"))
         if kind == "entropy":
             with torch.no_grad():
                 parameters["log"].copy_(tensors["entropy/log"])
     if isinstance(model, OffPolicyAlgorithm):
         assert isinstance(model.replay_buffer, WindowReplayBuffer)
-        model.replay_buffer.restore({k.removeprefix(REPLAY): v for k, v in tensors.items() if k.startswith(REPLAY)})
+        model.replay_buffer.restore(below(tensors, REPLAY))
     kind, position, has_gauss, cached = record["numpy"]
     np.random.set_state((kind, tensors[NUMPY_RANDOM].numpy().astype(np.uint32), position, has_gauss, cached))  # noqa: NPY002
     restore_random_state(tensors, model.device)
