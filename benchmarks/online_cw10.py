@@ -30,7 +30,6 @@ TASKS = (
     "hammer-v3", "push-wall-v3", "faucet-close-v3", "push-back-v3", "stick-pull-v3", "handle-press-side-v3", "push-v3",
     "shelf-place-v3", "window-close-v3", "peg-unplug-side-v3",
 )  # fmt: skip
-CLONING = ("algo.bc.updates=80", "algo.bc.batch_size=32", "algo.bc.learning_rate=3e-3")
 SETTINGS: dict[str, tuple[str, ...]] = {
     "self_imitation": (),
     "residual": (),
@@ -58,7 +57,7 @@ def finetuned(arguments: argparse.Namespace, run_dir: Path) -> dict[str, Any]:
             "data.episodes=2", f"data.seed={seed}", f"eval.seed={seed}", f"eval.episodes={arguments.episodes}",
             "eval.every=0", "eval.stop_at_success=true", "threads=1", "tracker=[]", f"run_dir={run_dir}",
             f"algo.env_steps={arguments.env_steps}", "algo.checkpoint_every=0", "checkpoint.every=0",
-            "checkpoint.seconds=0", *CLONING, *SETTINGS[arguments.algo], *arguments.settings,
+            "checkpoint.seconds=0", *SETTINGS[arguments.algo], *arguments.settings,
         ]
     )  # fmt: skip
     if status:

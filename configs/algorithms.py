@@ -36,8 +36,12 @@ AUTO = "auto"
 class RateByAdapter(Options):
     """Options whose learning rate may be left to the adapter's method; no dataclass, so that it adds no defaults."""
 
-    SHARE: ClassVar[float] = 1.0
     learning_rate: float | str
+
+    @property
+    def share(self) -> float:
+        """Of the learning rate that suits cloning."""
+        return 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -48,7 +52,7 @@ class RateByAdapter(Options):
         """With a share of the rate that suits cloning, where none is given."""
         if self.learning_rate != AUTO:
             return self
-        return replace(self, learning_rate=self.SHARE * learning_rate)  # type: ignore[type-var]  # they are dataclasses
+        return replace(self, learning_rate=self.share * learning_rate)  # type: ignore[type-var]  # they are dataclasses
 
 
 @dataclass
@@ -131,10 +135,24 @@ class ODTTD3Algo(TD3Options, ReplayAlgo):
 class SelfImitationAlgo(RateByAdapter, SelfImitationOptions, ReplayAlgo):
     """Self-imitation of solved episodes, with retries of those that fail (after arXiv 1806.05635)."""
 
-    SHARE: ClassVar[float] = 0.2
     learning_rate: float | str = option(  # type: ignore[assignment]  # a number once the command's config is made
-        AUTO, "peak learning rate of AdamW; auto uses a fifth of what suits cloning with the adapter", above=0
+        AUTO,
+        "peak learning rate of AdamW; auto uses what suits cloning with the adapter (a fifth with algo.restart=false)",
+        above=0,
     )
+
+    @property
+    def share(self) -> float:
+        """All of it for cloning anew, less for going on with parameters that solve the task at times."""
+        return 1.0 if self.restart else 0.2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.restart and self.refresh_every:
+            raise UserError(
+                f"algo.refresh_every={self.refresh_every}: directions are refreshed while training goes on, and "
+                "algo.restart=true begins anew in every iteration. Set algo.restart=false as well."
+            )
 
 
 @dataclass

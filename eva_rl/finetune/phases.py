@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from stable_baselines3.common.vec_env import VecEnv
+from torch import Tensor
 
 from eva_rl.adapters import AttachedAdapter, compute_eva, refresh_directions
 from eva_rl.cli.console import say, training_progress
@@ -47,6 +48,7 @@ from eva_rl.training.online import train_online
 from eva_rl.training.options import AUTO, BFLOAT16
 from eva_rl.training.self_imitation.learner import SelfImitation
 from eva_rl.training.self_imitation.retries import RetryingCollector
+from eva_rl.training.snapshot import load_snapshot, save_snapshot, trainable
 
 Replayed: TypeAlias = ODTAlgo | ODTTD3Algo | SelfImitationAlgo
 """Algorithms that learn from a replay of whole episodes."""
@@ -86,18 +88,19 @@ def _train(session: Session, adapter: AttachedAdapter, tracker: Tracker) -> Trai
     if isinstance(algo, BCAlgo):
         return Training(clone(session, adapter, algo, tracker.log))
     assert isinstance(algo, OnlineAlgo)
+    start = {name: p.detach().clone() for name, p in trainable(session.policy.network).items()}
     first = _clone_first(session, adapter, algo, tracker) if algo.bc.updates else Training({})
     if isinstance(algo, PPOAlgo | TD3Algo):
         return replace(first, costs={**first.costs, **learn_sb3(session, algo, tracker)})
     if isinstance(algo, ResidualAlgo):
         return _learn_residual(session, adapter, algo, tracker, first)
     assert isinstance(algo, Replayed)
-    return replace(first, costs={**first.costs, **learn(session, adapter, algo, tracker)})
+    return replace(first, costs={**first.costs, **learn(session, adapter, algo, tracker, start)})
 
 
 def _clone_first(session: Session, adapter: AttachedAdapter, algo: OnlineAlgo, tracker: Tracker) -> Training:
     """Clone the demonstrations before learning online, and evaluate between the two."""
-    costs = clone(session, adapter, algo.bc, _prefixed(tracker.log, CLONED))
+    costs = clone(session, adapter, algo.bc, _prefixed(tracker.log, CLONED), snapshot_update(algo))
     session.phases.end("clone")
     cloned, _ = session.evaluate("Cloned")
     session.phases.end("evaluate_cloned")
@@ -121,10 +124,24 @@ def _prefixed(log: Log, prefix: str) -> Log:
     return lambda metrics, step: log({prefix + key: value for key, value in metrics.items()}, step)
 
 
-def clone(session: Session, adapter: AttachedAdapter, algo: BCAlgo, log: Log) -> dict[str, float]:
-    """Behaviour cloning of the demonstrations."""
+def snapshot_update(algo: OnlineAlgo) -> int:
+    """The gradient step of cloning after which a snapshot is taken; 0 where none is."""
+    if not isinstance(algo, SelfImitationAlgo) or not algo.snapshot:
+        return 0
+    return min(max(1, round(algo.snapshot * algo.bc.updates)), algo.bc.updates - 1)
+
+
+def clone(session: Session, adapter: AttachedAdapter, algo: BCAlgo, log: Log, snapshot_at: int = 0) -> dict[str, float]:
+    """Behaviour cloning of the demonstrations, with a snapshot after gradient step ``snapshot_at`` unless that is 0."""
     config, policy = session.config, session.policy
     assert session.sampler is not None
+
+    def validate(update: int) -> Mapping[str, float]:
+        if update == snapshot_at:
+            save_snapshot(policy.network, session.snapshot_file)
+        validated = update in config.eval.at or (config.eval.every and update % config.eval.every == 0)
+        return session.validate(update) if validated else {}
+
     say(f"Cloning: {counted(algo.updates, 'gradient step')}, peak learning rate {float(algo.learning_rate):g}.")
     draw = ShardedSampler(session.sampler, session.process_group)
     with training_progress(algo.updates) as bar, prefetching(draw, policy.device) as ahead:
@@ -133,9 +150,9 @@ def clone(session: Session, adapter: AttachedAdapter, algo: BCAlgo, log: Log) ->
             ahead,
             algo,
             log=bar.also(log),
-            evaluate=session.validate,
+            evaluate=validate,
             eval_every=config.eval.every,
-            eval_at=config.eval.at,
+            eval_at={*config.eval.at, snapshot_at},
             checkpoints=Checkpoints(session.checkpoint_dir, config.checkpoint.every, config.checkpoint.seconds),
             extension=adapter.extension,
         )
@@ -147,15 +164,20 @@ def clone(session: Session, adapter: AttachedAdapter, algo: BCAlgo, log: Log) ->
     return costs
 
 
-def learn(session: Session, adapter: AttachedAdapter, algo: Replayed, tracker: Tracker) -> dict[str, float]:
-    """Alternate rollouts and gradient updates."""
+def learn(
+    session: Session, adapter: AttachedAdapter, algo: Replayed, tracker: Tracker, start: Mapping[str, Tensor]
+) -> dict[str, float]:
+    """Alternate rollouts and gradient updates; ``start`` has the trainable parameters before any cloning."""
     policy = session.policy
     if policy.network.log_std_head is not None:
         policy.network.log_std_head.requires_grad_(True)
     replay = make_replay(session, algo)
-    algorithm = make_algorithm(session, adapter, algo)
+    algorithm = make_algorithm(session, adapter, algo, start)
     vec_env = online_envs(session, algo, stop_at_success=isinstance(algo, SelfImitationAlgo))
     task = session.online_task(vec_env)
+    retrying = None
+    if isinstance(algo, SelfImitationAlgo):
+        retrying = RetryingCollector(policy, task, algo, load_snapshot(session.snapshot_file))
     try:
         with training_progress(algo.env_steps, "env steps") as bar:
             counters = train_online(
@@ -166,7 +188,7 @@ def learn(session: Session, adapter: AttachedAdapter, algo: Replayed, tracker: T
                 evaluate=partial(session.validate, policy=policy.with_own_history()),
                 refresh=make_refresh(session, adapter, algo, algorithm, replay),
                 checkpoints=session.online_checkpoints,
-                collector=RetryingCollector(policy, task, algo) if isinstance(algo, SelfImitationAlgo) else None,
+                collector=retrying,
             )
     finally:
         vec_env.close()
@@ -221,13 +243,13 @@ def make_replay(session: Session, algo: Replayed) -> TrajectoryReplay:
     return replay
 
 
-def make_algorithm(session: Session, adapter: AttachedAdapter, algo: Replayed) -> Learner:
+def make_algorithm(session: Session, adapter: AttachedAdapter, algo: Replayed, start: Mapping[str, Tensor]) -> Learner:
     """The algorithm of the options, on the session's policy."""
     policy, seed, extension = session.policy, session.config.seed, adapter.extension
     if isinstance(algo, ODTTD3Algo):
         return TD3DecisionTransformer(policy, algo, seed=seed, extension=extension)
     if isinstance(algo, SelfImitationAlgo):
-        return SelfImitation(policy, algo, seed=seed, extension=extension)
+        return SelfImitation(policy, algo, seed=seed, extension=extension, start=start if algo.restart else None)
     return OnlineDecisionTransformer(policy, algo, seed=seed, extension=extension)
 
 

@@ -99,6 +99,11 @@ class Session:
         return self.run_dir / "checkpoint"
 
     @property
+    def snapshot_file(self) -> Path:
+        """The parameters in the middle of cloning, where the algorithm asks for them."""
+        return self.run_dir / "snapshot.safetensors"
+
+    @property
     def online_checkpoints(self) -> Checkpoints:
         """Where checkpoints of online learning go; the algorithm's options say how many env steps they are apart."""
         return Checkpoints(self.checkpoint_dir / "online", seconds=self.config.checkpoint.seconds)

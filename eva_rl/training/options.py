@@ -97,16 +97,18 @@ class SelfImitationOptions(ReplayOptions):
     """Self-imitation of solved episodes, with further attempts at those that failed.
 
     In each round the policy attempts new goals without exploration; from the starts at which it fails it tries again
-    with noise until the task is solved. Solved episodes are cloned, with a learning rate that falls to zero in every
-    iteration; an iteration without a failure takes no gradient step.
+    with noise until the task is solved. All that was solved is cloned, with a learning rate that falls to zero in every
+    iteration; an iteration without a failure takes no gradient step. With ``restart`` every iteration clones anew, from
+    the parameters before any cloning, as STaR does (arXiv 2203.14465, section 3.1), lest mistakes add up.
     """
 
     env_steps: int = option(20_000, "total env steps", above=0)
     eval_every: int = option(0, "validate every N env steps; 0 disables", low=0, high=MANY)
     steps_per_iteration: int = option(
-        500, "env steps of an iteration at least: rounds are played to their end", above=0
+        2_000, "env steps of an iteration at least: rounds are played to their end", above=0
     )
-    updates_per_iteration: int = option(25, "gradient steps of an iteration in which the policy failed", above=0)
+    updates_per_iteration: int = option(100, "gradient steps of an iteration in which the policy failed", above=0)
+    restart: bool = option(True, "clone anew in every iteration, from the parameters before cloning, not go on")
     batch_size: int = option(32, "windows per gradient step", above=0)
     learning_rate: float = option(1e-3, "AdamW's learning rate", above=0)
     warmup_steps: int = option(20, "gradient steps of linear learning-rate warm-up", low=0, high=MANY)
@@ -122,6 +124,13 @@ class SelfImitationOptions(ReplayOptions):
         0.1, "standard deviation of the noise on (scaled) actions of retries", low=0, high=2
     )
     noise_steps: float = option(10.0, "env steps over which the noise decorrelates; 0 draws it anew", low=0, high=MANY)
+    snapshot: float = option(
+        0.4,
+        "share of the preceding cloning after which a snapshot of the parameters is taken, which plays every other "
+        "retry, the first without noise; 0 takes none",
+        low=0,
+        high=1,
+    )
 
 
 @dataclass

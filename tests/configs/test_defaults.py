@@ -82,7 +82,10 @@ def test_cloning_takes_its_learning_rate_from_the_method(method: str) -> None:
     assert parse("finetune", [f"adapter={method}"]).algo.learning_rate == rate
     assert parse("finetune", [f"adapter={method}", "algo=bc_then_odt"]).algo.bc.learning_rate == rate
     assert parse("finetune", [f"adapter={method}", "algo.learning_rate=auto"]).algo.learning_rate == rate
-    assert parse("finetune", [f"adapter={method}", "algo=self_imitation"]).algo.learning_rate == rate / 5
+    anew = parse("finetune", [f"adapter={method}", "algo=self_imitation"]).algo
+    going_on = parse("finetune", [f"adapter={method}", "algo=self_imitation", "algo.restart=false"]).algo
+    assert anew.learning_rate == rate
+    assert going_on.learning_rate == rate / 5
 
 
 @pytest.mark.parametrize("method", ["eva", "full"])

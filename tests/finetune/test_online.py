@@ -14,15 +14,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 
 from eva_rl.adapters import Refresh, load_policy, refresh_directions
 from eva_rl.adapters.extensions import AdaLoraExtension
+from eva_rl.cli.parsing import parse
 from eva_rl.eva import EvaResult
 from eva_rl.finetune import phases
 from eva_rl.finetune.command import main
 from eva_rl.rollouts.evaluation import evaluate_policy
 from eva_rl.tracking.tracker import read_metrics
+from eva_rl.training.checkpoint import TENSORS_FILE
+from eva_rl.training.snapshot import load_snapshot
 
 SMALL = [
     "env=reach-v3",
@@ -195,6 +200,7 @@ def test_directions_are_looked_at_as_at_first(
         (["algo=ppo", "adapter=adalora"], "Stable-Baselines3's"),
         (["algo=odt", "algo.initial_std=50"], "initial_std=50"),
         (["algo=odt", "algo.replay_size=1"], "replay_size"),
+        (["algo=self_imitation", "algo.refresh_every=100"], "Set algo.restart=false as well"),
         (["algo=dqn"], "dqn"),
     ],
 )
@@ -230,6 +236,35 @@ def test_a_killed_run_goes_on(algo: str, policy_folder: Path, tmp_path: Path) ->
         assert (whole / "policy" / name).read_bytes() == (killed / "policy" / name).read_bytes()
     points = [(row["step"], key) for row in read_metrics(killed) for key in row if "/" in key]
     assert len(points) == len(set(points))
+
+
+@pytest.mark.slow
+def test_a_snapshot_is_taken_in_the_middle_of_cloning(policy_folder: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    arguments = command(policy_folder, run_dir, "bc_then_self_imitation", "algo.bc.updates=5", "algo.env_steps=60")
+    assert main([*arguments, "algo.snapshot=0.4", "algo.eval_every=0"]) == 0
+    assert not [row for row in read_metrics(run_dir) if "validation/success_rate" in row], "nobody asked to validate"
+    snapshot = load_snapshot(run_dir / "snapshot.safetensors")
+    assert snapshot is not None
+    moved = {name: value for name, value in snapshot.items() if "lora_B" in name}
+    assert moved
+    assert all(value.abs().max() > 0 for value in moved.values()), "taken after the first gradient step"
+    checkpoint = sorted((run_dir / "checkpoint").glob("step_*"))[-1]  # of the end of cloning
+    later = load_file(checkpoint / TENSORS_FILE)
+    assert all(not torch.equal(later[f"parameter/{name}"], value) for name, value in moved.items())
+
+
+def test_snapshots_are_of_self_imitation_after_cloning() -> None:
+    def at(*arguments: str) -> int:
+        algo = parse("finetune", ["env=reach-v3", *arguments]).algo
+        return phases.snapshot_update(algo)
+
+    assert at("algo=bc_then_self_imitation", "algo.bc.updates=100") == 40
+    assert at("algo=bc_then_self_imitation", "algo.bc.updates=100", "algo.snapshot=1") == 99
+    assert at("algo=bc_then_self_imitation", "algo.bc.updates=100", "algo.snapshot=0.001") == 1
+    assert at("algo=bc_then_self_imitation", "algo.bc.updates=1") == 0
+    assert at("algo=bc_then_self_imitation", "algo.snapshot=0") == 0
+    assert at("algo=bc_then_odt_td3") == 0
 
 
 @pytest.mark.slow

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +181,29 @@ def test_retries_count_as_retries_whatever_their_noise() -> None:
     assert replay.num_episodes == sum(counters.successes)
 
 
+def test_a_snapshot_plays_every_other_retry_and_the_first_without_noise() -> None:
+    task, policy, other = make_task(n=10), make_learner(), make_learner()
+    with torch.no_grad():
+        other.network.action_head.bias.add_(1.0)  # always to the right
+    acted: list[tuple[bool, bool]] = []
+
+    class Watched(RetryingCollector):
+        def _attempt(self, seeds: Any, noise: Any, *others: Any) -> list[int]:
+            acts_as_other = torch.equal(policy.network.action_head.bias, other.network.action_head.bias)
+            acted.append((acts_as_other, noise is not None))
+            return super()._attempt(seeds, noise, *others)
+
+    chosen = options(steps_per_iteration=1, retries=4)
+    snapshot = {name: parameter.detach().clone() for name, parameter in other.network.named_parameters()}
+    before = {name: parameter.clone() for name, parameter in policy.network.named_parameters()}
+    replay, counters = TrajectoryReplay(2000, 2, 1), OnlineCounters(next_seed=100)
+    Watched(policy, task, chosen, snapshot).collect(SelfImitation(policy, chosen, seed=3), replay, counters)
+    assert acted == [(False, False), (True, False), (False, True), (True, True), (False, True)]
+    assert all(torch.equal(parameter, before[name]) for name, parameter in policy.network.named_parameters())
+    assert counters.retries_solved > 0
+    assert counters.episodes == 10
+
+
 def test_every_env_step_is_counted_and_none_is_played_beyond_the_last() -> None:
     task = make_task(n=4)
     played = [0]
@@ -322,6 +345,27 @@ def test_the_learning_rate_falls_to_zero_in_every_iteration() -> None:
     assert rates[4:20] == sorted(rates[4:20], reverse=True)
     assert rates[0] == pytest.approx(0.2)
     assert 0 < rates[19] < 0.02
+
+
+def test_every_iteration_clones_anew_where_there_is_a_start() -> None:
+    """What earlier iterations made of the parameters and of the optimiser's moments is gone after its first step."""
+    chosen = options(updates_per_iteration=2, learning_rate=1e-2)
+    replay = TrajectoryReplay(1000, 2, 1)
+    replay.add(episode(4), 0.0, demonstrated=True)
+    start = {name: p.detach().clone() for name, p in make_learner().network.named_parameters()}
+
+    def after(updates: Sequence[int], start: Mapping[str, torch.Tensor] | None) -> dict[str, torch.Tensor]:
+        learner = SelfImitation(make_learner(), chosen, start=start)
+        for update in updates:
+            learner.update(replay, update)
+        return {name: p.detach() for name, p in learner.parameters.items()}
+
+    def distance(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> float:
+        return max(float((one[name] - other[name]).abs().max()) for name in one)
+
+    assert distance(after([4, 5], start), after([0, 1, 2, 3, 4, 5], start)) == 0
+    assert distance(after([4, 5], None), after([0, 1, 2, 3, 4, 5], None)) > 1e-3
+    assert distance(after([4, 5], start), after([4], start)) > 1e-3, "the second step goes on from the first"
 
 
 class StopError(Exception):

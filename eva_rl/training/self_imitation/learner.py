@@ -8,14 +8,17 @@ it little.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
+from torch import Tensor
 
 from eva_rl.agents.policy import DecisionTransformerPolicy
 from eva_rl.data.replay import TrajectoryReplay
 from eva_rl.training.bc import Extension
 from eva_rl.training.learner import Choice, Explore, Learner, step_generators
 from eva_rl.training.losses import clone_loss
+from eva_rl.training.optimizer import restore_parameters
 from eva_rl.training.options import SelfImitationOptions
 
 
@@ -27,6 +30,8 @@ class SelfImitation(Learner):
         options: Hyperparameters.
         seed: Of all random draws.
         extension: What the adapter's method adds.
+        start: The parameters before any cloning, by name, from which every iteration clones anew; None goes on with
+            those of the iteration before.
     """
 
     def __init__(
@@ -36,8 +41,10 @@ class SelfImitation(Learner):
         *,
         seed: int = 0,
         extension: Extension | None = None,
+        start: Mapping[str, Tensor] | None = None,
     ) -> None:
         super().__init__(policy, options, seed=seed, extension=extension)
+        self._start = start
         self._weights = (options.demonstration_share, options.retry_weight)
 
     def can_learn(self, replay: TrajectoryReplay, failures: int) -> bool:
@@ -64,6 +71,9 @@ class SelfImitation(Learner):
 
     def update(self, replay: TrajectoryReplay, update: int) -> dict[str, float]:
         """One gradient step of cloning."""
+        if self._start is not None and update % self.options.updates_per_iteration == 0:
+            restore_parameters({name: self.parameters[name] for name in self._start}, self._start, "")
+            self.optimizer.state.clear()
         rng, _ = step_generators(self.seed, update)
         weights = replay.imitation_weights(*self._weights)
         batch = replay.sample_as_asked(self.options.batch_size, rng, self.context_length, self.scaling, weights)

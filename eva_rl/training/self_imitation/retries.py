@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,24 +21,34 @@ from eva_rl.errors import UserError
 from eva_rl.training.collector import OnlineCounters, TaskEnvs, check_finite
 from eva_rl.training.learner import Learner, collection_generator
 from eva_rl.training.options import SelfImitationOptions
+from eva_rl.training.snapshot import acting_as
 
 
 class RetryingCollector:
     """Rounds of one episode an environment, with retries of those that failed; solved episodes are kept.
 
-    The first attempts are the policy's own, without noise. Retries add noise, until one succeeds. Nothing is under way
-    between two iterations.
+    The first attempts are the policy's own, without noise. Retries, until one succeeds, are with noise; where there is
+    a snapshot of other parameters, it plays the first of them without noise, and every other one of the rest with it.
+    Nothing is under way between two iterations.
 
     Args:
         policy: Acts.
         task: Where: a :class:`TaskVecEnv` whose episodes end at their first success.
         options: How often, and with which noise.
+        snapshot: Other values of the policy's trainable parameters, by name; None if there are none.
     """
 
     acting = True
 
-    def __init__(self, policy: DecisionTransformerPolicy, task: TaskEnvs, options: SelfImitationOptions) -> None:
+    def __init__(
+        self,
+        policy: DecisionTransformerPolicy,
+        task: TaskEnvs,
+        options: SelfImitationOptions,
+        snapshot: Mapping[str, Tensor] | None = None,
+    ) -> None:
         assert isinstance(task.vec_env, TaskVecEnv)
+        self._snapshot = snapshot
         self._policy, self._env_id, self._vec_env, self._options = policy, task.env_id, task.vec_env, options
 
     def begin(self, counters: OnlineCounters) -> None:
@@ -66,12 +77,20 @@ class RetryingCollector:
         while counters.env_steps < until:
             failed: Sequence[int] = range(counters.next_seed, counters.next_seed + n)
             counters.next_seed += n
-            for attempt in range(1 + options.retries):
-                noise = SmoothNoise(options.exploration_noise, options.noise_steps, generator) if attempt else None
-                failed = self._attempt(failed, noise, replay, counters)
+            failed = self._attempt(failed, None, replay, counters)
+            for retry in range(options.retries):
+                by_snapshot = self._snapshot is not None and retry % 2 == 0
+                noise = SmoothNoise(options.exploration_noise, options.noise_steps, generator)
+                with acting_as(self._policy.network, self._snapshot) if by_snapshot else nullcontext():
+                    failed = self._attempt(failed, noise if retry or not by_snapshot else None, replay, counters, True)
 
     def _attempt(
-        self, seeds: Sequence[int], noise: SmoothNoise | None, replay: TrajectoryReplay, counters: OnlineCounters
+        self,
+        seeds: Sequence[int],
+        noise: SmoothNoise | None,
+        replay: TrajectoryReplay,
+        counters: OnlineCounters,
+        retried: bool = False,
     ) -> list[int]:
         """Play one episode from each start; returns those in which the task was not solved."""
         left = self._options.env_steps - counters.env_steps
@@ -88,7 +107,7 @@ class RetryingCollector:
                 f"algo=self_imitation learns from episodes in which the task is solved, and {self._env_id} reports no "
                 "success. Use algo=odt_td3."
             )
-        return self._count_and_keep(attempts.finished(), noise is not None, replay, counters)
+        return self._count_and_keep(attempts.finished(), retried, replay, counters)
 
     def _count_and_keep(
         self, episodes: dict[int, Episode], retried: bool, replay: TrajectoryReplay, counters: OnlineCounters
