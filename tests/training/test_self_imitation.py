@@ -188,10 +188,10 @@ def test_a_snapshot_plays_every_other_retry_and_the_first_without_noise() -> Non
     acted: list[tuple[bool, bool]] = []
 
     class Watched(RetryingCollector):
-        def _attempt(self, seeds: Any, noise: Any, *others: Any) -> list[int]:
+        def _attempt(self, seeds: Any, noise: Any, *others: Any, **more: Any) -> list[int]:
             acts_as_other = torch.equal(policy.network.action_head.bias, other.network.action_head.bias)
             acted.append((acts_as_other, noise is not None))
-            return super()._attempt(seeds, noise, *others)
+            return super()._attempt(seeds, noise, *others, **more)
 
     chosen = options(steps_per_iteration=1, retries=4)
     snapshot = {name: parameter.detach().clone() for name, parameter in other.network.named_parameters()}

@@ -79,10 +79,11 @@ class RetryingCollector:
             counters.next_seed += n
             failed = self._attempt(failed, None, replay, counters)
             for retry in range(options.retries):
-                by_snapshot = self._snapshot is not None and retry % 2 == 0
+                snapshot = None if retry % 2 else self._snapshot
                 noise = SmoothNoise(options.exploration_noise, options.noise_steps, generator)
-                with acting_as(self._policy.network, self._snapshot) if by_snapshot else nullcontext():
-                    failed = self._attempt(failed, noise if retry or not by_snapshot else None, replay, counters, True)
+                with nullcontext() if snapshot is None else acting_as(self._policy.network, snapshot):
+                    without = snapshot is not None and retry == 0
+                    failed = self._attempt(failed, None if without else noise, replay, counters, retried=True)
 
     def _attempt(
         self,
@@ -90,6 +91,7 @@ class RetryingCollector:
         noise: SmoothNoise | None,
         replay: TrajectoryReplay,
         counters: OnlineCounters,
+        *,
         retried: bool = False,
     ) -> list[int]:
         """Play one episode from each start; returns those in which the task was not solved."""
