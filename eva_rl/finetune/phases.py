@@ -45,10 +45,11 @@ from eva_rl.training.learner import Learner, step_generators
 from eva_rl.training.odt import OnlineDecisionTransformer
 from eva_rl.training.odt_td3 import TD3DecisionTransformer
 from eva_rl.training.online import train_online
+from eva_rl.training.optimizer import trainable_parameters
 from eva_rl.training.options import AUTO, BFLOAT16
 from eva_rl.training.self_imitation.learner import SelfImitation
 from eva_rl.training.self_imitation.retries import RetryingCollector
-from eva_rl.training.snapshot import load_snapshot, save_snapshot, trainable
+from eva_rl.training.self_imitation.snapshot import load_snapshot, save_snapshot
 
 Replayed: TypeAlias = ODTAlgo | ODTTD3Algo | SelfImitationAlgo
 """Algorithms that learn from a replay of whole episodes."""
@@ -88,7 +89,7 @@ def _train(session: Session, adapter: AttachedAdapter, tracker: Tracker) -> Trai
     if isinstance(algo, BCAlgo):
         return Training(clone(session, adapter, algo, tracker.log))
     assert isinstance(algo, OnlineAlgo)
-    start = {name: p.detach().clone() for name, p in trainable(session.policy.network).items()}
+    start = {name: p.detach().clone() for name, p in trainable_parameters(session.policy.network).items()}
     first = _clone_first(session, adapter, algo, tracker) if algo.bc.updates else Training({})
     if isinstance(algo, PPOAlgo | TD3Algo):
         return replace(first, costs={**first.costs, **learn_sb3(session, algo, tracker)})

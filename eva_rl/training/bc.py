@@ -31,6 +31,7 @@ from eva_rl.training.optimizer import (
     restore_optimizer,
     restore_parameters,
     set_learning_rate,
+    trainable_parameters,
 )
 from eva_rl.training.options import BCOptions
 from eva_rl.training.precision import choose_precision
@@ -186,7 +187,7 @@ class _Run:
         process_group: ProcessGroup,
     ) -> _Run:
         """Begin, or resume from the latest checkpoint, at the same step with the same weights on every process."""
-        parameters = {name: p for name, p in policy.network.named_parameters() if p.requires_grad}
+        parameters = trainable_parameters(policy.network)
         factor = extension.learning_rate_factor if extension else None
         averaged = math.ceil(options.ema * options.updates)
         average = WeightAverage(parameters, options.updates - averaged + 1) if averaged else None

@@ -22,6 +22,7 @@ from eva_rl.training.optimizer import (
     restore_optimizer,
     restore_parameters,
     set_learning_rate,
+    trainable_parameters,
 )
 from eva_rl.training.options import ReplayOptions
 
@@ -67,9 +68,7 @@ class Learner(ABC):
         self.options, self.seed, self.extension, self._policy = options, seed, extension, policy
         self.scaling = policy.scaling.to("cpu")
         self.context_length = policy.network.config.context_length
-        self.parameters: Mapping[str, nn.Parameter] = {
-            name: p for name, p in (actor or policy.network).named_parameters() if p.requires_grad
-        }
+        self.parameters: Mapping[str, nn.Parameter] = trainable_parameters(actor or policy.network)
         factor = extension.learning_rate_factor if extension else None
         self.optimizer = make_optimizer(self.parameters, options, factor)
         self._trained: dict[str, tuple[Mapping[str, nn.Parameter], torch.optim.Optimizer]] = {}

@@ -107,6 +107,11 @@ def restore_optimizer(
             }
 
 
+def trainable_parameters(network: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that are trained, by name."""
+    return {name: p for name, p in network.named_parameters() if p.requires_grad}
+
+
 def restore_parameters(parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor], prefix: str) -> None:
     """Put parameters back from a checkpoint.
 

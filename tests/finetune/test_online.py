@@ -27,7 +27,7 @@ from eva_rl.finetune.command import main
 from eva_rl.rollouts.evaluation import evaluate_policy
 from eva_rl.tracking.tracker import read_metrics
 from eva_rl.training.checkpoint import TENSORS_FILE
-from eva_rl.training.snapshot import load_snapshot
+from eva_rl.training.self_imitation.snapshot import load_snapshot
 
 SMALL = [
     "env=reach-v3",

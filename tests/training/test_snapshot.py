@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from eva_rl.agents import DecisionTransformerPolicy
-from eva_rl.training.snapshot import acting_as, load_snapshot, save_snapshot, trainable
+from eva_rl.training.optimizer import trainable_parameters
+from eva_rl.training.self_imitation.snapshot import acting_as, load_snapshot, save_snapshot
 from tests.training.problems import make_learner
 
 
@@ -28,10 +29,10 @@ def test_it_acts_and_leaves_the_policy_as_it_was(tmp_path: Path) -> None:
     save_snapshot(policy.network, path)
     snapshot = load_snapshot(path)
     assert snapshot is not None
-    assert snapshot.keys() == trainable(policy.network).keys()
+    assert snapshot.keys() == trainable_parameters(policy.network).keys()
     assert not any(name.startswith("embed_state") for name in snapshot)
     with torch.no_grad():
-        for parameter in trainable(policy.network).values():
+        for parameter in trainable_parameters(policy.network).values():
             parameter.add_(0.1)
     own, later = {n: p.clone() for n, p in policy.network.named_parameters()}, first_actions(policy)
     assert np.abs(later - earlier).max() > 0.01

@@ -21,7 +21,7 @@ from eva_rl.errors import UserError
 from eva_rl.training.collector import OnlineCounters, TaskEnvs, check_finite
 from eva_rl.training.learner import Learner, collection_generator
 from eva_rl.training.options import SelfImitationOptions
-from eva_rl.training.snapshot import acting_as
+from eva_rl.training.self_imitation.snapshot import acting_as
 
 
 class RetryingCollector:
@@ -79,11 +79,23 @@ class RetryingCollector:
             counters.next_seed += n
             failed = self._attempt(failed, None, replay, counters)
             for retry in range(options.retries):
-                snapshot = None if retry % 2 else self._snapshot
-                noise = SmoothNoise(options.exploration_noise, options.noise_steps, generator)
-                with nullcontext() if snapshot is None else acting_as(self._policy.network, snapshot):
-                    without = snapshot is not None and retry == 0
-                    failed = self._attempt(failed, None if without else noise, replay, counters, retried=True)
+                failed = self._retry(retry, failed, generator, replay, counters) if failed else failed
+
+    def _retry(
+        self,
+        retry: int,
+        seeds: Sequence[int],
+        generator: torch.Generator,
+        replay: TrajectoryReplay,
+        counters: OnlineCounters,
+    ) -> list[int]:
+        """Play from starts that failed, for the time ``retry`` from 0; returns those that failed again."""
+        options, network = self._options, self._policy.network
+        snapshot = None if retry % 2 else self._snapshot
+        noise = SmoothNoise(options.exploration_noise, options.noise_steps, generator)
+        quiet = snapshot is not None and retry == 0
+        with nullcontext() if snapshot is None else acting_as(network, snapshot):
+            return self._attempt(seeds, None if quiet else noise, replay, counters, retried=True)
 
     def _attempt(
         self,

@@ -14,17 +14,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from eva_rl.files import write_file
-from eva_rl.training.optimizer import restore_parameters
-
-
-def trainable(network: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that are trained, by name."""
-    return {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
+from eva_rl.training.optimizer import restore_parameters, trainable_parameters
 
 
 def save_snapshot(network: nn.Module, path: Path) -> None:
     """Write the trainable parameters as they are."""
-    tensors = {name: p.detach().cpu().contiguous() for name, p in trainable(network).items()}
+    tensors = {name: p.detach().cpu().contiguous() for name, p in trainable_parameters(network).items()}
     write_file(path, lambda aside: save_file(tensors, aside))
 
 
