@@ -162,11 +162,14 @@ def table(arguments: argparse.Namespace) -> None:
     if arguments.page:
         import pages
 
-        pages.write_between(arguments.page, BEGIN, END, markdown_table(shown))
+        pages.write_between(arguments.page, *around(arguments.part), markdown_table(shown))
 
 
-BEGIN, END = "<!-- CW10, written by benchmarks/online_cw10.py table -->", "<!-- end of CW10 -->"
-"""Around the table of a page."""
+def around(part: str) -> tuple[str, str]:
+    """The lines around a table of a page."""
+    return f"<!-- {part}, written by benchmarks/online_cw10.py table -->", f"<!-- end of {part} -->"
+
+
 HEAD = ("task", "algo", "seeds", "before", "after cloning", "at the end", "each seed, after cloning and at the end")
 
 
@@ -221,6 +224,7 @@ def main() -> None:
     all_of_them.add_argument("folder", type=Path, help="of records, or a file that --out wrote")
     all_of_them.add_argument("--out", type=Path, help="one file of all records")
     all_of_them.add_argument("--page", type=Path, help="rewrite the table of a page")
+    all_of_them.add_argument("--part", default="CW10", help="which table of the page")
     all_of_them.set_defaults(call=table)
     arguments = parser.parse_args()
     arguments.call(arguments)

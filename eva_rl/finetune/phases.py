@@ -178,7 +178,8 @@ def learn(
     task = session.online_task(vec_env)
     retrying = None
     if isinstance(algo, SelfImitationAlgo):
-        retrying = RetryingCollector(policy, task, algo, load_snapshot(session.snapshot_file))
+        snapshot = load_snapshot(session.snapshot_file) if snapshot_update(algo) else None
+        retrying = RetryingCollector(policy, task, algo, snapshot)
     try:
         with training_progress(algo.env_steps, "env steps") as bar:
             counters = train_online(

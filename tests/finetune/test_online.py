@@ -254,6 +254,24 @@ def test_a_snapshot_is_taken_in_the_middle_of_cloning(policy_folder: Path, tmp_p
     assert all(not torch.equal(later[f"parameter/{name}"], value) for name, value in moved.items())
 
 
+@pytest.mark.slow
+def test_what_is_left_of_another_start_plays_no_retries(
+    policy_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir, given = tmp_path / "run", []
+    monkeypatch.setattr(phases, "load_snapshot", lambda _: {"left": torch.zeros(1)})
+
+    class Watched(phases.RetryingCollector):
+        def __init__(self, *arguments: Any) -> None:
+            given.append(arguments[3])
+            super().__init__(*arguments)
+
+    monkeypatch.setattr(phases, "RetryingCollector", Watched)
+    arguments = command(policy_folder, run_dir, "bc_then_self_imitation", "algo.bc.updates=2", "algo.env_steps=60")
+    assert main([*arguments, "algo.snapshot=0"]) == 0
+    assert given == [None]
+
+
 def test_snapshots_are_of_self_imitation_after_cloning() -> None:
     def at(*arguments: str) -> int:
         algo = parse("finetune", ["env=reach-v3", *arguments]).algo
