@@ -30,11 +30,12 @@ def test_every_key_is_up_to_date() -> None:
     assert (DOCS / "config.md").read_text() == script(DOCS / "make_config.py").page(), "run: python docs/make_config.py"
 
 
-def test_the_table_of_cw10_comes_from_its_records() -> None:
-    module, path = script(ROOT / "benchmarks/online_cw10.py"), DOCS / "results/online-cw10.json"
-    page = (DOCS / "online.md").read_text()
-    found = page.partition(module.BEGIN)[2].partition(module.END)[0].strip()
-    again = "run: python benchmarks/online_cw10.py table docs/results/online-cw10.json --page docs/online.md"
+@pytest.mark.parametrize(("part", "records"), [("CW10", "online-cw10.json")])
+def test_the_tables_of_cw10_come_from_their_records(part: str, records: str) -> None:
+    module, path = script(ROOT / "benchmarks/online_cw10.py"), DOCS / "results" / records
+    begin, end = module.around(part)
+    found = (DOCS / "online.md").read_text().partition(begin)[2].partition(end)[0].strip()
+    again = f"run: python benchmarks/online_cw10.py table {path} --page docs/online.md --part {part}"
     assert found == markdown_table(module.success_table(json.loads(path.read_text()))), again
 
 
