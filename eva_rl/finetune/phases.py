@@ -129,7 +129,7 @@ def snapshot_update(algo: OnlineAlgo) -> int:
     """The gradient step of cloning after which a snapshot is taken; 0 where none is."""
     if not isinstance(algo, SelfImitationAlgo) or not algo.snapshot:
         return 0
-    return min(max(1, round(algo.snapshot * algo.bc.updates)), algo.bc.updates - 1)
+    return max(0, min(max(1, round(algo.snapshot * algo.bc.updates)), algo.bc.updates - 1))
 
 
 def clone(session: Session, adapter: AttachedAdapter, algo: BCAlgo, log: Log, snapshot_at: int = 0) -> dict[str, float]:

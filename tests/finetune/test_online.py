@@ -282,6 +282,7 @@ def test_snapshots_are_of_self_imitation_after_cloning() -> None:
     assert at("algo=bc_then_self_imitation", "algo.bc.updates=100", "algo.snapshot=0.001") == 1
     assert at("algo=bc_then_self_imitation", "algo.bc.updates=1") == 0
     assert at("algo=bc_then_self_imitation", "algo.snapshot=0") == 0
+    assert at("algo=self_imitation") == 0
     assert at("algo=bc_then_odt_td3") == 0
 
 
