@@ -46,19 +46,36 @@ def test_the_shipped_policy_s_command_is_the_script_s() -> None:
     assert [shlex.split(line) for line in shown] == [shlex.split(command.replace("$runs", "runs/mt40"))]
 
 
-def test_the_table_of_lengths_comes_from_its_records() -> None:
+def by_method_and_task(study: str, key: str) -> dict[str, list[list[float]]]:
+    """A number of the summaries of a study's records: by method, for each task, for each seed."""
     found: dict[str, dict[str, list[float]]] = {}
-    for path in sorted((DOCS / "results/updates").rglob("*.json")):
+    for path in sorted((DOCS / "results" / study).rglob("*.json")):
         record = json.loads(path.read_text())
         method = found.setdefault(record["about"]["method"], {})
-        method.setdefault(record["config"]["env"]["id"], []).append(record["summary"]["eval/success_rate"])
-    page = (DOCS / "learning_rates.md").read_text()
-    for name, tasks in found.items():
-        rates = list(tasks.values())
+        method.setdefault(record["config"]["env"]["id"], []).append(record["summary"][key])
+    return {name: list(tasks.values()) for name, tasks in found.items()}
+
+
+def test_the_table_of_lengths_comes_from_its_records() -> None:
+    found, page = by_method_and_task("updates", "eval/success_rate"), (DOCS / "learning_rates.md").read_text()
+    for name, rates in found.items():
         cells = [", ".join(f"{rate:.2f}" for rate in seeds) for seeds in rates]
         _, updates, _, windows = name.split("_")
         assert f"| {updates} x {windows} | {' | '.join(cells)} | {np.mean(rates):.2f} |" in page
     assert len(found) == 3
+
+
+def test_the_table_of_precisions_comes_from_its_records() -> None:
+    found, page = by_method_and_task("precision", "eval/success_rate"), (DOCS / "scaling.md").read_text()
+    losses, seconds = by_method_and_task("precision", "eval/cloning_loss"), by_method_and_task("precision", "seconds")
+    for name, rates in found.items():
+        cells = " | ".join(f"{np.mean(seeds):.2f}" for seeds in rates)
+        took = np.median([one["train"] for seeds in seconds[name] for one in seeds])  # type: ignore[index]
+        row = f"| {name} | {cells} | {np.mean(rates):.2f} | {1000 * np.mean(losses[name]):.1f} | {took:.0f} |"
+        assert row in page, row
+    assert sorted(found) == ["bfloat16", "float32"]
+    change = np.subtract(found["bfloat16"], found["float32"]).mean()
+    assert f"The difference is {change:.3f} [" in page
 
 
 def explained(section: str) -> re.Pattern[str]:
