@@ -103,7 +103,7 @@ def record_clip(
     except UserError:
         raise
     except Exception as error:  # of the renderer, whose errors differ by backend
-        if can_render():
+        if isinstance(error, NotImplementedError) or can_render():  # the former is gymnasium.Env's own render()
             raise UserError(
                 f"{env} gives no frames: render() of mode rgb_array raised {type(error).__name__}: {error}. Leave out "
                 "video=true."
