@@ -30,7 +30,7 @@ def test_every_key_is_up_to_date() -> None:
     assert (DOCS / "config.md").read_text() == script(DOCS / "make_config.py").page(), "run: python docs/make_config.py"
 
 
-@pytest.mark.parametrize(("part", "records"), [("CW10", "online-cw10.json")])
+@pytest.mark.parametrize(("part", "records"), [("CW10", "online-cw10.json"), ("sparse", "online-sparse.json")])
 def test_the_tables_of_cw10_come_from_their_records(part: str, records: str) -> None:
     module, path = script(ROOT / "benchmarks/online_cw10.py"), DOCS / "results" / records
     begin, end = module.around(part)
