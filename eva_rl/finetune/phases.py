@@ -45,7 +45,7 @@ from eva_rl.training.learner import Learner, step_generators
 from eva_rl.training.odt import OnlineDecisionTransformer
 from eva_rl.training.odt_td3 import TD3DecisionTransformer
 from eva_rl.training.online import train_online
-from eva_rl.training.optimizer import trainable_parameters
+from eva_rl.training.optimizer import copy_of, trainable_parameters
 from eva_rl.training.options import AUTO, BFLOAT16
 from eva_rl.training.self_imitation.learner import SelfImitation
 from eva_rl.training.self_imitation.retries import RetryingCollector
@@ -89,7 +89,8 @@ def _train(session: Session, adapter: AttachedAdapter, tracker: Tracker) -> Trai
     if isinstance(algo, BCAlgo):
         return Training(clone(session, adapter, algo, tracker.log))
     assert isinstance(algo, OnlineAlgo)
-    start = {name: p.detach().clone() for name, p in trainable_parameters(session.policy.network).items()}
+    anew = isinstance(algo, SelfImitationAlgo) and algo.restart
+    start = copy_of(trainable_parameters(session.policy.network)) if anew else None
     first = _clone_first(session, adapter, algo, tracker) if algo.bc.updates else Training({})
     if isinstance(algo, PPOAlgo | TD3Algo):
         return replace(first, costs={**first.costs, **learn_sb3(session, algo, tracker)})
@@ -166,9 +167,9 @@ def clone(session: Session, adapter: AttachedAdapter, algo: BCAlgo, log: Log, sn
 
 
 def learn(
-    session: Session, adapter: AttachedAdapter, algo: Replayed, tracker: Tracker, start: Mapping[str, Tensor]
+    session: Session, adapter: AttachedAdapter, algo: Replayed, tracker: Tracker, start: Mapping[str, Tensor] | None
 ) -> dict[str, float]:
-    """Alternate rollouts and gradient updates; ``start`` has the trainable parameters before any cloning."""
+    """Alternate rollouts and gradient updates; ``start`` has what every iteration begins with, if anything."""
     policy = session.policy
     if policy.network.log_std_head is not None:
         policy.network.log_std_head.requires_grad_(True)
@@ -245,13 +246,15 @@ def make_replay(session: Session, algo: Replayed) -> TrajectoryReplay:
     return replay
 
 
-def make_algorithm(session: Session, adapter: AttachedAdapter, algo: Replayed, start: Mapping[str, Tensor]) -> Learner:
+def make_algorithm(
+    session: Session, adapter: AttachedAdapter, algo: Replayed, start: Mapping[str, Tensor] | None
+) -> Learner:
     """The algorithm of the options, on the session's policy."""
     policy, seed, extension = session.policy, session.config.seed, adapter.extension
     if isinstance(algo, ODTTD3Algo):
         return TD3DecisionTransformer(policy, algo, seed=seed, extension=extension)
     if isinstance(algo, SelfImitationAlgo):
-        return SelfImitation(policy, algo, seed=seed, extension=extension, start=start if algo.restart else None)
+        return SelfImitation(policy, algo, seed=seed, extension=extension, start=start)
     return OnlineDecisionTransformer(policy, algo, seed=seed, extension=extension)
 
 

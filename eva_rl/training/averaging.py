@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_swa_multi_avg_fn
 
+from eva_rl.training.optimizer import copy_of, restore_parameters
+
 COUNT = "count"
 """Beside the means in a checkpoint: the number of steps that they are of."""
 _mean_with = get_swa_multi_avg_fn()  # type: ignore[no-untyped-call]  # torch leaves it untyped
@@ -25,7 +27,7 @@ class WeightAverage:
     def __init__(self, parameters: Mapping[str, nn.Parameter], first: int) -> None:
         self.first, self.count = first, 0
         self._parameters = parameters
-        self._means = {name: p.detach().clone() for name, p in parameters.items()}
+        self._means = copy_of(parameters)
 
     def add(self, update: int) -> None:
         """Count the parameters as they are after gradient step ``update``, if it is one of those that count."""
@@ -42,21 +44,17 @@ class WeightAverage:
     def take(self) -> None:
         """Give the parameters their means; nothing where no step counted."""
         if self.count:
-            with torch.no_grad():
-                for name, parameter in self._parameters.items():
-                    parameter.copy_(self._means[name])
+            restore_parameters(self._parameters, self._means, "")
 
     @contextmanager
     def applied(self) -> Iterator[None]:
         """The means in place of the parameters, inside the ``with`` block; the parameters where no step counted."""
-        current = {name: p.detach().clone() for name, p in self._parameters.items()}
+        current = copy_of(self._parameters)
         self.take()
         try:
             yield
         finally:
-            with torch.no_grad():
-                for name, parameter in self._parameters.items():
-                    parameter.copy_(current[name])
+            restore_parameters(self._parameters, current, "")
 
     def tensors(self) -> dict[str, Tensor]:
         """State for a checkpoint."""

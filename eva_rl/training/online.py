@@ -18,6 +18,7 @@ from eva_rl.training.bc import Log
 from eva_rl.training.checkpoint import Checkpoints, TrainState, below
 from eva_rl.training.collector import Collector, EpisodeCollector, OnlineCounters, TaskEnvs
 from eva_rl.training.learner import Learner
+from eva_rl.training.optimizer import copy_of
 
 REPLAY, ALGORITHM, BEST = "replay/", "algorithm/", "best/"
 SCORES = ("success_rate", "mean_reward")
@@ -116,7 +117,7 @@ class _Best:
     parameters: dict[str, Tensor] = field(default_factory=dict)
 
     def keep(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        self.parameters = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+        self.parameters = copy_of(parameters)
 
     def restore(self, parameters: Mapping[str, nn.Parameter]) -> None:
         with torch.no_grad():

@@ -112,6 +112,11 @@ def trainable_parameters(network: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in network.named_parameters() if p.requires_grad}
 
 
+def copy_of(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The values as they are now, by name."""
+    return {name: parameter.detach().clone() for name, parameter in parameters.items()}
+
+
 def restore_parameters(parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor], prefix: str) -> None:
     """Put parameters back from a checkpoint.
 

@@ -79,7 +79,8 @@ class RetryingCollector:
             counters.next_seed += n
             failed = self._attempt(failed, None, replay, counters)
             for retry in range(options.retries):
-                failed = self._retry(retry, failed, generator, replay, counters) if failed else failed
+                if failed:
+                    failed = self._retry(retry, failed, generator, replay, counters)
 
     def _retry(
         self,
@@ -93,9 +94,8 @@ class RetryingCollector:
         options, network = self._options, self._policy.network
         snapshot = None if retry % 2 else self._snapshot
         noise = SmoothNoise(options.exploration_noise, options.noise_steps, generator)
-        quiet = snapshot is not None and retry == 0
         with nullcontext() if snapshot is None else acting_as(network, snapshot):
-            return self._attempt(seeds, None if quiet else noise, replay, counters, retried=True)
+            return self._attempt(seeds, noise if retry or snapshot is None else None, replay, counters, retried=True)
 
     def _attempt(
         self,
@@ -108,7 +108,7 @@ class RetryingCollector:
     ) -> list[int]:
         """Play one episode from each start; returns those in which the task was not solved."""
         left = self._options.env_steps - counters.env_steps
-        if not seeds or left <= 0:
+        if left <= 0:
             return []
         attempts = Attempts(self._vec_env, seeds)
         self._policy.reset([self._env_id] * len(seeds))

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from eva_rl.files import write_file
-from eva_rl.training.optimizer import restore_parameters, trainable_parameters
+from eva_rl.training.optimizer import copy_of, restore_parameters, trainable_parameters
 
 
 def save_snapshot(network: nn.Module, path: Path) -> None:
@@ -36,7 +36,7 @@ def acting_as(network: nn.Module, snapshot: Mapping[str, Tensor]) -> Iterator[No
         ValueError: The snapshot lacks a trainable parameter, or has it in another shape.
     """
     parameters = {name: p for name, p in network.named_parameters() if name in snapshot}
-    own = {name: p.detach().clone() for name, p in parameters.items()}
+    own = copy_of(parameters)
     try:
         restore_parameters(parameters, snapshot, "")
         yield
