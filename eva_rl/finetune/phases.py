@@ -137,13 +137,6 @@ def clone(session: Session, adapter: AttachedAdapter, algo: BCAlgo, log: Log, sn
     """Behaviour cloning of the demonstrations, with a snapshot after gradient step ``snapshot_at`` unless that is 0."""
     config, policy = session.config, session.policy
     assert session.sampler is not None
-
-    def validate(update: int) -> Mapping[str, float]:
-        if update == snapshot_at:
-            save_snapshot(policy.network, session.snapshot_file)
-        validated = update in config.eval.at or (config.eval.every and update % config.eval.every == 0)
-        return session.validate(update) if validated else {}
-
     say(f"Cloning: {counted(algo.updates, 'gradient step')}, peak learning rate {float(algo.learning_rate):g}.")
     draw = ShardedSampler(session.sampler, session.process_group)
     with training_progress(algo.updates) as bar, prefetching(draw, policy.device) as ahead:
@@ -152,11 +145,12 @@ def clone(session: Session, adapter: AttachedAdapter, algo: BCAlgo, log: Log, sn
             ahead,
             algo,
             log=bar.also(log),
-            evaluate=validate,
+            evaluate=session.validate,
             eval_every=config.eval.every,
-            eval_at={*config.eval.at, snapshot_at},
+            eval_at=config.eval.at,
             checkpoints=Checkpoints(session.checkpoint_dir, config.checkpoint.every, config.checkpoint.seconds),
             extension=adapter.extension,
+            after={snapshot_at: partial(save_snapshot, policy.network, session.snapshot_file)},
         )
         bar.at(counters.update)
     costs = {"updates": counters.update, "seconds_per_update": counters.seconds / max(1, counters.update)}

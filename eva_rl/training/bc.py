@@ -96,6 +96,7 @@ def train_bc(  # noqa: PLR0913 - three values, what it reports to, and what othe
     checkpoints: Checkpoints | None = None,
     extension: Extension | None = None,
     process_group: ProcessGroup | None = None,
+    after: Mapping[int, Callable[[], object]] | None = None,
 ) -> Counters:
     """Clone the actions of the sampled windows, resuming from the latest checkpoint if one exists.
 
@@ -114,6 +115,7 @@ def train_bc(  # noqa: PLR0913 - three values, what it reports to, and what othe
         checkpoints: Where and when to save; None keeps no checkpoint.
         extension: What the adapter's method adds to the loop, if anything.
         process_group: This process among the others; None takes torch.distributed's default group.
+        after: Further calls after some gradient steps, before anything is saved there.
 
     Returns:
         The counters after the last update.
@@ -139,6 +141,8 @@ def train_bc(  # noqa: PLR0913 - three values, what it reports to, and what othe
             batch = sampler.sample(options.batch_size, counters.update, policy.device)
             loss, norm = step.take(batch, counters.update)
             counters.count(options.batch_size, time.perf_counter() - began)
+            if after and counters.update in after:
+                after[counters.update]()
             run.loss_since_point.add_(torch.stack([loss, torch.ones_like(loss)]))
             last = counters.update == options.updates
             due = counters.update in eval_at or (eval_every > 0 and counters.update % eval_every == 0)

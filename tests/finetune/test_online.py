@@ -244,6 +244,7 @@ def test_a_snapshot_is_taken_in_the_middle_of_cloning(policy_folder: Path, tmp_p
     arguments = command(policy_folder, run_dir, "bc_then_self_imitation", "algo.bc.updates=5", "algo.env_steps=60")
     assert main([*arguments, "algo.snapshot=0.4", "algo.eval_every=0"]) == 0
     assert not [row for row in read_metrics(run_dir) if "validation/success_rate" in row], "nobody asked to validate"
+    assert all(row.keys() - {"step", "wall_time"} for row in read_metrics(run_dir)), "no row without a metric"
     snapshot = load_snapshot(run_dir / "snapshot.safetensors")
     assert snapshot is not None
     moved = {name: value for name, value in snapshot.items() if "lora_B" in name}
