@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from eva_rl.agents.decision_transformer import ACTION, RETURN, REWARD, STATE, DecisionTransformer
+from eva_rl.agents.linear import Linear, linear
 from eva_rl.agents.transformer import ACTIVATIONS, Block
 
 AFFINE_TOLERANCE = 1e-4
 """Largest difference, relative to the outputs, of a layer from the matrix that it is folded into."""
 
-Linear = tuple[Tensor, Tensor | None]
+Affine = tuple[Tensor, Tensor | None]
 Norm = tuple[Tensor, Tensor, float]
 
 
@@ -30,11 +31,11 @@ class _Layer:
     """One block's weights: ``qkv`` are those of queries, keys and values, one below the other."""
 
     attention_norm: Norm
-    qkv: Linear
-    o_proj: Linear
+    qkv: Affine
+    o_proj: Affine
     mlp_norm: Norm
-    up_proj: Linear
-    down_proj: Linear
+    up_proj: Affine
+    down_proj: Affine
 
 
 class _NotFoldableError(Exception):
@@ -99,7 +100,7 @@ class CachedDecoder:
 
     def actions(self, features: Tensor) -> Tensor:
         """Deterministic actions (n, act) of hidden states (n, D)."""
-        raw = F.linear(features, *self._head)
+        raw = linear(features, *self._head)
         return torch.tanh(raw) if self._config.action_tanh else raw
 
     def embed(self, steps: dict[str, Tensor], timesteps: Tensor) -> Tensor:
@@ -110,7 +111,7 @@ class CachedDecoder:
             timesteps: (n, m).
         """
         time = F.embedding(timesteps.clamp(max=self._config.max_timestep - 1), self._times)
-        embedded = [F.linear(steps[kind], *self._kinds[kind]) + time for kind in self._config.token_order]
+        embedded = [linear(steps[kind], *self._kinds[kind]) + time for kind in self._config.token_order]
         n, m = timesteps.shape
         tokens = torch.stack(embedded, dim=2).view(n, m * len(embedded), -1)
         return _normalised(tokens, self._embed_norm)
@@ -132,7 +133,7 @@ class CachedDecoder:
     def _block(self, x: Tensor, layer: _Layer, index: int, end: int, mask: Tensor | None, only_last: bool) -> Tensor:
         n, m, D = x.shape
         H = self._config.num_heads
-        projected = F.linear(_normalised(x, layer.attention_norm), *layer.qkv).view(n, m, 3, H, D // H)
+        projected = linear(_normalised(x, layer.attention_norm), *layer.qkv).view(n, m, 3, H, D // H)
         q, k, v = projected.permute(2, 0, 3, 1, 4)  # (n, H, m, D / H) each
         keys, values = self._keys[index], self._values[index]
         keys[:, :, self.length : end] = k
@@ -143,9 +144,9 @@ class CachedDecoder:
         heads = F.scaled_dot_product_attention(
             q, keys[:, :, :end], values[:, :, :end], attn_mask=mask, is_causal=mask is None and not only_last
         )
-        x = x + F.linear(heads.transpose(1, 2).reshape(n, m, D), *layer.o_proj)
-        hidden = self._activation(F.linear(_normalised(x, layer.mlp_norm), *layer.up_proj))
-        return x + F.linear(hidden, *layer.down_proj)
+        x = x + linear(heads.transpose(1, 2).reshape(n, m, D), *layer.o_proj)
+        hidden = self._activation(linear(_normalised(x, layer.mlp_norm), *layer.up_proj))
+        return x + linear(hidden, *layer.down_proj)
 
 
 def _versions(network: nn.Module) -> list[int]:
@@ -182,11 +183,11 @@ def _layer(block: nn.Module) -> _Layer:
     )
 
 
-def _linear(module: nn.Module | None) -> Linear:
+def _linear(module: nn.Module | None) -> Affine:
     """Weight and bias of a linear layer; of another module what it does to the unit vectors, if that says all."""
     if module is None or _has_hooks(module):
         raise _NotFoldableError
-    if type(module) is nn.Linear:
+    if isinstance(module, nn.Linear) and type(module) in {Linear, nn.Linear}:
         return module.weight.detach(), None if module.bias is None else module.bias.detach()
     inputs = getattr(module, "in_features", None)
     if not isinstance(inputs, int):
@@ -201,7 +202,7 @@ def _linear(module: nn.Module | None) -> Linear:
 def _check_affine(module: Callable[[Tensor], Tensor], weight: Tensor, bias: Tensor) -> None:
     probe = torch.linspace(-1, 1, 3 * weight.shape[1], dtype=weight.dtype, device=weight.device).view(3, -1)
     expected = module(probe)
-    if not torch.allclose(F.linear(probe, weight, bias), expected, rtol=AFFINE_TOLERANCE, atol=AFFINE_TOLERANCE):
+    if not torch.allclose(linear(probe, weight, bias), expected, rtol=AFFINE_TOLERANCE, atol=AFFINE_TOLERANCE):
         raise _NotFoldableError
 
 

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from eva_rl.agents.linear import Linear
+
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
@@ -50,10 +52,10 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.dropout = dropout
-        self.q_proj = nn.Linear(hidden_size, hidden_size)
-        self.k_proj = nn.Linear(hidden_size, hidden_size)
-        self.v_proj = nn.Linear(hidden_size, hidden_size)
-        self.o_proj = nn.Linear(hidden_size, hidden_size)
+        self.q_proj = Linear(hidden_size, hidden_size)
+        self.k_proj = Linear(hidden_size, hidden_size)
+        self.v_proj = Linear(hidden_size, hidden_size)
+        self.o_proj = Linear(hidden_size, hidden_size)
 
     def forward(
         self, x: Tensor, mask: Tensor | None, queries: slice = slice(None), cache: Cache | None = None
@@ -110,8 +112,8 @@ class MLP(nn.Module):
 
     def __init__(self, hidden_size: int, inner_size: int, activation: str) -> None:
         super().__init__()
-        self.up_proj = nn.Linear(hidden_size, inner_size)
-        self.down_proj = nn.Linear(inner_size, hidden_size)
+        self.up_proj = Linear(hidden_size, inner_size)
+        self.down_proj = Linear(inner_size, hidden_size)
         self._activation = ACTIVATIONS[activation]
 
     def forward(self, x: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F  # noqa: N812
 
+from eva_rl.agents.linear import linear, product
 from eva_rl.agents.transformer import Attention
 
 ADALORA_EPSILON = 1e-5
@@ -88,7 +89,8 @@ class _FusedLinears(torch.autograd.Function):
         weights, outputs, layers = rest[:n], rest[n : 2 * n], _layers(ctx.scales, rest[2 * n :])
         needs = [ctx.needs_input_grad[2 + 5 * i : 7 + 5 * i] for i in range(n)]
         grad_x, inner = _inner_gradients(layers, grads, weights, ctx.gains, ctx.needs_input_grad[1])
-        grads_a = (inner.mT @ x).split([layer.a.shape[0] for layer in layers])  # (R_i, in) each
+        parts_a = product(inner.mT, x)
+        grads_a = torch.split(parts_a, [layer.a.shape[0] for layer in layers])  # (R_i, in) each
         parts = hidden.split([layer.a.shape[0] for layer in layers], dim=1)
         found: list[Tensor | None] = []
         for i, (layer, grad) in enumerate(zip(layers, grads, strict=True)):
@@ -108,11 +110,11 @@ def _outputs(x: Tensor, layers: Sequence[LowRank], weights: Sequence[Tensor]) ->
     biases = [None if layer.bias is None else layer.bias.to(x.dtype) for layer in layers]
     if len(layers) == 1 and x.shape[1] > len(weights[0]):  # x is the larger matrix: read it once
         a, weight, bias = layers[0].a.to(x.dtype), weights[0], biases[0]
-        wide = F.linear(x, torch.cat([weight, a]), None if bias is None else F.pad(bias, (0, len(a))))
+        wide = linear(x, torch.cat([weight, a]), None if bias is None else F.pad(bias, (0, len(a))))
         return (wide[:, : len(weight)],), wide[:, len(weight) :]
-    outputs = tuple(F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True))
+    outputs = tuple(linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True))
     stacked = torch.cat([layer.a for layer in layers]).to(x.dtype)
-    return outputs, (stacked @ x.mT).mT  # this order of the thin product is the faster one on CPUs
+    return outputs, product(stacked, x.mT).mT  # this order of the thin product is the faster one on CPUs
 
 
 def _inner_gradients(
@@ -131,7 +133,7 @@ def _inner_gradients(
         wide = _summed(grads, [torch.cat(pair, dim=1) for pair in zip(weights, columns, strict=True)])
         return wide[:, :inputs], wide[:, inputs:]
     thin = [
-        real.new_zeros(len(real), rank) if grad is None else (factor.mT @ grad.mT).mT
+        real.new_zeros(len(real), rank) if grad is None else product(factor.mT, grad.mT).mT
         for grad, factor, rank in zip(grads, factors, ranks, strict=True)
     ]
     return _summed(grads, weights) if needs_x else None, torch.cat(thin, dim=1)
@@ -145,11 +147,10 @@ def _scaled(layer: LowRank, gain: Tensor | None) -> Tensor:
 
 def _summed(grads: Sequence[Tensor | None], weights: Sequence[Tensor]) -> Tensor:
     """Sum of grad_i weight_i over the outputs that have a gradient."""
-    (first, weight), *others = [(g, w) for g, w in zip(grads, weights, strict=True) if g is not None]
-    total = first @ weight
-    for grad, weight in others:
-        total.addmm_(grad, weight)
-    return total
+    there = [(g, w) for g, w in zip(grads, weights, strict=True) if g is not None]
+    if len(there) == 1:
+        return product(*there[0])
+    return product(torch.cat([grad for grad, _ in there], dim=1), torch.cat([weight for _, weight in there]))
 
 
 def _layer_gradients(
@@ -161,7 +162,7 @@ def _layer_gradients(
     grad_bias = grad.sum(0).to(layer.bias.dtype) if needs[1] and layer.bias is not None else None
     grad_b = grad_m = None
     if needs[3]:
-        grad_b = (h.mT @ grad).mT.to(layer.b.dtype) * layer.scale  # (out, R)
+        grad_b = product(h.mT, grad).mT.to(layer.b.dtype) * layer.scale  # (out, R)
         grad_b = grad_b if gain is None else grad_b * gain.unsqueeze(1)
     if needs[4] and y is not None and layer.magnitude is not None:
         centred = y if layer.bias is None else y - layer.bias.to(y.dtype)
@@ -216,7 +217,7 @@ class _Fused:
         if torch.is_grad_enabled():
             self._kept = None
             return fused_linears(x, [layer])[0]
-        return F.linear(x, self._effective_weight(layer), layer.bias)
+        return linear(x, self._effective_weight(layer), layer.bias)
 
     def _effective_weight(self, layer: LowRank) -> Tensor:
         """W' (out, in), composed again only where a parameter or the scale has changed since the last call."""
