@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from eva_rl.cli.command import run_command
-from eva_rl.cli.console import say
+from eva_rl.cli.console import counting_progress, say
 from eva_rl.cli.parsing import register
 from eva_rl.cli.saving import MINARI, check_output, write_output
 from eva_rl.configs.groups import EnvOptions, NoiseOptions
@@ -88,15 +88,17 @@ def _episodes(config: CollectConfig) -> Trajectories:
         until = float("inf") if config.expert.until is None else config.expert.until
         expert = TrainedExpert(config.expert.steps, until, config.env.horizon)
         return collect_trained(config.env.id, config.episodes, expert, seed=config.seed)
-    return collect_expert(
-        config.env.id,
-        config.episodes,
-        seed=config.seed,
-        noise=ActionNoise(config.noise.std, config.noise.burst_probability),
-        horizon=config.env.horizon,
-        only_successes=config.only_successes,
-        workers=config.workers,
-    )
+    with counting_progress("Collecting (episodes)", config.episodes) as advance:
+        return collect_expert(
+            config.env.id,
+            config.episodes,
+            seed=config.seed,
+            noise=ActionNoise(config.noise.std, config.noise.burst_probability),
+            horizon=config.env.horizon,
+            only_successes=config.only_successes,
+            workers=config.workers,
+            on_episode=advance,
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

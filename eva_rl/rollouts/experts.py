@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -46,7 +46,7 @@ class ActionNoise:
         return self.std > 0 or self.burst_probability > 0
 
 
-def collect_expert(
+def collect_expert(  # noqa: PLR0913 - one call for users and for commands; all but two have defaults
     env: str,
     episodes: int,
     *,
@@ -55,6 +55,7 @@ def collect_expert(
     horizon: int | None = None,
     only_successes: bool = True,
     workers: int = 1,
+    on_episode: Callable[[Episode], None] | None = None,
 ) -> Trajectories:
     """Play a scripted expert.
 
@@ -69,6 +70,7 @@ def collect_expert(
         horizon: Env steps per episode; None takes the task's own.
         only_successes: Leave out attempts that did not solve the task.
         workers: Processes.
+        on_episode: Called with each episode that counts.
 
     Raises:
         UserError: The task has no scripted expert, the expert fails too often, or a process ended early: in a script,
@@ -86,6 +88,8 @@ def collect_expert(
     for episode in _in_order(play, attempts, workers, chunk=episodes):
         if episode.successes is not None and (episode.successes.any() or not only_successes):
             kept.append(episode)
+            if on_episode is not None:
+                on_episode(episode)
         if len(kept) == episodes:
             return Trajectories.from_episodes(kept, env_id=env_id, source=f"expert:{env_id}?episodes={episodes}")
     raise UserError(

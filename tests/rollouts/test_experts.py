@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from eva_rl.data import Trajectories, read_episodes, write_episodes
+from eva_rl.data.trajectories import Episode
 from eva_rl.errors import UserError
 from eva_rl.rollouts.experts import ActionNoise, _in_order, collect_expert
 
@@ -50,7 +51,9 @@ def test_noise_disturbs_what_is_executed_but_not_what_is_imitated() -> None:
 
 def test_failures_are_left_out_unless_asked_for() -> None:
     noise = ActionNoise(std=1.0, burst_probability=0.3)
-    kept = collect_expert("hand-insert-v3", 3, seed=1, noise=noise)
+    told: list[Episode] = []
+    kept = collect_expert("hand-insert-v3", 3, seed=1, noise=noise, on_episode=told.append)
+    assert [len(episode.rewards) for episode in told] == kept.lengths.tolist()
     assert kept.successes is not None
     assert all(kept.episode(i).successes.any() for i in range(3))  # type: ignore[union-attr]
     every = collect_expert("hand-insert-v3", 3, seed=1, noise=noise, only_successes=False)
