@@ -23,6 +23,7 @@ from eva_rl.training.checkpoint import Checkpoints
 from eva_rl.training.collector import OnlineCounters, TaskEnvs
 from eva_rl.training.failures import NotFiniteError
 from eva_rl.training.online import train_online
+from eva_rl.training.optimizer import copy_of
 from eva_rl.training.options import SelfImitationOptions
 from eva_rl.training.self_imitation.learner import SelfImitation
 from eva_rl.training.self_imitation.retries import Attempts, RetryingCollector, SmoothNoise
@@ -367,6 +368,23 @@ def test_every_iteration_clones_anew_where_there_is_a_start() -> None:
     assert distance(after([4, 5], start), after([0, 1, 2, 3, 4, 5], start)) == 0
     assert distance(after([4, 5], None), after([0, 1, 2, 3, 4, 5], None)) > 1e-3
     assert distance(after([4, 5], start), after([4], start)) > 1e-3, "the second step goes on from the first"
+
+
+def test_cloning_anew_leaves_the_parameters_as_they_were_where_the_loss_is_not_finite() -> None:
+    replay = TrajectoryReplay(1000, 2, 1)
+    replay.add(episode(4), 0.0, demonstrated=True)
+    learner = SelfImitation(make_learner(), options(updates_per_iteration=2), start=None)
+    start = copy_of(learner.parameters)
+    learner = SelfImitation(learner.policy, options(updates_per_iteration=2), start=start)
+    for update in (0, 1):
+        learner.update(replay, update)
+    before = copy_of(learner.parameters)
+    replay.actions[:] = np.nan
+    with pytest.raises(NotFiniteError, match="the policy's loss"):
+        learner.update(replay, 2)
+    assert any(not torch.equal(start[name], before[name]) for name in start)
+    for name, parameter in learner.parameters.items():
+        assert torch.equal(parameter, before[name])
 
 
 class StopError(Exception):

@@ -16,9 +16,10 @@ from torch import Tensor
 from eva_rl.agents.policy import DecisionTransformerPolicy
 from eva_rl.data.replay import TrajectoryReplay
 from eva_rl.training.bc import Extension
+from eva_rl.training.failures import NotFiniteError
 from eva_rl.training.learner import Choice, Explore, Learner, step_generators
 from eva_rl.training.losses import clone_loss
-from eva_rl.training.optimizer import restore_parameters
+from eva_rl.training.optimizer import copy_of, restore_parameters
 from eva_rl.training.options import SelfImitationOptions
 
 
@@ -70,10 +71,24 @@ class SelfImitation(Learner):
         return lambda features, _: Choice(self.policy.network.actions(features))
 
     def update(self, replay: TrajectoryReplay, update: int) -> dict[str, float]:
-        """One gradient step of cloning."""
-        if self._start is not None and update % self.options.updates_per_iteration == 0:
-            restore_parameters({name: self.parameters[name] for name in self._start}, self._start, "")
-            self.optimizer.state.clear()
+        """One gradient step of cloning; the first of an iteration is taken from the parameters before any cloning.
+
+        Raises:
+            NotFiniteError: The loss or the gradient is not finite; the parameters are as they were.
+        """
+        if self._start is None or update % self.options.updates_per_iteration:
+            return self._clone(replay, update)
+        own = {name: self.parameters[name] for name in self._start}
+        before = copy_of(own)
+        restore_parameters(own, self._start, "")
+        self.optimizer.state.clear()
+        try:
+            return self._clone(replay, update)
+        except NotFiniteError:
+            restore_parameters(own, before, "")
+            raise
+
+    def _clone(self, replay: TrajectoryReplay, update: int) -> dict[str, float]:
         rng, _ = step_generators(self.seed, update)
         weights = replay.imitation_weights(*self._weights)
         batch = replay.sample_as_asked(self.options.batch_size, rng, self.context_length, self.scaling, weights)
