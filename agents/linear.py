@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F  # noqa: N812
 
 CPU_INFO = Path("/proc/cpuinfo")
@@ -22,7 +21,7 @@ SMALLEST = 1 << 20
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``F.linear`` for tensors that need no gradient.
+    """``F.linear``, on the faster library where no gradient is recorded.
 
     Args:
         x: (..., in).
@@ -32,19 +31,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         (..., out).
     """
-    if not _suits(x, weight) or torch.is_autocast_enabled("cpu"):
+    recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
+    if recorded or not _suits(x, weight):
         return F.linear(x, weight, bias)
     result: Tensor = torch.ops.mkldnn._linear_pointwise(_packed(x), _packed(weight), bias, "none", [], "")
     return result
 
 
-def _packed(matrix: Tensor) -> Tensor:
-    """The matrix, or a copy where neither it nor its transpose is contiguous: oneDNN can be slow with these."""
-    return matrix if matrix.is_contiguous() or matrix.mT.is_contiguous() else matrix.contiguous()
-
-
 def product(first: Tensor, second: Tensor) -> Tensor:
-    """``first @ second`` for matrices (N, K) and (K, M) that need no gradient, (N, M)."""
+    """``first @ second`` for matrices (N, K) and (K, M) by :func:`linear`, (N, M)."""
     return linear(first, second.mT)
 
 
@@ -53,9 +48,7 @@ class Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Map (..., in) to (..., out)."""
-        if not _suits(input, self.weight) or torch.is_autocast_enabled("cpu"):
-            return F.linear(input, self.weight, self.bias)
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and _suits(input, self.weight):
             result: Tensor = _Linear.apply(input, self.weight, self.bias)  # type: ignore[no-untyped-call]
             return result
         return linear(input, self.weight, self.bias)
@@ -70,7 +63,6 @@ class _Linear(torch.autograd.Function):
         return linear(x, weight, bias)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
@@ -82,8 +74,13 @@ class _Linear(torch.autograd.Function):
         )
 
 
+def _packed(matrix: Tensor) -> Tensor:
+    """The matrix, or a copy where neither it nor its transpose is contiguous: oneDNN can be slow with these."""
+    return matrix if matrix.is_contiguous() or matrix.mT.is_contiguous() else matrix.contiguous()
+
+
 def _suits(x: Tensor, weight: Tensor) -> bool:
-    """Whether oneDNN is the faster way to this product; left to PyTorch while it compiles or traces a graph."""
+    """Whether oneDNN is the faster way to this product; left to PyTorch in mixed precision, graphs and torch.func."""
     return (
         x.device.type == "cpu"
         and x.dtype is weight.dtype is torch.float32
@@ -91,6 +88,8 @@ def _suits(x: Tensor, weight: Tensor) -> bool:
         and x.numel() * len(weight) >= SMALLEST
         and _is_faster()
         and bool(torch.backends.mkldnn.enabled)
+        and not torch.is_autocast_enabled("cpu")
+        and not torch._C._are_functorch_transforms_active()
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
     )

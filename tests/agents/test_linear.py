@@ -67,6 +67,27 @@ def test_gradients_are_those_of_pytorchs_layer(frozen: str) -> None:
             torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-3)
 
 
+def test_gradients_of_gradients_are_pytorchs() -> None:
+    layer, x = Linear(INPUTS, OUTPUTS), draw(ROWS, INPUTS)
+    found = []
+    for apply in (layer, lambda x: F.linear(x, layer.weight, layer.bias)):
+        (first,) = torch.autograd.grad(apply(x).tanh().sum(), layer.weight, create_graph=True)
+        found.append(torch.autograd.grad(first.square().sum(), layer.weight)[0])
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-2)
+
+
+def test_a_product_of_parameters_keeps_its_gradient() -> None:
+    weight = draw(OUTPUTS, INPUTS).requires_grad_()
+    assert linear(draw(ROWS, INPUTS), weight).requires_grad
+    assert product(draw(ROWS, OUTPUTS), weight).requires_grad
+
+
+def test_torch_func_can_map_over_the_layer() -> None:
+    layer, x = Linear(INPUTS, OUTPUTS), draw(3, ROWS, INPUTS)
+    mapped = torch.func.vmap(lambda one: torch.func.functional_call(layer, dict(layer.named_parameters()), one))(x)
+    torch.testing.assert_close(mapped, layer(x), rtol=1e-4, atol=1e-4)
+
+
 def test_other_precisions_are_left_to_pytorch() -> None:
     layer, x = Linear(INPUTS, OUTPUTS), draw(ROWS, INPUTS)
     with torch.autocast("cpu", torch.bfloat16):
