@@ -66,9 +66,9 @@ class Setting:
     """
 
     episodes: int = 25
-    updates: int = 200
+    updates: int = 100
     rank: int = 8
-    batch_size: int = 64
+    batch_size: int = 32
     goals: int = 20
     policy: str = "mt40"
     device: str = "cpu"
@@ -288,7 +288,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after that")
     parser.add_argument("--policy", default="mt40")
     parser.add_argument("--horizon", type=int, default=0)
-    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--rank", type=int, default=8)
     averages = {"choices": ("none", "loss", "success"), "help": "what is measured with averaged weights, too"}
     parser.add_argument("--averages", default="loss", **averages)

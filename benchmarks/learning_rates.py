@@ -19,8 +19,8 @@ from eva_rl.adapters import METHODS
 
 TASKS = ("push-back-v3", "stick-pull-v3", "shelf-place-v3")
 SEEDS = (1000, 1001)
-SETTINGS = ("25:200", "5:60")
-"""Demonstrations and gradient steps: what a run has by default, and few of both."""
+SETTINGS = ("25:100",)
+"""Demonstrations and gradient steps: what a run has by default."""
 HALF_DECADES = (1, 3)
 CENTRES = {
     **dict.fromkeys(("full", "lora_plus"), 1e-3),

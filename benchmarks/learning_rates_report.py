@@ -5,6 +5,9 @@
 Reads what ``learning_rates.py`` wrote and prints, for each method, the best rate of the sweep, the rate that
 ``algo.learning_rate=auto`` takes, and what was measured at both. Between two rates of the sweep results are
 interpolated, against the logarithm of the rate. ``--figure`` draws the curves.
+
+The best of a sweep is the luckiest of its points, too. Where there are several tasks or seeds, the last column is free
+of that: for each of them the best rate is chosen on all the others.
 """
 
 from __future__ import annotations
@@ -50,22 +53,46 @@ def _where(record: Mapping[str, Any]) -> str:
     return "{task} {seed} {setting}".format(**record["run"])
 
 
+def chosen_elsewhere(records: list[dict[str, Any]], measure: str, method: str) -> tuple[float, float] | None:
+    """A method's mean at the rate of ``auto``, and at the rates chosen for each task and seed on all the others.
+
+    Returns:
+        None where there is one task and seed.
+    """
+    own = [record for record in records if record["run"]["method"] == method]
+    places, better = sorted({_where(record) for record in own}), min if measure == "loss" else max
+    if len(places) < 2:
+        return None
+    at_auto, at_chosen = [], []
+    for place in places:
+        here = curves([record for record in own if _where(record) == place], measure)[method]
+        others = curves([record for record in own if _where(record) != place], measure)[method]
+        at_auto.append(at(here, METHODS[method].learning_rate))
+        at_chosen.append(at(here, better(others, key=others.__getitem__)))
+    return float(np.mean(at_auto)), float(np.mean(at_chosen))
+
+
 def at(curve: Mapping[float, float], rate: float) -> float:
     """A curve at a rate, the logarithm of losses interpolated against that of rates."""
     values = np.log(np.maximum(list(curve.values()), 1e-9))
     return float(np.exp(np.interp(np.log(rate), np.log(list(curve)), values)))
 
 
-def table(found: Curves, measure: str) -> str:
+def table(records: list[dict[str, Any]], measure: str) -> str:
     """Markdown: a row a method."""
+    found = curves(records, measure)
     better = min if measure == "loss" else max
     there = f"{measure} there"
     rows = []
     for method, curve in found.items():
         best, own = better(curve, key=curve.__getitem__), METHODS[method].learning_rate
         found_at = (f"{best:g}", f"{curve[best]:.2f}", f"{own:g}", f"{at(curve, own):.2f}")
-        rows.append([f"`{method}`", *found_at, f"{at(curve, own) / curve[best]:.2f}"])
-    return pages.table(["adapter", "best rate of the sweep", there, "rate of `auto`", there, "`auto` / best"], rows)
+        pair = chosen_elsewhere(records, measure, method)
+        elsewhere = [] if pair is None else [f"{pair[0] / pair[1]:.2f}" if pair[1] else "-"]
+        rows.append([f"`{method}`", *found_at, f"{at(curve, own) / curve[best]:.2f}", *elsewhere])
+    heads = ["adapter", "best rate of the sweep", there, "rate of `auto`", there, "`auto` / best"]
+    fair = ["`auto` / best chosen elsewhere"] if rows and len(rows[0]) > len(heads) else []
+    return pages.table(heads + fair, rows)
 
 
 def draw(found: Curves, measure: str) -> Figure:
@@ -94,10 +121,9 @@ def main() -> None:
     parser.add_argument("--figure", type=Path)
     options = parser.parse_args()
     records = [json.loads(line) for path in options.records for line in path.read_text().splitlines()]
-    found = curves(records, options.measure)
-    print(table(found, options.measure))
+    print(table(records, options.measure))
     if options.figure:
-        pictures.save(draw(found, options.measure), options.figure, dpi=120)
+        pictures.save(draw(curves(records, options.measure), options.measure), options.figure, dpi=120)
 
 
 if __name__ == "__main__":
