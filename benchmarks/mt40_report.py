@@ -1,8 +1,8 @@
-"""Tables and the training curve of the shipped policy, from its run directory and its evaluations.
+"""Tables and the training curve of a shipped policy, from its run directory and its evaluations.
 
     python benchmarks/mt40_report.py --run runs/mt40/pretrain --evaluations mt40.json cw10.json --out docs/results
 
-Writes `mt40.md` (the tables, which docs/mt40.md repeats), `mt40-curve.png`, and `mt40.json` (per task, without the
+Writes `NAME.md` (the tables, which docs/mt40.md repeats), `NAME-curve.png`, and `NAME.json` (per task, without the
 single episodes).
 """
 
@@ -58,6 +58,7 @@ def compact(evaluation: dict[str, Any]) -> dict[str, Any]:
 def main() -> None:
     """Write tables, curve and record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--name", default="mt40", help="of the policy, and of the files")
     parser.add_argument("--run", type=Path, required=True)
     parser.add_argument("--evaluations", type=Path, nargs="+", required=True)
     parser.add_argument("--out", type=Path, required=True)
@@ -65,10 +66,10 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     evaluations = {path.stem: json.loads(path.read_text()) for path in options.evaluations}
     lines = [line for name, evaluation in evaluations.items() for line in section(name, evaluation)]
-    (options.out / "mt40.md").write_text("\n".join(lines))
+    (options.out / f"{options.name}.md").write_text("\n".join(lines))
     record = {name: compact(evaluation) for name, evaluation in evaluations.items()}
-    (options.out / "mt40.json").write_text(json.dumps(record, indent=1) + "\n")
-    curve(options.run, options.out / "mt40-curve.png")
+    (options.out / f"{options.name}.json").write_text(json.dumps(record, indent=1) + "\n")
+    curve(options.run, options.out / f"{options.name}-curve.png")
 
 
 if __name__ == "__main__":

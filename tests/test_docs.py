@@ -39,11 +39,14 @@ def test_the_tables_of_cw10_come_from_their_records(part: str, records: str) -> 
     assert found == markdown_table(module.success_table(json.loads(path.read_text()))), again
 
 
-def test_the_shipped_policy_s_command_is_the_script_s() -> None:
-    lines = (ROOT / "benchmarks/mt40.sh").read_text().replace("\\\n", "").splitlines()
-    command = next(line for line in lines if line.startswith("python -m eva_rl.pretrain"))
+def test_the_shipped_policies_commands_are_those_of_the_scripts() -> None:
+    expected = []
+    for name in ("mt40", "mt40_small"):
+        lines = (ROOT / f"benchmarks/{name}.sh").read_text().replace("\\\n", "").splitlines()
+        command = next(line for line in lines if line.startswith("python -m eva_rl.pretrain"))
+        expected.append(shlex.split(command.replace("$runs", f"runs/{name.replace('_', '-')}")))
     shown = re.findall(r"^python -m eva_rl\.pretrain.*", (DOCS / "mt40.md").read_text(), re.MULTILINE)
-    assert [shlex.split(line) for line in shown] == [shlex.split(command.replace("$runs", "runs/mt40"))]
+    assert [shlex.split(line) for line in shown] == expected
 
 
 def by_method_and_task(study: str, key: str) -> dict[str, list[list[float]]]:
