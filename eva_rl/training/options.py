@@ -107,7 +107,7 @@ class SelfImitationOptions(ReplayOptions):
     steps_per_iteration: int = option(
         2_000, "env steps of an iteration at least: rounds are played to their end", above=0
     )
-    updates_per_iteration: int = option(200, "gradient steps of an iteration in which the policy failed", above=0)
+    updates_per_iteration: int = option(100, "gradient steps of an iteration in which the policy failed", above=0)
     restart: bool = option(True, "clone anew in every iteration, from the parameters before cloning, not go on")
     batch_size: int = option(32, "windows per gradient step", above=0)
     learning_rate: float = option(1e-3, "AdamW's learning rate", above=0)
