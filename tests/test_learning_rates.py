@@ -1,0 +1,40 @@
+"""The report of a sweep of learning rates."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from eva_rl.adapters import METHODS
+from tests.conftest import script
+
+REPORT = Path(__file__).parents[1] / "benchmarks" / "learning_rates_report.py"
+
+
+def records(success: dict[str, dict[float, float]]) -> list[dict[str, Any]]:
+    about = {"seed": 0, "setting": "25:100", "method": "lora"}
+    return [
+        {"run": about | {"task": task, "learning_rate": rate}, "success": value}
+        for task, curve in success.items()
+        for rate, value in curve.items()
+    ]
+
+
+def test_a_rate_that_is_best_in_one_place_only_is_not_chosen_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each place has a lucky rate of its own; elsewhere it is worse than the one of ``auto``."""
+    monkeypatch.syspath_prepend(REPORT.parent)
+    report, auto = script(REPORT), METHODS["lora"].learning_rate
+    lucky = {"a": {1e-3: 0.9, auto: 0.8, 1e-2: 0.2}, "b": {1e-3: 0.2, auto: 0.8, 1e-2: 0.9}}
+    found = report.chosen_elsewhere(records(lucky), "success", "lora")
+    assert found == (pytest.approx(0.8), pytest.approx(0.2))
+    assert "4.00 |" in report.table(records(lucky), "success")
+
+
+def test_one_place_has_no_other_to_choose_a_rate_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(REPORT.parent)
+    report = script(REPORT)
+    one = records({"a": {1e-3: 0.9, 1e-2: 0.2}})
+    assert report.chosen_elsewhere(one, "success", "lora") is None
+    assert "elsewhere" not in report.table(one, "success")
