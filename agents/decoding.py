@@ -42,6 +42,31 @@ class _NotFoldableError(Exception):
     """A module is more than a matrix, or somebody listens to it."""
 
 
+class _Watch:
+    """Tells whether parameters or modules of a network have changed; asked at every step, at a fifth of a walk.
+
+    Args:
+        network: As it is now.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        modules: list[Any] = list(network.modules())
+        self._children = [(module._modules, list(module._modules.values())) for module in modules if module._modules]
+        self._parameters = [module._parameters for module in modules if module._parameters]
+        self._adapted = [module for module in modules if hasattr(module, "active_adapters")]
+        self._alive = list(network.parameters())  # so that no other gets the identity of one of them
+        self._seen = self._now()
+
+    def changed(self) -> bool:
+        """Whether a parameter, a module, or how an adapter acts is another than at first."""
+        return any(list(own.values()) != before for own, before in self._children) or self._now() != self._seen
+
+    def _now(self) -> tuple[Any, ...]:
+        parameters = [p for own in self._parameters for p in own.values() if p is not None]
+        versions = [(id(p), 0 if p.is_inference() else p._version) for p in parameters]
+        return versions, _acting(self._adapted)
+
+
 class CachedDecoder:
     """A network's weights as plain tensors, and the keys and values of n environments.
 
@@ -69,14 +94,12 @@ class CachedDecoder:
 
         An adapter that is switched, turned off, merged or rescaled changes them, too.
         """
-        if (_versions(network), _acting(self._adapted)) != (self._versions, self._acting):
+        if self._watch.changed():
             with torch.no_grad():
                 self._read(network)
 
     def _read(self, network: DecisionTransformer) -> None:
-        config, self._versions = network.config, _versions(network)
-        self._adapted = [module for module in network.modules() if hasattr(module, "active_adapters")]
-        self._acting = _acting(self._adapted)
+        config, self._watch = network.config, _Watch(network)
         self._kinds = {
             kind: _linear(getattr(network, f"embed_{name}"))
             for kind, name in ((RETURN, "return"), (STATE, "state"), (ACTION, "action"), (REWARD, "reward"))
@@ -147,11 +170,6 @@ class CachedDecoder:
         x = x + linear(heads.transpose(1, 2).reshape(n, m, D), *layer.o_proj)
         hidden = self._activation(linear(_normalised(x, layer.mlp_norm), *layer.up_proj))
         return x + linear(hidden, *layer.down_proj)
-
-
-def _versions(network: nn.Module) -> list[int]:
-    """What changes with every in-place change of a parameter."""
-    return [0 if parameter.is_inference() else parameter._version for parameter in network.parameters()]
 
 
 def _acting(adapted: list[Any]) -> list[tuple[Any, ...]]:

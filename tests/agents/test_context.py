@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -245,6 +246,36 @@ def test_an_adapter_is_folded_into_a_copy_and_anything_else_is_called() -> None:
     assert curved._context is not None
     assert curved._context.decoder is None
     assert largest_difference(curved, records) < 1e-5
+
+
+def another_parameter(mlp: Any) -> None:
+    mlp.up_proj.weight = torch.nn.Parameter(-mlp.up_proj.weight.detach())
+
+
+def another_module(mlp: Any) -> None:
+    mlp.up_proj = LowRank(mlp.up_proj)
+
+
+def other_numbers(mlp: Any) -> None:
+    with torch.no_grad():
+        mlp.up_proj.weight.neg_()
+
+
+@pytest.mark.parametrize("change", [another_parameter, another_module, other_numbers])
+def test_the_decoder_sees_what_changes_between_two_steps(change: Callable[[Any], None]) -> None:
+    policy, unchanged = make_policy(8), make_policy(8)
+    steps = [(np.full((1, OBS), 0.3 * step, np.float32), np.zeros(1, np.float32)) for step in range(3)]
+    found = []
+    for one in (policy, unchanged):
+        one.reset(["x"])
+        acted = [one.act(*step, np.array([index == 0])) for index, step in enumerate(steps[:2])]
+        if one is policy:
+            change(one.network.blocks[-1].mlp)
+        found.append([*acted, one.act(*steps[2], np.array([False]))])
+    assert policy._context is not None
+    assert policy._context.decoder is not None
+    np.testing.assert_array_equal(found[0][:2], found[1][:2])
+    assert np.abs(found[0][2] - found[1][2]).max() > 1e-3
 
 
 def test_two_groups_have_histories_of_their_own() -> None:
