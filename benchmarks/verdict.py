@@ -1,9 +1,9 @@
-"""The numbers of docs/verdict.md, from the records of the CW10 study in docs/results.
+"""The numbers of docs/verdict.md, from the records of its studies in docs/results.
 
     python benchmarks/verdict.py            # print them
-    python benchmarks/verdict.py --write    # put them into the page, and draw its figure
+    python benchmarks/verdict.py --write    # put them into the page, and draw its figures
 
-Both halves of the study are judged together: each task's runs have the learning rates that the tuning phase of their
+Both halves of a study are judged together: each task's runs have the learning rates that the tuning phase of their
 half chose on other tasks and seeds.
 """
 
@@ -29,18 +29,28 @@ from eva_rl.report.tables import Table
 from eva_rl.report.verdicts import ENDPOINTS, Verdict, endpoint_values, held_out, paired_differences, verdicts
 
 ROOT = Path(__file__).parents[1]
-PAGE, FIGURE = ROOT / "docs" / "verdict.md", ROOT / "docs" / "results" / "cw10-study.png"
-HALVES = ("cw10_a", "cw10_b")
-BEGIN, END = "<!-- numbers: benchmarks/verdict.py -->", "<!-- end of numbers -->"
+PAGE, RESULTS = ROOT / "docs" / "verdict.md", ROOT / "docs" / "results"
+STUDIES = {"cw10": ("cw10_a", "cw10_b"), "small": ("small_a", "small_b")}
+"""The halves of each study; ``docs/results/NAME-study.png`` is its figure."""
 SUCCESS, RATE = "success_rate", "algo.learning_rate"
 MOST_SEEDS = 1_000
 
 
 def read_half(name: str) -> tuple[Study, list[Run]]:
     """A half of the study, and the records there are of it."""
-    folder = ROOT / "docs" / "results" / name
+    folder = RESULTS / name
     runs = read_runs(find_runs([str(folder)]))[0] if folder.exists() else []
     return read_study(ROOT / "benchmarks" / "studies" / f"{name}.yaml"), runs
+
+
+def figure(study: str) -> Path:
+    """Where the figure of a study is."""
+    return RESULTS / f"{study}-study.png"
+
+
+def around(study: str) -> tuple[str, str]:
+    """The lines around the numbers of a study in the page."""
+    return f"<!-- numbers of {study}: benchmarks/verdict.py -->", f"<!-- end of the numbers of {study} -->"
 
 
 def area(run: Run) -> float:
@@ -59,7 +69,8 @@ def tuning_table(study: Study, runs: Sequence[Run]) -> str:
         rates = [float(one[RATE]) for one in study.candidates(method)]
         cells = [f"{rate:g}: {_mean(found[method, rate])}" for rate in rates]
         rows.append([method, *cells])
-    return markdown_table(Table("", ["method", "lowest rate", "middle", "highest"], rows))
+    columns = [f"rate {number}" for number in range(1, max(map(len, rows)))]
+    return markdown_table(Table("", ["method", *columns], rows))
 
 
 def _mean(values: Sequence[float]) -> str:
@@ -124,11 +135,11 @@ def cost(runs: Sequence[Run]) -> str:
     return f"{len(runs)} runs, {sum(seconds) / 3600:.1f} hours of one thread ({'; '.join(machines)})"
 
 
-def numbers() -> str:
-    """All that the page says in numbers."""
+def numbers(study_name: str) -> str:
+    """All that the page says of a study in numbers."""
     parts, tested, everything, planned = [], [], [], 0
     margin: float | None = None
-    for name in HALVES:
+    for name in STUDIES[study_name]:
         study, runs = read_half(name)
         margin = study.margin
         tuned = [run for run in runs if run.tuning]
@@ -148,15 +159,15 @@ def numbers() -> str:
     return "\n\n".join(parts)
 
 
-def draw(path: Path) -> None:
+def draw(study: str) -> None:
     """Success against updates, by method, over all test runs; over the tuning runs before there are any."""
     import pictures
     from matplotlib.figure import Figure
 
-    runs = [run for name in HALVES for run in read_half(name)[1]]
+    runs = [run for name in STUDIES[study] for run in read_half(name)[1]]
     tested = [run for run in runs if not run.tuning] or runs
-    figure = Figure(figsize=(6, 3.5), layout="constrained")
-    axes = figure.subplots()
+    drawing = Figure(figsize=(6, 3.5), layout="constrained")
+    axes = drawing.subplots()
     for method in sorted({run.method for run in tested}):
         curves = [held_out(run, SUCCESS) for run in tested if run.method == method]
         steps = curves[0][:, 0]
@@ -165,7 +176,7 @@ def draw(path: Path) -> None:
     axes.set(xlabel="gradient steps", ylabel="success rate, mean over runs", ylim=(0, 1))
     axes.grid(alpha=0.3)
     axes.legend()
-    pictures.save(figure, path)
+    pictures.save(drawing, figure(study))
 
 
 def main() -> None:
@@ -173,12 +184,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="put them into docs/verdict.md")
     if not parser.parse_args().write:
-        print(numbers())
+        print("\n\n".join(map(numbers, STUDIES)))
         return
     import pages
 
-    pages.write_between(PAGE, BEGIN, END, numbers())
-    draw(FIGURE)
+    for study in STUDIES:
+        pages.write_between(PAGE, *around(study), numbers(study))
+        draw(study)
 
 
 if __name__ == "__main__":

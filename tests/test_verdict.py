@@ -19,16 +19,18 @@ def verdict() -> ModuleType:
 
 def test_every_number_of_the_page_comes_from_the_records(verdict: ModuleType) -> None:
     page = verdict.PAGE.read_text()
-    _, _, rest = page.partition(verdict.BEGIN)
-    found, _, _ = rest.partition(verdict.END)
-    assert found.strip() == verdict.numbers(), "run: python benchmarks/verdict.py --write"
-    assert verdict.FIGURE.exists()
+    for study in verdict.STUDIES:
+        begin, end = verdict.around(study)
+        _, _, rest = page.partition(begin)
+        found, _, _ = rest.partition(end)
+        assert found.strip() == verdict.numbers(study), "run: python benchmarks/verdict.py --write"
+        assert verdict.figure(study).exists()
 
 
 def test_records_are_of_the_studies_that_were_decided_on(verdict: ModuleType) -> None:
     """A run of another file, of a tuning task in the test, or on a test seed in tuning, is none of the study."""
     read = 0
-    for name in verdict.HALVES:
+    for name in (half for halves in verdict.STUDIES.values() for half in halves):
         study, runs = verdict.read_half(name)
         for run in runs:
             read += 1
