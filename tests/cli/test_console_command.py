@@ -38,7 +38,7 @@ def test_the_console_command_is_this_function() -> None:
         (["eva-rl", "finetune", "algo.up"], {"algo.updates="}),
         (["eva-rl", "finetune", "env", "=", "push-"], {"push-v3", "push-back-v3", "push-wall-v3"}),
         (["eva-rl", "finetune", "adapter", "=", "eva_d"], {"eva_dora"}),
-        (["eva-rl", "evaluate", "policy", "=", "mt"], {"mt40"}),
+        (["eva-rl", "evaluate", "policy", "=", "mt"], {"mt40", "mt40-small"}),
         (["eva-rl", "benchmark", "tas"], {"tasks="}),
         (["eva-rl", "finetune", "data", "=", "demo"], {"demos.h5"}),
     ],
