@@ -43,7 +43,7 @@ class _NotFoldableError(Exception):
 
 
 class _Watch:
-    """Tells whether parameters or modules of a network have changed; asked at every step, at a fifth of a walk.
+    """Tells whether a network has changed. Asked at every step: five times as fast as a walk over all its modules.
 
     Args:
         network: As it is now.

@@ -82,17 +82,19 @@ def table(records: list[dict[str, Any]], measure: str) -> str:
     """Markdown: a row a method."""
     found = curves(records, measure)
     better = min if measure == "loss" else max
+    elsewhere = {method: chosen_elsewhere(records, measure, method) for method in found}
     there = f"{measure} there"
+    heads = ["adapter", "best rate of the sweep", there, "rate of `auto`", there, "`auto` / best"]
     rows = []
     for method, curve in found.items():
         best, own = better(curve, key=curve.__getitem__), METHODS[method].learning_rate
         found_at = (f"{best:g}", f"{curve[best]:.2f}", f"{own:g}", f"{at(curve, own):.2f}")
-        pair = chosen_elsewhere(records, measure, method)
-        elsewhere = [] if pair is None else [f"{pair[0] / pair[1]:.2f}" if pair[1] else "-"]
-        rows.append([f"`{method}`", *found_at, f"{at(curve, own) / curve[best]:.2f}", *elsewhere])
-    heads = ["adapter", "best rate of the sweep", there, "rate of `auto`", there, "`auto` / best"]
-    fair = ["`auto` / best chosen elsewhere"] if rows and len(rows[0]) > len(heads) else []
-    return pages.table(heads + fair, rows)
+        rows.append([f"`{method}`", *found_at, f"{at(curve, own) / curve[best]:.2f}"])
+    if any(elsewhere.values()):
+        heads.append("`auto` / best chosen elsewhere")
+        for row, pair in zip(rows, elsewhere.values(), strict=True):
+            row.append(f"{pair[0] / pair[1]:.2f}" if pair and pair[1] else "-")
+    return pages.table(heads, rows)
 
 
 def draw(found: Curves, measure: str) -> Figure:

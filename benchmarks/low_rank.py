@@ -112,7 +112,9 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--compile", default="none", help="none, default, or reduce-overhead (CUDA graphs)")
+    parser.add_argument("--mkl", action="store_true", help="leave float32 products of policies to PyTorch's MKL")
     options = parser.parse_args()
+    torch.backends.mkldnn.enabled = not options.mkl
     torch.set_num_threads(options.threads)
     torch._dynamo.config.recompile_limit = 64  # one for each row
     batch = make_windows(options.batch_size, options.steps, options.device)

@@ -9,7 +9,6 @@ of interleaved rounds.
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable
 
 import torch
@@ -17,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
+from torch.utils.benchmark import Timer
 
 from eva_rl.agents import linear as products
 
@@ -24,12 +24,9 @@ SHAPES = ((3840, 128, 512), (3840, 256, 256), (3840, 256, 1024), (3840, 1024, 25
 """Rows (windows x tokens, or environments x tokens), inputs and outputs."""
 
 
-def seconds(call: Callable[[], Tensor], times: int = 20) -> float:
+def seconds(call: Callable[[], Tensor], threads: int) -> float:
     """Mean seconds of a call."""
-    start = time.perf_counter()
-    for _ in range(times):
-        call()
-    return (time.perf_counter() - start) / times
+    return Timer("call()", globals={"call": call}, num_threads=threads).timeit(20).mean
 
 
 def main() -> None:
@@ -38,7 +35,6 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
     table = Table("rows x in x out", "product", "MKL", "ours", "ratio", title="10^9 operations/s")
     for rows, inputs, outputs in SHAPES:
         x, weight, grad = torch.randn(rows, inputs), torch.randn(outputs, inputs), torch.randn(rows, outputs)
@@ -48,7 +44,7 @@ def main() -> None:
             "weight's gradient": (lambda g=grad, x=x: g.mT @ x, lambda g=grad, x=x: products.product(g.mT, x)),
         }
         for name, calls in pairs.items():
-            taken = [[seconds(call) for call in calls] for _ in range(options.rounds + 1)][1:]
+            taken = [[seconds(call, options.threads) for call in calls] for _ in range(options.rounds + 1)][1:]
             mkl, ours = (2e-9 * rows * inputs * outputs / min(column) for column in zip(*taken, strict=True))
             table.add_row(f"{rows} x {inputs} x {outputs}", name, f"{mkl:.0f}", f"{ours:.0f}", f"{ours / mkl:.2f}")
     Console().print(table)

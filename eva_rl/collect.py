@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
+from eva_rl.cli.collecting import collect_shown
 from eva_rl.cli.command import run_command
-from eva_rl.cli.console import counting_progress, say
+from eva_rl.cli.console import say
 from eva_rl.cli.parsing import register
 from eva_rl.cli.saving import MINARI, check_output, write_output
 from eva_rl.configs.groups import EnvOptions, NoiseOptions
 from eva_rl.data import Trajectories
 from eva_rl.envs.deadline import limit_calls
 from eva_rl.options import between, group, one_of, option, positive
-from eva_rl.rollouts.experts import ActionNoise, collect_expert
 from eva_rl.rollouts.trained_experts import TrainedExpert, collect_trained
 from eva_rl.seeding import MAX_SEED
 
@@ -88,17 +88,7 @@ def _episodes(config: CollectConfig) -> Trajectories:
         until = float("inf") if config.expert.until is None else config.expert.until
         expert = TrainedExpert(config.expert.steps, until, config.env.horizon)
         return collect_trained(config.env.id, config.episodes, expert, seed=config.seed)
-    with counting_progress("Collecting (episodes)", config.episodes) as advance:
-        return collect_expert(
-            config.env.id,
-            config.episodes,
-            seed=config.seed,
-            noise=ActionNoise(config.noise.std, config.noise.burst_probability),
-            horizon=config.env.horizon,
-            only_successes=config.only_successes,
-            workers=config.workers,
-            on_episode=advance,
-        )
+    return collect_shown(config.env.id, config.episodes, config, config.env.horizon)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -38,3 +38,14 @@ def test_one_place_has_no_other_to_choose_a_rate_on(monkeypatch: pytest.MonkeyPa
     one = records({"a": {1e-3: 0.9, 1e-2: 0.2}})
     assert report.chosen_elsewhere(one, "success", "lora") is None
     assert "elsewhere" not in report.table(one, "success")
+
+
+def test_a_sweep_that_is_not_complete_has_a_place_for_every_method(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(REPORT.parent)
+    report, curve = script(REPORT), {1e-3: 0.9, 1e-2: 0.2}
+    begun = records({"a": curve})
+    for record in begun:
+        record["run"] = record["run"] | {"method": "eva"}
+    lines = report.table(records({"a": curve, "b": curve}) + begun, "success").splitlines()
+    assert {line.count("|") for line in lines} == {8}
+    assert lines[-1].endswith("| - |")

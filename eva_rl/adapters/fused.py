@@ -89,9 +89,9 @@ class _FusedLinears(torch.autograd.Function):
         weights, outputs, layers = rest[:n], rest[n : 2 * n], _layers(ctx.scales, rest[2 * n :])
         needs = [ctx.needs_input_grad[2 + 5 * i : 7 + 5 * i] for i in range(n)]
         grad_x, inner = _inner_gradients(layers, grads, weights, ctx.gains, ctx.needs_input_grad[1])
-        parts_a = product(inner.mT, x)
-        grads_a = torch.split(parts_a, [layer.a.shape[0] for layer in layers])  # (R_i, in) each
-        parts = hidden.split([layer.a.shape[0] for layer in layers], dim=1)
+        ranks = [layer.a.shape[0] for layer in layers]
+        grads_a = torch.split(product(inner.mT, x), ranks)  # (R_i, in) each
+        parts = hidden.split(ranks, dim=1)
         found: list[Tensor | None] = []
         for i, (layer, grad) in enumerate(zip(layers, grads, strict=True)):
             own = _layer_gradients(layer, grad, parts[i], outputs[i], ctx.gains[i], needs[i])

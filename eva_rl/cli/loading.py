@@ -13,14 +13,13 @@ import torch
 from eva_rl.adapters import AdaptedPolicy, load_policy
 from eva_rl.agents import DecisionTransformerPolicy
 from eva_rl.agents.huggingface.options import ImportOptions
-from eva_rl.cli.console import counting_progress
+from eva_rl.cli.collecting import collect_shown
 from eva_rl.configs.groups import DataOptions, PolicyOptions
 from eva_rl.data import Trajectories, concatenate, load_dataset, read_episodes, select_episodes, write_episodes
 from eva_rl.data.selection import target_return
 from eva_rl.envs import EnvSpec, canonical_id, env_spec
 from eva_rl.envs.observations import observation_keys
 from eva_rl.errors import UserError
-from eva_rl.rollouts.experts import ActionNoise, collect_expert
 
 log = logging.getLogger(__name__)
 
@@ -243,17 +242,7 @@ def _demonstrated(env: str, options: DataOptions, folder: Path, horizon: int | N
     env_id = canonical_id(env)
     path = folder / f"{env_id.split('/')[-1]}.h5"
     if not path.exists():
-        with counting_progress(f"Collecting {path.stem} (episodes)", episodes) as advance:
-            data = collect_expert(
-                env_id,
-                episodes,
-                seed=options.seed,
-                noise=ActionNoise(options.noise.std, options.noise.burst_probability),
-                horizon=horizon,
-                only_successes=options.only_successes,
-                workers=options.workers,
-                on_episode=advance,
-            )
+        data = collect_shown(env_id, episodes, options, horizon)
         write_episodes(path, data, {"seed": options.seed})
     return read_episodes(path)
 
