@@ -2,6 +2,7 @@
 
     python benchmarks/experiment.py --base f38570b --repeats 3 --threads 1
     python benchmarks/experiment.py --base f38570b -- env=push-back-v3 adapter=lora algo.updates=60
+    python benchmarks/experiment.py --base f38570b -- device=cuda
 
 The older commit is read from the repository's history into a temporary folder and run from there. Every run starts
 with nothing computed before. CPU seconds are the process's own and its workers'; the phases are those of the run's
@@ -68,7 +69,9 @@ NONE = (0.0, 0.0)
 
 
 def unpack(revision: str, folder: Path) -> Path:
-    """Lay a commit out as the installed package has it; returns the folder to put on PYTHONPATH."""
+    """Lay a commit, or a folder with its files, out as the installed package; returns the folder for PYTHONPATH."""
+    if Path(revision).is_dir():
+        return lay_out(Path(revision), folder / "site")
     tree = folder / "tree"
     tree.mkdir(parents=True)
     archive = subprocess.run(["git", "-C", str(ROOT), "archive", revision], check=True, capture_output=True).stdout
@@ -126,7 +129,7 @@ def row(pairs: Sequence[tuple[float, float]]) -> list[str]:
 def main() -> None:
     """Run both versions in turn and compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", default="f38570b", help="the older commit")
+    parser.add_argument("--base", default="f38570b", help="the older commit, or a folder with its files")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--only-now", nargs="*", default=[], help="further KEY=VALUE for this version alone")

@@ -65,8 +65,7 @@ class _FusedLinears(torch.autograd.Function):
     """Layers that read one input: x (N, in) to y_i = x W'_i^T + bias_i (N, out_i).
 
     Arguments come flat, five tensors a layer (W, bias, A, B, m), for autograd to see them. The norm in DoRA's W' counts
-    as a constant (Liu et al. 2024, arXiv 2402.09353, section 4.3), as in PEFT. A thin product beside a large one that
-    reads the same matrix rides along as a few more columns of the large one.
+    as a constant (Liu et al. 2024, arXiv 2402.09353, section 4.3), as in PEFT.
     """
 
     @staticmethod
@@ -127,14 +126,9 @@ def _inner_gradients(
     """Gradients of x (N, in), or None, and of H (N, sum of R)."""
     real = next(grad for grad in grads if grad is not None)
     factors = [_scaled(layer, gain).to(real.dtype) for layer, gain in zip(layers, gains, strict=True)]  # (out, R)
-    inputs, ranks = weights[0].shape[1], [factor.shape[1] for factor in factors]
-    if needs_x and len(weights[0]) >= inputs:  # the gradients of the outputs are the larger matrices: read them once
-        columns = torch.block_diag(*factors).split([len(factor) for factor in factors])  # type: ignore[no-untyped-call]
-        wide = _summed(grads, [torch.cat(pair, dim=1) for pair in zip(weights, columns, strict=True)])
-        return wide[:, :inputs], wide[:, inputs:]
     thin = [
-        real.new_zeros(len(real), rank) if grad is None else product(factor.mT, grad.mT).mT
-        for grad, factor, rank in zip(grads, factors, ranks, strict=True)
+        real.new_zeros(len(real), factor.shape[1]) if grad is None else product(factor.mT, grad.mT).mT
+        for grad, factor in zip(grads, factors, strict=True)
     ]
     return _summed(grads, weights) if needs_x else None, torch.cat(thin, dim=1)
 
