@@ -38,9 +38,9 @@ class RolloutContext:
     ``window="full"`` shows the network the last T steps at every step. ``window="cached"`` keeps keys and values of a
     context that grows from T / 2 to T steps and is then rebuilt from the last T / 2: every action is the network's own
     on a window of legitimate length (it was trained on all lengths from 1 to T), at the cost of about two env steps'
-    tokens instead of T. Its tensors are either as long as the context (``growing``, the choice on a CPU), or have one
-    shape at every step (``static``, the choice on a GPU). All environments share the length of the context; the steps
-    in it that precede an environment's episode are masked for that environment.
+    tokens instead of T. Its tensors are either as long as the context (``growing``), or have one shape at every step
+    (``static``, the choice where the step is compiled). All environments share the length of the context; the steps in
+    it that precede an environment's episode are masked for that environment.
 
     Args:
         network: The Decision Transformer.
@@ -64,7 +64,7 @@ class RolloutContext:
     ) -> None:
         config = network.config
         self._network, self._scaling, self._acting = network, scaling, acting or Acting()
-        self._window = _form(window, target_returns.device, self._acting)
+        self._window = _form(window, self._acting)
         self._on_window = on_window
         self._targets = (target_returns / scaling.return_scale).unsqueeze(-1)  # (n, 1)
         n, T = len(target_returns), config.context_length
@@ -227,8 +227,8 @@ class RolloutContext:
         return (causal & real[:, None, None]) | (keys == queries)
 
 
-def _form(window: Window, device: torch.device, acting: Acting) -> Window:
+def _form(window: Window, acting: Acting) -> Window:
     """What ``cached`` stands for: one shape at every step where that is worth its price."""
     if window != "cached":
         return window
-    return "static" if device.type == "cuda" or acting.compile != "none" else "growing"
+    return "growing" if acting.compile == "none" else "static"

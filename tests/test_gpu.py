@@ -14,7 +14,7 @@ from peft import LoraConfig
 from eva_rl import attach_eva
 from eva_rl.adapters import METHODS, load_policy
 from eva_rl.adapters.fused import fuse, unfuse
-from eva_rl.agents.context import Acting
+from eva_rl.agents.context import Acting, Window
 from eva_rl.agents.policy_folder import save_policy
 from eva_rl.batch import WindowBatch
 from eva_rl.data import Trajectories, WindowSampler
@@ -153,12 +153,15 @@ def test_a_torch_model_on_a_gpu_gets_the_directions_of_a_cpu() -> None:
         torch.testing.assert_close((rows @ there.T).abs(), (rows @ rows.T).abs(), rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("compile_", ["none", "default", "reduce-overhead"])
-def test_rollouts_with_static_shapes_are_those_of_a_cpu(compile_: str) -> None:
+@pytest.mark.parametrize(
+    ("window", "compile_"),
+    [("growing", "none"), ("static", "none"), ("cached", "default"), ("cached", "reduce-overhead")],
+)
+def test_rollouts_are_those_of_a_cpu(window: Window, compile_: str) -> None:
     policy = make_policy(**SHAPE)
     here = evaluate_policy(policy, "reach-v3", episodes=2, seed=1, horizon=60)
     policy = copy.deepcopy(policy).to("cuda")
-    policy.acting = Acting("float32", compile_)
+    policy.window, policy.acting = window, Acting("float32", compile_)
     there = evaluate_policy(policy, "reach-v3", episodes=2, seed=1, horizon=60)
     assert [e.episode_return for e in there.episodes] == pytest.approx(
         [e.episode_return for e in here.episodes], rel=0.02
