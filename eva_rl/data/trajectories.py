@@ -182,10 +182,11 @@ class Trajectories:
 
     @cached_property
     def content_hash(self) -> str:
-        """First 16 hex digits of the SHA-256 of observations, actions, rewards and offsets."""
+        """First 16 hex digits of the SHA-256 of observations, actions, rewards, offsets and any target actions."""
         digest = hashlib.sha256()
-        for array in (self.observations, self.actions, self.rewards, self.offsets):
-            digest.update(np.ascontiguousarray(array).data)
+        for array in (self.observations, self.actions, self.rewards, self.offsets, self.target_actions):
+            if array is not None:
+                digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()[:16]
 
     def column(self, name: str) -> NDArray[Any]:

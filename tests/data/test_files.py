@@ -50,6 +50,17 @@ def test_file_and_store_round_trip(tmp_path: Path) -> None:
     assert read_store(tmp_path / "store").source == "parts"
 
 
+def test_the_content_hash_tells_target_actions_apart() -> None:
+    data = random_trajectories()
+    assert data.target_actions is not None
+    plain = replace(data, target_actions=None)
+    assert (
+        len({data.content_hash, plain.content_hash, replace(data, target_actions=-data.target_actions).content_hash})
+        == 3
+    )
+    assert plain.content_hash == replace(plain, successes=None).content_hash
+
+
 def test_what_is_unknown_stays_unknown(tmp_path: Path) -> None:
     data = load_dataset(f"d4rl:{write_h5(tmp_path / 'a.hdf5', table())}")
     write_store(tmp_path / "store", [data], "")
