@@ -2,6 +2,8 @@
 
     python benchmarks/learning_rates.py --out rates                                       # all of it, on one core
     for i in $(seq 0 15); do python benchmarks/learning_rates.py --out rates --shard $i/16 --device cuda & done; wait
+    python benchmarks/learning_rates.py --out rates --seeds 1000                          # a part of it
+    python benchmarks/learning_rates.py --out rates --seeds 1001 --promising 0.5          # its rates that did not fail
 
 The tasks are among those that the shipped policy does not solve; demonstrations are those of seeds from 1000 on, and
 success is measured on validation goals, so that nothing here is seen by an evaluation. The rates of a method's sweep
@@ -11,9 +13,12 @@ lie half a decade apart, three decades in all. ``docs/learning_rates.md`` says w
 from __future__ import annotations
 
 import argparse
+from collections import defaultdict
+from collections.abc import Container, Iterable
+from statistics import fmean
 
 import torch
-from cloning_runs import Record, Records, TaskRuns, add_options, own_part, setting_of
+from cloning_runs import Record, Records, TaskRuns, add_options, own_part, read_records, setting_of
 
 from eva_rl.adapters import METHODS
 
@@ -30,6 +35,8 @@ CENTRES = {
 """Middle of a method's sweep; 1e-2 for the others."""
 Unit = tuple[int, str, str, str]
 """Seed, setting, task, method."""
+Tried = tuple[str, float]
+"""Method and learning rate."""
 
 
 def rates(method: str, points: int = 7) -> list[float]:
@@ -49,12 +56,24 @@ def units(options: argparse.Namespace) -> list[Unit]:
     return found
 
 
-def sweep(unit: Unit, options: argparse.Namespace, records: Records, known: dict[Unit, TaskRuns]) -> None:
+def failed(found: Iterable[Record], share: float) -> set[Tried]:
+    """What has a mean success below this share of its method's best; a run that diverged counts as 0."""
+    successes: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for record in found:
+        successes[record["run"]["method"]][record["run"]["learning_rate"]].append(record.get("success") or 0.0)
+    means = {method: {rate: fmean(all_of_it) for rate, all_of_it in own.items()} for method, own in successes.items()}
+    return {(m, rate) for m, own in means.items() for rate, mean in own.items() if mean < share * max(own.values())}
+
+
+def sweep(
+    unit: Unit, options: argparse.Namespace, records: Records, known: dict[Unit, TaskRuns], left_out: Container[Tried]
+) -> None:
     """Every rate of a unit that is missing."""
     seed, setting, task, method = unit
     asked: list[Record] = [
         {"seed": seed, "setting": setting, "task": task, "method": method, "learning_rate": rate, "rank": options.rank}
         for rate in options.rates or rates(method, options.points)
+        if (method, rate) not in left_out
     ]
     missing = records.missing(asked)
     if not missing or records.late(options.minutes):
@@ -78,12 +97,16 @@ def main() -> None:
     parser.add_argument("--settings", nargs="+", default=SETTINGS, help="DEMONSTRATIONS:UPDATES")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), metavar="METHOD")
     parser.add_argument("--points", type=int, default=7, help="learning rates of each sweep, half a decade apart")
+    promising = "leave out rates whose mean success on other seeds is below this share of their method's best"
+    parser.add_argument("--promising", type=float, default=0.0, metavar="SHARE", help=promising)
     parser.add_argument("--rates", nargs="+", type=float, default=[], help="in place of each method's own")
     options = parser.parse_args()
     torch.set_num_threads(1)
     records, known = Records(options.out, options.shard), dict[Unit, TaskRuns]()
+    others = [record for record in read_records(options.out) if record["run"]["seed"] not in options.seeds]
+    left_out = failed(others, options.promising)
     for unit in units(options):
-        sweep(unit, options, records, known)
+        sweep(unit, options, records, known, left_out)
     for runs in known.values():
         runs.close()
 

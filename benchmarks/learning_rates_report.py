@@ -44,6 +44,8 @@ def curves(records: list[dict[str, Any]], measure: str) -> Curves:
         value = record.get(measure)
         if measure == "loss" and _where(record) in least:
             value = DIVERGED if value is None else value / least[_where(record)]
+        elif measure == "success" and record.get("diverged"):
+            value = 0.0
         if value is not None:
             found[record["run"]["method"]][record["run"]["learning_rate"]].append(value)
     return {method: {rate: float(np.mean(v)) for rate, v in sorted(own.items())} for method, own in found.items()}

@@ -11,6 +11,7 @@ from eva_rl.adapters import METHODS
 from tests.conftest import script
 
 REPORT = Path(__file__).parents[1] / "benchmarks" / "learning_rates_report.py"
+SWEEP = REPORT.with_name("learning_rates.py")
 
 
 def records(success: dict[str, dict[float, float]]) -> list[dict[str, Any]]:
@@ -49,3 +50,18 @@ def test_a_sweep_that_is_not_complete_has_a_place_for_every_method(monkeypatch: 
     lines = report.table(records({"a": curve, "b": curve}) + begun, "success").splitlines()
     assert {line.count("|") for line in lines} == {8}
     assert lines[-1].endswith("| - |")
+
+
+def test_a_run_that_diverged_has_no_success(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(REPORT.parent)
+    report, found = script(REPORT), records({"a": {1e-3: 0.9, 1e-2: 1.0}, "b": {1e-3: 0.7}})
+    found.append({"run": found[0]["run"] | {"task": "b", "learning_rate": 1e-2}, "diverged": True})
+    assert report.curves(found, "success") == {"lora": {1e-3: pytest.approx(0.8), 1e-2: pytest.approx(0.5)}}
+
+
+def test_rates_that_failed_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(SWEEP.parent)
+    sweep, found = script(SWEEP), records({"a": {1e-4: 0.3, 1e-3: 0.9, 1e-2: 0.5}, "b": {1e-4: 0.3, 1e-3: 0.7}})
+    found.append({"run": found[0]["run"] | {"task": "b", "learning_rate": 1e-2}, "diverged": True})
+    assert sweep.failed(found, 0.5) == {("lora", 1e-4), ("lora", 1e-2)}
+    assert sweep.failed(found, 0.0) == set()
