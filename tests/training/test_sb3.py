@@ -18,6 +18,7 @@ from eva_rl import envs
 from eva_rl.errors import UserError
 from eva_rl.training.checkpoint import Checkpoints
 from eva_rl.training.collector import TaskEnvs
+from eva_rl.training.failures import NotFiniteError
 from eva_rl.training.options import OffPolicyOptions, PPOOptions, SACOptions, SB3Options
 from eva_rl.training.sb3 import make_model, train_sb3
 from eva_rl.training.sb3.windows import HistoryWindows, WindowReplayBuffer
@@ -201,7 +202,12 @@ class StopError(Exception):
 
 
 def run(
-    name: str, folder: Path | None, *, stop: bool = False, learning_starts: int = 20
+    name: str,
+    folder: Path | None,
+    *,
+    stop: bool = False,
+    learning_starts: int = 20,
+    callback: BaseCallback | None = None,
 ) -> tuple[Any, list[tuple[int, dict[str, float]]]]:
     task = TaskEnvs(envs.make_vec_env("mujoco/hopper", 2, horizon=15), "Hopper-v5", False)
     few = {"epochs": 2} if name == "ppo" else {"learning_starts": learning_starts, "gradient_steps": 2}
@@ -215,7 +221,8 @@ def run(
 
     with contextlib.suppress(StopError):
         checkpoints = Checkpoints(folder) if folder else None
-        train_sb3(model, task, chosen, log=log, evaluate=lambda step: {"x": step}, checkpoints=checkpoints)
+        more: Any = {"checkpoints": checkpoints, "callback": callback}
+        train_sb3(model, task, chosen, log=log, evaluate=lambda step: {"x": step}, **more)
     task.vec_env.close()
     return model, record
 
@@ -228,6 +235,24 @@ def test_a_resumed_run_ends_with_the_same_weights(name: str, tmp_path: Path) -> 
     assert found.num_timesteps == expected.num_timesteps == 160
     for key, value in expected.policy.state_dict().items():
         assert torch.equal(value, found.policy.state_dict()[key]), key
+
+
+@pytest.mark.parametrize("name", SAC_FIRST)
+def test_a_run_that_diverges_says_so_and_keeps_its_last_checkpoint(name: str, tmp_path: Path) -> None:
+    """Between two checkpoints the actions become NaN, which PyTorch or the environment refuses."""
+
+    class Diverging(BaseCallback):
+        def _on_step(self) -> bool:
+            if self.num_timesteps > 100:
+                for parameter in self.model.policy.parameters():
+                    parameter.data.fill_(np.nan)
+            return True
+
+    run(name, tmp_path, stop=True)
+    before = {path.name: path.read_bytes() for path in tmp_path.rglob("*.safetensors")}
+    with pytest.raises(NotFiniteError, match=r"the parameter .* is not finite"):
+        run(name, tmp_path, callback=Diverging())
+    assert {path.name: path.read_bytes() for path in tmp_path.rglob("*.safetensors")} == before
 
 
 @pytest.mark.parametrize("name", ["sac", "td3"])

@@ -133,7 +133,7 @@ def train_sb3(
         ``updates`` and ``env_steps``.
 
     Raises:
-        NotFiniteError: A parameter is not finite after a stretch; the checkpoint before it is as it was.
+        NotFiniteError: A parameter is not finite after a stretch, or ended it; the checkpoint before is as it was.
         EnvironmentFailedError: An environment failed; what was learned before is saved.
     """
     played = OnlineCounters(next_seed=task.first_episode)
@@ -152,12 +152,12 @@ def train_sb3(
         if isinstance(model, OffPolicyAlgorithm):
             assert isinstance(model.replay_buffer, WindowReplayBuffer)
             model.replay_buffer.truncate_episodes()
+        _check_finite(model)
         if failure is not None and checkpoints is not None:
             checkpoints.save(_state(model, played))
             raise failure.saved() from failure
         if failure is not None:
             raise failure
-        _check_finite(model)
         model.policy.set_training_mode(False)
         if evaluate is not None and model.num_timesteps < options.env_steps:
             metrics = evaluate(model.num_timesteps)
@@ -174,11 +174,18 @@ def train_sb3(
 
 
 def _learn(model: Model, env_steps: int, callbacks: list[BaseCallback]) -> EnvironmentFailedError | None:
-    """Let a model learn; returns the failure of an environment that ended it."""
+    """Let a model learn; returns the failure of an environment that ended it.
+
+    Raises:
+        NotFiniteError: PyTorch refused a distribution, because a parameter is not finite.
+    """
     try:
         model.learn(env_steps, callback=callbacks, reset_num_timesteps=False)
     except EnvironmentFailedError as failure:
         return failure
+    except ValueError:
+        _check_finite(model)
+        raise
     return None
 
 
