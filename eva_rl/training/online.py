@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from eva_rl.data.replay import TrajectoryReplay
-from eva_rl.errors import EnvironmentFailedError
+from eva_rl.errors import ActionNotFiniteError, EnvironmentFailedError
 from eva_rl.seeding import random_state, restore_random_state
 from eva_rl.training.bc import Log
 from eva_rl.training.checkpoint import Checkpoints, TrainState, below
@@ -102,6 +102,8 @@ def _saved_on_failure(
     """Save what was learned before an environment failed; a resumed run begins with the episodes after it."""
     try:
         yield
+    except ActionNotFiniteError:  # the policy itself has diverged: the last checkpoint is better
+        raise
     except EnvironmentFailedError as error:
         if checkpoints is None:
             raise

@@ -17,10 +17,10 @@ from safetensors.torch import load_file
 from eva_rl import envs
 from eva_rl.data import Episode
 from eva_rl.data.replay import TrajectoryReplay
-from eva_rl.errors import UserError
+from eva_rl.errors import ActionNotFiniteError, UserError
 from eva_rl.training.checkpoint import Checkpoints
 from eva_rl.training.collector import OnlineCounters, TaskEnvs
-from eva_rl.training.failures import FAILED_BATCH, NotFiniteError, failures_kept
+from eva_rl.training.failures import FAILED_BATCH, NOT_FINITE_FILE, NotFiniteError, failures_kept
 from eva_rl.training.learner import Learner
 from eva_rl.training.odt import OnlineDecisionTransformer
 from eva_rl.training.odt_td3 import TD3DecisionTransformer
@@ -281,6 +281,30 @@ def test_a_reward_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:
         )
     assert "last checkpoint" in str(failure.value)
     assert sorted(p.name for p in (tmp_path / "checkpoint").iterdir()) == ["step_000000002", "step_000000004"]
+
+
+class Refusing(Bandit):
+    """Refuses the fifth action as one that is not finite."""
+
+    count = 0
+
+    def step(self, action: Any) -> Any:
+        type(self).count += 1
+        if type(self).count >= 5:
+            raise ActionNotFiniteError("bandit", "in env step 1", "the policy's action is not finite: [nan]")
+        return super().step(action)
+
+
+def test_a_policy_that_diverged_is_not_saved(tmp_path: Path) -> None:
+    learner = bandit(env_steps=100, steps_per_iteration=3, updates_per_iteration=1, checkpoint_every=3)
+    checkpoints = Checkpoints(tmp_path / "checkpoint")
+    with pytest.raises(ActionNotFiniteError) as failure, failures_kept(tmp_path):
+        train_online(
+            learner, TrajectoryReplay(500, 2, 1), make_task(Refusing, 1), log=lambda *_: None, checkpoints=checkpoints
+        )
+    assert "saved" not in str(failure.value)
+    assert [p.name for p in (tmp_path / "checkpoint").iterdir()] == ["step_000000003"]
+    assert "not finite" in (tmp_path / NOT_FINITE_FILE).read_text()
 
 
 def test_the_batch_of_a_loss_that_is_not_finite_is_kept(tmp_path: Path) -> None:

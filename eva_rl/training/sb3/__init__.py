@@ -16,7 +16,7 @@ from stable_baselines3.common.vec_env import VecMonitor
 from torch import Tensor
 
 from eva_rl.agents.policy import DecisionTransformerPolicy
-from eva_rl.errors import EnvironmentFailedError, UserError
+from eva_rl.errors import ActionNotFiniteError, EnvironmentFailedError, UserError
 from eva_rl.seeding import random_state, restore_random_state
 from eva_rl.training.bc import Log
 from eva_rl.training.checkpoint import Checkpoints, TrainState, below
@@ -152,12 +152,12 @@ def train_sb3(
         if isinstance(model, OffPolicyAlgorithm):
             assert isinstance(model.replay_buffer, WindowReplayBuffer)
             model.replay_buffer.truncate_episodes()
-        _check_finite(model)
         if failure is not None and checkpoints is not None:
             checkpoints.save(_state(model, played))
             raise failure.saved() from failure
         if failure is not None:
             raise failure
+        _check_finite(model)
         model.policy.set_training_mode(False)
         if evaluate is not None and model.num_timesteps < options.env_steps:
             metrics = evaluate(model.num_timesteps)
@@ -177,15 +177,16 @@ def _learn(model: Model, env_steps: int, callbacks: list[BaseCallback]) -> Envir
     """Let a model learn; returns the failure of an environment that ended it.
 
     Raises:
-        NotFiniteError: PyTorch refused a distribution, because a parameter is not finite.
+        NotFiniteError: A parameter is not finite, so that PyTorch refused a distribution or an environment an action.
+        ActionNotFiniteError: An action is not finite though all parameters are.
     """
     try:
         model.learn(env_steps, callback=callbacks, reset_num_timesteps=False)
-    except EnvironmentFailedError as failure:
-        return failure
-    except ValueError:
+    except (ActionNotFiniteError, ValueError):
         _check_finite(model)
         raise
+    except EnvironmentFailedError as failure:
+        return failure
     return None
 
 
