@@ -63,7 +63,7 @@ class _Watch:
 
     def _now(self) -> tuple[Any, ...]:
         parameters = [p for own in self._parameters for p in own.values() if p is not None]
-        versions = [(id(p), 0 if p.is_inference() else p._version) for p in parameters]
+        versions = [(id(p), p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters]
         return versions, _acting(self._adapted)
 
 

@@ -193,8 +193,8 @@ class _Fused:
     def low_rank(self) -> LowRank | None:
         """The layer as it acts now; None where PEFT's own forward is needed.
 
-        That is where adapters are off, merged or several, with dropout, and where the factors are more precise than
-        the base (float32 on bfloat16): composed, a small update would be rounded away.
+        That is where adapters are off, merged or several, with dropout or a bias of B, and where the factors are more
+        precise than the base (float32 on bfloat16): composed, a small update would be rounded away.
         """
         raise NotImplementedError
 
@@ -209,9 +209,13 @@ class _Fused:
             result: Tensor = super().forward(x, *args, **kwargs)  # type: ignore[misc]  # PEFT's
             return result
         if torch.is_grad_enabled():
-            self._kept = None
+            self.forget()
             return fused_linears(x, [layer])[0]
         return linear(x, self._effective_weight(layer), layer.bias)
+
+    def forget(self) -> None:
+        """Compose W' anew when it is needed next, since an optimiser may change a parameter past its version."""
+        self._kept = None
 
     def _effective_weight(self, layer: LowRank) -> Tensor:
         """W' (out, in), composed again only where a parameter or the scale has changed since the last call."""
@@ -226,12 +230,12 @@ class _Fused:
 
     def merge(self, *args: Any, **kwargs: Any) -> None:
         """As PEFT's, which writes to the base weight past its version counter."""
-        self._kept = None
+        self.forget()
         super().merge(*args, **kwargs)  # type: ignore[misc]  # PEFT's
 
     def unmerge(self) -> None:
         """As PEFT's, which writes to the base weight past its version counter."""
-        self._kept = None
+        self.forget()
         super().unmerge()  # type: ignore[misc]  # PEFT's
 
 
@@ -247,7 +251,7 @@ class FusedLoraLinear(_Fused, LoraLinear):  # type: ignore[misc]  # PEFT is unty
         magnitude = self.lora_magnitude_vector[name].weight if isinstance(variant, DoraLinearVariant) else None
         base = self.base_layer
         a, b = self.lora_A[name].weight, self.lora_B[name].weight
-        if a.dtype is not base.weight.dtype:
+        if a.dtype is not base.weight.dtype or self.lora_B[name].bias is not None:
             return None
         return LowRank(base.weight, base.bias, a, b, self.scaling[name], magnitude)
 
@@ -287,6 +291,8 @@ class FusedAttention(Attention):
         found = [layer for layer in layers if layer is not None]
         if queries != slice(None) or len(found) < 3 or not torch.is_grad_enabled():
             return super().project(x, queries)
+        for module in projections:
+            module.forget()  # type: ignore[operator]  # fused, as each has a low-rank layer
         q, k, v = fused_linears(x, found)
         return q, k, v
 

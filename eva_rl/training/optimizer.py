@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +33,7 @@ def make_optimizer(
         factor = learning_rate_factor(name) if learning_rate_factor else 1.0
         groups.setdefault((factor, parameter.ndim > 1), []).append(parameter)
     ordered = sorted(groups.items(), key=lambda item: (item[0][0], not item[0][1]))  # matrices first
-    return torch.optim.AdamW(
+    optimizer = torch.optim.AdamW(
         [
             {"params": members, "weight_decay": options.weight_decay * decays, FACTOR: factor}
             for (factor, decays), members in ordered
@@ -40,6 +41,19 @@ def make_optimizer(
         lr=options.learning_rate,
         fused=True if all(p.is_cuda for p in parameters.values()) else None,
     )
+    optimizer.register_step_post_hook(_note_changes)
+    return optimizer
+
+
+def _note_changes(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """Count a fused step in the version of each parameter, by which what is computed from weights knows its age.
+
+    PyTorch's other implementations do so themselves.
+    """
+    for group in optimizer.param_groups:
+        if group.get("fused"):
+            for parameter in group["params"]:
+                torch.autograd.graph.increment_version(parameter)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:

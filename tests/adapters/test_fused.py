@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import AdaLoraConfig, LoraConfig, get_peft_model
@@ -20,6 +21,8 @@ from eva_rl.agents import DecisionTransformerPolicy
 from eva_rl.batch import WindowBatch
 from eva_rl.data import Trajectories
 from eva_rl.training.losses import clone_loss
+from eva_rl.training.optimizer import make_optimizer, trainable_parameters
+from eva_rl.training.options import BCOptions
 from tests.adapters.making import attached, batches, usual_first
 from tests.conftest import make_policy
 
@@ -180,6 +183,46 @@ def test_another_scale_acts_at_once(method: str, reach_demonstrations: Trajector
         torch.testing.assert_close(network(batch), acted, atol=1e-6, rtol=0)
         scaled(0.0)
         torch.testing.assert_close(network(batch), without, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "dora"])
+def test_acting_follows_steps_that_pytorch_takes_past_the_version_of_a_parameter(
+    method: str, reach_demonstrations: Trajectories, batch: WindowBatch
+) -> None:
+    """Its fused AdamW, which cloning and online learning have on a GPU, does not count its steps there."""
+    policy = make_policy(**SHAPE)
+    if method != "full":
+        policy, _ = attached(method, reach_demonstrations, policy=policy)
+    rng = np.random.default_rng(0)
+    observations, rewards = rng.normal(size=(2, 39)).astype(np.float32), np.zeros(2, np.float32)
+    policy.reset(["metaworld/reach-v3"] * 2)
+    policy.act(observations, rewards, np.ones(2, bool))
+    with torch.no_grad():
+        policy.network(batch)
+    optimizer = make_optimizer(trainable_parameters(policy.network), BCOptions(learning_rate=1e-2))
+    for group in optimizer.param_groups:
+        group["fused"] = True
+    gradients(policy, batch)
+    optimizer.step()
+    policy.network.eval()
+    acted = policy.act(observations, rewards, np.ones(2, bool))
+    fresh = copy.deepcopy(policy).with_own_history()
+    unfuse(fresh.network)
+    fresh.reset(["metaworld/reach-v3"] * 2)
+    np.testing.assert_allclose(acted, fresh.act(observations, rewards, np.ones(2, bool)), atol=1e-6)
+    with torch.no_grad():
+        torch.testing.assert_close(policy.network(batch), fresh.network(batch), atol=1e-6, rtol=0)
+
+
+def test_a_bias_of_b_is_kept() -> None:
+    network = get_peft_model(make_policy(**SHAPE).network, LoraConfig(target_modules=["q_proj"], lora_bias=True))
+    layer = next(module for module in network.modules() if isinstance(module, LoraLinear))
+    with torch.no_grad():
+        layer.lora_B["default"].bias.fill_(0.3)
+    x = torch.randn(4, 16)
+    expected = layer(x)
+    fuse(network)
+    torch.testing.assert_close(layer(x), expected)
 
 
 def test_merged_off_and_hooked_layers_are_pefts(reach_demonstrations: Trajectories, batch: WindowBatch) -> None:
