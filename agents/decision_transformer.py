@@ -65,9 +65,12 @@ class DecisionTransformerConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "token_order", tuple(self.token_order))
-        for name in ("observation_dim", "action_dim", "hidden_size", "num_layers", "num_heads", "context_length"):
+        sizes = ("observation_dim", "action_dim", "hidden_size", "num_layers", "num_heads", "context_length")
+        for name in (*sizes, "max_timestep"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)}: expected at least 1.")
+        if self.inner_size < 0:
+            raise UserError(f"inner_size={self.inner_size}: expected at least 1, or 0 for four times hidden_size.")
         if self.hidden_size % self.num_heads:
             raise UserError(f"num_heads={self.num_heads} does not divide hidden_size={self.hidden_size}.")
         if self.token_order not in TOKEN_ORDERS:

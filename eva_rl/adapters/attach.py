@@ -101,6 +101,7 @@ def attach_adapter(  # noqa: PLR0913 - PEFT's names for what a user may set
     network = policy.network
     if has_adapter(network):
         raise UserError("This policy has an adapter already. Merge it first, or start from the policy without it.")
+    _check_sizes(rank, alpha, dropout)
     _check_data(chosen, {DIRECTIONS: eva, MOMENTS: moments, GRADIENTS: backward})
     if not chosen.adapter:
         for name, parameter in network.named_parameters():
@@ -124,6 +125,15 @@ def attach_adapter(  # noqa: PLR0913 - PEFT's names for what a user may set
     if dropout:
         log.warning("adapter.dropout=%g: the low-rank layers train as PEFT computes them, which takes longer.", dropout)
     return AttachedAdapter(chosen, model, eva, extension)
+
+
+def _check_sizes(rank: int, alpha: float | None, dropout: float) -> None:
+    if rank < 1:
+        raise UserError(f"rank={rank}: expected at least 1.")
+    if alpha is not None and not alpha > 0:
+        raise UserError(f"alpha={alpha}: expected a number above 0, or None for that of the rank.")
+    if not 0 <= dropout < 1:
+        raise UserError(f"dropout={dropout}: expected a probability from 0 up to, but not including, 1.")
 
 
 _WAYS = {

@@ -48,8 +48,8 @@ class LoraPlus(_Quiet):
     """LoRA+ (arXiv 2402.12354): B learns faster than A."""
 
     def learning_rate_factor(self, name: str) -> float:
-        """LORA_PLUS_RATIO for B, one for A."""
-        return LORA_PLUS_RATIO if ".lora_B." in name else 1.0
+        """LORA_PLUS_RATIO for B, one for A; of linear layers and of lookup tables."""
+        return LORA_PLUS_RATIO if ".lora_B." in name or ".lora_embedding_B." in name else 1.0
 
     def tensors(self) -> dict[str, Tensor]:
         """Nothing."""
@@ -146,6 +146,20 @@ def _factors(layer: Any) -> tuple[Tensor, Tensor]:
 def initial_rank(rank: int) -> int:
     """Rank that each layer begins with, for AdaLoRA to prune to ``rank`` on average: half as much again."""
     return rank + (rank + 1) // 2
+
+
+def keep_live_ranks(model: PeftModel) -> None:
+    """Count every direction that acts among those that AdaLoRA keeps, which are all that PEFT saves.
+
+    Parameters can be of another step than the last pruning: the best of a run, or those of a step between two prunings.
+    """
+    network = model.get_base_model()
+    for name, config in model.peft_config.items():
+        for key, kept in (getattr(config, "rank_pattern", None) or {}).items() if config.peft_type == "ADALORA" else ():
+            scales = network.get_parameter(key if key.endswith(f".{name}") else f"{key}.{name}")
+            live = (scales.detach().flatten() != 0).tolist()
+            if len(live) == len(kept):  # not where it was loaded, cut already
+                config.rank_pattern[key] = [a or b for a, b in zip(kept, live, strict=True)]
 
 
 def schedule(total_updates: int) -> dict[str, int]:

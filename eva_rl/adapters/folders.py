@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from eva_rl.adapters.attach import AttachedAdapter, base_weights, refuse_merged
-from eva_rl.adapters.extensions import ADAPTER_NAME, WEIGHTS_FILE, RewrittenBase
+from eva_rl.adapters.extensions import ADAPTER_NAME, WEIGHTS_FILE, RewrittenBase, keep_live_ranks
 from eva_rl.adapters.switching import CONFIG_FILE, ORIGIN_FILE, AdaptedPolicy
 from eva_rl.agents.huggingface.options import ImportOptions
 from eva_rl.agents.policy import DecisionTransformerPolicy
@@ -59,6 +59,7 @@ def _write_adapter(folder: Path, adapter: AttachedAdapter, model_card: str) -> N
     if isinstance(adapter.extension, RewrittenBase):
         adapter.extension.save(folder)
     else:
+        keep_live_ranks(adapter.model)
         adapter.model.save_pretrained(str(folder))
         for name in adapter.model.peft_config:
             if name != ADAPTER_NAME:  # which PEFT writes to a folder of its own

@@ -54,6 +54,7 @@ class Adapters:
         self._base = weights_digest(base_weights(policy.network))
         self._origins: dict[str, dict[str, Any]] = {}
         self._active: str | None = None
+        self._asked: dict[str, float] = {}  # the target return of a task that an adapter came with last
 
     @property
     def base_sha256(self) -> str:
@@ -71,7 +72,7 @@ class Adapters:
         return self._active
 
     def add(self, name: str, folder: Path, *, is_trainable: bool = False) -> None:
-        """Load an adapter and activate it; its target returns apply to its task.
+        """Load an adapter and activate it; its target return applies to its task.
 
         Args:
             name: To call it by.
@@ -99,7 +100,9 @@ class Adapters:
         fuse_where_faster(self._policy.network)
         self._origins[name] = origin
         if origin.get("target_return") is not None:
-            self._policy.with_target(origin["target_return"], origin.get("env_id", ""))
+            env_id = origin.get("env_id", "")
+            self._asked[env_id] = origin["target_return"]
+            self._policy.with_target(origin["target_return"], env_id)
         self.use(name)
 
     def _read(self, name: str, folder: Path, is_trainable: bool) -> None:
@@ -142,7 +145,9 @@ class Adapters:
             )
 
     def use(self, name: str | None) -> None:
-        """Let an adapter act; None lets the base act alone.
+        """Let an adapter act, with its own target return for its task; None lets the base act alone.
+
+        A target return that was set by other means than an adapter stays as it is.
 
         Raises:
             UnknownNameError: There is none of that name.
@@ -160,6 +165,11 @@ class Adapters:
                 self._model.base_model.enable_adapter_layers()
                 self._model.set_adapter(name, inference_mode=self._model.peft_config[name].inference_mode)
         self._active = name
+        origin = self._origins.get(name or "", {})
+        env_id = origin.get("env_id", "")
+        if origin.get("target_return") is not None and self._policy.conditioning.of(env_id) == self._asked[env_id]:
+            self._asked[env_id] = origin["target_return"]
+            self._policy.with_target(origin["target_return"], env_id)
 
     @contextmanager
     def off(self) -> Iterator[None]:

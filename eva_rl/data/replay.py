@@ -146,7 +146,7 @@ class TrajectoryReplay:
         self._complete = np.append(self._complete, complete)
         self._demonstrated = np.append(self._demonstrated, demonstrated)
         self._retried = np.append(self._retried, retried)
-        self._solved = np.append(self._solved, episode.successes is not None and bool(episode.successes[-1]))
+        self._solved = np.append(self._solved, episode.successes is not None and bool(episode.successes.any()))
         self._next_row = last + 1
 
     def _with_targets(self) -> NDArray[np.float32]:

@@ -19,7 +19,7 @@ TARGET_QUANTILE = 0.9
 SCALED_RETURN = 5.0
 """Largest return-to-go that a network sees; the Decision Transformer's own scales give 3.6 (Hopper) to 12."""
 GRACE = 10
-"""Env steps after the first success that are sampled with full weight."""
+"""Env steps from the first success on that are sampled with full weight."""
 
 
 def select_episodes(

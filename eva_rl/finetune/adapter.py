@@ -94,7 +94,7 @@ def attach(
     options, method = config.adapter, find_method(config.adapter.method)
     found = find_eva(lambda: _compute_eva(policy, sampler, config)) if method.needs == DIRECTIONS else None
     moments = {} if found is None else found.moments  # which a pass that another run made does not hold
-    moments = moments or _input_moments(policy, sampler, config)
+    moments = moments or _input_moments(policy, sampler, config, found)
     adapter = attach_adapter(
         policy,
         options.method,
@@ -124,9 +124,12 @@ def _with_start(
 
 
 def _input_moments(
-    policy: DecisionTransformerPolicy, sampler: WindowSampler | None, config: FinetuneConfig
+    policy: DecisionTransformerPolicy, sampler: WindowSampler | None, config: FinetuneConfig, found: EvaResult | None
 ) -> dict[str, SecondMoment]:
-    """Second moments of the target layers' inputs; of few batches, or none, where they only describe the start."""
+    """Second moments of the target layers' inputs; of few batches, or none, where they only describe the start.
+
+    Where there was an EVA pass, they are those of its batches.
+    """
     options, network, process_group = config.adapter, policy.network, ProcessGroup.current()
     measured_alone = options.gain == "own"
     if not find_method(options.method).adapter or (measured_alone and sampler is None):
@@ -138,8 +141,9 @@ def _input_moments(
     if measured_alone and sampler is not None:
         batches = windows(policy, ShardedSampler(sampler, process_group), options.eva.batch_size)
         return input_moments(policy, matrices, batches, None, max_batches=min(most, MEASURED_BATCHES))
-    with _sources(policy, sampler, config, process_group) as (found, rollouts):
-        return input_moments(policy, matrices, found, rollouts, max_batches=most)
+    most = most if found is None else found.batches
+    with _sources(policy, sampler, config, process_group) as (batches, rollouts):
+        return input_moments(policy, matrices, batches, rollouts, max_batches=most)
 
 
 def _compute_eva(policy: DecisionTransformerPolicy, sampler: WindowSampler | None, config: FinetuneConfig) -> EvaResult:

@@ -121,7 +121,7 @@ class Learner(ABC):
         Raises:
             NotFiniteError: The loss or the gradient is not finite; the parameters are as they were.
         """
-        set_learning_rate(self.optimizer, self.options.learning_rate * self.schedule(update))
+        set_learning_rate(self.optimizer, self.options.learning_rate * self.schedule(self._actor_steps))
         whole = loss if self.extension is None else loss + self.extension.penalty()
         self.optimizer.zero_grad(set_to_none=True)
         whole.backward(inputs=list(self.parameters.values()))  # type: ignore[no-untyped-call]  # not the critics'

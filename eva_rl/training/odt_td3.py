@@ -141,6 +141,8 @@ class TD3DecisionTransformer(Learner):
         """Put back what :meth:`state_of` gave."""
         restore_parameters(self.target_critics.state_dict(), tensors, "target_critics/")
         restore_parameters(self._slow(), tensors, "target_network/")
+        trained, kept = self.parameters, named(self.policy.network)
+        restore_parameters({n: p for n, p in named(self.target_network).items() if n not in trained}, kept, "")
         self._reward_scale = float(tensors["reward_scale"])
 
     def _slow(self) -> dict[str, nn.Parameter]:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from eva_rl.errors import UserError
 from eva_rl.training.checkpoint import below
 from eva_rl.training.failures import Batch, NotFiniteError
 from eva_rl.training.options import OptimizerOptions
@@ -27,7 +28,15 @@ def make_optimizer(
         options: Hyperparameters.
         learning_rate_factor: By how much the learning rate of a parameter of this name differs from the others';
             None gives all the same.
+
+    Raises:
+        UserError: There are none.
     """
+    if not parameters:
+        raise UserError(
+            "There is nothing to train: no parameter of the policy asks for gradients. Load an adapter with "
+            "is_trainable=True, and let it act (policy.adapters.use(NAME))."
+        )
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in parameters.items():
         factor = learning_rate_factor(name) if learning_rate_factor else 1.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -174,6 +175,19 @@ def test_a_method_without_its_data_is_refused(method: str, lacks: str) -> None:
         attach_adapter(make_policy(), method)
     with pytest.raises(UserError, match="takes no"):
         attach_adapter(make_policy(), "lora", moments={})
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"rank": 0}, "rank=0: expected at least 1"),
+        ({"alpha": 0.0}, "alpha=0.0: expected a number above 0"),
+        ({"dropout": 1.0}, "dropout=1.0: expected a probability"),
+    ],
+)
+def test_sizes_with_which_nothing_is_learned_are_refused(wrong: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        attach_adapter(make_policy(), "lora", **wrong)
 
 
 def test_unknown_targets_are_an_error_with_the_names_that_exist() -> None:

@@ -216,6 +216,22 @@ def test_a_failed_save_leaves_the_old_folder(saved: Path, reach_demonstrations: 
     assert [path.name for path in saved.parent.iterdir()] == [saved.name], "nothing half-written is left"
 
 
+def test_pruned_directions_that_act_again_are_saved(tmp_path: Path, reach_demonstrations: Trajectories) -> None:
+    """As with the parameters of the best validation, from before the last pruning."""
+    policy, adapter = attached("adalora", reach_demonstrations)
+    train(policy, reach_demonstrations, adapter)
+    pattern = adapter.model.peft_config["default"].rank_pattern  # type: ignore[union-attr]
+    assert not all(kept for own in pattern.values() for kept in own), "some are pruned"
+    with torch.no_grad():
+        for name, parameter in policy.network.named_parameters():
+            if ".lora_E." in name:
+                parameter.fill_(0.1)
+    save_adapted_policy(tmp_path / "policy", policy, adapter, "card")
+    batch = windows(reach_demonstrations)
+    expected = policy.network.eval()(batch)
+    torch.testing.assert_close(load_policy(tmp_path / "policy").network(batch), expected, atol=1e-5, rtol=0)
+
+
 def test_weights_of_a_rewritten_base_come_back_exactly(reach_demonstrations: Trajectories) -> None:
     policy, adapter = attached("pissa", reach_demonstrations)
     original = make_policy().network.state_dict()

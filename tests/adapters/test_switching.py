@@ -18,7 +18,7 @@ from eva_rl.agents import DecisionTransformerPolicy, save_policy
 from eva_rl.batch import WindowBatch
 from eva_rl.data import Trajectories
 from eva_rl.errors import UnknownNameError, UserError
-from tests.adapters.making import attached
+from tests.adapters.making import attached, train
 from tests.adapters.test_folders import trained, windows
 from tests.conftest import make_policy, unseal
 
@@ -114,6 +114,15 @@ def test_a_trainable_adapter_stays_so(method: str, tmp_path: Path, reach_demonst
     assert asking() == trainable
 
 
+def test_an_adapter_that_asks_for_no_gradients_is_not_trained(
+    tmp_path: Path, reach_demonstrations: Trajectories
+) -> None:
+    trained("lora", reach_demonstrations, tmp_path / "lora")
+    policy = load_policy(tmp_path / "lora")
+    with pytest.raises(UserError, match=r"nothing to train.* is_trainable=True"):
+        train(policy, reach_demonstrations, policy.adapters.attached())
+
+
 def test_a_second_adapter_to_be_trained_is_the_active_one(tmp_path: Path, reach_demonstrations: Trajectories) -> None:
     first = trained("lora", reach_demonstrations, tmp_path / "lora")
     second = trained("dora", reach_demonstrations, tmp_path / "dora")
@@ -195,6 +204,23 @@ def test_the_target_return_comes_with_the_adapter(tmp_path: Path, reach_demonstr
     save_policy(tmp_path / "base", make_policy())
     loaded = load_policy(tmp_path / "base", adapters={"reach": tmp_path / "reach" / "adapter"})
     assert loaded.conditioning.of("metaworld/reach-v3") == 1234.0
+
+
+def test_each_adapter_of_a_task_has_its_own_target_return(tmp_path: Path, reach_demonstrations: Trajectories) -> None:
+    for name, target in (("a", 10.0), ("b", 20.0)):
+        policy, adapter = attached("lora", reach_demonstrations)
+        policy.with_target(target, "metaworld/reach-v3")
+        save_adapted_policy(tmp_path / name, policy, adapter, "card")
+    save_policy(tmp_path / "base", make_policy())
+    loaded = load_policy(tmp_path / "base", adapters={name: tmp_path / name / "adapter" for name in "ab"})
+    asked = []
+    for name in ("a", "b", None, "a"):
+        loaded.adapters.use(name)
+        asked.append(loaded.conditioning.of("metaworld/reach-v3"))
+    assert asked == [10.0, 20.0, 20.0, 10.0]
+    loaded.with_target(7.0, "metaworld/reach-v3")
+    loaded.adapters.use("b")
+    assert loaded.conditioning.of("metaworld/reach-v3") == 7.0, "set by the user since"
 
 
 def test_an_adapter_that_does_not_fit_leaves_the_others(tmp_path: Path, reach_demonstrations: Trajectories) -> None:

@@ -127,6 +127,8 @@ def test_without_tanh_actions_are_not_bounded() -> None:
         ({"stochastic": True, "action_tanh": False}, "action_tanh=true"),
         ({"num_layers": 0}, "num_layers=0: expected at least 1"),
         ({"context_length": -1}, "context_length=-1: expected at least 1"),
+        ({"max_timestep": 0}, "max_timestep=0: expected at least 1"),
+        ({"inner_size": -3}, "inner_size=-3: expected at least 1, or 0"),
     ],
 )
 def test_config_errors(change: dict[str, object], message: str) -> None:

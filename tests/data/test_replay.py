@@ -78,6 +78,20 @@ def test_a_time_limit_is_not_an_end(terminated: bool) -> None:
     torch.testing.assert_close(batch.windows.observations[ended][0, -1], torch.tensor([0.0, 3.0]))
 
 
+def test_an_episode_that_was_solved_and_went_on_is_solved() -> None:
+    replay, zeros = TrajectoryReplay(100, 2, 1), np.zeros
+    episode = Episode(
+        observations=zeros((4, 2), np.float32),
+        actions=zeros((3, 1), np.float32),
+        rewards=zeros(3, np.float32),
+        terminations=zeros(3, bool),
+        truncations=np.array([False, False, True]),
+        successes=np.array([False, True, False]),
+    )
+    replay.add(episode, 1.0)
+    assert replay.num_solved == 1
+
+
 def test_padding_is_no_transition() -> None:
     replay = make()
     replay.add(episode(6), asked=0.0)

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from eva_rl.cli.parsing import parse
+from eva_rl.data import Trajectories, WindowSampler
 from eva_rl.errors import UserError
 from eva_rl.finetune import command as finetune
+from eva_rl.finetune.adapter import attach
+from tests.conftest import make_policy
 
 TINY = ["env=reach-v3", "data.episodes=2", "data.workers=1", "data.only_successes=false", "algo.batch_size=4"]
 TINY += ["eval.episodes=3", "eval.every=0", "env.horizon=30", "tracker=[]", "adapter.targets=[q_proj]"]
@@ -63,6 +68,21 @@ def test_a_shared_pass_can_be_given_another_gain(policy_folder: Path, tmp_path: 
     rescaled = run(policy_folder, tmp_path / "rescaled", "adapter=eva", "adapter.gain=lora", *shared)["eva/gain"]
     assert rescaled == pytest.approx(lora, rel=0.5)
     assert own > 3 * rescaled
+
+
+def test_a_pass_without_its_moments_gives_the_same_scale(reach_demonstrations: Trajectories) -> None:
+    """As read from a file; it ended before the last batch that it could have taken."""
+    config = parse("finetune", ["env=reach-v3", "adapter=eva", "adapter.gain=lora", "adapter.tau=0.5"])
+    found = []
+    for kept in (True, False):
+        policy = make_policy()
+        data = WindowSampler(reach_demonstrations, 6, policy.scaling)
+        adapter = attach(policy, data, config, lambda run, kept=kept: run() if kept else replace(run(), moments={}))
+        assert adapter.eva is not None
+        assert adapter.eva.batches < config.adapter.eva.max_batches
+        found.append({n: p.detach() for n, p in policy.network.named_parameters() if ".lora_A." in n})
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("at", ["[0]", "[300]"])

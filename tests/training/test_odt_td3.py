@@ -139,6 +139,38 @@ def test_targets_never_move_beyond_what_they_follow() -> None:
         assert torch.equal(slow, fast)
 
 
+def test_the_warm_up_counts_the_policy_s_own_steps() -> None:
+    """It was over before the first of them, since the critics' steps counted."""
+    options = TD3Options(critic_warmup=20, policy_delay=2, warmup_steps=9, batch_size=4, learning_rate=1.0)
+    learner, replay = TD3DecisionTransformer(make_learner(), options), _replay(terminated=True)
+    rates = []
+    for update in (20, 22):
+        learner.update(replay, update)
+        rates.append(learner.optimizer.param_groups[0]["lr"])
+    assert rates == [pytest.approx(1 / 9), pytest.approx(2 / 9)]
+
+
+def test_a_resumed_target_network_has_the_policy_s_frozen_weights() -> None:
+    """Which another process may have found otherwise, such as singular vectors of another sign."""
+
+    def made(scale: float) -> TD3DecisionTransformer:
+        policy = make_learner()
+        frozen = policy.network.embed_state.weight.requires_grad_(False)
+        learner = TD3DecisionTransformer(policy, TD3Options(critic_hidden_size=8))
+        with torch.no_grad():
+            for network in (policy.network, learner.target_network):
+                network.embed_state.weight.mul_(scale)
+        assert frozen is policy.network.embed_state.weight
+        return learner
+
+    one, other = made(1.0), made(-1.0)
+    with torch.no_grad():  # as the adapter's extension does, just before
+        other.policy.network.embed_state.weight.copy_(one.policy.network.embed_state.weight)
+    other.restore(one.tensors())
+    for name, value in one.target_network.state_dict().items():
+        assert torch.equal(other.target_network.state_dict()[name], value), name
+
+
 def test_an_adapter_s_method_is_told_of_the_policy_s_own_steps() -> None:
     """At every second step of the critics it was told of odd numbers alone, and AdaLoRA never pruned."""
 

@@ -119,7 +119,8 @@ class EpisodeChecker:
             arrays[key] = (source / key).flags(raw[key]) if key in raw else none.copy()
         if "successes" in raw:
             successes = (source / "infos/success").flags(raw["successes"])
-            arrays["successes"] = successes[1:] if len(successes) == steps + 1 else successes
+            successes = successes[1:] if len(successes) == steps + 1 else successes
+            arrays["successes"] = np.logical_or.accumulate(successes)  # some say it of each env step alone
         if "target_actions" in raw:
             arrays["target_actions"] = (source / "infos/target_actions").floats(raw["target_actions"])
         for name, array in arrays.items():
