@@ -155,7 +155,9 @@ def keep_live_ranks(model: PeftModel) -> None:
     """
     network = model.get_base_model()
     for name, config in model.peft_config.items():
-        for key, kept in (getattr(config, "rank_pattern", None) or {}).items() if config.peft_type == "ADALORA" else ():
+        if config.peft_type != "ADALORA":
+            continue
+        for key, kept in (config.rank_pattern or {}).items():
             scales = network.get_parameter(key if key.endswith(f".{name}") else f"{key}.{name}")
             live = (scales.detach().flatten() != 0).tolist()
             if len(live) == len(kept):  # not where it was loaded, cut already
