@@ -49,7 +49,7 @@ def random_trajectories(
                 rewards=rng.normal(size=steps).astype(np.float32),
                 terminations=ends & (index % 2 == 0),
                 truncations=ends & (index % 2 == 1),
-                successes=rng.random(steps) < 0.5,
+                successes=np.logical_or.accumulate(rng.random(steps) < 0.5),
                 target_actions=rng.uniform(-1, 1, (steps, dims[1])).astype(np.float32),
             )
         )

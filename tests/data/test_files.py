@@ -61,6 +61,15 @@ def test_the_content_hash_tells_target_actions_apart() -> None:
     assert plain.content_hash == replace(plain, successes=None).content_hash
 
 
+def test_a_success_lasts(tmp_path: Path) -> None:
+    """Some files say of each env step alone whether it succeeded."""
+    data = random_trajectories((4,))
+    write_episodes(tmp_path / "a.h5", replace(data, successes=np.array([False, True, False, False])))
+    found = read_episodes(tmp_path / "a.h5").successes
+    assert found is not None
+    assert found.tolist() == [False, True, True, True]
+
+
 def test_what_is_unknown_stays_unknown(tmp_path: Path) -> None:
     data = load_dataset(f"d4rl:{write_h5(tmp_path / 'a.hdf5', table())}")
     write_store(tmp_path / "store", [data], "")
