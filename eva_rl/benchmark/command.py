@@ -179,7 +179,7 @@ def show_plan(config: BenchmarkConfig, study: Study, tuning_runs: int, test_runs
     """Print what the study costs and what it can detect."""
     table = plan_table(study, read_pilot(config.pilot, study), tuning_runs, test_runs, config.threads)
     console.print(terminal_table(table))
-    say(table.note, markup=False)
+    say(table.note)
 
 
 def run_cells(cells: Sequence[Cell], config: BenchmarkConfig, phase: str) -> None:

@@ -72,7 +72,7 @@ def run_command(
     except UserError as error:
         where = f" (process {process})" if console.quiet else ""
         console.quiet = False
-        say(f"[bold red]Error{where}:[/] {escape(str(error))}")
+        say(f"[bold red]Error{where}:[/] {escape(str(error))}", markup=True)
         return 2
     except KeyboardInterrupt as interruption:
         say("Interrupted. Type the same command again to continue from the last checkpoint.")

@@ -170,8 +170,8 @@ def _continue(run_dir: Path, options: Any) -> None:
         (run_dir / CONFIG_FILE).replace(damaged)
         say(
             f"{error} It was moved to {damaged.name}, and {CONFIG_FILE} is written anew from this command: make sure "
-            "that it is the command which the run began with.", markup=False,
-        )  # fmt: skip
+            "that it is the command which the run began with."
+        )
         return
     if changed and not (run_dir / "checkpoint").exists():
         (run_dir / CONFIG_FILE).unlink()

@@ -244,6 +244,7 @@ def warn_of_worse_data(data: Trajectories | None, before: EvaluationResult) -> N
             f"[bold yellow]Warning:[/] the best demonstration has a return of {data.returns.max():.0f}, "
             f"the policy {before.mean_reward:.0f} on average: cloning will make it worse. Use better data (data=), "
             "or learn online: algo=odt_td3 data=none.",
+            markup=True,
         )
 
 

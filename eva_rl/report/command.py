@@ -334,9 +334,10 @@ def show(out: Path, groups: Sequence[Analysis], problems: Sequence[Problem], con
         console.print(terminal_table(table))
         for warning in warnings_of(analysis, problems, config.endpoint, config.margin):
             colour = "bold red" if warning.severe else "yellow"
-            say(f"[{colour}]{'Warning' if warning.severe else 'Note'}:[/] {escape(warning.text)}")
+            kind = "Warning" if warning.severe else "Note"
+            say(f"[{colour}]{kind}:[/] {escape(warning.text)}", markup=True)
     for problem in problems:
-        say(f"{problem.kind.capitalize()}: {escape(f'{problem.place}: {problem.reason}')}")
+        say(f"{problem.kind.capitalize()}: {problem.place}: {problem.reason}")
     say(f"Report: {out / PAGE}  ({TEXT}, {CSV}, figures/ beside it)")
 
 
