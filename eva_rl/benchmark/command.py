@@ -225,4 +225,4 @@ def write_report(cells: Sequence[Cell], config: BenchmarkConfig, study: Study) -
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
-    return run_command("benchmark", benchmark, HELP, argv)
+    return run_command("benchmark", benchmark, HELP, argv, continues=True)

@@ -6,7 +6,6 @@ import fcntl
 import json
 import os
 import shutil
-import time
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import IO, Any
 
 from omegaconf import OmegaConf
 
+from eva_rl.cli.command import new_run_dir
 from eva_rl.cli.console import say
 from eva_rl.cli.machine import versions
 from eva_rl.cli.parsing import flat
@@ -72,7 +72,7 @@ SHORT = {"adapter": "adapter.method", "algo": "algo.name", "env": "env.id", "ran
 
 
 def open_run(name: str, options: Any) -> Path:
-    """Make or recognise the run directory of a command and note its config.
+    """Make or recognise the run directory of a command, say where it is, and note its config.
 
     Args:
         name: The command, for the name of a new folder.
@@ -81,11 +81,13 @@ def open_run(name: str, options: Any) -> Path:
     Raises:
         UserError: The folder holds a finished run, an unfinished one with other settings, or something else.
     """
-    return ProcessGroup.current().broadcast_object(lambda: _open(name, options))
+    run_dir = ProcessGroup.current().broadcast_object(lambda: _open(name, options))
+    say(f"Run directory: {run_dir}")
+    return run_dir
 
 
 def _open(name: str, options: Any) -> Path:
-    run_dir = expanded(options.run_dir or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
+    run_dir = expanded(options.run_dir or new_run_dir(name))
     config = asdict(options)
     check_run_dir(run_dir)
     if (run_dir / CONFIG_FILE).exists():

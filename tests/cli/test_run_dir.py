@@ -125,6 +125,15 @@ def test_what_is_not_overwritten(make: Any, message: str, tmp_path: Path) -> Non
     assert {path.name for path in run_dir.iterdir()} - {".lock"} == before - {".lock"}
 
 
+def test_the_folder_is_named_at_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run_dir = open_run("finetune", parse("finetune", ["env=push-v3", "policy=mt40"]))
+    assert run_dir.parent == Path("runs")
+    assert capsys.readouterr().err == f"Run directory: {run_dir}\n"
+
+
 def test_a_full_disk_is_said_before_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from collections import namedtuple
 
