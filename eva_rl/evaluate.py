@@ -23,7 +23,7 @@ from eva_rl.distributed import ProcessGroup
 from eva_rl.envs import canonical_id, env_spec
 from eva_rl.envs.registry import task_ids
 from eva_rl.errors import UserError
-from eva_rl.files import expanded, write_json
+from eva_rl.files import check_new, expanded, write_json
 from eva_rl.options import group, one_of, option
 from eva_rl.rollouts.evaluation import EvaluationResult, described_return, evaluate_distributed, evaluate_policy
 from eva_rl.rollouts.video import record_episode
@@ -91,8 +91,8 @@ register("evaluate", EvaluateConfig, {})
 def evaluate(config: EvaluateConfig) -> None:
     """Load, play, show, and write where asked to."""
     out = expanded(config.out) if config.out else None
-    if out is not None and out.exists():
-        raise UserError(f"{out} exists and is not overwritten. Name another out=, or remove it.")
+    if out is not None:
+        check_new(out)
     policy = open_policy(config.policy, prepare_machine(config, config.env.timeout), adapters=config.adapters)
     policy.window = "full" if config.window == "full" else "cached"
     policy.acting = Acting(config.precision, config.compile)

@@ -18,7 +18,7 @@ from eva_rl.cli.command import run_command
 from eva_rl.cli.console import console, say
 from eva_rl.cli.parsing import register
 from eva_rl.errors import UserError, counted
-from eva_rl.files import expanded
+from eva_rl.files import check_folder, expanded
 from eva_rl.launch.jobs import Job, LaunchOptions
 from eva_rl.launch.launching import launch, list_failed
 from eva_rl.options import option
@@ -127,6 +127,9 @@ def benchmark(config: BenchmarkConfig) -> None:
     """Check everything; tune; run what is not finished; report."""
     check_overrides([*config.set, *_keys_of(config.grid())])
     study, place = config.grid(), config.place
+    if not config.plan:
+        check_folder(place.out, "out=")
+        check_folder(place.records, "records=" if config.records else "out=")
     tuned = tuning_cells(study, place)
     first: Chosen = {method: study.candidates(method)[0] for method in study.methods}
     check([*tuned, *(comparison_cells(study, place, first) if not tuned else [])])

@@ -22,6 +22,7 @@ from eva_rl.errors import UserError
 from eva_rl.files import (
     FILES,
     SEAL,
+    check_folder,
     check_seal,
     expanded,
     is_partial,
@@ -109,8 +110,9 @@ def check_run_dir(run_dir: Path) -> None:
     """Raise unless a folder is new, empty or an unfinished run.
 
     Raises:
-        UserError: It holds a finished run, or something else.
+        UserError: It holds a finished run, or something else, or cannot be written.
     """
+    check_folder(run_dir, "run_dir=")
     if (run_dir / SUMMARY_FILE).exists():
         raise UserError(f"{run_dir} holds a finished run, which is not overwritten. Name another run_dir=.")
     if not run_dir.is_dir() or (run_dir / CONFIG_FILE).exists():
