@@ -38,6 +38,8 @@ from eva_rl.schema import Integer, Record, Text
 CONFIG_FILE, SUMMARY_FILE, VERSIONS_FILE = "config.yaml", "summary.json", "versions.json"
 SEALED_FILES = (CONFIG_FILE, VERSIONS_FILE, "metrics.jsonl", "evaluation.json", "eva_report.json")
 """What the summary holds the digests of."""
+PHASES_FILE = "phases.json"
+"""What a run has spent so far, for the process that continues it."""
 LOCK_FILE = ".lock"
 INPUTS = "inputs"
 """Folder of a run directory with what a caller in Python gave as objects; it is there before the run begins."""
