@@ -180,16 +180,25 @@ def _continue(run_dir: Path, options: Any) -> None:
         )
         return
     if changed and not (run_dir / "checkpoint").exists():
-        (run_dir / CONFIG_FILE).unlink()
+        _remove_record(run_dir)
         for name, decide in MADE_FROM.items():
             if any(key.startswith(decide) for key in changed):
                 shutil.rmtree(run_dir / name, ignore_errors=True)
+        (run_dir / CONFIG_FILE).unlink()
     elif changed:
         had = ", ".join(f"{key}={_typed(value)}" for key, value in changed.items())
         raise UserError(
             f"{run_dir} holds an unfinished run with other settings of {', '.join(changed)} (see {CONFIG_FILE} "
             f"there). Use the same settings to continue it ({had}), or name another run_dir=."
         )
+
+
+def _remove_record(run_dir: Path) -> None:
+    """Remove what a run has recorded, so that nothing of it is taken for another's with other settings."""
+    for name in ("metrics.jsonl", "eva_report.json", PHASES_FILE):
+        (run_dir / name).unlink(missing_ok=True)
+    for name in ("tb", "figures"):
+        shutil.rmtree(run_dir / name, ignore_errors=True)
 
 
 def _typed(value: Any) -> str:

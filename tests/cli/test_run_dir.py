@@ -95,7 +95,14 @@ def test_before_the_first_checkpoint_any_settings_do(tmp_path: Path) -> None:
     open_run("finetune", config(run_dir, "seed=1"))
     (run_dir / "data").mkdir()
     (run_dir / "held_out").mkdir()
+    record = [run_dir / name for name in ("eva_report.json", "metrics.jsonl", "figures/eva_ranks.png", "tb/events")]
+    for path in record:
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    open_run("finetune", config(run_dir, "seed=1"))
+    assert all(path.exists() for path in record)
     open_run("finetune", config(run_dir, "seed=2"))
+    assert not any(path.exists() for path in record), "of a run with other settings"
     assert read_yaml(run_dir / CONFIG_FILE)["seed"] == 2
     assert (run_dir / "data").is_dir()
     open_run("finetune", config(run_dir, "seed=2", "eval.demonstrations=3"))
