@@ -82,6 +82,11 @@ class EvaluateConfig(MachineOptions):
         one_of(PRECISIONS, precision=self.precision)
         one_of(COMPILE_MODES, compile=self.compile)
         one_of(("on", "off", "both"), adapter=self.adapter)
+        if self.targets and self.policy.target_return is not None:
+            raise UserError(
+                f"policy.target_return={self.policy.target_return:g} and targets={self.targets}: expected one of them. "
+                "Leave out policy.target_return= to have one of the targets chosen, or targets= to set it."
+            )
         self.adapters = {canonical_id(task): path for task, path in self.adapters.items()}
 
 
@@ -93,7 +98,10 @@ def evaluate(config: EvaluateConfig) -> None:
     out = expanded(config.out) if config.out else None
     if out is not None:
         check_new(out)
-    policy = open_policy(config.policy, prepare_machine(config, config.env.timeout), adapters=config.adapters)
+    device = prepare_machine(config, config.env.timeout)
+    policy = open_policy(
+        config.policy, device, adapters=config.adapters, target_return=next(iter(config.targets), None)
+    )
     policy.window = "full" if config.window == "full" else "cached"
     policy.acting = Acting(config.precision, config.compile)
     if config.compile != "none":
