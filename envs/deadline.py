@@ -139,7 +139,7 @@ def _end(late: Deadline) -> None:
     """End the process, whose main thread does not come back."""
     more = (
         " and could not be interrupted, so that the process was ended. The checkpoints are those that were written "
-        "before; the same command continues from the last"
+        "before; a run continues from its last by the same command with its run_dir="
     )
     sys.stderr.write(f"Error: {late.error(more)}\n")
     sys.stderr.flush()

@@ -82,11 +82,11 @@ def list_datasets(config: DatasetsConfig) -> None:
     """Print the data sets that can be named and those that are on this machine."""
     table = Table("data=", "episodes", "env steps", "where")
     for name, said in local_minari_sets().items():
-        table.add_row(f"minari:{name}", str(said.get("total_episodes")), str(said.get("total_steps")), "local")
+        table.add_row(escape(f"minari:{name}"), str(said.get("total_episodes")), str(said.get("total_steps")), "local")
     cache = cache_folder() / "d4rl"
     for name, file in D4RL_FILES.items():
         path = cache / Path(file).name
-        table.add_row(f"d4rl:{name}", "", "", str(path) if path.exists() else "download")
+        table.add_row(f"d4rl:{name}", "", "", escape(str(path)) if path.exists() else "download")
     _print(table)
     _print(
         f"Minari's sets lie below {minari_root()} (MINARI_DATASETS_PATH), D4RL's files in {cache} (EVA_RL_CACHE). "
@@ -205,7 +205,7 @@ def _histogram(data: Trajectories) -> Table:
 
 
 def _print(what: str | Table) -> None:
-    Console(highlight=False).print(what, soft_wrap=isinstance(what, str))
+    Console(highlight=False, emoji=False).print(what, soft_wrap=isinstance(what, str))
 
 
 def run(config: DatasetsConfig) -> None:

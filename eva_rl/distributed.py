@@ -210,6 +210,6 @@ def _peer_errors() -> Iterator[None]:
     except RuntimeError as error:  # of gloo, and dist.DistError
         raise UserError(
             f"Another process of this run has ended or does not respond ({str(error).splitlines()[0][:200]}). Its own "
-            "message, if it left one, says why. The last checkpoint is whole: rerun the same command to continue "
-            "from it, on this or another number of processes."
+            "message, if it left one, says why. The last checkpoint is whole: rerun the same command with the same "
+            "run_dir= to continue from it, on this or another number of processes."
         ) from error

@@ -75,7 +75,7 @@ def doctor(config: DoctorConfig) -> None:
     console.print(table)
     found = list(advice(threads, limits.cpus, speeds, has_renderer=renderer() is not None))
     for line in found or ["Nothing to improve."]:
-        say(f"- {line}", markup=False)
+        say(f"- {line}")
 
 
 def describe(device: torch.device) -> str:

@@ -34,7 +34,7 @@ class EnvironmentFailedError(UserError):
     def saved(self) -> EnvironmentFailedError:
         """The same error of a run whose progress is saved."""
         env_id, where, cause = self.args
-        more = "what was learned before is saved, and the same command continues from there"
+        more = "what was learned before is saved, and the same command with the same run_dir= continues from there"
         return type(self)(env_id, where, f"{cause}; {more}")
 
     def __str__(self) -> str:

@@ -23,7 +23,7 @@ from eva_rl.distributed import ProcessGroup
 from eva_rl.envs import canonical_id, env_spec
 from eva_rl.envs.registry import task_ids
 from eva_rl.errors import UserError
-from eva_rl.files import expanded, write_json
+from eva_rl.files import check_new, expanded, write_json
 from eva_rl.options import group, one_of, option
 from eva_rl.rollouts.evaluation import EvaluationResult, described_return, evaluate_distributed, evaluate_policy
 from eva_rl.rollouts.video import record_episode
@@ -82,6 +82,11 @@ class EvaluateConfig(MachineOptions):
         one_of(PRECISIONS, precision=self.precision)
         one_of(COMPILE_MODES, compile=self.compile)
         one_of(("on", "off", "both"), adapter=self.adapter)
+        if self.targets and self.policy.target_return is not None:
+            raise UserError(
+                f"policy.target_return={self.policy.target_return:g} and targets={self.targets}: expected one of them. "
+                "Leave out policy.target_return= to have one of the targets chosen, or targets= to set it."
+            )
         self.adapters = {canonical_id(task): path for task, path in self.adapters.items()}
 
 
@@ -91,9 +96,12 @@ register("evaluate", EvaluateConfig, {})
 def evaluate(config: EvaluateConfig) -> None:
     """Load, play, show, and write where asked to."""
     out = expanded(config.out) if config.out else None
-    if out is not None and out.exists():
-        raise UserError(f"{out} exists and is not overwritten. Name another out=, or remove it.")
-    policy = open_policy(config.policy, prepare_machine(config, config.env.timeout), adapters=config.adapters)
+    if out is not None:
+        check_new(out)
+    device = prepare_machine(config, config.env.timeout)
+    policy = open_policy(
+        config.policy, device, adapters=config.adapters, target_return=next(iter(config.targets), None)
+    )
     policy.window = "full" if config.window == "full" else "cached"
     policy.acting = Acting(config.precision, config.compile)
     if config.compile != "none":

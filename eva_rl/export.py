@@ -24,7 +24,7 @@ from eva_rl.cli.loading import open_policy
 from eva_rl.cli.parsing import register
 from eva_rl.configs.groups import PolicyOptions
 from eva_rl.errors import UserError
-from eva_rl.files import copy_files, expanded, sha256, write_folder
+from eva_rl.files import check_new, copy_files, expanded, sha256, write_folder
 from eva_rl.options import group, one_of, option
 
 HELP = """
@@ -78,8 +78,7 @@ def export(config: ExportConfig) -> None:
     with TemporaryDirectory() as temporary:
         named = config.out or ("" if config.push else Path(config.policy.path).name + ONNX_SUFFIX)
         out = expanded(named) if named else Path(temporary) / "policy"
-        if out.exists():
-            raise UserError(f"{out} exists and is not overwritten. Name another out=, or remove it.")
+        check_new(out)
         pushed = out
         if config.to == "onnx":
             pushed = Path(temporary) / "pushed"
@@ -153,8 +152,7 @@ def write_onnx(out: Path, folder: Path, config: ExportConfig) -> Path:
     from eva_rl.agents.onnx import export_onnx  # needs an extra
 
     path = out if out.suffix == ONNX_SUFFIX else out.with_name(out.name + ONNX_SUFFIX)
-    if path.exists():
-        raise UserError(f"{path} exists and is not overwritten. Name another out=, or remove it.")
+    check_new(path)
     policy = open_policy(config.policy, torch.device("cpu"))
     hashes = {"base_sha256": policy.adapters.base_sha256, "adapter_sha256": _adapter_digest(config.policy.path)}
     policy.adapters.merge_and_unload()

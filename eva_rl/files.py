@@ -13,6 +13,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import yaml
@@ -31,6 +32,39 @@ FILES, SEAL = "files", "sha256"
 def expanded(path: str | Path) -> Path:
     """A path as it is typed, with ``~`` as the home folder; a user that does not exist stays as it is."""
     return Path(os.path.expanduser(path))  # Path.expanduser raises RuntimeError for ~nobody
+
+
+def check_folder(folder: Path, setting: str) -> None:
+    """Raise unless files can be written in a folder, or in the nearest one above it that exists.
+
+    Args:
+        folder: It need not exist.
+        setting: What says where it is, for the message: ``run_dir=``, say.
+
+    Raises:
+        UserError: One cannot, a file is in the way, or the name is too long.
+    """
+    try:
+        nearest = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+        with TemporaryFile(dir=nearest):  # an attempt: permissions say nothing of /proc, nor anything to root
+            pass
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error.strerror}. Name another {setting}.") from error
+
+
+def check_new(path: Path) -> None:
+    """Raise unless there is nothing at the path of ``out=``, and something can be written there.
+
+    Raises:
+        UserError: Saying why not.
+    """
+    try:
+        exists = path.exists()
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}. Name another out=.") from error
+    if exists:
+        raise UserError(f"{path} exists and is not overwritten. Name another out=, or remove it.")
+    check_folder(path.parent, "out=")
 
 
 def read_json(path: Path, check: Check | None = None) -> Any:

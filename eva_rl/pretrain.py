@@ -263,7 +263,7 @@ def _summary(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
-    return run_command("pretrain", pretrain, HELP, argv, multirun="eva_rl.launch.multirun")
+    return run_command("pretrain", pretrain, HELP, argv, multirun="eva_rl.launch.multirun", continues=True)
 
 
 if __name__ == "__main__":

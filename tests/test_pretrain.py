@@ -98,6 +98,9 @@ def test_the_target_is_chosen_by_validation(run_dir: Path, tmp_path: Path, capsy
     assert len(set(best.values())) == 3, "the target changes what the policy does"
     chosen = json.loads(out.read_text())["tasks"]["metaworld/reach-v3"]["target_return"]
     assert chosen == max(best, key=lambda target: best[target])
+    capsys.readouterr()
+    assert evaluate.main([f"policy={run_dir}", *small, "targets=[10,400]", "policy.target_return=500"]) == 2
+    assert "policy.target_return=500 and targets=[10.0, 400.0]: expected one of them" in capsys.readouterr().err
 
 
 @pytest.mark.slow

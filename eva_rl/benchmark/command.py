@@ -18,7 +18,7 @@ from eva_rl.cli.command import run_command
 from eva_rl.cli.console import console, say
 from eva_rl.cli.parsing import register
 from eva_rl.errors import UserError, counted
-from eva_rl.files import expanded
+from eva_rl.files import check_folder, expanded
 from eva_rl.launch.jobs import Job, LaunchOptions
 from eva_rl.launch.launching import launch, list_failed
 from eva_rl.options import option
@@ -127,6 +127,9 @@ def benchmark(config: BenchmarkConfig) -> None:
     """Check everything; tune; run what is not finished; report."""
     check_overrides([*config.set, *_keys_of(config.grid())])
     study, place = config.grid(), config.place
+    if not config.plan:
+        check_folder(place.out, "out=")
+        check_folder(place.records, "records=" if config.records else "out=")
     tuned = tuning_cells(study, place)
     first: Chosen = {method: study.candidates(method)[0] for method in study.methods}
     check([*tuned, *(comparison_cells(study, place, first) if not tuned else [])])
@@ -179,7 +182,7 @@ def show_plan(config: BenchmarkConfig, study: Study, tuning_runs: int, test_runs
     """Print what the study costs and what it can detect."""
     table = plan_table(study, read_pilot(config.pilot, study), tuning_runs, test_runs, config.threads)
     console.print(terminal_table(table))
-    say(table.note, markup=False)
+    say(table.note)
 
 
 def run_cells(cells: Sequence[Cell], config: BenchmarkConfig, phase: str) -> None:
@@ -225,4 +228,4 @@ def write_report(cells: Sequence[Cell], config: BenchmarkConfig, study: Study) -
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
-    return run_command("benchmark", benchmark, HELP, argv)
+    return run_command("benchmark", benchmark, HELP, argv, continues=True)

@@ -6,8 +6,10 @@ import logging
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from pathlib import Path
 
 from rich.logging import RichHandler
 from rich.markup import escape
@@ -29,6 +31,7 @@ def run_command(
     argv: Sequence[str] | None = None,
     *,
     multirun: str = "",
+    continues: bool = False,
 ) -> int:
     """Run a command; a user's mistake ends it with one message and status 2.
 
@@ -38,6 +41,7 @@ def run_command(
         help_text: What the command does, with examples.
         argv: Overrides; None takes the command line's.
         multirun: The module whose function ``multirun`` runs a sweep of the command, where it can be swept.
+        continues: Whether the command continues what it began in ``run_dir=`` or ``out=``.
 
     Returns:
         Exit status.
@@ -58,25 +62,55 @@ def run_command(
     if "--version" in overrides:
         sys.stdout.write(f"eva-rl {__version__}\n")
         return 0
+    named = _new_folder(name, overrides) if multirun else ""
     try:
-        if MULTIRUN & set(overrides):
-            if not multirun:
-                raise UserError(f"--multirun sweeps finetune and pretrain, not {name}.")
-            import_module(multirun).multirun(name, [word for word in overrides if word not in MULTIRUN])
-        else:
-            config = parse(name, overrides)
-            from eva_rl.training.failures import sigterm_like_ctrl_c  # takes seconds, which a mistake does not wait for
-
-            with sigterm_like_ctrl_c():
-                main(config)
+        _run(name, main, [*overrides, f"run_dir={named}"] if named else overrides, multirun)
     except UserError as error:
         where = f" (process {process})" if console.quiet else ""
         console.quiet = False
-        say(f"[bold red]Error{where}:[/] {escape(str(error))}")
+        say(f"[bold red]Error{where}:[/] {escape(str(error))}", markup=True)
         return 2
     except KeyboardInterrupt as interruption:
-        say("Interrupted. Type the same command again to continue from the last checkpoint.")
+        say(f"Interrupted.{_how_to_continue(named) if continues else ''}")
         if isinstance(interruption, TerminatedError):
             raise SystemExit(128 + signal.SIGTERM) from interruption  # also ends a program that called the command
         return 130
     return 0
+
+
+def _run(name: str, main: Callable[[Config], None], overrides: Sequence[str], multirun: str) -> None:
+    """Run the command once, or a sweep of it."""
+    if MULTIRUN & set(overrides):
+        if not multirun:
+            raise UserError(f"--multirun sweeps finetune and pretrain, not {name}.")
+        import_module(multirun).multirun(name, [word for word in overrides if word not in MULTIRUN])
+        return
+    config = parse(name, overrides)
+    from eva_rl.training.failures import sigterm_like_ctrl_c  # takes seconds, which a mistake does not wait for
+
+    with sigterm_like_ctrl_c():
+        main(config)
+
+
+def new_run_dir(name: str) -> str:
+    """The run directory of a command, or of a sweep, that was given none."""
+    return f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+
+
+def _new_folder(name: str, overrides: Sequence[str]) -> str:
+    """A new run directory; empty where one was typed."""
+    if any(word.startswith("run_dir=") for word in overrides):
+        return ""
+    return new_run_dir("multirun" if MULTIRUN & set(overrides) else name)
+
+
+def _how_to_continue(named: str) -> str:
+    """What to type after an interruption.
+
+    Args:
+        named: The run directory that the command was given here; empty where the user gave one.
+    """
+    if named and not Path(named).exists():
+        return ""
+    same = f"the same command with run_dir={named}" if named else "the same command again"
+    return f" Type {same} to continue from the last checkpoint."

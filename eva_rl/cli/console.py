@@ -28,11 +28,16 @@ SHOWN = {
 LINE_SECONDS = 30.0
 """Between two lines where the output is no terminal."""
 
-console = Console(stderr=True, highlight=False)
+console = Console(stderr=True, highlight=False, emoji=False)
 
 
-def say(text: str, *, markup: bool = True) -> None:
-    """Print sentences: a terminal gets whole words, and paths that can be copied; a log gets one line a paragraph."""
+def say(text: str, *, markup: bool = False) -> None:
+    """Print sentences: a terminal gets whole words, and paths that can be copied; a log gets one line a paragraph.
+
+    Args:
+        text: What to say.
+        markup: Whether square brackets are Rich's markup, as in ``[bold red]Error:[/]``; what is in it is escaped then.
+    """
     if console.is_terminal:
         wrapper = textwrap.TextWrapper(console.width, break_long_words=False, break_on_hyphens=False)
         text = "\n".join(map(wrapper.fill, text.split("\n")))

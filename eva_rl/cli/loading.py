@@ -43,19 +43,28 @@ def open_policy(
     *,
     merge: bool = False,
     adapters: Mapping[str, str] | None = None,
+    target_return: float | None = None,
 ) -> AdaptedPolicy:
-    """Load the policy that the options name; ``merge`` folds its adapter into its weights, ``adapters`` brings more.
+    """Load the policy that the options name.
+
+    Args:
+        options: What to load.
+        device: Where to.
+        merge: Whether to fold its adapter into its weights.
+        adapters: More adapters, by task.
+        target_return: Of an imported policy, where the options name none.
 
     Raises:
         UserError: See :func:`eva_rl.adapters.load_policy`.
     """
     mean, std = _normalisation(options)
+    given = target_return if options.target_return is None else options.target_return
     imported = ImportOptions(
         context_length=options.context_length,
         observation_mean=mean,
         observation_std=std,
         return_scale=options.return_scale,
-        target_return=0.0 if _from_demonstrations(options) else options.target_return,
+        target_return=0.0 if _from_demonstrations(options) else given,
         num_heads=options.num_heads,
         allow_pickle=options.allow_pickle,
     )

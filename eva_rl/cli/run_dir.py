@@ -6,7 +6,6 @@ import fcntl
 import json
 import os
 import shutil
-import time
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import IO, Any
 
 from omegaconf import OmegaConf
 
+from eva_rl.cli.command import new_run_dir
 from eva_rl.cli.console import say
 from eva_rl.cli.machine import versions
 from eva_rl.cli.parsing import flat
@@ -22,6 +22,7 @@ from eva_rl.errors import UserError
 from eva_rl.files import (
     FILES,
     SEAL,
+    check_folder,
     check_seal,
     expanded,
     is_partial,
@@ -37,6 +38,8 @@ from eva_rl.schema import Integer, Record, Text
 CONFIG_FILE, SUMMARY_FILE, VERSIONS_FILE = "config.yaml", "summary.json", "versions.json"
 SEALED_FILES = (CONFIG_FILE, VERSIONS_FILE, "metrics.jsonl", "evaluation.json", "eva_report.json")
 """What the summary holds the digests of."""
+PHASES_FILE = "phases.json"
+"""What a run has spent so far, for the process that continues it."""
 LOCK_FILE = ".lock"
 INPUTS = "inputs"
 """Folder of a run directory with what a caller in Python gave as objects; it is there before the run begins."""
@@ -72,7 +75,7 @@ SHORT = {"adapter": "adapter.method", "algo": "algo.name", "env": "env.id", "ran
 
 
 def open_run(name: str, options: Any) -> Path:
-    """Make or recognise the run directory of a command and note its config.
+    """Make or recognise the run directory of a command, say where it is, and note its config.
 
     Args:
         name: The command, for the name of a new folder.
@@ -81,11 +84,13 @@ def open_run(name: str, options: Any) -> Path:
     Raises:
         UserError: The folder holds a finished run, an unfinished one with other settings, or something else.
     """
-    return ProcessGroup.current().broadcast_object(lambda: _open(name, options))
+    run_dir = ProcessGroup.current().broadcast_object(lambda: _open(name, options))
+    say(f"Run directory: {run_dir}")
+    return run_dir
 
 
 def _open(name: str, options: Any) -> Path:
-    run_dir = expanded(options.run_dir or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
+    run_dir = expanded(options.run_dir or new_run_dir(name))
     config = asdict(options)
     check_run_dir(run_dir)
     if (run_dir / CONFIG_FILE).exists():
@@ -107,8 +112,9 @@ def check_run_dir(run_dir: Path) -> None:
     """Raise unless a folder is new, empty or an unfinished run.
 
     Raises:
-        UserError: It holds a finished run, or something else.
+        UserError: It holds a finished run, or something else, or cannot be written.
     """
+    check_folder(run_dir, "run_dir=")
     if (run_dir / SUMMARY_FILE).exists():
         raise UserError(f"{run_dir} holds a finished run, which is not overwritten. Name another run_dir=.")
     if not run_dir.is_dir() or (run_dir / CONFIG_FILE).exists():
@@ -170,20 +176,29 @@ def _continue(run_dir: Path, options: Any) -> None:
         (run_dir / CONFIG_FILE).replace(damaged)
         say(
             f"{error} It was moved to {damaged.name}, and {CONFIG_FILE} is written anew from this command: make sure "
-            "that it is the command which the run began with.", markup=False,
-        )  # fmt: skip
+            "that it is the command which the run began with."
+        )
         return
     if changed and not (run_dir / "checkpoint").exists():
-        (run_dir / CONFIG_FILE).unlink()
+        _remove_record(run_dir)
         for name, decide in MADE_FROM.items():
             if any(key.startswith(decide) for key in changed):
                 shutil.rmtree(run_dir / name, ignore_errors=True)
+        (run_dir / CONFIG_FILE).unlink()
     elif changed:
         had = ", ".join(f"{key}={_typed(value)}" for key, value in changed.items())
         raise UserError(
             f"{run_dir} holds an unfinished run with other settings of {', '.join(changed)} (see {CONFIG_FILE} "
             f"there). Use the same settings to continue it ({had}), or name another run_dir=."
         )
+
+
+def _remove_record(run_dir: Path) -> None:
+    """Remove what a run has recorded, so that nothing of it is taken for another's with other settings."""
+    for name in ("metrics.jsonl", "eva_report.json", PHASES_FILE):
+        (run_dir / name).unlink(missing_ok=True)
+    for name in ("tb", "figures"):
+        shutil.rmtree(run_dir / name, ignore_errors=True)
 
 
 def _typed(value: Any) -> str:

@@ -12,7 +12,7 @@ from eva_rl.data.formats.checks import ActionBounds
 from eva_rl.data.formats.minari import minari_root
 from eva_rl.envs import env_spec, reference_scores
 from eva_rl.errors import UserError
-from eva_rl.files import expanded
+from eva_rl.files import check_new, expanded
 
 FILE_SUFFIXES = {".h5", ".hdf5"}
 MINARI = "minari:"
@@ -25,14 +25,13 @@ def check_output(out: str) -> None:
         out: ``FILE.h5``, ``minari:ID``, or a folder for a store.
 
     Raises:
-        UserError: Nothing named, or it exists.
+        UserError: Nothing named, it exists, or its folder cannot be written.
     """
     if not out or out == MINARI:
         raise UserError("out= is missing: name a FILE.h5, a minari:NAMESPACE/NAME-v0, or a folder for a store.")
     in_minari = out.startswith(MINARI)
     path = minari_root() / out.removeprefix(MINARI) if in_minari else expanded(out)
-    if path.exists():
-        raise UserError(f"{path} exists and is not overwritten. Name another out=, or remove it.")
+    check_new(path)
     if path.suffix and path.suffix not in FILE_SUFFIXES and not in_minari:
         raise UserError(f"out={out}: expected FILE.h5, minari:NAMESPACE/NAME-v0, or a folder without a suffix.")
 

@@ -44,4 +44,4 @@ def finetune(config: FinetuneConfig) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
-    return run_command("finetune", finetune, HELP, argv, multirun="eva_rl.launch.multirun")
+    return run_command("finetune", finetune, HELP, argv, multirun="eva_rl.launch.multirun", continues=True)

@@ -16,7 +16,7 @@ from rich.table import Table
 from eva_rl.adapters import AttachedAdapter, LayerStart, adapter_bytes, count_parameters, save_adapted_policy
 from eva_rl.adapters.model_card import card_facts, model_card
 from eva_rl.cli.console import console, counting_progress, say
-from eva_rl.cli.run_dir import flat_hyperparameters, write_summary
+from eva_rl.cli.run_dir import PHASES_FILE, flat_hyperparameters, write_summary
 from eva_rl.configs.algorithms import BCAlgo, OnlineAlgo
 from eva_rl.configs.finetune import FinetuneConfig
 from eva_rl.data import Trajectories
@@ -31,7 +31,7 @@ from eva_rl.rollouts.evaluation import EvaluationResult, described_return
 from eva_rl.rollouts.video import Clip, record_clip, side_by_side, write_video
 from eva_rl.tracking import Tracker
 from eva_rl.tracking.figures import action_figure, rank_figure, spectrum_figure
-from eva_rl.tracking.tracker import open_tracker, read_metrics
+from eva_rl.tracking.tracker import WALL_TIME, open_tracker, read_metrics
 from eva_rl.training.failures import failures_kept
 
 DASHBOARD = "#custom_scalars&_smoothingWeight=0"
@@ -128,12 +128,25 @@ def open_record(session: Session, adapter: AttachedAdapter, before: Evaluated) -
     writes = session.process_group.is_main
     hyperparameters = flat_hyperparameters(config) | counts
     tracker = open_tracker(session.run_dir, resumed, config.tracker, hyperparameters, writes=writes)
+    if writes:
+        _keep_seconds(session)
     if resumed is None:
         tracker.log({**before.result.metrics(), **before.result.metrics("eval_before"), **before.loss}, 0)
     if adapter.start and resumed is None and writes:
         report_start(session, adapter, tracker)
     tracker.watch(network, config.algo.final_step)
     return tracker
+
+
+def _keep_seconds(session: Session) -> None:
+    """Count the seconds of earlier processes up to the last point that the run builds on, as the record now holds."""
+    resumed = session.resumed
+    file = session.run_dir / PHASES_FILE
+    if resumed is None:
+        session.phases.keep(file)
+        return
+    last = max((row[WALL_TIME] for row in read_metrics(session.run_dir)), default=0.0)
+    session.phases.keep(file, "clone" if resumed.cloning else "train", last)
 
 
 def write_results(
@@ -244,6 +257,7 @@ def warn_of_worse_data(data: Trajectories | None, before: EvaluationResult) -> N
             f"[bold yellow]Warning:[/] the best demonstration has a return of {data.returns.max():.0f}, "
             f"the policy {before.mean_reward:.0f} on average: cloning will make it worse. Use better data (data=), "
             "or learn online: algo=odt_td3 data=none.",
+            markup=True,
         )
 
 

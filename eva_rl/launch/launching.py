@@ -157,8 +157,8 @@ def in_words(state: State) -> str:
 def list_failed(failed: Sequence[Job]) -> None:
     """Say which runs failed, why, and where their logs are."""
     for job in failed:
-        say(f"[bold red]Failed:[/] {escape(f'{job.name}: {last_words(job.log)}')}")
-        say(f"        {escape(str(job.log))}")
+        say(f"[bold red]Failed:[/] {escape(f'{job.name}: {last_words(job.log)}')}", markup=True)
+        say(f"        {job.log}")
 
 
 def last_words(log: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import time
 from collections.abc import Sequence
@@ -19,11 +20,13 @@ from eva_rl.cli.parsing import parse
 from eva_rl.cli.run_dir import SUMMARY_FILE
 from eva_rl.cli.values import quoted
 from eva_rl.errors import UserError, counted
-from eva_rl.files import expanded
+from eva_rl.files import check_folder, expanded
 from eva_rl.launch.jobs import Job, LaunchOptions
 from eva_rl.launch.launching import launch, list_failed
 
 OPTIONS = "multirun."
+LONGEST_LABEL = 255 - len(".log.lock")
+"""Bytes; file systems take names of 255."""
 
 
 def multirun(name: str, typed: Sequence[str]) -> None:
@@ -42,6 +45,7 @@ def multirun(name: str, typed: Sequence[str]) -> None:
     given = [word.removeprefix("run_dir=") for word in typed if word.startswith("run_dir=")]
     root = expanded(given[-1] if given else f"runs/multirun-{time.strftime('%Y%m%d-%H%M%S')}").resolve()
     jobs = [_job(name, fixed, swept, root, options) for fixed, swept in combinations(words)]
+    check_folder(root, "run_dir=")
     left = [job for job in jobs if not job.done.exists()]
     say(f"{counted(len(jobs), 'run')}, {len(jobs) - len(left)} of them finished before. {root}")
     failed = launch(left, len(jobs) - len(left), options, root / "logs" / "launcher")
@@ -97,9 +101,19 @@ def _parsed(word: str) -> Override | None:
         return None
 
 
+def label_of(swept: Sequence[str]) -> str:
+    """The name of a combination's folder and log; the end of one that is too long is its digest."""
+    label = ",".join(swept).replace("/", "-") or "run"
+    encoded = label.encode()
+    if len(encoded) <= LONGEST_LABEL:
+        return label
+    digest = hashlib.sha256(encoded).hexdigest()[:16]
+    return f"{encoded[: LONGEST_LABEL - len(digest) - 1].decode(errors='ignore')}-{digest}"
+
+
 def _job(name: str, fixed: Sequence[str], swept: Sequence[str], root: Path, options: LaunchOptions) -> Job:
     """The job of one combination, checked."""
-    label = ",".join(swept).replace("/", "-") or "run"
+    label = label_of(swept)
     threads = [] if any(word.startswith("threads=") for word in fixed) else [f"threads={options.threads}"]
     overrides = [*fixed, *swept, *threads, f"run_dir={quoted(str(root / label))}"]
     parse(name, overrides)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import os
 import re
 import shutil
 from collections.abc import Iterator, Sequence
@@ -18,7 +19,7 @@ from eva_rl.cli.console import console, say
 from eva_rl.cli.parsing import register
 from eva_rl.cli.values import quoted
 from eva_rl.errors import UserError, counted
-from eva_rl.files import expanded, write_file, write_folder
+from eva_rl.files import check_folder, expanded, write_file, write_folder
 from eva_rl.options import between, one_of, option, positive
 from eva_rl.report.comparison import Analysis, Resampling, analyse
 from eva_rl.report.csv_curves import CSV_PREFIX, read_csv_curves
@@ -178,6 +179,8 @@ def check_out(name: str) -> Path:
     out = expanded(name)
     if out.name in {"", ".."}:
         raise UserError(f"out={name} is a folder that stands open or holds others. Name a new one: out=report")
+    if not os.path.isfile(out):  # Path.is_file raises where a name is too long
+        check_folder(out, "out=")
     others = [] if not out.is_dir() else [p.name for p in out.iterdir() if p.name not in PARTS and not _partial(p)]
     if others or out.is_file():
         raise UserError(
@@ -334,9 +337,10 @@ def show(out: Path, groups: Sequence[Analysis], problems: Sequence[Problem], con
         console.print(terminal_table(table))
         for warning in warnings_of(analysis, problems, config.endpoint, config.margin):
             colour = "bold red" if warning.severe else "yellow"
-            say(f"[{colour}]{'Warning' if warning.severe else 'Note'}:[/] {escape(warning.text)}")
+            kind = "Warning" if warning.severe else "Note"
+            say(f"[{colour}]{kind}:[/] {escape(warning.text)}", markup=True)
     for problem in problems:
-        say(f"{problem.kind.capitalize()}: {escape(f'{problem.place}: {problem.reason}')}")
+        say(f"{problem.kind.capitalize()}: {problem.place}: {problem.reason}")
     say(f"Report: {out / PAGE}  ({TEXT}, {CSV}, figures/ beside it)")
 
 

@@ -60,8 +60,8 @@ def failures_kept(run_dir: Path) -> Iterator[None]:
         raise
     except (EOFError, BrokenPipeError, ConnectionResetError) as error:
         raise UserError(
-            "A worker process of the environments died. Type the same command again to continue from the last "
-            "checkpoint; with algo.workers=0 the environments run in this process and show their own error."
+            f"A worker process of the environments died. Type the same command with run_dir={run_dir} to continue from "
+            "the last checkpoint; with algo.workers=0 the environments run in this process and show their own error."
         ) from error
 
 

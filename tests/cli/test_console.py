@@ -3,7 +3,10 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Sequence
 from io import StringIO
+from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -12,6 +15,7 @@ from eva_rl import doctor
 from eva_rl.cli import console as console_module
 from eva_rl.cli.command import run_command
 from eva_rl.cli.console import LINE_SECONDS, LineProgress, counting_progress, say, training_progress
+from eva_rl.finetune import command  # noqa: F401 - registers the command
 
 
 def test_a_log_gets_a_line_a_phase(capsys: pytest.CaptureFixture[str]) -> None:
@@ -42,7 +46,7 @@ def test_a_terminal_gets_whole_words_and_a_log_one_line(monkeypatch: pytest.Monk
         printed = StringIO()
         own = Console(file=printed, force_terminal=is_terminal, width=80, highlight=False, color_system=None)
         monkeypatch.setattr(console_module, "console", own)
-        say(text)
+        say(text, markup=True)
         lines = printed.getvalue().splitlines()
         assert path in " ".join(lines)
         if is_terminal:
@@ -53,14 +57,18 @@ def test_a_terminal_gets_whole_words_and_a_log_one_line(monkeypatch: pytest.Monk
             assert len(lines) == 1
 
 
-def interrupted(number: signal.Signals) -> object:
-    """What comes after a command, in a program that calls one and gets a signal in it."""
+def interrupted(
+    number: signal.Signals, name: str = "doctor", typed: Sequence[str] = ("seconds=0.1",), **options: Any
+) -> object:
+    """What comes after a command, in a program that calls one and gets a signal in it, once its folder is there."""
 
-    def main(_: object) -> None:
+    def main(config: Any) -> None:
+        if name == "finetune":
+            Path(config.run_dir).mkdir(parents=True)
         os.kill(os.getpid(), number)
         time.sleep(10)
 
-    return run_command("doctor", main, doctor.HELP, ["seconds=0.1"])
+    return run_command(name, main, doctor.HELP, typed, **options)
 
 
 def test_sigterm_ends_the_program_that_called_a_command_and_ctrl_c_the_command() -> None:
@@ -70,3 +78,21 @@ def test_sigterm_ends_the_program_that_called_a_command_and_ctrl_c_the_command()
         interrupted(signal.SIGTERM)
     assert ended.value.code == 143
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_an_interruption_says_how_to_continue(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What was typed goes on; a folder that was made for the run is named; what leaves no checkpoint does not go on."""
+    monkeypatch.chdir(tmp_path)
+    again = {"multirun": "eva_rl.launch.multirun", "continues": True}
+    assert interrupted(signal.SIGINT, "finetune", ["env=push-v3"], **again) == 130
+    (made,) = (tmp_path / "runs").iterdir()
+    said = capsys.readouterr().err
+    assert said.endswith(
+        f" Type the same command with run_dir=runs/{made.name} to continue from the last checkpoint.\n"
+    )
+    assert interrupted(signal.SIGINT, "finetune", ["env=push-v3", "run_dir=mine"], **again) == 130
+    assert "Type the same command again" in capsys.readouterr().err
+    assert interrupted(signal.SIGINT) == 130
+    assert capsys.readouterr().err == "Interrupted.\n"

@@ -67,6 +67,7 @@ def test_the_commands_take_them(foreign: Path, file: Path, tmp_path: Path, reach
     shared: list[Any] = [f"policy={foreign}", "env=reach-v3", "env.horizon=5", "eval.episodes=1", "device=cpu"]
     given = ["policy.observation_mean=[0]", "policy.observation_std=[1]", "policy.target_return=9"]
     assert evaluate([*shared, *given]) == 0
+    assert evaluate([*shared, *given[:2], "targets=[9]"]) == 0
     assert evaluate(shared) == 2
     run = [*shared, f"data={file}", f"run_dir={tmp_path / 'run'}", "algo.updates=1", "adapter=head", "tracker=[]"]
     assert finetune([*run, "policy.observations_from=data"]) == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from eva_rl.cli.machine import choose_device, versions
 from eva_rl.cli.profiling import Phases, peak_memory
 from eva_rl.distributed import ProcessGroup, is_torchrun, local_rank, local_world_size
 from eva_rl.errors import UserError
+from eva_rl.files import read_json, write_json
 
 
 @pytest.mark.parametrize("name", ["cpu", "auto"])
@@ -58,6 +60,25 @@ def test_phases_add_up() -> None:
     assert list(phases.seconds) == ["data", "train"]
     assert phases.seconds["data"] >= 0.02
     assert sum(phases.seconds.values()) <= time.perf_counter() - began
+
+
+def test_phases_of_several_processes_add_up(tmp_path: Path) -> None:
+    """A run that goes on counts what it builds on; one that starts afresh, or after damage, counts from nothing."""
+    file = tmp_path / "phases.json"
+    write_json(file, {"seconds": {"data": 10.0, "clone": 20.0}, "wall_time": 1000.0})
+    phases = Phases({"data": 1.0})
+    phases.keep(file, "train", 1007.0)
+    assert phases.seconds == {"data": 11.0, "clone": 20.0, "train": 7.0}
+    again = Phases()
+    again.keep(file, "train", 1007.0)
+    assert again.seconds == phases.seconds, "nothing of the process in between was built on"
+    again.end("train")
+    assert read_json(file)["seconds"] == again.seconds
+    for text, interrupted in (("{", "train"), (file.read_text(), "")):
+        file.write_text(text)
+        afresh = Phases()
+        afresh.keep(file, interrupted)
+        assert afresh.seconds == {}
 
 
 @pytest.mark.parametrize("total", [0, 1, 5, 100])

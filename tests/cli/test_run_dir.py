@@ -95,7 +95,14 @@ def test_before_the_first_checkpoint_any_settings_do(tmp_path: Path) -> None:
     open_run("finetune", config(run_dir, "seed=1"))
     (run_dir / "data").mkdir()
     (run_dir / "held_out").mkdir()
+    record = [run_dir / name for name in ("eva_report.json", "metrics.jsonl", "figures/eva_ranks.png", "tb/events")]
+    for path in record:
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    open_run("finetune", config(run_dir, "seed=1"))
+    assert all(path.exists() for path in record)
     open_run("finetune", config(run_dir, "seed=2"))
+    assert not any(path.exists() for path in record), "of a run with other settings"
     assert read_yaml(run_dir / CONFIG_FILE)["seed"] == 2
     assert (run_dir / "data").is_dir()
     open_run("finetune", config(run_dir, "seed=2", "eval.demonstrations=3"))
@@ -123,6 +130,15 @@ def test_what_is_not_overwritten(make: Any, message: str, tmp_path: Path) -> Non
     with pytest.raises(UserError, match=message):
         open_run("finetune", config(run_dir, "resume=never"))
     assert {path.name for path in run_dir.iterdir()} - {".lock"} == before - {".lock"}
+
+
+def test_the_folder_is_named_at_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run_dir = open_run("finetune", parse("finetune", ["env=push-v3", "policy=mt40"]))
+    assert run_dir.parent == Path("runs")
+    assert capsys.readouterr().err == f"Run directory: {run_dir}\n"
 
 
 def test_a_full_disk_is_said_before_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -215,7 +215,7 @@ def test_a_call_that_cannot_be_interrupted_ends_the_process(tmp_path: Path, monk
     assert said.count("\n") == 1
     assert "fault=deadlocks failed in env step 3 of the episode seeded 5: step() has not returned for 0 s" in said
     assert "could not be interrupted" in said
-    assert "the same command continues" in said
+    assert "by the same command with its run_dir=" in said
 
 
 def test_the_signals_of_others_pass() -> None:

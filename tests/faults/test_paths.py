@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from eva_rl import evaluate, export, pretrain
+from eva_rl import collect, evaluate, export, pretrain
 from eva_rl.agents import save_policy
 from eva_rl.data import Episode, Trajectories, write_episodes
 from eva_rl.finetune.command import main as finetune
@@ -15,7 +15,7 @@ from eva_rl.report.command import main as report
 from tests.conftest import make_policy
 
 ENV = "tests.envs.own_envs:OwnPoint-v2"
-NAMES = ["ü ß", 'x=y, [z] {q} $H 50% ~t it\'s "q" a&b #1']
+NAMES = ["ü ß", 'x=y, [z] {q} $H 50% ~t it\'s "q" a&b #1', "r[abc]x :x:"]
 
 
 def episodes() -> Trajectories:
@@ -37,7 +37,7 @@ def episodes() -> Trajectories:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_every_key_that_takes_a_path(name: str, tmp_path: Path) -> None:
+def test_every_key_that_takes_a_path(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / name
     folder.mkdir()
     policy = make_policy(2, 1, hidden_size=16, num_layers=1, context_length=4, max_timestep=40)
@@ -58,3 +58,18 @@ def test_every_key_that_takes_a_path(name: str, tmp_path: Path) -> None:
         f"own {name}.h5",
         f"found {name}.json",
     }
+    said = capsys.readouterr().err
+    for shown in (f"{run}/policy", f"{run}/tb", f"{folder}/exported {name}", f"{folder}/pretrained {name}/policy"):
+        assert shown in said
+    assert f"Report: {folder}/report {name}/" in said
+
+
+def test_square_brackets_and_colons_in_a_path_are_shown_as_they_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither markup nor names of emoji."""
+    out = tmp_path / "e[/b]" / "r[abc]x :x:.h5"
+    small = ["env=reach-v3", "episodes=1", "env.horizon=20", "only_successes=false", "workers=1"]
+    assert collect.main([*small, f"out={out}"]) == 0
+    assert out.exists()
+    assert f"data={out}" in capsys.readouterr().err

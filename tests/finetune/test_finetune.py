@@ -170,6 +170,7 @@ def test_killed_and_continued_equals_uninterrupted(
     assert forks.killed_at_checkpoint(partial(small_run, base, run_dir), 4, tmp_path / "log")
     assert not (run_dir / "summary.json").exists()
     assert "Before" in (tmp_path / "log").read_text()
+    spent, last = read(run_dir / "phases.json"), read_metrics(run_dir)[-1]["wall_time"]
     capfd.readouterr()
     assert small_run(base, run_dir) == 0
     said = capfd.readouterr().err
@@ -177,6 +178,10 @@ def test_killed_and_continued_equals_uninterrupted(
     assert "Before" not in said, "what was evaluated before the interruption is not played again"
     assert read(run_dir / "evaluation.json") == read(finished / "evaluation.json")
     assert timeless(read_metrics(run_dir)) == timeless(read_metrics(finished))
+    seconds = read(run_dir / "summary.json")["seconds"]
+    assert list(seconds) == list(read(finished / "summary.json")["seconds"])
+    assert all(seconds[phase] > before for phase, before in spent["seconds"].items())
+    assert seconds["train"] > last - spent["wall_time"] > 0
     for name in ("model.safetensors", "adapter/adapter_model.safetensors"):
         assert (run_dir / "policy" / name).read_bytes() == (finished / "policy" / name).read_bytes()
 
