@@ -17,7 +17,7 @@ from rich.markup import escape
 from eva_rl._version import __version__
 from eva_rl.cli.console import console, say
 from eva_rl.cli.help import print_help
-from eva_rl.cli.parsing import Config, parse
+from eva_rl.cli.parsing import Config, parse, without_dashes
 from eva_rl.errors import TerminatedError, UserError
 
 MULTIRUN = {"--multirun", "-m"}
@@ -62,8 +62,9 @@ def run_command(
     if "--version" in overrides:
         sys.stdout.write(f"eva-rl {__version__}\n")
         return 0
-    named = _new_folder(name, overrides) if multirun else ""
+    named = ""
     try:
+        named = _new_folder(name, overrides) if multirun else ""
         _run(name, main, [*overrides, f"run_dir={named}"] if named else overrides, multirun)
     except UserError as error:
         where = f" (process {process})" if console.quiet else ""
@@ -99,7 +100,8 @@ def new_run_dir(name: str) -> str:
 
 def _new_folder(name: str, overrides: Sequence[str]) -> str:
     """A new run directory; empty where one was typed."""
-    if any(word.startswith("run_dir=") for word in overrides):
+    typed = without_dashes(name, [word for word in overrides if word not in MULTIRUN])
+    if any(word.startswith("run_dir=") for word in typed):
         return ""
     return new_run_dir("multirun" if MULTIRUN & set(overrides) else name)
 

@@ -92,7 +92,9 @@ def test_an_interruption_says_how_to_continue(
     assert said.endswith(
         f" Type the same command with run_dir=runs/{made.name} to continue from the last checkpoint.\n"
     )
-    assert interrupted(signal.SIGINT, "finetune", ["env=push-v3", "run_dir=mine"], **again) == 130
-    assert "Type the same command again" in capsys.readouterr().err
+    for number, typed in enumerate((["run_dir=mine0"], ["--run_dir=mine1"], ["--run-dir", "mine2"])):
+        assert interrupted(signal.SIGINT, "finetune", ["env=push-v3", *typed], **again) == 130
+        assert "Type the same command again" in capsys.readouterr().err
+        assert (tmp_path / f"mine{number}").is_dir()
     assert interrupted(signal.SIGINT) == 130
     assert capsys.readouterr().err == "Interrupted.\n"
