@@ -359,6 +359,36 @@ def test_a_plan_counts_and_says_what_can_be_seen(tmp_path: Path, capfd: pytest.C
     assert "from 6 runs" in " ".join(capfd.readouterr().err.split())
 
 
+@pytest.mark.parametrize(
+    ("typed", "message"),
+    [
+        (["tasks=push-v3"], "comes with tasks=, which the study file decides on. Change it there, or leave tasks= out"),
+        (["--seeds", "3", "methods=lora"], "comes with methods=, seeds=, which"),
+        (["finetune.policy=hopper"], "finetune.policy: the study file decides on that (settings)"),
+        (["finetune.policy.path=hopper"], "finetune.policy.path: the study file decides on that (settings)"),
+        (["set=[data.episodes=2]"], "(settings). Change it there, or leave finetune.data.episodes out."),
+        (["finetune.adapter.rank=4"], "(methods: small)"),
+        (["finetune.algo.learning_rate=1"], "(tune)"),
+        (["finetune.algo.updates=3"], "(budgets)"),
+    ],
+)
+def test_what_a_study_decides_is_not_typed_beside_it(
+    typed: list[str], message: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """It was ignored without a word."""
+    path = write(tmp_path / "study.yaml", settings={**TINY, "policy": "mt40"})
+    command = [f"study={path}", f"out={tmp_path / 'out'}", "plan=true"]
+    assert benchmark.main([*command, *typed]) == 2
+    assert message in " ".join(capfd.readouterr().err.split())
+
+
+def test_what_a_study_leaves_open_can_be_typed(tmp_path: Path) -> None:
+    path = write(tmp_path / "study.yaml")
+    command = [f"study={path}", f"out={tmp_path / 'out'}", "plan=true", "threads=2"]
+    assert benchmark.main([*command, "finetune.algo.weight_decay=0.1", "finetune.policy=mt40"]) == 0
+    assert benchmark.main(["study=", "tasks=push-v3", "seeds=1", "plan=true"]) == 0
+
+
 def test_help_begins_with_what_is_compared(capsys: pytest.CaptureFixture[str]) -> None:
     assert benchmark.main(["--help"]) == 0
     shown = capsys.readouterr().out
