@@ -20,6 +20,8 @@ from eva_rl.cli.parsing import parse
 from eva_rl.cli.values import split_list
 from eva_rl.errors import UserError
 from eva_rl.finetune import command as finetune
+from eva_rl.launch import multirun
+from eva_rl.launch.jobs import Job, LaunchOptions
 from eva_rl.launch.multirun import combinations, launch_options
 from tests.conftest import make_policy
 
@@ -147,6 +149,26 @@ def test_a_sweep_is_checked_before_it_starts(tmp_path: Path, capfd: pytest.Captu
     assert evaluate.main(["--multirun", "env=push-v3,reach-v3"]) == 2
     assert "--multirun sweeps finetune and pretrain" in capfd.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        ["env=push-v3,reach-v3", "adapter.rank=2", "run_dir=mz", "multirun.jobs=3", "multirun.gpus_per_run=1"],
+        ["--env", "push-v3,reach-v3", "--adapter.rank=2", "--run-dir", "mz", "--multirun.jobs=3",
+         "--multirun.gpus-per-run", "1"],
+    ],
+)  # fmt: skip
+def test_a_sweep_takes_keys_with_dashes(typed: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``--env`` was not swept, and ``--run_dir`` named the folder of nothing."""
+    launched: list[tuple[list[Job], LaunchOptions]] = []
+    monkeypatch.setattr(multirun, "launch", lambda jobs, done, options, logs: launched.append((jobs, options)) or [])
+    monkeypatch.chdir(tmp_path)
+    assert finetune.main(["--multirun", *typed]) == 0
+    ((jobs, options),) = launched
+    assert [job.done.parent for job in jobs] == [tmp_path / "mz" / f"env={task}" for task in ("push-v3", "reach-v3")]
+    assert (options.jobs, options.gpus_per_run) == (3, 1)
+    assert all("adapter.rank=2" in job.command for job in jobs)
 
 
 @pytest.mark.slow
