@@ -95,6 +95,19 @@ def test_mistakes_are_found_before_anything_starts(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    "typed", [["finetune.data=expert"], ["finetune.data=d4rl:x.hdf5", "finetune.eval.demonstrations=2"]]
+)
+def test_tasks_without_an_expert_are_found_before_anything_starts(
+    typed: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Every run of them failed."""
+    command = ["tasks=Hopper-v5", "finetune.policy=hopper", "methods=lora", "seeds=1", f"out={tmp_path / 'out'}"]
+    assert benchmark.main([*command, *typed]) == 2
+    assert "No scripted expert for Hopper-v5" in " ".join(capfd.readouterr().err.split())
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.slow
 def test_failures_are_listed_with_their_logs(base: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """A folder in the way makes one run fail; the others count, and mending it completes the benchmark."""
