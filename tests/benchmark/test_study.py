@@ -113,6 +113,8 @@ def test_a_method_has_a_grid_of_its_own(tmp_path: Path) -> None:
         ({"methods": {"a/b": {"adapter": "lora"}}}, "names folders"),
         ({"methods": {"lora": {"algo": {"learning_rate": 1}}}}, "algo.learning_rate: VALUE"),
         ({"endpoint": "aera"}, "Did you mean 'area'"),
+        ({"endpoint": ["area"]}, "endpoint: ['area']: expected one of final, area"),
+        ({"endpoint": {"area": 1}}, "expected one of final, area"),
         ({"budgets": [4, 2]}, "increasing"),
         ({"budgets": None}, "needs budgets"),
         ({"margin": -1}, "above 0"),
@@ -124,6 +126,15 @@ def test_a_method_has_a_grid_of_its_own(tmp_path: Path) -> None:
 def test_mistakes_in_a_study_file(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=re.escape(message)):
         read_study(write(tmp_path / "study.yaml", **changes))
+
+
+def test_numbers_may_have_exponents(tmp_path: Path) -> None:
+    """YAML 1.1 reads a number without a point, ``5e-2``, as text."""
+    path = write(tmp_path / "study.yaml", margin=None, tune=None)
+    path.write_text(path.read_text() + "margin: 5e-2\ntune: {algo.learning_rate: [1e-3, 2E-3]}\n")
+    study = read_study(path)
+    assert study.margin == 0.05
+    assert study.candidates("lora") == [{"algo.learning_rate": 0.001}, {"algo.learning_rate": 0.002}]
 
 
 def finish(cell: Any, solved: float) -> None:
