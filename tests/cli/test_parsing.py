@@ -49,6 +49,9 @@ def message(name: str, *words: str) -> str:
         (["video=perhaps"], "expected true or false"),
         (["adapter.rank_caps=4"], "expected a table such as {name:value}"),
         (["~env"], "is not KEY=VALUE"),
+        (["policy.context_length=-1"], "policy.context_length=-1: expected a number above 0"),
+        (["policy.num_heads=0"], "policy.num_heads=0: expected a number above 0"),
+        (["policy.return_scale=-5"], "policy.return_scale=-5.0: expected a number above 0"),
     ],
 )
 def test_mistakes_are_answered_with_what_to_type(words: list[str], expected: str) -> None:
