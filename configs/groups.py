@@ -109,16 +109,17 @@ class EvalOptions(HeldOutOptions):
 
 
 @dataclass
-class PolicyOptions:
+class PolicyOptions(Options):
     """The pretrained policy."""
 
+    PREFIX: ClassVar[str] = "policy."
     path: str = option(
         "mt40",
         "a shipped name (finetune: auto for the one that fits the task), a policy folder, a run directory, or a "
         "Hugging Face folder or hub id; same as policy=",
     )
     target_return: float | None = option(None, "target return; null uses the demonstrations' or the policy's own")
-    context_length: int | None = option(None, "env steps an imported policy was trained to see; null uses 20")
+    context_length: int | None = option(None, "env steps an imported policy was trained to see; null uses 20", above=0)
     allow_pickle: bool = option(False, "read imported weights from a torch.save file, admitting tensors alone")
     observations_from: str = option(
         "",
@@ -127,11 +128,11 @@ class PolicyOptions:
     )
     observation_mean: list[float] | None = option(None, "of an imported policy's training data; [0] for zeros")
     observation_std: list[float] | None = option(None, "of an imported policy's training data; [1] for ones")
-    return_scale: float | None = option(None, "divides an imported policy's returns; null uses 1000")
+    return_scale: float | None = option(None, "divides an imported policy's returns; null uses 1000", above=0)
     action_bounds: list[float] | None = option(
         None, "[LOW,HIGH] that the policy's actions are stretched over; null uses its own bounds"
     )
-    num_heads: int | None = option(None, "attention heads of imported bare weights; null uses their project's")
+    num_heads: int | None = option(None, "attention heads of imported bare weights; null uses their project's", above=0)
 
 
 @dataclass

@@ -12,8 +12,10 @@ from eva_rl.cli.parsing import register
 from eva_rl.cli.saving import MINARI, check_output, write_output
 from eva_rl.configs.groups import EnvOptions, NoiseOptions
 from eva_rl.data import Trajectories
+from eva_rl.envs import canonical_id
 from eva_rl.envs.deadline import limit_calls
 from eva_rl.options import between, group, one_of, option, positive
+from eva_rl.rollouts.experts import check_scripted
 from eva_rl.rollouts.trained_experts import TrainedExpert, collect_trained
 from eva_rl.seeding import MAX_SEED
 
@@ -88,6 +90,7 @@ def _episodes(config: CollectConfig) -> Trajectories:
         until = float("inf") if config.expert.until is None else config.expert.until
         expert = TrainedExpert(config.expert.steps, until, config.env.horizon)
         return collect_trained(config.env.id, config.episodes, expert, seed=config.seed)
+    check_scripted(canonical_id(config.env.id), "expert=sac (an agent trained on the spot)")
     return collect_shown(config.env.id, config.episodes, config, config.env.horizon)
 
 

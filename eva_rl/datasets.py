@@ -70,11 +70,14 @@ class SelectedData:
 class DatasetsConfig:
     """Config of ``python -m eva_rl.datasets``."""
 
-    action: str = option("list", "list, show, check, filter or convert")
+    action: str = option(
+        "", "list, show, check, filter or convert; empty shows what data= names, and lists where it names nothing"
+    )
     out: str = option("", "where filter and convert write: FILE.h5, minari:ID or a folder")
     data: SelectedData = group(SelectedData, "the data set")
 
     def __post_init__(self) -> None:
+        self.action = self.action or ("show" if self.data.source else "list")
         one_of(tuple(ACTIONS), action=self.action)
 
 

@@ -196,16 +196,17 @@ def copy_files(source: Path, target: Path, names: Sequence[str], store: Path | N
         shutil.copyfile(resolved, target / name)
 
 
-class _PlainLoader(yaml.SafeLoader):
+class PlainLoader(yaml.SafeLoader):
     """Reads plain values; a file that repeats parts by alias could grow without bound."""
 
     def compose_node(self, parent: Node | None, index: int) -> Node | None:
+        """Refuse aliases."""
         if self.check_event(yaml.AliasEvent):
             raise yaml.YAMLError("aliases (*name) are not taken")
         return super().compose_node(parent, index)
 
 
-_PlainLoader.add_implicit_resolver(  # YAML 1.1 reads 1e-05 as text, for it has no point
+PlainLoader.add_implicit_resolver(  # YAML 1.1 reads 1e-05 as text, for it has no point
     "tag:yaml.org,2002:float", re.compile(r"[-+]?\d[\d_]*(\.[\d_]*)?[eE][-+]?\d+"), list("-+0123456789")
 )
 
@@ -217,7 +218,7 @@ def read_yaml(path: Path) -> Any:
         UserError: No such file, or not YAML.
     """
     try:
-        return yaml.load(path.read_text(encoding="utf-8"), _PlainLoader)
+        return yaml.load(path.read_text(encoding="utf-8"), PlainLoader)
     except FileNotFoundError as error:
         raise UserError(f"No file {path}.") from error
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:

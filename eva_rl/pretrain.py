@@ -52,6 +52,8 @@ The same command continues an unfinished run_dir.
 
 MIN_STD = 0.01
 """Observation dimensions that vary less than this are centred, not divided: they carry no signal to blow up."""
+WEIGHT_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+"""Precisions in which a policy folder can be read again."""
 
 
 @dataclass
@@ -99,7 +101,11 @@ class PretrainConfig(TrainOptions):
     return_scale: float | None = option(
         None, "returns are divided by this; null uses a fifth of the largest return-to-go in the data"
     )
-    weight_dtype: str = option("float16", "precision of the weights in the policy folder")
+    weight_dtype: str = option(
+        "float16",
+        "precision of the weights in the policy folder: float32, float16 or bfloat16",
+        choices=tuple(WEIGHT_DTYPES),
+    )
     env: EnvOptions = group(EnvOptions, "tasks: mt40, cw10, mt50, or names joined by +")
     data: DataOptions = group(DataOptions, "demonstrations")
     size: SizeOptions = group(SizeOptions, "network")
@@ -238,7 +244,7 @@ def _save(run_dir: Path, policy: DecisionTransformerPolicy, config: PretrainConf
         "pretrained_on": sorted(policy.conditioning.per_env),
         "data": {"source": data.source, "episodes": data.num_episodes, "steps": data.num_steps},
     }
-    save_policy(run_dir / "policy", policy, dtype=getattr(torch, config.weight_dtype))
+    save_policy(run_dir / "policy", policy, dtype=WEIGHT_DTYPES[config.weight_dtype])
 
 
 def _summary(

@@ -54,6 +54,17 @@ def test_fitting_policies(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "mt40" in capsys.readouterr().out
 
 
+def test_data_that_are_named_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They were ignored, and everything listed."""
+    write_episodes(tmp_path / "a.h5", random_trajectories(dims=(39, 4)))
+    assert main(["data=a.h5"]) == 0
+    shown = capsys.readouterr().out
+    assert main(["action=show", "data=a.h5"]) == 0
+    assert capsys.readouterr().out == shown
+    assert main(["action=list", "data=a.h5"]) == 0
+    assert "d4rl:hopper-medium-v2" in capsys.readouterr().out
+
+
 def test_a_store_is_checked_number_by_number(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_store(tmp_path / "store", [random_trajectories()], "x")
     array = np.load(tmp_path / "store" / "actions.npy")

@@ -3,16 +3,19 @@ from __future__ import annotations
 import contextlib
 import ctypes.util
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import imageio.v3
 import numpy as np
 import pytest
+from safetensors import safe_open
 
 import eva_rl
 import eva_rl.data.sources
 from eva_rl import collect, evaluate, pretrain
 from eva_rl.cli.parsing import parse
+from eva_rl.cli.run_dir import changed_settings, open_run
 from eva_rl.data import save_minari, write_episodes
 from eva_rl.envs import CW10, MT40
 from eva_rl.envs.registry import task_ids
@@ -258,6 +261,31 @@ def test_returns_of_any_size_make_a_policy_that_can_be_read(tmp_path: Path, larg
     source = f"d4rl:{write_h5(tmp_path / 'pendulum.hdf5', arrays)}"
     assert pretrain.main(["env=Pendulum-v1", f"data={source}", *TINY, f"run_dir={tmp_path / 'run'}"]) == 0
     assert eva_rl.load_policy(tmp_path / "run").scaling.return_scale == pytest.approx(scale)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_weights_are_written_in_precisions_that_load(tmp_path: Path, dtype: str) -> None:
+    command = ["env=Pendulum-v1", f"data=d4rl:{write_h5(tmp_path / 'pendulum.hdf5', swing_up())}", *TINY]
+    assert pretrain.main([*command, f"weight_dtype={dtype}", f"run_dir={tmp_path / 'run'}"]) == 0
+    with safe_open(tmp_path / "run" / "policy" / "model.safetensors", "pt") as file:
+        assert {str(file.get_tensor(name).dtype) for name in file.keys()} == {f"torch.{dtype}"}  # noqa: SIM118
+    assert eva_rl.load_policy(tmp_path / "run").observation_dim == 3
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "int8", "nn"])
+def test_other_precisions_are_refused_first(tmp_path: Path, dtype: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """``int8`` was written and could not be read; ``fp16`` failed after training, and the run could not continue."""
+    command = ["env=Pendulum-v1", f"data=d4rl:{write_h5(tmp_path / 'pendulum.hdf5', swing_up())}", *TINY]
+    assert pretrain.main([*command, f"weight_dtype={dtype}", f"run_dir={tmp_path / 'run'}"]) == 2
+    assert f"'{dtype}'" in printed(capsys)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_continued_run_may_save_in_another_precision(tmp_path: Path) -> None:
+    config = parse("pretrain", [f"run_dir={tmp_path / 'run'}"])
+    run_dir = open_run("pretrain", config)
+    (run_dir / "checkpoint").mkdir()
+    assert changed_settings(run_dir, replace(config, weight_dtype="float32")) == {}
 
 
 def test_what_could_not_be_read_again_is_refused_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,7 +16,8 @@ from eva_rl.benchmark.study import METHOD, Study, names_of, read_study, seeds_of
 from eva_rl.benchmark.tuning import Chosen, choose
 from eva_rl.cli.command import run_command
 from eva_rl.cli.console import console, say
-from eva_rl.cli.parsing import register
+from eva_rl.cli.parsing import SHORT_KEYS, register
+from eva_rl.cli.values import unquoted
 from eva_rl.errors import UserError, counted
 from eva_rl.files import check_folder, expanded
 from eva_rl.launch.jobs import Job, LaunchOptions
@@ -51,6 +52,8 @@ OWN_KEYS = {
 """Keys of finetune that the benchmark decides on itself, and by what."""
 PASSED = "finetune."
 STUDY_FILE = "study.yaml"
+GRID = ("tasks", "methods", "seeds")
+"""Keys in place of which a study file can be given."""
 
 
 @dataclass
@@ -99,7 +102,12 @@ class BenchmarkConfig(LaunchOptions, BenchmarkOptions):
 
 
 def arguments(typed: Sequence[str]) -> list[str]:
-    """Overrides, with ``finetune.KEY=VALUE`` and the entries of ``set=[...]`` gathered and quoted."""
+    """Overrides, with ``finetune.KEY=VALUE`` and the entries of ``set=[...]`` gathered and quoted.
+
+    Raises:
+        UserError: Both a study file and part of a grid.
+    """
+    check_one_source(typed)
     gathered: list[str] = []
     rest = []
     for word in typed:
@@ -111,6 +119,21 @@ def arguments(typed: Sequence[str]) -> list[str]:
             rest.append(word)
     quoted = ",".join("'" + word.replace("\\", "\\\\").replace("'", "\\'") + "'" for word in gathered)
     return [*rest, f"set=[{quoted}]"] if gathered else rest
+
+
+def check_one_source(typed: Sequence[str]) -> None:
+    """Raise where what a study file decides on is typed beside it.
+
+    Raises:
+        UserError: Naming the keys.
+    """
+    values = dict(word.partition("=")[::2] for word in typed)
+    both = ", ".join(f"{key}=" for key in GRID if key in values)
+    if both and unquoted(values.get("study", "")):
+        raise UserError(
+            f"study={values['study']} comes with {both}, which the study file decides on. Change it there, or leave "
+            f"{both} out."
+        )
 
 
 def split_list(text: str) -> list[str]:
@@ -125,8 +148,9 @@ register("benchmark", BenchmarkConfig, {}, arguments)
 
 def benchmark(config: BenchmarkConfig) -> None:
     """Check everything; tune; run what is not finished; report."""
-    check_overrides([*config.set, *_keys_of(config.grid())])
     study, place = config.grid(), config.place
+    check_overrides([*config.set, *_keys_of(study)])
+    check_apart(config.set, study)
     if not config.plan:
         check_folder(place.out, "out=")
         check_folder(place.records, "records=" if config.records else "out=")
@@ -170,6 +194,26 @@ def check_overrides(overrides: Sequence[str]) -> None:
             raise UserError(f"set=[{override}]: expected KEY=VALUE, for instance set=[algo.updates=400].")
         if key in OWN_KEYS:
             raise UserError(f"{PASSED}{key}: a benchmark sets that through {OWN_KEYS[key]}.")
+
+
+def check_apart(overrides: Sequence[str], study: Study) -> None:
+    """Raise where every run would get a setting that the study decides on, and that would have no effect.
+
+    Raises:
+        UserError: Naming the first.
+    """
+    decided = {
+        **{key: f"methods: {name}" for name, own in study.methods.items() for key in own},
+        **{key: "tune" for grid in study.tune.values() for key in grid},
+        **dict.fromkeys(study.settings, "settings"),
+        **({"algo.updates": "budgets"} if study.budgets else {}),
+    }
+    long = {SHORT_KEYS.get(key, key): where for key, where in decided.items()}
+    for key in (override.partition("=")[0] for override in overrides):
+        if (where := long.get(SHORT_KEYS.get(key, key))) is not None:
+            raise UserError(
+                f"{PASSED}{key}: the study file decides on that ({where}). Change it there, or leave {PASSED}{key} out."
+            )
 
 
 def keep_study(path: Path, out: Path) -> None:

@@ -25,6 +25,7 @@ from eva_rl.errors import UserError
 from eva_rl.files import write_json
 from eva_rl.finetune import command as _finetune  # noqa: F401 - registers its keys
 from eva_rl.finetune.adapter import check_adapter
+from eva_rl.finetune.session import check_demonstrations
 from eva_rl.launch.jobs import Job
 from eva_rl.report.reading import DIVERGED, one_line, read_json_object
 from eva_rl.report.runs import ABOUT_FILE, Run, read_config, read_record
@@ -191,7 +192,7 @@ def comparison_cells(study: Study, place: Place, chosen: Mapping[str, Mapping[st
 
 
 def check(cells: Sequence[Cell]) -> None:
-    """Raise unless every run can start: its config, task, policy and adapter, and its output folder.
+    """Raise unless every run can start: its config, task, policy, adapter and expert, and its output folder.
 
     Raises:
         UserError: Naming the first run that cannot.
@@ -211,6 +212,7 @@ def check(cells: Sequence[Cell]) -> None:
             policy.check_dimensions(spec.observation_dim, spec.action_dim, spec.env_id)
             policy.check_action_bounds(spec.action_low, spec.action_high, spec.env_id)
             check_adapter(policy, config.adapter)
+            check_demonstrations(config, spec)
 
 
 def check_unchanged(cell: Cell) -> None:

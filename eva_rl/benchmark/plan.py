@@ -30,7 +30,7 @@ class Pilot:
     Attributes:
         spread: Standard deviation of the paired difference between two runs of one task and seed; NaN where it is not
             known, or tasks have no unit in common.
-        seconds: Of a run, median; NaN where it is not known.
+        seconds: Of a run, tuning runs included, median; NaN where it is not known.
         source: Where that comes from.
     """
 
@@ -48,13 +48,14 @@ def read_pilot(place: str, study: Study) -> Pilot:
     if not place:
         return _assumed(study)
     runs, _ = read_runs(find_runs([place]))
-    variances = [found for group in group_tasks(runs) if (found := _variances(group, study.endpoint))]
+    tested = [run for run in runs if run.tuning is None]
+    variances = [found for group in group_tasks(tested) if (found := _variances(group, study.endpoint))]
     if not variances:
         raise UserError(
             f"pilot={place}: no two methods share two seeds on a task where the endpoint {study.endpoint} was "
             "measured, so that its spread is not known. Name other runs, or none."
         )
-    source = f"from {counted(len(runs), 'run')} in {place}"
+    source = f"from {counted(len(tested), 'run')} in {place}"
     if len(variances) > 1:
         return Pilot(float("nan"), _seconds(runs), f"{source}, whose tasks are judged by different scores")
     return Pilot(float(np.sqrt(np.mean(variances[0]))), _seconds(runs), source)

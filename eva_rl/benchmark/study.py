@@ -81,7 +81,7 @@ def read_study(path: Path) -> Study:
         seeds=seeds_of(raw["seeds"]),
         settings=_settings(raw.get("settings") or {}, "settings"),
         budgets=_budgets(raw.get("budgets") or []),
-        endpoint=raw.get("endpoint", FINAL),
+        endpoint=_endpoint(raw.get("endpoint", FINAL)),
         margin=_margin(raw.get("margin")),
         tune=_grids(raw.get(TUNE) or {}, methods),
         tuning_tasks=tasks_of(raw.get("tuning_tasks") or []),
@@ -180,6 +180,12 @@ def _grids(shared: Any, methods: Mapping[str, Mapping[str, Any]]) -> dict[str, d
 def _budgets(raw: Any) -> list[int]:
     if not isinstance(raw, list) or not all(isinstance(n, int) and n > 0 for n in raw) or raw != sorted(set(raw)):
         raise UserError(f"budgets: {raw}: expected increasing numbers of updates, such as [10, 20, 40, 80].")
+    return raw
+
+
+def _endpoint(raw: Any) -> str:
+    if not isinstance(raw, str):
+        raise UserError(f"endpoint: {raw}: expected one of {', '.join(ENDPOINTS)}.")
     return raw
 
 

@@ -20,6 +20,7 @@ from eva_rl.data.selection import target_return
 from eva_rl.envs import EnvSpec, canonical_id, env_spec
 from eva_rl.envs.observations import observation_keys
 from eva_rl.errors import UserError
+from eva_rl.rollouts.experts import check_scripted
 
 log = logging.getLogger(__name__)
 
@@ -185,7 +186,7 @@ def load_task_data(env: str, options: DataOptions, folder: Path, horizon: int | 
     """
     spec = env_spec(env, horizon)
     if options.source.partition(":")[0] == EXPERT:
-        _check_expert(options.source, env, spec)
+        check_expert(options.source, spec)
         data = _demonstrated(env, options, folder, horizon)
     else:
         data = load_dataset(
@@ -216,9 +217,18 @@ def check_fit(data: Trajectories, spec: EnvSpec) -> None:
         log.warning("%s: demonstrations of %s are used for %s.", data.source, data.env_id, spec.env_id)
 
 
-def _check_expert(source: str, env: str, spec: EnvSpec) -> None:
-    """Raise before episodes are played where the expert's task is one of other dimensions."""
-    theirs = env_spec(expert_source(source, env, 1)[0])
+def check_expert(source: str, spec: EnvSpec) -> None:
+    """Raise unless there is the expert that a source names, for a task of the same dimensions.
+
+    Args:
+        source: ``expert`` or ``expert:ENV``.
+        spec: The task that its episodes are for.
+
+    Raises:
+        UserError: Its task has none, or has other dimensions.
+    """
+    theirs = env_spec(expert_source(source, spec.env_id, 1)[0])
+    check_scripted(theirs.env_id)
     own, expected = (theirs.observation_dim, theirs.action_dim), (spec.observation_dim, spec.action_dim)
     if own != expected:
         raise UserError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -24,6 +24,8 @@ from eva_rl.files import expanded, read_yaml
 Config = TypeVar("Config")
 Arguments = Callable[[Sequence[str]], list[str]]
 Typed = Sequence[tuple[str, str]]
+Setting = tuple[str, Any, bool]
+"""A key, its value, and whether that is one entry of a table whose other entries stay."""
 
 
 SHORT_KEYS = {
@@ -58,7 +60,7 @@ SYNONYMS = {
 """What other programs call a key."""
 CONFIG = "config"
 """Names the ``config.yaml`` of a run, or its folder, to begin from."""
-NOT_STORED = {"run_dir", "resume"}
+NOT_STORED = {"run_dir", "resume", "study"}
 """Keys of another run's config that a new run decides on itself."""
 WORD = re.compile(r"\+{0,2}(?P<key>[A-Za-z_][^=\s]*)=(?P<value>.*)", re.DOTALL)
 
@@ -111,13 +113,13 @@ def parse(name: str, words: Sequence[str]) -> Any:
     """
     everything = [_key_and_value(name, word) for word in COMMANDS[name].arguments(without_dashes(name, words))]
     typed = [(key, value) for key, value in everything if key != CONFIG]
-    stored = stored_settings([Path(value) for key, value in everything if key == CONFIG])
+    stored = stored_settings(name, [Path(value) for key, value in everything if key == CONFIG])
     chosen = chosen_options(name, typed, stored)
     values = [*_stored_values(name, stored, chosen), *_typed_values(name, typed, chosen)]
     try:
         config = copy.deepcopy(_composed(name, tuple(f"{group}={option}" for group, option in chosen.items())))
-        for key, value in values:
-            _set(config, key, value)
+        for setting in values:
+            _set(config, *setting)
         return OmegaConf.to_object(config)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(f"{_first_lines(error)} {see_help(name)}") from error
@@ -140,16 +142,26 @@ def without_dashes(name: str, words: Sequence[str]) -> list[str]:
     while left:
         word = left.pop(0)
         key, equals, value = word.removeprefix("--").partition("=")
-        key = key.replace("-", "_")
         if not re.match(r"--[A-Za-z]", word):
             found.append(word)
-        elif equals:
+            continue
+        key = _with_underscores(name, key)
+        if equals:
             found.append(f"{key}={value}")
         elif left and not re.match(r"--[A-Za-z]|[A-Za-z_][\w.]*=", left[0]):
             found.append(f"{key}={left.pop(0)}")
         else:
             found.append(f"{key}=true" if _is_switch(name, key) else word)
     return found
+
+
+def _with_underscores(name: str, key: str) -> str:
+    """A key with underscores for dashes; the name of a table's entry stays as it is."""
+    plain = key.replace("-", "_")
+    if plain == key:
+        return key
+    table, _ = table_and_entry(plain, known_keys(name, first_options(name)))
+    return plain[: len(table)] + key[len(table) :] if table else plain
 
 
 def _is_switch(name: str, key: str) -> bool:
@@ -193,16 +205,26 @@ def known_keys(name: str, chosen: Mapping[str, str]) -> dict[str, Key]:
     return {key.name: key for group in groups_of(defaults_of(command.schema), nodes) for key in group.keys}
 
 
-def _typed_values(name: str, typed: Typed, chosen: Mapping[str, str]) -> Iterator[tuple[str, Any]]:
+def _is_table(key: Key) -> bool:
+    return get_origin(key.kind) is dict
+
+
+def table_and_entry(key: str, known: Mapping[str, Key]) -> tuple[str, str]:
+    """The table that a key lies in, and the name of the entry, which may have dots; empty where there is none."""
+    table = next((name for name, own in known.items() if key.startswith(f"{name}.") and _is_table(own)), "")
+    return table, key.removeprefix(f"{table}.") if table else ""
+
+
+def _typed_values(name: str, typed: Typed, chosen: Mapping[str, str]) -> Iterator[Setting]:
     """What was typed, as values of the keys' types."""
     known = known_keys(name, chosen)
     for key, text in typed:
         long = SHORT_KEYS.get(key, key) if key not in known else key
-        table, _, entry = long.rpartition(".")
+        table, entry = table_and_entry(long, known)
         if long in known:
-            yield long, value_of(key, known[long].kind, text)
-        elif table in known and get_origin(known[table].kind) is dict:
-            yield table, {entry: value_of(key, get_args(known[table].kind)[1], text)}
+            yield long, value_of(key, known[long].kind, text), False
+        elif entry:
+            yield table, {entry: value_of(key, get_args(known[table].kind)[1], text)}, True
         elif key not in chosen:
             raise UserError(f"{key}={text}: {suggestion(name, key, text, chosen)} {see_help(name)}")
 
@@ -224,57 +246,60 @@ def suggestion(name: str, key: str, text: str, chosen: Mapping[str, str]) -> str
     return "there is no such key." + (f" Did you mean {' or '.join(f'{c}={text}' for c in close)}?" if close else "")
 
 
-def stored_settings(paths: Sequence[Path]) -> dict[str, Any]:
-    """The settings of runs, flat; of several files the later ones win.
+def stored_settings(name: str, paths: Sequence[Path]) -> dict[str, Any]:
+    """The settings of runs, flat but for tables; of several files the later ones win.
 
     Args:
+        name: The command, which decides on what is a table.
         paths: ``config.yaml`` files, or run directories.
 
     Raises:
         UserError: No such file, or it holds no settings.
     """
     settings: dict[str, Any] = {}
+    tables = [key for key, own in known_keys(name, first_options(name)).items() if _is_table(own)] if paths else []
     for path in paths:
         place = expanded(path)
         file = place / "config.yaml" if place.is_dir() else place
         content = read_yaml(file)
         if not isinstance(content, dict):
             raise UserError(f"{file} holds no settings. Name a run directory or its config.yaml with config=.")
-        settings |= {key: value for key, value in flat(content) if key not in NOT_STORED}
+        settings |= {key: value for key, value in flat(content, tables=tables) if key not in NOT_STORED}
     return settings
 
 
-def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Settings of nested groups by dotted name; an empty group is a value."""
+def flat(values: Mapping[str, Any], prefix: str = "", tables: Container[str] = ()) -> Iterator[tuple[str, Any]]:
+    """Settings of nested groups by dotted name; an empty group is a value, and so is each of the ``tables``."""
     for key, value in values.items():
-        if isinstance(value, dict) and value:
-            yield from flat(value, f"{prefix}{key}.")
+        if isinstance(value, dict) and value and f"{prefix}{key}" not in tables:
+            yield from flat(value, f"{prefix}{key}.", tables)
         else:
             yield f"{prefix}{key}", value
 
 
-def _stored_values(name: str, stored: Mapping[str, Any], chosen: Mapping[str, str]) -> Iterator[tuple[str, Any]]:
+def _stored_values(name: str, stored: Mapping[str, Any], chosen: Mapping[str, str]) -> Iterator[Setting]:
     """Stored settings as values; those of an option that is not chosen any more are left out."""
     known = known_keys(name, chosen)
     dropped = {group for group, option in chosen.items() if stored.get(f"{group}.name", option) != option}
     for key, value in stored.items():
         if key.partition(".")[0] in dropped:
             continue
-        table, _, entry = key.rpartition(".")
+        table, entry = table_and_entry(key, known)
         if key in known:
             kind = known[key].kind
-            yield key, value_of(key, kind, value) if isinstance(value, str) and is_number(kind) else literal(value)
-        elif table in known:
-            yield table, {entry: literal(value)}
+            is_text = isinstance(value, str) and is_number(kind)
+            yield key, value_of(key, kind, value) if is_text else literal(value), False
+        elif entry:
+            yield table, {entry: literal(value)}, True
         else:
             raise UserError(f"{CONFIG}=: the file sets {key}, {suggestion(name, key, str(value), chosen)}")
 
 
-def _set(config: DictConfig, key: str, value: Any) -> None:
+def _set(config: DictConfig, key: str, value: Any, is_entry: bool) -> None:
     try:
-        OmegaConf.update(config, key, value, force_add=True)  # entries of a table are new keys
+        OmegaConf.update(config, key, value, merge=is_entry, force_add=True)  # entries of a table are new keys
     except GrammarParseError:  # "${" without an end: text
-        OmegaConf.update(config, key, literal(value), force_add=True)
+        OmegaConf.update(config, key, literal(value), merge=is_entry, force_add=True)
 
 
 def _first_lines(error: Exception) -> str:

@@ -45,7 +45,7 @@ INPUTS = "inputs"
 """Folder of a run directory with what a caller in Python gave as objects; it is there before the run begins."""
 FREE_BYTES = 200 * 2**20
 """A run that would start with less room on its disk is refused."""
-FREE_TO_CHANGE = {"run_dir", "shared", "resume", "threads", "device", "checkpoint", "tracker", "video"}
+FREE_TO_CHANGE = {"run_dir", "shared", "resume", "threads", "device", "checkpoint", "tracker", "video", "weight_dtype"}
 """Keys in which a continued run may differ from its first part."""
 FREE_IN_GROUPS = {"accumulate", "compile", "log_every", "timeout"}
 """The same, within groups: what fits a machine and changes no result."""

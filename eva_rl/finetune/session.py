@@ -22,6 +22,7 @@ from eva_rl.cli.loading import (
     EXPERT,
     FROM_DEMONSTRATIONS,
     NONE,
+    check_expert,
     load_task_data,
     normalise_by,
     open_policy,
@@ -202,6 +203,7 @@ def open_session(config: FinetuneConfig) -> Session:
         raise UserError("policy.observations_from=data, but data=none. Name a source of data instead.")
     _check_algorithm(policy, config)
     _check_activations(config, source != NONE)
+    check_demonstrations(config, spec)
     run_dir = open_run("finetune", config)
     data = None
     if source != NONE:
@@ -299,6 +301,17 @@ def data_source(config: FinetuneConfig) -> str:
             "algorithm that does without: algo=odt_td3."
         )
     return config.data.source
+
+
+def check_demonstrations(config: FinetuneConfig, spec: EnvSpec) -> None:
+    """Raise unless the task has the experts that are to be shown to a run, and to its held-out cloning loss.
+
+    Raises:
+        UserError: It has not.
+    """
+    for source in (data_source(config), *([EXPERT] if config.eval.demonstrations else [])):
+        if source.partition(":")[0] == EXPERT:
+            check_expert(source, spec)
 
 
 def set_target_return(

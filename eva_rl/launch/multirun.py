@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from eva_rl.cli.console import say
-from eva_rl.cli.parsing import parse
+from eva_rl.cli.parsing import parse, without_dashes
 from eva_rl.cli.run_dir import SUMMARY_FILE
 from eva_rl.cli.values import quoted
 from eva_rl.errors import UserError, counted
@@ -36,10 +36,12 @@ def multirun(name: str, typed: Sequence[str]) -> None:
         name: The command.
         typed: Overrides, some with several values: ``env=push-v3,reach-v3``, ``seed=range(0,3)``; ``run_dir=`` names
             the folder of all, ``multirun.KEY=`` the launcher's options: ``multirun.launcher=ray``, ``multirun.jobs=2``.
+            ``--env push-v3,reach-v3`` works, too.
 
     Raises:
         UserError: A combination that the command does not take, before any has started; or some failed.
     """
+    typed = without_dashes(name, typed)
     options = launch_options([word.removeprefix(OPTIONS) for word in typed if word.startswith(OPTIONS)])
     words = [word for word in typed if not word.startswith((OPTIONS, "run_dir="))]
     given = [word.removeprefix("run_dir=") for word in typed if word.startswith("run_dir=")]

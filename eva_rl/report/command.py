@@ -136,9 +136,9 @@ def report(config: ReportConfig) -> None:
             write(folder, config.title, lead(runs, config), sections)
             rows = [row for analysis in groups for row in records(analysis)]
             for analysis in groups:
-                rows += verdict_records(analysis.group, config.endpoint, config.margin)
+                rows += verdict_records(analysis.group, config.endpoint, config.margin, config.confidence)
                 for further in [name for name in ENDPOINTS if name != config.endpoint]:
-                    rows += verdict_records(analysis.group, further, None)
+                    rows += verdict_records(analysis.group, further, None, config.confidence)
             write_csv(folder / CSV, CSV_COLUMNS, rows)
             write_csv(folder / RUNS_CSV, RUN_COLUMNS, [row for analysis in groups for row in run_records(analysis)])
             write_csv(folder / CURVES_CSV, CURVE_COLUMNS, list(curve_records(groups, curves)))
@@ -254,11 +254,7 @@ def sections_of(
             tables=[aggregate_table(analysis)] if compared else [],
             pictures=summary,
         ),
-        *(
-            [Section("Verdicts", tables=verdict_tables(analysis.group, config.endpoint, config.margin))]
-            if several
-            else []
-        ),
+        *([Section("Verdicts", tables=verdict_tables(analysis.group, config))] if several else []),
         Section("Comparisons", tables=[comparison_table(analysis)] if several else [], pictures=[*pairs, *profile]),
         Section("Tasks", tables=[task_table(analysis)], pictures=[by_task]),
         Section("Learning curves", text=without_curve(analysis.group, curves), pictures=learned),
@@ -322,12 +318,14 @@ def curve_records(groups: Sequence[Analysis], curves: Sequence[dict[str, list[Cu
                     yield named | {"place": place, "value": value, "low": low, "high": high}
 
 
-def verdict_tables(group: TaskGroup, endpoint: str, margin: float | None) -> list[Table]:
+def verdict_tables(group: TaskGroup, config: ReportConfig) -> list[Table]:
     """The verdicts by the endpoint that was decided on, and by the others that were measured."""
-    others = [name for name in ENDPOINTS if name != endpoint]
-    tables = [(verdicts(group, endpoint, margin), endpoint, margin)]
-    tables += [(verdicts(group, name), name, None) for name in others]
-    return [verdict_table(found, name, used, name == endpoint) for found, name, used in tables if found]
+    margins = {config.endpoint: config.margin} | {name: None for name in ENDPOINTS if name != config.endpoint}
+    return [
+        verdict_table(found, name, margin, config.confidence, decided=name == config.endpoint)
+        for name, margin in margins.items()
+        if (found := verdicts(group, name, margin))
+    ]
 
 
 def show(out: Path, groups: Sequence[Analysis], problems: Sequence[Problem], config: ReportConfig) -> None:

@@ -14,7 +14,7 @@ import yaml
 
 from eva_rl.cli.run_dir import CONFIG_FILE, SUMMARY_FILE
 from eva_rl.errors import UserError
-from eva_rl.files import FILES, SEAL, expanded
+from eva_rl.files import FILES, SEAL, PlainLoader, expanded
 from eva_rl.schema import DIGEST, Check, Either, Integer, MapOf, NotMeasured, Number, Optional, Record, Text
 
 MOST_BYTES = 256 * 2**20
@@ -131,15 +131,6 @@ def read_json_object(path: Path) -> dict[str, Any]:
     return value
 
 
-class _Loader(yaml.SafeLoader):
-    """No aliases: a few hundred bytes of them expand to gigabytes."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("aliases are not accepted")
-        return super().compose_node(parent, index)
-
-
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML file that holds one mapping with text keys.
 
@@ -147,7 +138,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         UserError: See :func:`read_text`; or it is not YAML, has aliases, or holds something else.
     """
     try:
-        value = yaml.load(read_text(path, MOST_CONFIG_BYTES), _Loader)
+        value = yaml.load(read_text(path, MOST_CONFIG_BYTES), PlainLoader)
     except (yaml.YAMLError, ValueError, RecursionError, OverflowError) as error:
         raise UserError(f"{path} is not readable YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):

@@ -119,14 +119,16 @@ def _comparison_row(c: Comparison) -> list[str]:
     ]
 
 
-def verdict_table(found: Sequence[Verdict], endpoint: str, margin: float | None, decided: bool) -> Table:
-    """What is concluded about each pair by an endpoint."""
+def verdict_table(
+    found: Sequence[Verdict], endpoint: str, margin: float | None, confidence: float, *, decided: bool
+) -> Table:
+    """What is concluded about each pair by an endpoint; ``confidence`` is that of the intervals."""
     columns = ["pair", "difference", "pairs of runs", "p of a difference", "corrected"]
     tested = margin is not None
     rows = [
         [
             f"{v.first} - {v.second}",
-            number(float("nan")) if v.mean is None else _mean_with_interval(v.mean),
+            number(float("nan")) if v.mean is None else _mean_with_interval(v.mean, confidence),
             str(v.pairs),
             f"{v.p_difference:.3g}",
             f"{v.corrected[0]:.3g}",
@@ -151,18 +153,20 @@ def verdict_table(found: Sequence[Verdict], endpoint: str, margin: float | None,
     )
 
 
-def _mean_with_interval(mean: PairedMean) -> str:
-    low, high = mean.interval()
+def _mean_with_interval(mean: PairedMean, confidence: float) -> str:
+    low, high = mean.interval(confidence)
     return f"{number(mean.mean)} [{number(low)}, {number(high)}]"
 
 
-def verdict_records(group: TaskGroup, endpoint: str, margin: float | None) -> Iterator[dict[str, Any]]:
-    """Rows of ``report.csv`` on the verdicts by an endpoint."""
+def verdict_records(
+    group: TaskGroup, endpoint: str, margin: float | None, confidence: float
+) -> Iterator[dict[str, Any]]:
+    """Rows of ``report.csv`` on the verdicts by an endpoint; ``confidence`` is that of the intervals."""
     for v in verdicts(group, endpoint, margin):
         named: dict[str, Any] = {"score": group.title, "table": f"verdict by {endpoint}", "runs": v.pairs}
         named |= {"method": v.first, "versus": v.second}
         if v.mean is not None:
-            low, high = v.mean.interval()
+            low, high = v.mean.interval(confidence)
             yield named | {"statistic": "difference", "value": v.mean.mean, "low": low, "high": high}
         yield named | {"statistic": "p of a difference, corrected", "value": v.corrected[0]}
         if v.p_equivalence is not None:

@@ -46,6 +46,20 @@ class ActionNoise:
         return self.std > 0 or self.burst_probability > 0
 
 
+def check_scripted(env_id: str, instead: str = "data=FILE, data=minari:ID or data=d4rl:FILE") -> None:
+    """Raise unless a task has a scripted expert.
+
+    Args:
+        env_id: Canonical name of the task.
+        instead: What to type where it has none.
+
+    Raises:
+        UserError: It has none.
+    """
+    if not env_id.startswith(PREFIX):
+        raise UserError(f"No scripted expert for {env_id}; Meta-World tasks have one. Type {instead} instead.")
+
+
 def collect_expert(  # noqa: PLR0913 - one call for users and for commands; all but two have defaults
     env: str,
     episodes: int,
@@ -77,11 +91,7 @@ def collect_expert(  # noqa: PLR0913 - one call for users and for commands; all 
             ``workers`` above 1 need ``if __name__ == "__main__":`` around the call.
     """
     env_id = canonical_id(env)
-    if not env_id.startswith(PREFIX):
-        raise UserError(
-            f"No scripted expert for {env_id}; Meta-World tasks have one. Give data=FILE, data=minari:ID or "
-            "data=d4rl:FILE instead."
-        )
+    check_scripted(env_id)
     play = partial(_demonstrate, env_id, seed, noise, horizon or env_spec(env_id).horizon)
     attempts = range(episodes * ATTEMPTS_PER_EPISODE)
     kept: list[Episode] = []

@@ -20,6 +20,8 @@ from eva_rl.cli.parsing import parse
 from eva_rl.cli.values import split_list
 from eva_rl.errors import UserError
 from eva_rl.finetune import command as finetune
+from eva_rl.launch import multirun
+from eva_rl.launch.jobs import Job, LaunchOptions
 from eva_rl.launch.multirun import combinations, launch_options
 from tests.conftest import make_policy
 
@@ -93,6 +95,19 @@ def test_mistakes_are_found_before_anything_starts(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    "typed", [["finetune.data=expert"], ["finetune.data=d4rl:x.hdf5", "finetune.eval.demonstrations=2"]]
+)
+def test_tasks_without_an_expert_are_found_before_anything_starts(
+    typed: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Every run of them failed."""
+    command = ["tasks=Hopper-v5", "finetune.policy=hopper", "methods=lora", "seeds=1", f"out={tmp_path / 'out'}"]
+    assert benchmark.main([*command, *typed]) == 2
+    assert "No scripted expert for Hopper-v5" in " ".join(capfd.readouterr().err.split())
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.slow
 def test_failures_are_listed_with_their_logs(base: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """A folder in the way makes one run fail; the others count, and mending it completes the benchmark."""
@@ -147,6 +162,26 @@ def test_a_sweep_is_checked_before_it_starts(tmp_path: Path, capfd: pytest.Captu
     assert evaluate.main(["--multirun", "env=push-v3,reach-v3"]) == 2
     assert "--multirun sweeps finetune and pretrain" in capfd.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        ["env=push-v3,reach-v3", "adapter.rank=2", "run_dir=mz", "multirun.jobs=3", "multirun.gpus_per_run=1"],
+        ["--env", "push-v3,reach-v3", "--adapter.rank=2", "--run-dir", "mz", "--multirun.jobs=3",
+         "--multirun.gpus-per-run", "1"],
+    ],
+)  # fmt: skip
+def test_a_sweep_takes_keys_with_dashes(typed: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``--env`` was not swept, and ``--run_dir`` named the folder of nothing."""
+    launched: list[tuple[list[Job], LaunchOptions]] = []
+    monkeypatch.setattr(multirun, "launch", lambda jobs, done, options, logs: launched.append((jobs, options)) or [])
+    monkeypatch.chdir(tmp_path)
+    assert finetune.main(["--multirun", *typed]) == 0
+    ((jobs, options),) = launched
+    assert [job.done.parent for job in jobs] == [tmp_path / "mz" / f"env={task}" for task in ("push-v3", "reach-v3")]
+    assert (options.jobs, options.gpus_per_run) == (3, 1)
+    assert all("adapter.rank=2" in job.command for job in jobs)
 
 
 @pytest.mark.slow

@@ -113,6 +113,8 @@ def test_a_method_has_a_grid_of_its_own(tmp_path: Path) -> None:
         ({"methods": {"a/b": {"adapter": "lora"}}}, "names folders"),
         ({"methods": {"lora": {"algo": {"learning_rate": 1}}}}, "algo.learning_rate: VALUE"),
         ({"endpoint": "aera"}, "Did you mean 'area'"),
+        ({"endpoint": ["area"]}, "endpoint: ['area']: expected one of final, area"),
+        ({"endpoint": {"area": 1}}, "expected one of final, area"),
         ({"budgets": [4, 2]}, "increasing"),
         ({"budgets": None}, "needs budgets"),
         ({"margin": -1}, "above 0"),
@@ -124,6 +126,15 @@ def test_a_method_has_a_grid_of_its_own(tmp_path: Path) -> None:
 def test_mistakes_in_a_study_file(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=re.escape(message)):
         read_study(write(tmp_path / "study.yaml", **changes))
+
+
+def test_numbers_may_have_exponents(tmp_path: Path) -> None:
+    """YAML 1.1 reads a number without a point, ``5e-2``, as text."""
+    path = write(tmp_path / "study.yaml", margin=None, tune=None)
+    path.write_text(path.read_text() + "margin: 5e-2\ntune: {algo.learning_rate: [1e-3, 2E-3]}\n")
+    study = read_study(path)
+    assert study.margin == 0.05
+    assert study.candidates("lora") == [{"algo.learning_rate": 0.001}, {"algo.learning_rate": 0.002}]
 
 
 def finish(cell: Any, solved: float) -> None:
@@ -357,6 +368,36 @@ def test_a_plan_counts_and_says_what_can_be_seen(tmp_path: Path, capfd: pytest.C
     write(path, endpoint="final")
     assert benchmark.main([f"study={path}", "plan=true", f"pilot={tmp_path}"]) == 0
     assert "from 6 runs" in " ".join(capfd.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    ("typed", "message"),
+    [
+        (["tasks=push-v3"], "comes with tasks=, which the study file decides on. Change it there, or leave tasks= out"),
+        (["--seeds", "3", "methods=lora"], "comes with methods=, seeds=, which"),
+        (["finetune.policy=hopper"], "finetune.policy: the study file decides on that (settings)"),
+        (["finetune.policy.path=hopper"], "finetune.policy.path: the study file decides on that (settings)"),
+        (["set=[data.episodes=2]"], "(settings). Change it there, or leave finetune.data.episodes out."),
+        (["finetune.adapter.rank=4"], "(methods: small)"),
+        (["finetune.algo.learning_rate=1"], "(tune)"),
+        (["finetune.algo.updates=3"], "(budgets)"),
+    ],
+)
+def test_what_a_study_decides_is_not_typed_beside_it(
+    typed: list[str], message: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """It was ignored without a word."""
+    path = write(tmp_path / "study.yaml", settings={**TINY, "policy": "mt40"})
+    command = [f"study={path}", f"out={tmp_path / 'out'}", "plan=true"]
+    assert benchmark.main([*command, *typed]) == 2
+    assert message in " ".join(capfd.readouterr().err.split())
+
+
+def test_what_a_study_leaves_open_can_be_typed(tmp_path: Path) -> None:
+    path = write(tmp_path / "study.yaml")
+    command = [f"study={path}", f"out={tmp_path / 'out'}", "plan=true", "threads=2"]
+    assert benchmark.main([*command, "finetune.algo.weight_decay=0.1", "finetune.policy=mt40"]) == 0
+    assert benchmark.main(["study=", "tasks=push-v3", "seeds=1", "plan=true"]) == 0
 
 
 def test_help_begins_with_what_is_compared(capsys: pytest.CaptureFixture[str]) -> None:

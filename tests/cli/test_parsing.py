@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
 from eva_rl import collect, evaluate  # noqa: F401 - registers the commands
 from eva_rl.benchmark import command as benchmark  # noqa: F401 - registers the command
@@ -47,6 +49,9 @@ def message(name: str, *words: str) -> str:
         (["video=perhaps"], "expected true or false"),
         (["adapter.rank_caps=4"], "expected a table such as {name:value}"),
         (["~env"], "is not KEY=VALUE"),
+        (["policy.context_length=-1"], "policy.context_length=-1: expected a number above 0"),
+        (["policy.num_heads=0"], "policy.num_heads=0: expected a number above 0"),
+        (["policy.return_scale=-5"], "policy.return_scale=-5.0: expected a number above 0"),
     ],
 )
 def test_mistakes_are_answered_with_what_to_type(words: list[str], expected: str) -> None:
@@ -90,10 +95,6 @@ def test_interpolations_in_a_file_stay_text(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_a_config_runs_again_in_one_word(tmp_path: Path) -> None:
-    from dataclasses import asdict
-
-    from omegaconf import OmegaConf
-
     words = ["env=reach-v3", "algo=odt", "algo.env_steps=77", "algo.learning_rate=1e-5", "adapter.rank_caps={q_proj:2}"]
     before = parse("finetune", [*words, "run_dir=first"])
     file = tmp_path / "config.yaml"
@@ -110,3 +111,44 @@ def test_a_config_runs_again_in_one_word(tmp_path: Path) -> None:
     file.write_text("a: &a [1]\nb: [*a, *a]\n")
     assert "aliases" in message("finetune", f"config={file}")
     assert "No file" in message("finetune", "config=/nowhere.yaml")
+
+
+@pytest.fixture
+def with_tables(tmp_path: Path) -> Path:
+    """The config of a run of a study, with entries whose names have dots and dashes."""
+    words = ["env=reach-v3", "adapter.rank_caps={blocks.0.attention.o_proj:1,q-proj:2}", f"study={'0' * 64}"]
+    config = asdict(parse("finetune", words))
+    file = tmp_path / "config.yaml"
+    file.write_text(OmegaConf.to_yaml(OmegaConf.create(config)))
+    return file
+
+
+def test_a_config_begins_from_the_tables_of_another(with_tables: Path) -> None:
+    """An entry whose name has a dot was a key that does not exist."""
+    caps = {"blocks.0.attention.o_proj": 1, "q-proj": 2}
+    assert parse("finetune", [f"config={with_tables}"]).adapter.rank_caps == caps
+    assert parse("finetune", [f"config={with_tables}", "adapter.rank_caps.x.y=4"]).adapter.rank_caps == {
+        **caps,
+        "x.y": 4,
+    }
+    flat = with_tables.with_name("flat.yaml")
+    flat.write_text("adapter.rank_caps.a.b: 1\nadapter.rank_caps.c: 2\n")
+    assert parse("finetune", [f"config={flat}"]).adapter.rank_caps == {"a.b": 1, "c": 2}
+
+
+@pytest.mark.parametrize(("typed", "expected"), [("{}", {}), ("{v_proj:3}", {"v_proj": 3})])
+def test_a_whole_table_replaces_the_one_of_a_config(with_tables: Path, typed: str, expected: dict[str, int]) -> None:
+    """Its entries were added to those that were there."""
+    words = [f"config={with_tables}", f"adapter.rank_caps={typed}"]
+    assert parse("finetune", words).adapter.rank_caps == expected
+    assert parse("finetune", [*words, "adapter.rank_caps.k_proj=5"]).adapter.rank_caps == {**expected, "k_proj": 5}
+
+
+def test_another_run_is_not_part_of_the_study(with_tables: Path) -> None:
+    assert parse("finetune", [f"config={with_tables}"]).study == ""
+
+
+def test_the_name_of_an_entry_keeps_its_dashes() -> None:
+    assert parse("evaluate", ["--adapters.push-v3", "x"]).adapters == {"metaworld/push-v3": "x"}
+    caps = parse("finetune", ["--adapter.rank-caps.a-b.c-d=2", "--run-dir=my-run"])
+    assert (caps.adapter.rank_caps, caps.run_dir) == ({"a-b.c-d": 2}, "my-run")

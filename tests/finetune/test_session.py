@@ -45,6 +45,13 @@ def test_a_run_that_is_refused_leaves_no_worker_behind(policy_folder: Path, tmp_
     assert multiprocessing.active_children() == []
 
 
+def test_a_task_without_an_expert_is_refused_first(tmp_path: Path) -> None:
+    words = ["policy=hopper", "env=Hopper-v5", f"run_dir={tmp_path / 'run'}", "threads=1"]
+    with pytest.raises(UserError, match="No scripted expert for Hopper-v5"):
+        open_session(parse("finetune", words))
+    assert not (tmp_path / "run").exists()
+
+
 def test_what_a_run_builds_on_is_looked_up_once(policy_folder: Path, tmp_path: Path) -> None:
     """Checkpoints hold the replay: each look reads gigabytes, and those of this run are no part of its start."""
     write_episodes(tmp_path / "data.h5", data_of(1.0))

@@ -97,6 +97,22 @@ def test_pairs_without_a_significant_difference_are_named(written: Path) -> None
     assert "lora" not in re.findall(r"difference between: (.*)", text)[0]
 
 
+def test_verdicts_have_intervals_of_the_confidence_that_was_asked_for(
+    written: Path, study: Path, tmp_path: Path
+) -> None:
+    """Theirs were those of 95 % whatever was asked for."""
+    other = tmp_path / "half"
+    assert report.main([str(study), f"out={other}", "replicates=200", "confidence=0.5"]) == 0
+    where = {"table": "verdict by final", "statistic": "difference"}
+    wide, narrow = (rows(out / "report.csv", **where) for out in (written, other))
+    assert len(wide) == len(narrow) == 3
+    for whole, half in zip(wide, narrow, strict=True):
+        assert float(whole["low"]) < float(half["low"]) < float(half["high"]) < float(whole["high"])
+        shown = f"{float(half['value']):.3f} [{float(half['low']):.3f}, {float(half['high']):.3f}]"
+        assert shown in (other / "report.md").read_text()
+        assert shown not in (written / "report.md").read_text()
+
+
 @pytest.mark.slow
 def test_the_same_runs_give_the_same_report(written: Path, study: Path, tmp_path: Path) -> None:
     assert report.main([f"{study}/*", f"out={tmp_path / 'again'}", "replicates=200"]) == 0

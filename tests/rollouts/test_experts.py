@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from eva_rl import collect
 from eva_rl.data import Trajectories, read_episodes, write_episodes
 from eva_rl.data.trajectories import Episode
 from eva_rl.errors import UserError
@@ -61,8 +62,14 @@ def test_failures_are_left_out_unless_asked_for() -> None:
 
 
 def test_tasks_without_a_script_say_so() -> None:
-    with pytest.raises(UserError, match="No scripted expert for Hopper-v5"):
+    with pytest.raises(UserError, match=r"No scripted expert for Hopper-v5; .* Type data=FILE"):
         collect_expert("mujoco/hopper", 1)
+
+
+def test_collecting_names_the_expert_that_there_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It advised data=, which is no key of it."""
+    assert collect.main(["env=Hopper-v5", f"out={tmp_path / 'hopper.h5'}"]) == 2
+    assert "Type expert=sac" in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_process_that_ends_early_is_explained() -> None:
