@@ -1,0 +1,43 @@
+"""The table of few demonstrations: whole seeds alone, and means over tasks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from tests.conftest import script
+
+SCRIPT = Path(__file__).parents[1] / "benchmarks" / "few_shot.py"
+
+
+@pytest.fixture
+def few_shot(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    return script(SCRIPT)
+
+
+def test_the_study_has_every_method_at_every_number_of_demonstrations(few_shot: ModuleType) -> None:
+    study, _ = few_shot.read()
+    assert len(study.tasks) == 10
+    names = {few_shot.parts(method)[0] for method in study.methods}
+    assert {few_shot.parts(method) for method in study.methods} == {(n, k) for n in names for k in (1, 2, 5, 10, 25)}
+    for method, settings in study.methods.items():
+        assert settings["data.episodes"] == few_shot.parts(method)[1]
+
+
+def test_a_mean_is_over_tasks_and_has_an_interval_from_two_seeds_on(few_shot: ModuleType) -> None:
+    study, _ = few_shot.read()
+
+    def found(seeds: int) -> dict[str, dict[str, dict[int, float]]]:
+        high = dict.fromkeys(study.tasks[:5], 0.8)
+        return {
+            m: {t: {s: high.get(t, 0.4) + 0.01 * s for s in range(seeds)} for t in study.tasks} for m in study.methods
+        }
+
+    assert few_shot.tables(study, found(0)) == "No seed is complete yet."
+    one, two = few_shot.tables(study, found(1)), few_shot.tables(study, found(2))
+    assert "| 5 | 0.60 | 0.60 | 0.60 |" in one
+    assert "| 25 | 0.60 [" in two or "| 25 | 0.61 [" in two
+    assert one.count("`hammer-v3`") == 1
