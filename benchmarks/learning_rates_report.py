@@ -1,6 +1,7 @@
 """The rule for learning rates beside a sweep.
 
     python benchmarks/learning_rates_report.py docs/results/learning_rates.jsonl
+    python benchmarks/learning_rates_report.py --write   # the sweep of docs/learning_rates.md, its table and its figure
 
 Reads what ``learning_rates.py`` wrote and prints, for each method, the best rate of the sweep, the rate that
 ``algo.learning_rate=auto`` takes, and what was measured at both. Between two rates of the sweep results are
@@ -15,7 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,12 @@ from matplotlib.figure import Figure
 
 from eva_rl.adapters import METHODS
 
+ROOT = Path(__file__).parents[1]
+PAGE, RESULTS = ROOT / "docs" / "learning_rates.md", ROOT / "docs" / "results"
+SWEEP, FIGURE = RESULTS / "learning_rates_sweep.jsonl", RESULTS / "learning_rates_sweep.png"
+BEGIN, END = "<!-- the sweep: benchmarks/learning_rates_report.py -->", "<!-- end of the sweep -->"
+WANTED = 0.98
+"""Share of the best rate's success that ``auto`` is to reach."""
 Curves = Mapping[str, Mapping[float, float]]
 """Mean over tasks and seeds by method and learning rate."""
 DIVERGED = 10.0
@@ -99,6 +106,33 @@ def table(records: list[dict[str, Any]], measure: str) -> str:
     return pages.table(heads, rows)
 
 
+def read(paths: Sequence[Path]) -> list[dict[str, Any]]:
+    """The records of files of lines."""
+    return [json.loads(line) for path in paths for line in path.read_text().splitlines()]
+
+
+def whole(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The records of methods that every task and seed has."""
+    places: dict[str, set[str]] = defaultdict(set)
+    for record in records:
+        places[record["run"]["method"]].add(_where(record))
+    everywhere = set().union(*places.values())
+    return [record for record in records if places[record["run"]["method"]] == everywhere]
+
+
+def numbers(records: list[dict[str, Any]]) -> str:
+    """What the page says of the sweep: success of methods that were run everywhere, and how many reach the aim."""
+    found = whole(records)
+    methods = list(dict.fromkeys(record["run"]["method"] for record in found))
+    ratios = [a / b for a, b in filter(None, (chosen_elsewhere(found, "success", method) for method in methods))]
+    reached = sum(ratio >= WANTED for ratio in ratios)
+    said = (
+        f"{len(found)} runs. `auto` has at least {WANTED:.0%} of the success of the best rate chosen elsewhere with "
+        f"{reached} of {len(methods)} methods, and {np.mean(ratios):.2f} of it on average."
+    )
+    return f"{said}\n\n{table(found, 'success')}"
+
+
 def draw(found: Curves, measure: str) -> Figure:
     """The curves, with the rule's rate of each method marked."""
     figure = Figure(figsize=(7, 4), layout="constrained")
@@ -120,11 +154,17 @@ def draw(found: Curves, measure: str) -> Figure:
 def main() -> None:
     """Print the table, draw the figure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("records", nargs="+", type=Path, help="files of learning_rates.py")
+    parser.add_argument("records", nargs="*", type=Path, help="files of learning_rates.py")
+    parser.add_argument("--write", action="store_true", help="put the sweep into docs/learning_rates.md")
     parser.add_argument("--measure", default="loss", choices=("loss", "success"))
     parser.add_argument("--figure", type=Path)
     options = parser.parse_args()
-    records = [json.loads(line) for path in options.records for line in path.read_text().splitlines()]
+    if options.write:
+        records = read([SWEEP])
+        pages.write_between(PAGE, BEGIN, END, numbers(records))
+        pictures.save(draw(curves(whole(records), "success"), "success"), FIGURE, dpi=120)
+        return
+    records = read(options.records)
     print(table(records, options.measure))
     if options.figure:
         pictures.save(draw(curves(records, options.measure), options.measure), options.figure, dpi=120)
