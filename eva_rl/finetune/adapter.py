@@ -139,8 +139,8 @@ def _input_moments(
     if not matrices:  # lookup tables alone
         return {}
     if measured_alone and sampler is not None:
-        batches = windows(policy, ShardedSampler(sampler, process_group), options.eva.batch_size)
-        return input_moments(policy, matrices, batches, None, max_batches=min(most, MEASURED_BATCHES))
+        drawn = windows(policy, ShardedSampler(sampler, process_group), options.eva.batch_size)
+        return input_moments(policy, matrices, drawn, None, max_batches=min(most, MEASURED_BATCHES))
     most = most if found is None else found.batches
     with _sources(policy, sampler, config, process_group) as (batches, rollouts):
         return input_moments(policy, matrices, batches, rollouts, max_batches=most)
