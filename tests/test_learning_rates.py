@@ -65,3 +65,20 @@ def test_rates_that_failed_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None
     found.append({"run": found[0]["run"] | {"task": "b", "learning_rate": 1e-2}, "diverged": True})
     assert sweep.failed(found, 0.5) == {("lora", 1e-4), ("lora", 1e-2)}
     assert sweep.failed(found, 0.0) == set()
+
+
+def test_the_page_says_what_the_records_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(REPORT.parent)
+    report = script(REPORT)
+    _, _, rest = report.PAGE.read_text().partition(report.BEGIN)
+    found, _, _ = rest.partition(report.END)
+    expected = report.numbers(report.read([report.SWEEP]))
+    assert found.strip() == expected, "run: python benchmarks/learning_rates_report.py --write"
+    assert report.FIGURE.exists()
+
+
+def test_methods_that_were_not_run_everywhere_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(REPORT.parent)
+    report, curve = script(REPORT), {1e-3: 0.9, 1e-2: 0.2}
+    begun = [r | {"run": r["run"] | {"method": "eva"}} for r in records({"a": curve})]
+    assert report.whole(records({"a": curve, "b": curve}) + begun) == records({"a": curve, "b": curve})
