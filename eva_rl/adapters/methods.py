@@ -99,7 +99,7 @@ METHODS = {
         Method("lora", "low-rank updates from a random start", LORA),
         Method("dora", "LoRA with a trained magnitude per output", DORA, dora=True),
         Method("rslora", "LoRA scaled by the square root of the rank", RSLORA, rslora=True, learning_rate=3e-3),
-        Method("eva_dora", "DoRA along EVA's directions", f"{EVA}; {DORA}", eva=True, dora=True),
+        Method("eva_dora", "DoRA along EVA's directions", f"{EVA}; {DORA}", eva=True, dora=True, learning_rate=1e-2),
         Method(
             "eva_rslora", "rsLoRA along EVA's directions", f"{EVA}; {RSLORA}", eva=True, rslora=True, learning_rate=3e-3
         ),
@@ -140,7 +140,7 @@ METHODS = {
             "the part of the weights that acts most on the task's inputs, taken out and trained",
             CORDA,
             init="corda",
-            learning_rate=1e-3,
+            learning_rate=3e-3,
         ),
         Method(
             "lora_ga",
@@ -160,7 +160,7 @@ METHODS = {
         Method("milora", "the weights' own minor singular triplets, taken out and trained", MILORA, start="milora"),
         Method("lora_one", "LoRA from a first step along the loss's gradient", LORA_ONE, start="lora_one"),
         Method("miss", "one small matrix for all shards of a layer's inputs", MISS, miss=True, learning_rate=3e-3),
-        Method("full", "every weight of the policy", "", adapter=False, learning_rate=5e-4),
+        Method("full", "every weight of the policy", "", adapter=False, learning_rate=1e-3),
         Method("head", "the action head alone", "", adapter=False, learning_rate=1e-2),
     )
 }
