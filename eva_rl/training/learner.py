@@ -157,10 +157,11 @@ class Learner(ABC):
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Put back what :meth:`tensors` gave."""
-        self._actor_steps = int(tensors[ACTOR_STEPS]) if ACTOR_STEPS in tensors else 0  # not in older ones
         for kind, (parameters, optimizer) in self._trained.items():
             restore_parameters(parameters, tensors, f"{kind}/parameter/")
             restore_optimizer(optimizer, parameters, below(tensors, f"{kind}/"))
+        counted = max((int(state["step"]) for state in self.optimizer.state.values()), default=0)
+        self._actor_steps = int(tensors.get(ACTOR_STEPS, counted))  # older checkpoints lack it
         if self.extension is not None:
             self.extension.restore(below(tensors, EXTENSION))
         self.restore_state(below(tensors, "own/"))
