@@ -342,10 +342,10 @@ class Records:
         return time.monotonic() - self.began > 60 * minutes
 
 
-def read_records(folder: Path) -> Iterator[Record]:
-    """All whole lines of a folder's files; a run that was done twice counts once."""
+def read_records(*places: Path) -> Iterator[Record]:
+    """All whole lines of files, or of a folder's files; a run that was done twice counts once."""
     seen: set[str] = set()
-    for path in sorted(folder.glob("*.jsonl")):
+    for path in (file for place in places for file in (sorted(place.glob("*.jsonl")) if place.is_dir() else [place])):
         for line in path.read_text().splitlines():
             record = _parsed(line)
             if record and (key := json.dumps(record["run"], sort_keys=True)) not in seen:

@@ -12,31 +12,21 @@ from __future__ import annotations
 import argparse
 from collections import defaultdict
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
 import pages
+from verdict import PAGE, SUCCESS, read_half
 
-from eva_rl.benchmark.study import Study, read_study
-from eva_rl.report.reading import find_runs
-from eva_rl.report.runs import Run, read_runs
+from eva_rl.benchmark.study import Study
+from eva_rl.report.runs import Run
 from eva_rl.report.stats.aggregates import mean
 from eva_rl.report.stats.intervals import bootstrap
 from eva_rl.report.verdicts import ENDPOINTS, FINAL
 
-ROOT = Path(__file__).parents[1]
-PAGE, RECORDS = ROOT / "docs" / "verdict.md", ROOT / "docs" / "results" / "few_shot"
-STUDY = ROOT / "benchmarks" / "studies" / "few_shot.yaml"
+STUDY = "few_shot"
 BEGIN, END = "<!-- few demonstrations: benchmarks/few_shot.py -->", "<!-- end of few demonstrations -->"
-SUCCESS = "success_rate"
 Scores = Mapping[str, Mapping[str, Mapping[int, float]]]
 """Success by method of the study, task and seed."""
-
-
-def read() -> tuple[Study, list[Run]]:
-    """The study, and the records there are of it."""
-    runs = read_runs(find_runs([str(RECORDS)]))[0] if RECORDS.exists() else []
-    return read_study(STUDY), runs
 
 
 def scores(study: Study, runs: list[Run]) -> Scores:
@@ -85,9 +75,10 @@ def main() -> None:
     """Print the tables, or put them into the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="put them into docs/verdict.md")
-    study, runs = read()
+    options = parser.parse_args()
+    study, runs = read_half(STUDY)
     text = tables(study, scores(study, runs))
-    if parser.parse_args().write:
+    if options.write:
         pages.write_between(PAGE, BEGIN, END, text)
     else:
         print(text)

@@ -14,15 +14,15 @@ of that: for each of them the best rate is chosen on all the others.
 from __future__ import annotations
 
 import argparse
-import json
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pages
 import pictures
+from cloning_runs import read_records
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
@@ -106,11 +106,6 @@ def table(records: list[dict[str, Any]], measure: str) -> str:
     return pages.table(heads, rows)
 
 
-def read(paths: Sequence[Path]) -> list[dict[str, Any]]:
-    """The records of files of lines."""
-    return [json.loads(line) for path in paths for line in path.read_text().splitlines()]
-
-
 def whole(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The records of methods that every task and seed has."""
     places: dict[str, set[str]] = defaultdict(set)
@@ -160,11 +155,11 @@ def main() -> None:
     parser.add_argument("--figure", type=Path)
     options = parser.parse_args()
     if options.write:
-        records = read([SWEEP])
+        records = list(read_records(SWEEP))
         pages.write_between(PAGE, BEGIN, END, numbers(records))
         pictures.save(draw(curves(whole(records), "success"), "success"), FIGURE, dpi=120)
         return
-    records = read(options.records)
+    records = list(read_records(*options.records))
     print(table(records, options.measure))
     if options.figure:
         pictures.save(draw(curves(records, options.measure), options.measure), options.figure, dpi=120)

@@ -19,7 +19,7 @@ def few_shot(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def test_the_study_has_every_method_at_every_number_of_demonstrations(few_shot: ModuleType) -> None:
-    study, _ = few_shot.read()
+    study, _ = few_shot.read_half(few_shot.STUDY)
     assert len(study.tasks) == 10
     names = {few_shot.parts(method)[0] for method in study.methods}
     assert {few_shot.parts(method) for method in study.methods} == {(n, k) for n in names for k in (1, 2, 5, 10, 25)}
@@ -28,7 +28,7 @@ def test_the_study_has_every_method_at_every_number_of_demonstrations(few_shot: 
 
 
 def test_a_mean_is_over_tasks_and_has_an_interval_from_two_seeds_on(few_shot: ModuleType) -> None:
-    study, _ = few_shot.read()
+    study, _ = few_shot.read_half(few_shot.STUDY)
 
     def found(seeds: int) -> dict[str, dict[str, dict[int, float]]]:
         high = dict.fromkeys(study.tasks[:5], 0.8)

@@ -72,7 +72,7 @@ def test_the_page_says_what_the_records_say(monkeypatch: pytest.MonkeyPatch) -> 
     report = script(REPORT)
     _, _, rest = report.PAGE.read_text().partition(report.BEGIN)
     found, _, _ = rest.partition(report.END)
-    expected = report.numbers(report.read([report.SWEEP]))
+    expected = report.numbers(list(report.read_records(report.SWEEP)))
     assert found.strip() == expected, "run: python benchmarks/learning_rates_report.py --write"
     assert report.FIGURE.exists()
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from eva_rl.cli.command import new_run_dir
 from eva_rl.cli.console import say
 from eva_rl.cli.parsing import parse, without_dashes
 from eva_rl.cli.run_dir import SUMMARY_FILE
@@ -45,7 +45,7 @@ def multirun(name: str, typed: Sequence[str]) -> None:
     options = launch_options([word.removeprefix(OPTIONS) for word in typed if word.startswith(OPTIONS)])
     words = [word for word in typed if not word.startswith((OPTIONS, "run_dir="))]
     given = [word.removeprefix("run_dir=") for word in typed if word.startswith("run_dir=")]
-    root = expanded(given[-1] if given else f"runs/multirun-{time.strftime('%Y%m%d-%H%M%S')}").resolve()
+    root = expanded(given[-1] if given else new_run_dir("multirun")).resolve()
     jobs = [_job(name, fixed, swept, root, options) for fixed, swept in combinations(words)]
     check_folder(root, "run_dir=")
     left = [job for job in jobs if not job.done.exists()]
