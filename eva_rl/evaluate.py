@@ -23,7 +23,7 @@ from eva_rl.distributed import ProcessGroup
 from eva_rl.envs import canonical_id, env_spec
 from eva_rl.envs.registry import task_ids
 from eva_rl.errors import UserError
-from eva_rl.files import check_new, expanded, write_json
+from eva_rl.files import check_folder, check_new, expanded, write_json
 from eva_rl.options import group, one_of, option
 from eva_rl.rollouts.evaluation import EvaluationResult, described_return, evaluate_distributed, evaluate_policy
 from eva_rl.rollouts.video import record_episode
@@ -41,6 +41,8 @@ Examples:
   python -m eva_rl.evaluate policy=runs/push env=mt40 adapter=both out=forgetting.json
   python -m eva_rl.evaluate policy=mt40 'adapters={push-v3:runs/push,reach-wall-v3:runs/wall}' env=cw10
 """
+
+VIDEOS = Path("videos")
 
 
 @dataclass
@@ -98,6 +100,8 @@ def evaluate(config: EvaluateConfig) -> None:
     out = expanded(config.out) if config.out else None
     if out is not None:
         check_new(out)
+    if config.video:
+        check_folder(VIDEOS, "working directory, or leave out video=true")
     device = prepare_machine(config, config.env.timeout)
     policy = open_policy(
         config.policy, device, adapters=config.adapters, target_return=next(iter(config.targets), None)
@@ -120,7 +124,7 @@ def evaluate(config: EvaluateConfig) -> None:
     show(results, without)
     for task in tasks if config.video and first else ():
         activate_adapter(policy, task, config.adapter != "off")
-        path = Path("videos") / f"{task.replace('/', '-')}.gif"
+        path = VIDEOS / f"{task.replace('/', '-')}.gif"
         record_episode(policy, task, path, seed=config.eval.seed, horizon=config.env.horizon)
         say(f"Video: {path}")
     if out is not None and first:

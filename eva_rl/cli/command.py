@@ -18,6 +18,7 @@ from eva_rl._version import __version__
 from eva_rl.cli.console import console, say
 from eva_rl.cli.help import print_help
 from eva_rl.cli.parsing import Config, parse, without_dashes
+from eva_rl.cli.values import unquoted
 from eva_rl.errors import TerminatedError, UserError
 
 MULTIRUN = {"--multirun", "-m"}
@@ -101,7 +102,8 @@ def new_run_dir(name: str) -> str:
 def _new_folder(name: str, overrides: Sequence[str]) -> str:
     """A new run directory; empty where one was typed."""
     typed = without_dashes(name, [word for word in overrides if word not in MULTIRUN])
-    if any(word.startswith("run_dir=") for word in typed):
+    given = [unquoted(word.removeprefix("run_dir=")) for word in typed if word.startswith("run_dir=")]
+    if given and given[-1]:
         return ""
     return new_run_dir("multirun" if MULTIRUN & set(overrides) else name)
 

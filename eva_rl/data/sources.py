@@ -29,6 +29,7 @@ from eva_rl.files import alone, expanded
 log = logging.getLogger(__name__)
 
 KINDS = ("d4rl", "minari", "trajectories")
+D4RL_FILES = {".hdf5", ".h5"}
 OUTSIDE = ("check", "clip", "keep")
 OPTIONS = ("actions", "horizon", "keys")
 CHECK_ROWS = 1 << 18
@@ -199,7 +200,7 @@ def locate(source: ParsedSource) -> Path:
     path = expanded(source.name)
     with Source(path).reading():
         exists = path.exists()
-    if source.kind == "d4rl" and not exists and path.suffix not in {".hdf5", ".h5"}:
+    if source.kind == "d4rl" and not exists and path.suffix not in D4RL_FILES:
         return d4rl_names.resolve(source.name, cache_folder() / "d4rl")
     if not exists:
         raise UserError(
@@ -207,6 +208,17 @@ def locate(source: ParsedSource) -> Path:
             "`python -m eva_rl.collect` makes new data."
         )
     return path
+
+
+def check_file(text: str) -> None:
+    """Raise unless what a source names as a file or folder is there; names of data sets are not looked up.
+
+    Raises:
+        UserError: No such kind or option of a source, or nothing there.
+    """
+    source = parse_source(text)
+    if source.kind == "trajectories" or Path(source.name).suffix in D4RL_FILES:
+        locate(source)
 
 
 def _parts(source: ParsedSource, path: Path, options: ReadOptions) -> Iterator[Trajectories]:

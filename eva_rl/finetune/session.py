@@ -37,6 +37,7 @@ from eva_rl.configs.finetune import FinetuneConfig
 from eva_rl.configs.groups import DataOptions
 from eva_rl.data import Trajectories, WindowSampler
 from eva_rl.data.selection import sampling_weights, target_return
+from eva_rl.data.sources import check_file
 from eva_rl.distributed import ProcessGroup
 from eva_rl.envs import EnvSpec, env_spec, split_options
 from eva_rl.envs.names import REWARD, SPARSE
@@ -304,14 +305,17 @@ def data_source(config: FinetuneConfig) -> str:
 
 
 def check_demonstrations(config: FinetuneConfig, spec: EnvSpec) -> None:
-    """Raise unless the task has the experts that are to be shown to a run, and to its held-out cloning loss.
+    """Raise unless a run's demonstrations can be had: experts, also those of its held-out cloning loss, and files.
 
     Raises:
-        UserError: It has not.
+        UserError: The task has no such expert, or there is no such file.
     """
-    for source in (data_source(config), *([EXPERT] if config.eval.demonstrations else [])):
+    sources = data_source(config), *([EXPERT] if config.eval.demonstrations else [])
+    for source in sources:
         if source.partition(":")[0] == EXPERT:
             check_expert(source, spec)
+    if sources[0] != NONE and sources[0].partition(":")[0] != EXPERT:
+        check_file(sources[0])
 
 
 def set_target_return(

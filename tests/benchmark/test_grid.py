@@ -108,6 +108,24 @@ def test_tasks_without_an_expert_are_found_before_anything_starts(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("d4rl:x.hdf5", "No data at x.hdf5"),
+        ("x.npz", "No data at x.npz"),
+        ("trajectories:x.npz?actions=keep", "No data at x.npz"),
+        ("csv:x", "csv"),
+    ],
+)
+def test_files_that_are_not_there_are_found_before_anything_starts(
+    source: str, message: str, base: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Every run of them failed."""
+    assert benchmark.main(grid(base, tmp_path / "out", f"finetune.data={source}")) == 2
+    assert message in " ".join(capfd.readouterr().err.split())
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.slow
 def test_failures_are_listed_with_their_logs(base: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """A folder in the way makes one run fail; the others count, and mending it completes the benchmark."""
@@ -182,6 +200,16 @@ def test_a_sweep_takes_keys_with_dashes(typed: list[str], tmp_path: Path, monkey
     assert [job.done.parent for job in jobs] == [tmp_path / "mz" / f"env={task}" for task in ("push-v3", "reach-v3")]
     assert (options.jobs, options.gpus_per_run) == (3, 1)
     assert all("adapter.rank=2" in job.command for job in jobs)
+
+
+@pytest.mark.parametrize("empty", ["run_dir=", "run_dir=''"])
+def test_a_sweep_without_a_folder_gets_a_new_one(empty: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty ``run_dir=`` put the runs into the current folder."""
+    launched: list[Job] = []
+    monkeypatch.setattr(multirun, "launch", lambda jobs, *others: launched.extend(jobs) or [])
+    monkeypatch.chdir(tmp_path)
+    assert finetune.main(["--multirun", "env=push-v3,reach-v3", empty]) == 0
+    assert {job.done.parents[2] for job in launched} == {tmp_path / "runs"}
 
 
 @pytest.mark.slow

@@ -78,6 +78,19 @@ def test_a_file_in_place_of_a_folder(policy_folder: Path, tmp_path: Path, capsys
         assert "file cannot be written: Not a directory. Name another" in capsys.readouterr().err
 
 
+def test_videos_that_cannot_be_written(
+    policy_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They were found out after all episodes had been played."""
+    (tmp_path / "videos").touch()
+    monkeypatch.chdir(tmp_path)
+    assert evaluate.main([f"policy={policy_folder}", "env=reach-v3", "eval.episodes=1", "video=true"]) == 2
+    said = capsys.readouterr().err
+    assert "videos cannot be written: Not a directory" in said
+    assert "or leave out video=true" in " ".join(said.split())
+    assert not [word for word in WORK if word in said]
+
+
 def test_long_names_of_a_sweep_are_shortened_and_stay_apart(tmp_path: Path) -> None:
     several = [label_of([f"data={'ä' * 200}", f"seed={seed}"]) for seed in range(3)]
     assert len(set(several)) == 3
