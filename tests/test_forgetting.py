@@ -1,0 +1,55 @@
+"""What a fine-tuned policy forgets: which policies are played, and the table."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from tests.conftest import script
+
+SCRIPT = Path(__file__).parents[1] / "benchmarks" / "forgetting.py"
+
+
+@pytest.fixture
+def forgetting(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    return script(SCRIPT)
+
+
+@pytest.mark.parametrize(("off", "expected"), [(False, ["eva-5", "full-5"]), (True, ["eva-5"])])
+def test_policies_of_the_asked_runs_are_played_and_only_adapters_turned_off(
+    off: bool, expected: list[str], forgetting: ModuleType, tmp_path: Path
+) -> None:
+    for run in ("push-v3/eva-5/seed_0", "push-v3/eva-25/seed_0", "push-v3/full-5/seed_0", "push-v3/eva-5/seed_1"):
+        (tmp_path / run / "policy").mkdir(parents=True)
+        if "eva" in run:
+            (tmp_path / run / "policy" / "adapter").mkdir()
+    asked = argparse.Namespace(folder=tmp_path, demonstrations=[5], seeds=[0], off=off)
+    found = list(forgetting.policies(asked))
+    assert [record["method"] for record, _ in found] == expected
+    assert {(record["task"], record["seed"], record.get("adapter")) for record, _ in found} == {
+        ("push-v3", 0, "off" if off else None)
+    }
+    assert [Path(path).parts[-4:] for _, path in found] == [("push-v3", m, "seed_0", "policy") for m in expected]
+
+
+def test_the_table_counts_success_and_what_the_base_plays_again(forgetting: ModuleType) -> None:
+    def record(method: str, *first_success: int, **others: Any) -> dict[str, Any]:
+        return {
+            "method": method,
+            "first_success": {"a": list(first_success[:2]), "b": list(first_success[2:])},
+            **others,
+        }
+
+    text = forgetting.text([
+        record("mt40", 3, 4, 5, -1),
+        record("eva-5", 3, -1, -1, -1), record("eva-5", 3, 0, 7, -1), record("full-25", -1, -1, -1, -1),
+        record("eva-5", 3, 4, 5, -1, adapter="off"), record("eva-5", 3, 4, 6, -1, adapter="off"),
+    ])  # fmt: skip
+    assert "2 episodes a task: 0.75." in text
+    assert "| `eva` | 5 | 2 | 0.50 | 0.25 |\n| `full` | 25 | 1 | 0.00 | 0.00 |" in text
+    assert "With the adapter off, 1 of 2 policies play exactly" in text
