@@ -83,6 +83,12 @@ class TrajectoryReplay:
         return int(self._solved.sum())
 
     @property
+    def median_imitated_length(self) -> float:
+        """Env steps of demonstrations and solved episodes, their median; 0 where there is none."""
+        imitated = self._lengths[self.imitation_weights(0.5, 1.0) > 0]
+        return float(np.median(imitated)) if len(imitated) else 0.0
+
+    @property
     def highest_reward(self) -> float:
         """Of all env steps kept."""
         return float(self.rewards[self._rows()].max())
@@ -163,14 +169,11 @@ class TrajectoryReplay:
         keep = (ends <= begin) | (self._starts >= begin + rows)
         if begin == 0 and self._next_row:  # what lies between the end of the ring and its wrap is older still
             keep &= self._starts < self._next_row
-        self._keep(keep)
-        return begin
-
-    def _keep(self, keep: NDArray[np.bool_]) -> None:
         self._starts, self._lengths = self._starts[keep], self._lengths[keep]
         self._terminated, self._complete = self._terminated[keep], self._complete[keep]
         self._solved, self._demonstrated = self._solved[keep], self._demonstrated[keep]
         self._retried = self._retried[keep]
+        return begin
 
     def sample(
         self,
@@ -307,10 +310,9 @@ class TrajectoryReplay:
         """Weights with which demonstrations are drawn as often as asked for, where there is both."""
         mass = (self._lengths + extra) * weights
         given, played = mass[self._demonstrated].sum(), mass[~self._demonstrated].sum()
-        if not share or not given or not played:
-            return weights
-        shared: NDArray[np.float64] = weights * np.where(self._demonstrated, share / given, (1 - share) / played)
-        return shared
+        if share and given and played:
+            weights = weights * np.where(self._demonstrated, share / given, (1 - share) / played)
+        return weights
 
     def imitation_weights(self, demonstrations: float, retries: float) -> NDArray[np.float64]:
         """Relative probability with which env steps of each episode (E,) are imitated, for :meth:`sample_as_asked`.
@@ -332,8 +334,7 @@ class TrajectoryReplay:
         """Return of each episode between the worst complete one's, 0.01, and the best one's, 1."""
         returns = self.returns_to_go[self._starts].astype(np.float64)
         low, high = returns[self._complete].min(), returns[self._complete].max()
-        share: NDArray[np.float64] = np.clip((returns - low) / max(high - low, 1e-12), 0.01, 1)
-        return share
+        return np.asarray(np.clip((returns - low) / max(high - low, 1e-12), 0.01, 1))
 
     def _draw(
         self, batch_size: int, rng: np.random.Generator, weights: NDArray[np.float64], extra: int | NDArray[np.int64]
@@ -357,8 +358,8 @@ class TrajectoryReplay:
         if self.target_actions is not None:
             state[TARGETS] = torch.from_numpy(np.array(self.target_actions[rows]))
         flags = (self._terminated, self._complete, self._starts, self._solved, self._demonstrated, self._retried)
-        episodes = np.stack([self._lengths, *flags])
-        return state | {_EPISODES: torch.from_numpy(episodes.astype(np.int64)), "next": torch.tensor(self._next_row)}
+        episodes = np.stack([self._lengths, *flags]).astype(np.int64)
+        return state | {_EPISODES: torch.from_numpy(episodes), "next": torch.tensor(self._next_row)}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Put back what :meth:`tensors` gave."""
@@ -366,8 +367,7 @@ class TrajectoryReplay:
         self._starts, self._lengths = starts.copy(), lengths.copy()
         self._terminated, self._complete = terminated.astype(bool), complete.astype(bool)
         unknown = [np.zeros(len(starts), np.int64)] * (3 - len(later))  # in older ones
-        flags: list[NDArray[np.int64]] = [*later, *unknown]
-        self._solved, self._demonstrated, self._retried = (flag.astype(bool) for flag in flags)
+        self._solved, self._demonstrated, self._retried = (flag.astype(bool) for flag in [*later, *unknown])
         self._next_row = int(state["next"])
         rows = self._rows()
         for name in COLUMNS:
@@ -378,8 +378,8 @@ class TrajectoryReplay:
             self._with_targets()[rows] = state[TARGETS].numpy()
 
     def _rows(self) -> NDArray[np.int64]:
-        spans = [np.arange(s, s + n + 1) for s, n in zip(self._starts, self._lengths, strict=True)]
-        return np.concatenate(spans) if spans else np.zeros(0, np.int64)
+        spans = (np.arange(s, s + n + 1) for s, n in zip(self._starts, self._lengths, strict=True))
+        return np.concatenate([np.zeros(0, np.int64), *spans])
 
     def episodes(self) -> Iterator[Episode]:
         """The episodes kept, oldest first, with their extras; steps of success are not kept."""

@@ -120,6 +120,13 @@ class SelfImitationOptions(ReplayOptions):
         high=100,
     )
     retries: int = option(4, "further attempts at a start from which the policy failed", low=0, high=1000)
+    attempt_length: float = option(
+        1.5,
+        "give up an attempt after this many times the median length of demonstrations and solved episodes; 0 plays "
+        "to the horizon",
+        low=0,
+        high=1000,
+    )
     exploration_noise: float = option(
         0.1, "standard deviation of the noise on (scaled) actions of retries", low=0, high=2
     )

@@ -221,6 +221,34 @@ def test_every_env_step_is_counted_and_none_is_played_beyond_the_last() -> None:
     assert 101 <= counters.env_steps < 101 + 4
 
 
+class Hopeless(Reach):
+    """Cannot be solved."""
+
+    def _near(self) -> bool:
+        return False
+
+
+@pytest.mark.parametrize(
+    ("lengths", "attempt_length", "expected"),
+    [((2, 3, 7), 1.5, 5), ((2, 4), 1.0, 3), ((4,), 3.0, HORIZON), ((2, 3, 7), 0.0, HORIZON), ((), 1.5, HORIZON)],
+)
+def test_an_attempt_that_takes_too_long_is_given_up(
+    lengths: tuple[int, ...], attempt_length: float, expected: int
+) -> None:
+    """After so many times the median length of what was solved or demonstrated, rounded up; it has failed."""
+    task, policy, replay = make_task(Hopeless, n=4), make_learner(), TrajectoryReplay(2000, 2, 1)
+    for length in lengths:
+        replay.add(episode(length), 0.0, demonstrated=length != 3)
+    replay.add(episode(50, solved=False), 0.0)
+    chosen, counters = options(steps_per_iteration=1, retries=2, attempt_length=attempt_length), OnlineCounters()
+    RetryingCollector(policy, task, chosen).collect(SelfImitation(policy, chosen, seed=3), replay, counters)
+    assert counters.lengths == [expected] * 4
+    assert counters.failures == counters.episodes == 4
+    assert (counters.retries, counters.retries_solved) == (8, 0)
+    assert counters.env_steps == 12 * expected
+    assert replay.num_episodes == len(lengths) + 1
+
+
 def test_retries_say_how_often_they_succeed() -> None:
     _, replay, counters = collect(options(), make_task())
     metrics = counters.metrics()
@@ -311,7 +339,7 @@ def test_a_policy_that_solved_all_it_met_is_left_as_it_is(solved: bool) -> None:
             return self._steps > 0 and (solved or self.starts[-1] // 10 % 2 == 1)
 
     task, policy = make_task(Turns, n=10), make_learner()
-    chosen = options(retries=0, steps_per_iteration=1, env_steps=180, checkpoint_every=0)
+    chosen = options(retries=0, attempt_length=0, steps_per_iteration=1, env_steps=180, checkpoint_every=0)
     learner, replay = SelfImitation(policy, chosen), TrajectoryReplay(2000, 2, 1)
     steps: list[float] = []
 

@@ -110,7 +110,7 @@ class RetryingCollector:
         left = self._options.env_steps - counters.env_steps
         if left <= 0:
             return []
-        attempts = Attempts(self._vec_env, seeds)
+        attempts = Attempts(self._vec_env, seeds, self._longest(replay))
         self._policy.reset([self._env_id] * len(seeds))
         while attempts.alive.any() and attempts.env_steps < left:
             attempts.step(self._policy, noise)
@@ -122,6 +122,10 @@ class RetryingCollector:
                 "success. Use algo=odt_td3."
             )
         return self._count_and_keep(attempts.finished(), retried, replay, counters)
+
+    def _longest(self, replay: TrajectoryReplay) -> float:
+        """Env steps after which an attempt is given up: what was solved was solved in fewer."""
+        return math.ceil(self._options.attempt_length * replay.median_imitated_length) or math.inf
 
     def _count_and_keep(
         self, episodes: dict[int, Episode], retried: bool, replay: TrajectoryReplay, counters: OnlineCounters
@@ -169,9 +173,11 @@ class Attempts:
     Args:
         vec_env: At least as many environments as starts.
         seeds: Of the starts.
+        longest: Env steps after which they end, solved or not.
     """
 
-    def __init__(self, vec_env: TaskVecEnv, seeds: Sequence[int]) -> None:
+    def __init__(self, vec_env: TaskVecEnv, seeds: Sequence[int], longest: float = math.inf) -> None:
+        self._longest = longest
         self._seeds, self._arrays, self._block = seeds, vec_env.arrays, vec_env.block(range(len(seeds)))
         vec_env.seed_each(seeds)
         self._block.begin_reset()
@@ -199,7 +205,7 @@ class Attempts:
         self.observations = self._rows(self._arrays.observations)
         self.rewards = np.where(alive, self._rows(self._arrays.rewards), np.float32(0))
         self._past.append({"observations": before, "actions": actions, "rewards": self.rewards, "lived": alive} | found)
-        self.alive = alive & ~(found["terminated"] | found["truncated"])
+        self.alive = alive & ~(found["terminated"] | found["truncated"]) & (len(self._past) < self._longest)
 
     def finished(self) -> dict[int, Episode]:
         """The episodes that are over, by their seed."""
