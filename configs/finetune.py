@@ -22,6 +22,8 @@ from eva_rl.eva.options import MAX_BATCHES, EvaOptions, Variant
 from eva_rl.eva.redistribution import Score
 from eva_rl.options import Options, group, option
 
+OBTAINED, ASKED = "obtained", "asked"
+
 
 @dataclass
 class EvaSourceOptions(Options):
@@ -104,6 +106,23 @@ class FinetuneEvalOptions(EvalOptions):
 
 
 @dataclass
+class FinetuneDataOptions(DataOptions):
+    """Demonstrations of the new task, and how they are shown."""
+
+    source: str = option(
+        "auto",
+        "expert (Meta-World's scripts), expert:ENV?episodes=25, d4rl:NAME, d4rl:FILE, minari:ID, trajectories:PATH or "
+        "a path; none; auto for the expert where there is something to clone; same as data=",
+    )
+    returns_to_go: str = option(
+        OBTAINED,
+        "what cloning shows as return-to-go: obtained from there on, or asked, the target return less the rewards so "
+        "far, as a policy sees it when it acts",
+        choices=(OBTAINED, ASKED),
+    )
+
+
+@dataclass
 class FinetuneConfig(TrainOptions):
     """Config of ``python -m eva_rl.finetune``."""
 
@@ -114,7 +133,7 @@ class FinetuneConfig(TrainOptions):
     )
     env: EnvOptions = group(EnvOptions, "the new task")
     policy: PolicyOptions = group(partial(PolicyOptions, path="auto"), "what to start from")
-    data: DataOptions = group(partial(DataOptions, source="auto"), "demonstrations")
+    data: FinetuneDataOptions = group(FinetuneDataOptions, "demonstrations")
     adapter: AdapterOptions = group(AdapterOptions, "what is trained")
     algo: AlgoOptions = group(AlgoOptions, "how it is trained: " + ", ".join(ALGORITHMS))
     eval: FinetuneEvalOptions = group(FinetuneEvalOptions, "evaluation")

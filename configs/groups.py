@@ -66,7 +66,7 @@ class DataOptions(Options):
     source: str = option(
         "expert",
         "expert (Meta-World's scripts), expert:ENV?episodes=25, d4rl:NAME, d4rl:FILE, minari:ID, trajectories:PATH or "
-        "a path; finetune: none, or auto for the expert where there is something to clone; same as data=",
+        "a path; same as data=",
     )
     episodes: int = option(25, "episodes to collect, for each task", above=0)
     seed: int = option(0, "seed of the goals and the noise of collected episodes", low=0, high=MAX_SEED)

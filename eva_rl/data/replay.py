@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -220,11 +219,7 @@ class TrajectoryReplay:
             weights: (E,), relative probability of each env step of an episode to be the last of a window.
         """
         rows, episodes = self._draw(batch_size, rng, weights, extra=0)
-        starts = self._starts[episodes]
-        windows = gather_windows(self, rows, starts, context_length, scaling)
-        span, real = window_rows(rows, starts, context_length)
-        asked = torch.from_numpy(self.asked[span] * real).unsqueeze(-1) / scaling.return_scale
-        return replace(windows, returns_to_go=asked)
+        return gather_windows(self, rows, self._starts[episodes], context_length, scaling, self.asked)
 
     def sample_transitions(
         self,

@@ -96,6 +96,12 @@ def target_return(data: Trajectories) -> float:
     return float(np.quantile(data.returns, TARGET_QUANTILE))
 
 
+def asked_returns_to_go(data: Trajectories, target: float) -> NDArray[np.float32]:
+    """Returns-to-go (N,) as a policy sees them that is asked for ``target`` and acts as the demonstrations do."""
+    missing = np.repeat(target - data.returns, data.lengths)
+    return (data.returns_to_go + missing).astype(np.float32)
+
+
 def return_scale(data: Trajectories) -> float:
     """What returns are divided by, so that the largest return-to-go becomes :data:`SCALED_RETURN`; 1 for no rewards."""
     largest = float(np.abs(data.returns_to_go).max())

@@ -27,6 +27,7 @@ class WindowSampler:
         scaling: How raw numbers become what the network sees.
         seed: Seed of all draws.
         weights: (N,), relative probability of each row to be the last of a window; None draws uniformly.
+        returns_to_go: (N,), what windows show as such; None shows the returns that were obtained.
 
     Raises:
         UserError: The weights do not fit.
@@ -40,8 +41,10 @@ class WindowSampler:
         *,
         seed: int = 0,
         weights: NDArray[np.float64] | None = None,
+        returns_to_go: NDArray[np.float32] | None = None,
     ) -> None:
         self.trajectories = trajectories
+        self._returns_to_go = trajectories.returns_to_go if returns_to_go is None else returns_to_go
         self.context_length = context_length
         self._scaling = scaling.to("cpu")  # windows are gathered there, whatever the policy lives on
         self._seed = seed
@@ -69,7 +72,8 @@ class WindowSampler:
             device: Where the batch goes.
         """
         starts = self._starts[last_rows]
-        return gather_windows(self.trajectories, last_rows, starts, self.context_length, self._scaling).to(device)
+        shape = self.context_length, self._scaling
+        return gather_windows(self.trajectories, last_rows, starts, *shape, self._returns_to_go).to(device)
 
 
 class StepColumns(Protocol):
@@ -102,6 +106,7 @@ def gather_windows(
     starts: NDArray[np.int64],
     context_length: int,
     scaling: InputScaling,
+    returns_to_go: NDArray[np.float32] | None = None,
 ) -> WindowBatch:
     """The windows that end in the given rows, padded on the left.
 
@@ -111,17 +116,19 @@ def gather_windows(
         starts: (B,), row of the first env step of the episode of each window.
         context_length: T.
         scaling: How raw numbers become what the network sees.
+        returns_to_go: (N,), in place of those of ``data``.
     """
     rows, real = window_rows(last_rows, starts, context_length)
     mask = torch.from_numpy(real)
     keep = mask.unsqueeze(-1)
+    shown = data.returns_to_go if returns_to_go is None else returns_to_go
     targets = None
     if data.target_actions is not None:
         targets = scaling.actions(_gather(data.target_actions, rows)) * keep
     return WindowBatch(
         observations=scaling.observations(_gather(data.observations, rows)) * keep,
         actions=scaling.actions(_gather(data.actions, rows)) * keep,
-        returns_to_go=_gather(data.returns_to_go, rows).unsqueeze(-1) / scaling.return_scale * keep,
+        returns_to_go=_gather(shown, rows).unsqueeze(-1) / scaling.return_scale * keep,
         timesteps=torch.from_numpy(rows - starts[:, None]) * mask,
         attention_mask=None if real.all() else mask,
         rewards=_gather(data.rewards, rows).unsqueeze(-1) / scaling.return_scale * keep,

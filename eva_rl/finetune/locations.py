@@ -35,5 +35,6 @@ def data_folder(config: FinetuneConfig, options: DataOptions, env_id: str, run_d
     """Where collected demonstrations lie: in the run directory, or shared by all runs with one task and data seed."""
     if not config.shared:
         return run_dir / "data"
-    key = key_of(env=env_id, horizon=config.env.horizon, **asdict(options))
+    collected = {key: value for key, value in asdict(options).items() if key != "returns_to_go"}
+    key = key_of(env=env_id, horizon=config.env.horizon, **collected)
     return expanded(config.shared) / "data" / key

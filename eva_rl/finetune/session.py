@@ -33,10 +33,10 @@ from eva_rl.cli.profiling import Phases
 from eva_rl.cli.run_dir import open_run
 from eva_rl.cli.saving import data_references
 from eva_rl.configs.algorithms import ODTAlgo, OnlineAlgo, SB3Algo, check_method
-from eva_rl.configs.finetune import FinetuneConfig
+from eva_rl.configs.finetune import ASKED, FinetuneConfig
 from eva_rl.configs.groups import DataOptions
 from eva_rl.data import Trajectories, WindowSampler
-from eva_rl.data.selection import sampling_weights, target_return
+from eva_rl.data.selection import asked_returns_to_go, sampling_weights, target_return
 from eva_rl.data.sources import check_file
 from eva_rl.distributed import ProcessGroup
 from eva_rl.envs import EnvSpec, env_spec, split_options
@@ -215,7 +215,7 @@ def open_session(config: FinetuneConfig) -> Session:
         if config.policy.observations_from == FROM_DEMONSTRATIONS:
             normalise_by(policy, data, config.policy)
     set_target_return(policy, config, data, spec.env_id)
-    sampler = None if data is None else make_sampler(policy, data, config)
+    sampler = None if data is None else make_sampler(policy, data, config, spec.env_id)
     with process_group.main_process_first():
         held_out = _held_out(policy, config, spec.env_id, run_dir)
     vec_env = shared_envs(process_group, spec.env_id, config.eval.episodes, config.env.horizon)  # last: it has workers
@@ -273,7 +273,7 @@ def _held_out(
     folder = data_folder(config, options, env_id, run_dir / "held_out")
     with alone(folder, place_key(config)):
         data = load_task_data(env_id, options, folder, config.env.horizon)
-    return make_sampler(policy, data, replace(config, seed=0))
+    return make_sampler(policy, data, replace(config, seed=0), env_id)
 
 
 def _check_activations(config: FinetuneConfig, has_data: bool) -> None:
@@ -338,12 +338,16 @@ def _keep_scaled_target(policy: DecisionTransformerPolicy, own: float, target: f
         policy.scaling = replace(policy.scaling, return_scale=unit)
 
 
-def make_sampler(policy: DecisionTransformerPolicy, data: Trajectories, config: FinetuneConfig) -> WindowSampler:
+def make_sampler(
+    policy: DecisionTransformerPolicy, data: Trajectories, config: FinetuneConfig, env_id: str
+) -> WindowSampler:
     """Windows as the policy sees them, in an order that the seed decides."""
+    asked = config.data.returns_to_go == ASKED
     return WindowSampler(
         data,
         policy.network.config.context_length,
         policy.scaling,
         seed=config.seed,
         weights=sampling_weights(data, config.data.after_success, config.data.weight_by),
+        returns_to_go=asked_returns_to_go(data, policy.conditioning.of(env_id)) if asked else None,
     )

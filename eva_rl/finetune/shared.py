@@ -13,6 +13,7 @@ from torch import Tensor
 
 from eva_rl.agents import DecisionTransformerPolicy
 from eva_rl.agents.policy_folder import weights_digest
+from eva_rl.configs.finetune import ASKED
 from eva_rl.eva import EvaResult
 from eva_rl.files import alone, expanded, read_json, write_file, write_folder, write_json
 from eva_rl.finetune.adapter import activation_source
@@ -63,14 +64,14 @@ def before_key(session: Session) -> str:
 
 
 def eva_key(session: Session) -> str:
-    """A digest of everything that decides the EVA pass; of the target return only where the policy acts in it."""
+    """A digest of everything that decides the EVA pass; of the target return only where the policy sees it."""
     config, data = session.config, session.data
-    acts = activation_source(config, data is not None) != "trajectories"
+    sees_target = activation_source(config, data is not None) != "trajectories" or config.data.returns_to_go == ASKED
     return key_of(
         policy=_policy_parts(session.policy),
-        target=session.policy.conditioning.of(session.spec.env_id) if acts else None,
+        target=session.policy.conditioning.of(session.spec.env_id) if sees_target else None,
         data=None if data is None else (data.content_hash, digest_of(data.successes)),
-        sampling=(config.data.after_success, config.data.weight_by),
+        sampling=(config.data.after_success, config.data.weight_by, config.data.returns_to_go),
         env=session.spec.env_id,
         horizon=config.env.horizon,
         seed=config.seed,

@@ -19,6 +19,7 @@ from eva_rl.data import (
     window_weights,
     write_store,
 )
+from eva_rl.data.selection import asked_returns_to_go
 from eva_rl.errors import UserError
 from tests.data.making import random_trajectories
 
@@ -51,6 +52,25 @@ def test_every_window_by_hand() -> None:
         for key, expected in by_hand(data, episode, last).items():
             np.testing.assert_allclose(getattr(batch, key)[row], expected, atol=1e-6, err_msg=f"{key} {episode} {last}")
         assert batch.attention_mask[row].tolist() == [last - 3 + step >= 0 for step in range(4)]
+
+
+def test_what_is_asked_for_is_what_a_policy_sees_that_acts_alike() -> None:
+    """The target at the first env step, then less what was rewarded; padding stays zero."""
+    data = random_trajectories((4, 1, 6))
+    asked = asked_returns_to_go(data, 7.0)
+    for index, begin in enumerate(data.offsets[:-1]):
+        rewards = data.episode(index).rewards
+        expected, to_go = [], 7.0
+        for reward in rewards:
+            expected.append(to_go)
+            to_go -= float(reward)
+        np.testing.assert_allclose(asked[begin : begin + len(rewards)], expected, atol=1e-5)
+    shown = sampler(data, returns_to_go=asked).windows(np.array([2, 3]))
+    np.testing.assert_allclose(shown.returns_to_go[0].squeeze(-1), [0, *asked[:3] / 10], atol=1e-6)
+    np.testing.assert_allclose(shown.returns_to_go[1].squeeze(-1), asked[:4] / 10, atol=1e-6)
+    obtained = sampler(data).windows(np.array([2, 3]))
+    for name in ("observations", "actions", "rewards", "timesteps", "attention_mask"):
+        assert torch.equal(getattr(shown, name), getattr(obtained, name))
 
 
 def test_full_windows_have_no_mask() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -11,7 +12,8 @@ from eva_rl.agents import DecisionTransformerPolicy
 from eva_rl.agents.policy_folder import save_policy
 from eva_rl.cli.parsing import parse
 from eva_rl.finetune import command  # noqa: F401 - registers its config
-from eva_rl.finetune.session import Session, open_session
+from eva_rl.finetune.locations import data_folder
+from eva_rl.finetune.session import Session, make_sampler, open_session
 from eva_rl.finetune.shared import before_key, eva_key
 from tests.conftest import make_policy
 
@@ -68,6 +70,22 @@ def test_the_target_return_counts_where_the_policy_acts(session: Session) -> Non
     for source in ("rollouts", "mixed"):
         assert with_target(session, eva_key, 1.0, source) != with_target(session, eva_key, 2.0, source)
     assert with_target(session, eva_key, 1.0) == with_target(session, eva_key, 2.0), "the data's returns are seen"
+
+
+def test_what_is_asked_for_counts_where_windows_show_it(session: Session) -> None:
+    shown = replace(session.config, data=replace(session.config.data, returns_to_go="asked"))
+    asking = replace(session, config=shown)
+    assert with_target(asking, eva_key, 1.0) != with_target(asking, eva_key, 2.0)
+    assert eva_key(asking) != eva_key(session)
+    both = [replace(config, shared="shared") for config in (session.config, shown)]
+    folders = {data_folder(config, config.data, "a", Path("run")) for config in both}
+    assert len(folders) == 1, "the same demonstrations are collected once"
+    assert session.data is not None
+    policy, first = make_policy(), session.data.offsets[:1]
+    policy.with_target(3.0, session.spec.env_id)
+    for config, expected in ((shown, 3.0), (session.config, float(session.data.returns[0]))):
+        windows = make_sampler(policy, session.data, config, session.spec.env_id).windows(first)
+        assert float(windows.returns_to_go[0, -1]) == pytest.approx(expected / policy.scaling.return_scale)
 
 
 def test_successes_count_since_they_weigh_the_windows(session: Session) -> None:
