@@ -18,6 +18,7 @@ import pages
 from verdict import PAGE, SUCCESS, read_half
 
 from eva_rl.benchmark.study import Study
+from eva_rl.errors import counted
 from eva_rl.report.runs import Run
 from eva_rl.report.stats.aggregates import mean
 from eva_rl.report.stats.intervals import bootstrap
@@ -68,7 +69,7 @@ def tables(study: Study, found: Scores) -> str:
     ]
     means = pages.table(["demonstrations", *(f"`{name}`" for name in names)], rows)
     each = pages.table([" / ".join(names), *map(str, numbers)], single)
-    return f"Mean success over {len(study.tasks)} tasks, {seeds} seeds:\n\n{means}\n\nEach task:\n\n{each}"
+    return f"Mean success over {len(study.tasks)} tasks, {counted(seeds, 'seed')}:\n\n{means}\n\nEach task:\n\n{each}"
 
 
 def main() -> None:

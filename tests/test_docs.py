@@ -68,6 +68,19 @@ def test_the_table_of_lengths_comes_from_its_records() -> None:
     assert len(found) == 3
 
 
+def test_the_table_of_returns_to_go_comes_from_its_records() -> None:
+    found, page = by_method_and_task("returns_to_go", "eval/success_rate"), (DOCS / "data.md").read_text()
+    for name, by_task in found.items():
+        rates = [by_task[index] for index in (4, 2, 0, 1, 3)]  # by name: hammer, peg, push-back, shelf, stick-pull
+        cells = [", ".join(f"{rate:.2f}" for rate in seeds) for seeds in rates]
+        shown, number = name.split("-")
+        assert f"| `{shown}` | {number} | {' | '.join(cells)} | {np.mean(rates):.2f} |" in page
+    for number, (gain, error) in {25: (0.027, 0.022), 5: (0.056, 0.022)}.items():
+        gains = np.subtract(found[f"asked-{number}"], found[f"obtained-{number}"])
+        assert np.mean(gains) == pytest.approx(gain, abs=5e-4)
+        assert np.std(gains) / np.sqrt(gains.size) == pytest.approx(error, abs=5e-4)
+
+
 def test_the_table_of_precisions_comes_from_its_records() -> None:
     found, page = by_method_and_task("precision", "eval/success_rate"), (DOCS / "scaling.md").read_text()
     losses, seconds = by_method_and_task("precision", "eval/cloning_loss"), by_method_and_task("precision", "seconds")
