@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 
 from tests.conftest import script
@@ -41,3 +42,17 @@ def test_a_mean_is_over_tasks_and_has_an_interval_from_two_seeds_on(few_shot: Mo
     assert "| 5 | 0.60 | 0.60 | 0.60 |" in one
     assert "| 25 | 0.60 [" in two or "| 25 | 0.61 [" in two
     assert one.count("`hammer-v3`") == 1
+
+
+def test_the_page_has_the_records_numbers(few_shot: ModuleType) -> None:
+    study, runs = few_shot.read_half(few_shot.STUDY)
+    found = few_shot.scores(study, runs)
+    shown = few_shot.PAGE.read_text().partition(few_shot.BEGIN)[2].partition(few_shot.END)[0].strip()
+    assert shown == few_shot.tables(study, found), "run: python benchmarks/few_shot.py --write"
+    for number, low, high in ((5, "0.88", "0.92"), (10, "0.94", "0.95")):
+        means = [
+            f"{np.mean([np.mean(list(seeds.values())) for seeds in by_task.values()]):.2f}"
+            for method, by_task in found.items()
+            if few_shot.parts(method)[1] == number
+        ]
+        assert (min(means), max(means)) == (low, high), "README.md and the page say so"
