@@ -63,7 +63,7 @@ def policies(arguments: argparse.Namespace) -> Iterator[tuple[Record, str]]:
         for path in sorted(arguments.folder.glob(f"*/*-{number}/seed_*/policy")):
             task, method, seed = path.parts[-4:-1]
             record = {"method": method, "task": task, "seed": int(seed.removeprefix("seed_"))}
-            if record["seed"] not in arguments.seeds:
+            if record["seed"] not in arguments.seeds or (arguments.tasks and task not in arguments.tasks):
                 continue
             if not arguments.off:
                 yield record, str(path)
@@ -118,6 +118,7 @@ def main() -> None:
     one = commands.add_parser("run")
     one.add_argument("folder", type=Path, help="of the study's runs")
     one.add_argument("--demonstrations", type=int, nargs="+", default=[5])
+    one.add_argument("--tasks", nargs="*", default=[], help="only policies for these tasks")
     one.add_argument("--seeds", type=int, nargs="+", default=[0])
     one.add_argument("--episodes", type=int, default=10, help="of each of the 40 tasks")
     one.add_argument("--off", action="store_true", help="turn the adapters off")

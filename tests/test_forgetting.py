@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -28,7 +29,8 @@ def test_policies_of_the_asked_runs_are_played_and_only_adapters_turned_off(
         (tmp_path / run / "policy").mkdir(parents=True)
         if "eva" in run:
             (tmp_path / run / "policy" / "adapter").mkdir()
-    asked = argparse.Namespace(folder=tmp_path, demonstrations=[5], seeds=[0], off=off)
+    asked = argparse.Namespace(folder=tmp_path, demonstrations=[5], tasks=[], seeds=[0], off=off)
+    assert not list(forgetting.policies(argparse.Namespace(**vars(asked) | {"tasks": ["reach-v3"]})))
     found = list(forgetting.policies(asked))
     assert [record["method"] for record, _ in found] == expected
     assert {(record["task"], record["seed"], record.get("adapter")) for record, _ in found} == {
@@ -53,3 +55,16 @@ def test_the_table_counts_success_and_what_the_base_plays_again(forgetting: Modu
     assert "2 episodes a task: 0.75." in text
     assert "| `eva` | 5 | 2 | 0.50 | 0.25 |\n| `full` | 25 | 1 | 0.00 | 0.00 |" in text
     assert "With the adapter off, 1 of 2 policies play exactly" in text
+
+
+def test_the_page_has_the_records_numbers(forgetting: ModuleType) -> None:
+    records = json.loads((SCRIPT.parents[1] / "docs" / "results" / "forgetting.json").read_text())
+    page = (SCRIPT.parents[1] / "docs" / "verdict.md").read_text()
+    shown = page.partition(forgetting.BEGIN)[2].partition(forgetting.END)[0].strip()
+    assert shown == forgetting.text(records), (
+        "run: python benchmarks/forgetting.py table docs/results/forgetting.json ..."
+    )
+    off = [record for record in records if record.get("adapter") == "off"]
+    base = next(record for record in records if record["method"] == "mt40")
+    assert off
+    assert all(record["first_success"] == base["first_success"] for record in off)
