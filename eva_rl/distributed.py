@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,6 +23,9 @@ TorchGroup: TypeAlias = dist.ProcessGroup
 TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 TIMEOUT = timedelta(minutes=30)
 """How long a process waits for the others: longer than rank 0 takes to collect demonstrations."""
+
+SETTLING = 0.3
+"""Seconds that threads of communication get at the end of a process."""
 
 
 @dataclass(frozen=True)
@@ -198,8 +202,14 @@ def init_distributed(device: torch.device, timeout: timedelta = TIMEOUT) -> Proc
 
 
 def _destroy() -> None:
+    """End the group while the interpreter is whole.
+
+    A thread of gloo's lets go of the tensors of the last communication after the caller has gone on, for which it needs
+    the interpreter: one that comes too late aborts the process.
+    """
     if dist.is_initialized():
         dist.destroy_process_group()
+        time.sleep(SETTLING)
 
 
 @contextmanager
