@@ -101,9 +101,7 @@ def text(records: Sequence[Record]) -> str:
 
 def table(arguments: argparse.Namespace) -> None:
     """Print the table; keep its records, and put it into a page, where asked to."""
-    found = arguments.folder
-    files = sorted(found.glob("*.json")) if found.is_dir() else []
-    records = [json.loads(file.read_text()) for file in files] or json.loads(found.read_text())
+    records = pages.json_records(arguments.folder)
     print(text(records))
     if arguments.out:
         arguments.out.write_text("[\n" + ",\n".join(json.dumps(record) for record in records) + "\n]\n")

@@ -150,18 +150,14 @@ def run(arguments: argparse.Namespace) -> None:
 
 def table(arguments: argparse.Namespace) -> None:
     """Success by task, means over seeds; written where asked to."""
-    found = arguments.folder
-    if found.is_dir():
-        records = [json.loads(path.read_text()) for path in sorted(found.glob("*.json"))]
-    else:
-        records = json.loads(found.read_text())
+    import pages
+
+    records = pages.json_records(arguments.folder)
     shown = success_table(records)
     Console(width=140).print(terminal_table(shown))
     if arguments.out:
         arguments.out.write_text(json.dumps(records, indent=1) + "\n")
     if arguments.page:
-        import pages
-
         pages.write_between(arguments.page, *around(arguments.part), markdown_table(shown))
 
 

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table in Markdown; its cells are Markdown, too."""
     lines = [heads, ["---"] * len(heads), *rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def json_records(place: Path) -> list[Any]:
+    """The records of a file, or of a folder with one a file."""
+    if place.is_dir():
+        return [json.loads(path.read_text()) for path in sorted(place.glob("*.json"))]
+    return list(json.loads(place.read_text()))
 
 
 def write_between(page: Path, begin: str, end: str, text: str) -> None:

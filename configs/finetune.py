@@ -9,6 +9,7 @@ from typing import ClassVar, get_args
 from eva_rl.adapters import METHODS, PROJECTIONS, SOURCES, check_gain, find_method
 from eva_rl.configs.algorithms import ALGORITHMS, BCAlgo, for_method
 from eva_rl.configs.groups import (
+    SOURCES_OF_DATA,
     AlgoOptions,
     CheckpointOptions,
     DataOptions,
@@ -111,8 +112,7 @@ class FinetuneDataOptions(DataOptions):
 
     source: str = option(
         "auto",
-        "expert (Meta-World's scripts), expert:ENV?episodes=25, d4rl:NAME, d4rl:FILE, minari:ID, trajectories:PATH or "
-        "a path; none; auto for the expert where there is something to clone; same as data=",
+        f"{SOURCES_OF_DATA}; none; auto for the expert where there is something to clone; same as data=",
     )
     returns_to_go: str = option(
         OBTAINED,

@@ -58,6 +58,12 @@ class NoiseOptions(Options):
     )
 
 
+SOURCES_OF_DATA = (
+    "expert (Meta-World's scripts), expert:ENV?episodes=25, d4rl:NAME, d4rl:FILE, minari:ID, trajectories:PATH "
+    "or a path"
+)
+
+
 @dataclass
 class DataOptions(Options):
     """Where demonstrations come from."""
@@ -65,8 +71,7 @@ class DataOptions(Options):
     PREFIX: ClassVar[str] = "data."
     source: str = option(
         "expert",
-        "expert (Meta-World's scripts), expert:ENV?episodes=25, d4rl:NAME, d4rl:FILE, minari:ID, trajectories:PATH or "
-        "a path; same as data=",
+        f"{SOURCES_OF_DATA}; same as data=",
     )
     episodes: int = option(25, "episodes to collect, for each task", above=0)
     seed: int = option(0, "seed of the goals and the noise of collected episodes", low=0, high=MAX_SEED)

@@ -23,7 +23,6 @@ TorchGroup: TypeAlias = dist.ProcessGroup
 TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 TIMEOUT = timedelta(minutes=30)
 """How long a process waits for the others: longer than rank 0 takes to collect demonstrations."""
-
 SETTLING = 0.3
 """Seconds that threads of communication get at the end of a process."""
 

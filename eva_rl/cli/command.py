@@ -99,11 +99,16 @@ def new_run_dir(name: str) -> str:
     return f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
 
 
+def typed_run_dir(typed: Sequence[str]) -> str:
+    """The last value of ``run_dir=``; empty where there is none."""
+    given = [unquoted(word.removeprefix("run_dir=")) for word in typed if word.startswith("run_dir=")]
+    return given[-1] if given else ""
+
+
 def _new_folder(name: str, overrides: Sequence[str]) -> str:
     """A new run directory; empty where one was typed."""
     typed = without_dashes(name, [word for word in overrides if word not in MULTIRUN])
-    given = [unquoted(word.removeprefix("run_dir=")) for word in typed if word.startswith("run_dir=")]
-    if given and given[-1]:
+    if typed_run_dir(typed):
         return ""
     return new_run_dir("multirun" if MULTIRUN & set(overrides) else name)
 

@@ -84,8 +84,11 @@ class TrajectoryReplay:
     @property
     def median_imitated_length(self) -> float:
         """Env steps of demonstrations and solved episodes, their median; 0 where there is none."""
-        imitated = self._lengths[self.imitation_weights(0.5, 1.0) > 0]
-        return float(np.median(imitated)) if len(imitated) else 0.0
+        return float(np.median(self._lengths[self._imitated])) if self._imitated.any() else 0.0
+
+    @property
+    def _imitated(self) -> NDArray[np.bool_]:
+        return self._complete & (self._demonstrated | self._solved)
 
     @property
     def highest_reward(self) -> float:
@@ -318,7 +321,7 @@ class TrajectoryReplay:
             retries: How many times as often as others env steps are drawn of solved episodes that began where one had
                 failed before.
         """
-        weights = np.where(self._retried, retries, 1.0) * self._complete * (self._demonstrated | self._solved)
+        weights = np.where(self._retried, retries, 1.0) * self._imitated
         mass = weights * self._lengths
         given, played = float(mass[self._demonstrated].sum()), float(mass[~self._demonstrated].sum())
         if given and played:

@@ -44,7 +44,7 @@ class WindowSampler:
         returns_to_go: NDArray[np.float32] | None = None,
     ) -> None:
         self.trajectories = trajectories
-        self._returns_to_go = trajectories.returns_to_go if returns_to_go is None else returns_to_go
+        self._returns_to_go = returns_to_go
         self.context_length = context_length
         self._scaling = scaling.to("cpu")  # windows are gathered there, whatever the policy lives on
         self._seed = seed
@@ -71,9 +71,9 @@ class WindowSampler:
             last_rows: (B,), row of the last env step of each window.
             device: Where the batch goes.
         """
-        starts = self._starts[last_rows]
-        shape = self.context_length, self._scaling
-        return gather_windows(self.trajectories, last_rows, starts, *shape, self._returns_to_go).to(device)
+        data, starts = self.trajectories, self._starts[last_rows]
+        windows = gather_windows(data, last_rows, starts, self.context_length, self._scaling, self._returns_to_go)
+        return windows.to(device)
 
 
 class StepColumns(Protocol):
@@ -116,7 +116,7 @@ def gather_windows(
         starts: (B,), row of the first env step of the episode of each window.
         context_length: T.
         scaling: How raw numbers become what the network sees.
-        returns_to_go: (N,), in place of those of ``data``.
+        returns_to_go: (N,), in place of those of ``data``; None takes these.
     """
     rows, real = window_rows(last_rows, starts, context_length)
     mask = torch.from_numpy(real)

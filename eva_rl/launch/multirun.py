@@ -14,11 +14,11 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from eva_rl.cli.command import new_run_dir
+from eva_rl.cli.command import new_run_dir, typed_run_dir
 from eva_rl.cli.console import say
 from eva_rl.cli.parsing import parse, without_dashes
 from eva_rl.cli.run_dir import SUMMARY_FILE
-from eva_rl.cli.values import quoted, unquoted
+from eva_rl.cli.values import quoted
 from eva_rl.errors import UserError, counted
 from eva_rl.files import check_folder, expanded
 from eva_rl.launch.jobs import Job, LaunchOptions
@@ -44,8 +44,7 @@ def multirun(name: str, typed: Sequence[str]) -> None:
     typed = without_dashes(name, typed)
     options = launch_options([word.removeprefix(OPTIONS) for word in typed if word.startswith(OPTIONS)])
     words = [word for word in typed if not word.startswith((OPTIONS, "run_dir="))]
-    given = [word.removeprefix("run_dir=") for word in typed if word.startswith("run_dir=")]
-    root = expanded(unquoted(given[-1] if given else "") or new_run_dir("multirun")).resolve()
+    root = expanded(typed_run_dir(typed) or new_run_dir("multirun")).resolve()
     jobs = [_job(name, fixed, swept, root, options) for fixed, swept in combinations(words)]
     check_folder(root, "run_dir=")
     left = [job for job in jobs if not job.done.exists()]
