@@ -16,6 +16,7 @@ from eva_rl.cli.run_dir import CONFIG_FILE, SUMMARY_FILE
 from eva_rl.errors import UserError
 from eva_rl.files import FILES, SEAL, PlainLoader, expanded
 from eva_rl.schema import DIGEST, Check, Either, Integer, MapOf, NotMeasured, Number, Optional, Record, Text
+from eva_rl.tracking.tracker import PAUSE
 
 MOST_BYTES = 256 * 2**20
 """Larger files are no record of a run."""
@@ -225,12 +226,21 @@ def _has_score(raw: Mapping[str, Any]) -> bool:
 def read_rows(path: Path) -> tuple[list[Row], int]:
     """Rows of ``metrics.jsonl`` in order of their time: those that can be read, and the number of those that cannot.
 
+    Their times leave out the pauses of a run that was resumed.
+
     Raises:
         UserError: See :func:`read_text`.
     """
     lines = [line for line in read_text(path).splitlines() if line.strip()]
     rows = [row for line in lines if (row := _row(line)) is not None]
-    return rows, len(lines) - len(rows)
+    return list(_without_pauses(rows)), len(lines) - len(rows)
+
+
+def _without_pauses(rows: Sequence[Row]) -> Iterator[Row]:
+    paused = 0.0
+    for row in rows:
+        paused += row.get(PAUSE, 0.0)
+        yield {**row, "wall_time": row["wall_time"] - paused}
 
 
 def _row(line: str) -> Row | None:

@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
 STEP, WALL_TIME = "step", "wall_time"
+PAUSE = "time/pause"
+"""Seconds between the last point that a resumed run builds on and its going on, in its first row after that."""
 CLONING = "bc/"
 """Before the keys of cloning, in runs whose record counts env steps afterwards."""
 TRAINING = "train/"
@@ -91,6 +93,7 @@ class Tracker:
         self._sinks = open_sinks(trackers, RunInfo(run_dir, hyperparameters or {}, purge, logged))
         self._file = self.path.open("a", encoding="utf-8")
         self._last_step: int = kept[-1][STEP] if kept else 0
+        self._pause = {PAUSE: max(0.0, time.time() - kept[-1][WALL_TIME])} if kept else {}
         self._points = set(map(_point, kept))
         self._watched: tuple[nn.Module, int] | None = None
         self._last_training_step = next((row[STEP] for row in reversed(kept) if _of_training(row)), None)
@@ -109,12 +112,12 @@ class Tracker:
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Record metrics at a step; the file is flushed, so that a crash loses nothing logged."""
-        values = {key: float(value) for key, value in metrics.items()} | self._layers(metrics, step)
+        values = {key: float(value) for key, value in metrics.items()} | self._layers(metrics, step) | self._pause
         finite = {key: value if math.isfinite(value) else None for key, value in values.items()}
         row: Row = {STEP: step, WALL_TIME: time.time(), **finite}
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
-        self._last_step = step
+        self._last_step, self._pause = step, {}
         self._points.add(_point(row))
         self._tell(row)
 
@@ -223,7 +226,7 @@ def _is_number(value: object) -> bool:
 
 def _point(row: Row) -> tuple[int, frozenset[str]]:
     """What tells rows apart: two of one step have different metrics."""
-    return row[STEP], frozenset(row) - {STEP, WALL_TIME}
+    return row[STEP], frozenset(row) - {STEP, WALL_TIME, PAUSE}
 
 
 def open_sinks(names: tuple[str, ...], run: RunInfo) -> list[Sink]:

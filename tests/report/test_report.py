@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import subprocess
+import time
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -25,6 +26,8 @@ from eva_rl.report.methods import group_tasks
 from eva_rl.report.reading import find_runs
 from eva_rl.report.runs import Run, read_runs
 from eva_rl.report.warnings import warnings_of
+from eva_rl.tracking import Tracker
+from eva_rl.tracking.tracker import METRICS_FILE
 from tests.conftest import unseal
 from tests.report.making_runs import make_run, make_study
 
@@ -158,6 +161,19 @@ def test_curves_of_online_runs(tmp_path: Path) -> None:
     assert found.places["gradient_steps"].tolist() == [20, 27, 34]
     assert found.places["env_steps"].tolist() == [0, 1000, 2000]
     assert found.places["seconds"].tolist() == [0, 3, 5]
+
+
+def test_seconds_of_a_resumed_run_leave_out_its_pause(tmp_path: Path) -> None:
+    """A run that lay over night took a night on the axis of its curve."""
+    folder, night = make_run(tmp_path / "run", "reach-v3", [True] * 4), 40_000.0
+    earlier = [{"step": step, "wall_time": time.time() - night, "validation/success_rate": 0.5} for step in (0, 10)]
+    (folder / METRICS_FILE).write_text("".join(json.dumps(row) + "\n" for row in earlier))
+    with Tracker(folder, resume=10, trackers=()) as tracker:
+        for step in (20, 30):
+            tracker.log({"validation/success_rate": 0.5}, step)
+    seconds = points_of(read(folder)[0], "success_rate").places["seconds"]
+    assert len(seconds) == 4
+    assert 0 <= seconds[0] <= seconds[-1] < night / 2
 
 
 def test_ranks_and_settings_are_rows_of_their_own(tmp_path: Path) -> None:

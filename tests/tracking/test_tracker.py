@@ -23,7 +23,7 @@ from eva_rl.tracking import Resume, Tracker, check_trackers
 from eva_rl.tracking.figures import overview_figure, pixels, rank_figure, spectrum_figure
 from eva_rl.tracking.layers import layer_norms, short_name
 from eva_rl.tracking.tensorboard import LAYOUT
-from eva_rl.tracking.tracker import NullTracker, open_tracker, read_metrics
+from eva_rl.tracking.tracker import PAUSE, NullTracker, open_tracker, read_metrics
 
 
 def scalars(run_dir: Path, tag: str) -> list[tuple[int, float]]:
@@ -50,6 +50,7 @@ def test_a_resumed_run_has_no_point_twice(tmp_path: Path) -> None:
     expected = [(1, 1), (2, 2), (3, 3), (4, 40), (5, 50), (6, 60)]
     assert [(row["step"], row["train/loss"]) for row in read_metrics(tmp_path)] == expected
     assert scalars(tmp_path, "train/loss") == expected
+    assert [row.get(PAUSE, 0) > 0 for row in read_metrics(tmp_path)] == [False] * 3 + [True] + [False] * 2
 
 
 def test_a_run_that_starts_afresh_shows_nothing_of_its_first_start(tmp_path: Path) -> None:
