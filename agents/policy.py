@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from eva_rl.agents.context import Acting, RolloutContext, Window
 from eva_rl.agents.decision_transformer import DecisionTransformer
-from eva_rl.batch import InputScaling, WindowBatch
+from eva_rl.batch import InputScaling, WindowBatch, within_bounds
 from eva_rl.errors import UserError, counted
 
 
@@ -179,7 +179,7 @@ class DecisionTransformerPolicy:
         if not (np.isfinite(lowest) & np.isfinite(highest) & (lowest < highest)).all():
             given = f"{_numbers(lowest)} to {_numbers(highest)}"
             raise UserError(f"Action bounds {given}: expected finite numbers, low below high.")
-        center, half = (torch.from_numpy(x / 2).to(self.device) for x in (highest + lowest, highest - lowest))
+        center, half = (torch.from_numpy(x).to(self.device) for x in within_bounds(lowest, highest))
         self.scaling = replace(self.scaling, action_center=center, action_half_range=half)
 
     def check_action_bounds(self, low: ArrayLike, high: ArrayLike, what: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from importlib import resources
 from pathlib import Path
 
@@ -42,11 +43,12 @@ def find_policy(name_or_path: str) -> Path:
         UserError: The hub id could not be fetched.
     """
     path = expanded(name_or_path)
-    for folder in (path, path / "policy"):
-        if (folder / POLICY_FILE).is_file() or (folder / CONFIG_FILE).is_file():
-            return folder
-    if path.is_file():
-        return path
+    with suppress(OSError):  # too long a name is no path
+        for folder in (path, path / "policy"):
+            if (folder / POLICY_FILE).is_file() or (folder / CONFIG_FILE).is_file():
+                return folder
+        if path.is_file():
+            return path
     shipped = shipped_policies()
     if name_or_path in shipped:
         return shipped[name_or_path]
@@ -83,9 +85,9 @@ def read_policy(path: Path, options: ImportOptions | None = None) -> DecisionTra
         return read_original(path, options or ImportOptions())
     if not (path / POLICY_FILE).is_file() and (path / CONFIG_FILE).is_file():
         return read_huggingface(path, options or ImportOptions())
-    if options is not None and (given := options.normalisation()):
+    if options is not None and (given := options.of_a_checkpoint()):
         raise UserError(
-            f"{path} has a normalisation of its own; {', '.join(given)} are for imported policies. Leave out."
+            f"{path} says its {', '.join(given)} itself: such options are for policies of other projects. Leave out."
         )
     record, config, scaling, conditioning = read_record(path / POLICY_FILE)
     check_files(record, path, [WEIGHTS_FILE], path / POLICY_FILE)

@@ -58,7 +58,7 @@ class AdapterOptions(Options):
     rho: float = option(
         EvaOptions.rho, "EVA: no layer gets more than rank * rho; 1 gives all the same", low=1, high=1000
     )
-    tau: float = option(EvaOptions.tau, "EVA: stop once two halves of the data agree to this degree", low=0, high=1)
+    tau: float = option(EvaOptions.tau, "EVA: stop once two halves of the data agree to this degree", above=0, high=1)
     center: bool = option(EvaOptions.center, "EVA: subtract the mean activation")
     score: str = option(
         EvaOptions.score,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -43,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command named by the first argument on the others."""
     name, *rest = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     if name in COMMANDS:
+        sys.path.append(os.getcwd())  # where a module of env=module:Env-v0 may lie, as with python -m
         status: int = command_module(name).main(rest)
         return status
     if name in ("--version", "-V", "version"):

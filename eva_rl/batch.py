@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 
@@ -130,12 +130,13 @@ class InputScaling:
     ) -> InputScaling:
         """Build from array-likes and action bounds."""
         low, high = np.asarray(action_low, np.float32), np.asarray(action_high, np.float32)
+        center, half = within_bounds(low, high)
         return cls(
             observation_mean=torch.from_numpy(np.array(observation_mean, np.float32)),
             observation_std=torch.from_numpy(np.array(observation_std, np.float32)),
             return_scale=float(return_scale),
-            action_center=torch.from_numpy((high + low) / 2),
-            action_half_range=torch.from_numpy((high - low) / 2),
+            action_center=torch.from_numpy(center),
+            action_half_range=torch.from_numpy(half),
         )
 
     def to(self, device: torch.device | str) -> InputScaling:
@@ -159,6 +160,25 @@ class InputScaling:
     def raw_actions(self, scaled: Tensor) -> Tensor:
         """Bring actions (..., act) from [-1, 1] to the environment's bounds."""
         return scaled * self.action_half_range + self.action_center
+
+
+def within_bounds(
+    low: NDArray[np.float32], high: NDArray[np.float32]
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Middle and half the distance of action bounds, (act,) each, whose sum and difference lie within the bounds.
+
+    Rounded alone, the bounds -1 and 0.7 give 0.70000005. From sum and difference the same two are found again, so that
+    a policy that is saved and loaded stays the same.
+    """
+    while True:
+        center, half = (high + low) / 2, (high - low) / 2
+        if not np.isfinite(half).all():
+            return center, half
+        while (outside := (half > 0) & ((center + half > high) | (center - half < low))).any():
+            half = np.where(outside, np.nextafter(half, np.float32(0)), half)
+        if np.array_equal(center - half, low) and np.array_equal(center + half, high):
+            return center, half
+        low, high = center - half, center + half
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from eva_rl.configs.groups import EnvOptions, NoiseOptions
 from eva_rl.data import Trajectories
 from eva_rl.envs import canonical_id
 from eva_rl.envs.deadline import limit_calls
+from eva_rl.errors import UserError
 from eva_rl.options import between, group, one_of, option, positive
 from eva_rl.rollouts.experts import check_scripted
 from eva_rl.rollouts.trained_experts import TrainedExpert, collect_trained
@@ -54,13 +55,18 @@ class CollectConfig:
     episodes: int = option(25, "episodes to keep")
     out: str = option("", "FILE.h5, minari:NAMESPACE/NAME-v0 or a folder; empty uses data/<task>.h5")
     seed: int = option(0, "seed of the goals and the noise")
-    only_successes: bool = option(True, "leave out episodes in which the expert failed")
+    only_successes: bool = option(True, "scripted: leave out episodes in which the expert failed")
     workers: int = option(2, "processes")
     env: EnvOptions = group(EnvOptions, "the task")
     expert: ExpertOptions = group(ExpertOptions, "who demonstrates")
-    noise: NoiseOptions = group(NoiseOptions, "action noise")
+    noise: NoiseOptions = group(NoiseOptions, "action noise of a scripted expert")
 
     def __post_init__(self) -> None:
+        if self.expert.name == "sac" and self.noise.std:
+            raise UserError(
+                f"noise.std={self.noise.std:g}: expert=sac explores with noise of its own. Leave it out, or use "
+                "expert=scripted."
+            )
         positive(episodes=self.episodes, workers=self.workers)
         between(0, MAX_SEED, seed=self.seed)
 
@@ -74,8 +80,9 @@ def collect(config: CollectConfig) -> None:
     check_output(out)
     limit_calls(config.env.timeout)
     data = _episodes(config)
-    noise = {f"noise_{key}": value for key, value in asdict(config.noise).items()}
-    name = {"scripted": "scripted expert", "sac": "SAC"}[config.expert.name]
+    scripted = config.expert.name == "scripted"
+    noise = {f"noise_{key}": value for key, value in asdict(config.noise).items()} if scripted else {}
+    name = "scripted expert" if scripted else "SAC"
     about = {"algorithm_name": name} if out.startswith(MINARI) else {"seed": config.seed, **noise}
     source = write_output(out, data, about)
     solved = int(data.successes[data.offsets[1:] - 1].sum()) if data.successes is not None else 0

@@ -110,7 +110,7 @@ def measure(config: DoctorConfig, device: torch.device) -> dict[str, Speed]:
     """The speed of the simulator, of a policy that acts in one environment, and of its gradient steps."""
     from eva_rl.adapters import load_policy
 
-    policy = load_policy(config.policy, device)
+    policy = load_policy(config.policy, device, merge=True)
     return {
         f"env steps of {config.env}": _simulator(config),
         f"policy steps of {config.policy}": _acting(policy, config.seconds),

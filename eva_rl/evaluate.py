@@ -122,13 +122,13 @@ def evaluate(config: EvaluateConfig) -> None:
         choose_target(policy, task, config)
     results, without = play(policy, tasks, config)
     show(results, without)
+    if out is not None and first:
+        write_json(out, record(config, policy, results, without))
     for task in tasks if config.video and first else ():
         activate_adapter(policy, task, config.adapter != "off")
         path = VIDEOS / f"{task.replace('/', '-')}.gif"
         record_episode(policy, task, path, seed=config.eval.seed, horizon=config.env.horizon)
         say(f"Video: {path}")
-    if out is not None and first:
-        write_json(out, record(config, policy, results, without))
 
 
 def chosen_tasks(config: EvaluateConfig, policy: DecisionTransformerPolicy) -> list[str]:
@@ -249,7 +249,8 @@ def show(results: Sequence[EvaluationResult], without: Sequence[EvaluationResult
         console.print(comparison(results, without))
     else:
         console.print(_table(results))
-    say(f"Protocol: {results[0].protocol}.")
+    for protocol in dict.fromkeys(result.protocol for result in results):
+        say(f"Protocol: {protocol}.")
 
 
 def _table(results: Sequence[EvaluationResult]) -> Table:

@@ -76,7 +76,7 @@ register("export", ExportConfig, {})
 def export(config: ExportConfig) -> None:
     """Write the folder, and push it where asked to."""
     with TemporaryDirectory() as temporary:
-        named = config.out or ("" if config.push else Path(config.policy.path).name + ONNX_SUFFIX)
+        named = config.out or ("" if config.push else expanded(config.policy.path).absolute().name + ONNX_SUFFIX)
         out = expanded(named) if named else Path(temporary) / "policy"
         check_new(out)
         pushed = out

@@ -51,10 +51,10 @@ class ImportOptions:
     activation: str | None = None
     allow_pickle: bool = False
 
-    def normalisation(self) -> list[str]:
-        """What was given of the normalisation, which policies of this package have of their own."""
-        names = ("observation_mean", "observation_std", "return_scale")
-        return [name for name in names if getattr(self, name) is not None]
+    def of_a_checkpoint(self) -> list[str]:
+        """What was given of that which policies of this package say themselves; their target return may be changed."""
+        others = {"target_return", "allow_pickle"}
+        return [f.name for f in fields(self) if f.name not in others and getattr(self, f.name) is not None]
 
     def merged_with(self, known: Mapping[str, Any]) -> dict[str, Any]:
         """What was given, over what is known otherwise, over the defaults."""

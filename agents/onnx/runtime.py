@@ -175,7 +175,7 @@ class _Episode:
         self._steps: list[tuple[Any, ...]] = []
 
     def act(self, observation: NDArray[np.float32], reward: float, start: bool) -> NDArray[np.float32]:
-        if start:
+        if start or not self._steps:
             self._to_go, self._seen, self._steps = self._target, 0, []
             self._action: NDArray[np.float32] = np.zeros(len(self._about["action_low"]), np.float32)
             reward = 0.0

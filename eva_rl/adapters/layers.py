@@ -17,9 +17,11 @@ def target_layers(network: nn.Module, targets: Sequence[str] = PROJECTIONS) -> l
     """Names of the Linear and Embedding layers whose name is, or ends with, one of the targets.
 
     Raises:
-        UserError: A target matches nothing; the message lists what exists.
+        UserError: A target matches nothing, or there is none; the message lists what exists.
     """
     known = [name for name, module in network.named_modules() if isinstance(module, nn.Linear | nn.Embedding)]
+    if not targets:
+        raise UserError(f"adapter.targets=[] names no layer. Expected some of {_endings(known)}.")
     chosen = {name for target in targets for name in _matching(target, known, "adapter.targets")}
     return [name for name in known if name in chosen]
 
@@ -27,9 +29,12 @@ def target_layers(network: nn.Module, targets: Sequence[str] = PROJECTIONS) -> l
 def _matching(target: str, known: Sequence[str], key: str) -> list[str]:
     found = [name for name in known if name == target or name.endswith("." + target)]
     if not found:
-        endings = sorted({name.rpartition(".")[2] for name in known})
-        raise UserError(f"{key}: {target!r} matches no layer. Expected some of {', '.join(endings)}.")
+        raise UserError(f"{key}: {target!r} matches no layer. Expected some of {_endings(known)}.")
     return found
+
+
+def _endings(names: Sequence[str]) -> str:
+    return ", ".join(sorted({name.rpartition(".")[2] for name in names}))
 
 
 def rank_limits(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
 from pathlib import Path
@@ -18,7 +18,7 @@ from eva_rl.benchmark.records import write_record
 from eva_rl.benchmark.study import METHOD, Study
 from eva_rl.cli.loading import open_policy, resolve_policy
 from eva_rl.cli.parsing import parse
-from eva_rl.cli.run_dir import CONFIG_FILE, FREE_TO_CHANGE, SUMMARY_FILE, changed_settings
+from eva_rl.cli.run_dir import CONFIG_FILE, SUMMARY_FILE, changed_from, changed_settings
 from eva_rl.configs.finetune import FinetuneConfig
 from eva_rl.envs import env_spec
 from eva_rl.errors import UserError
@@ -250,14 +250,5 @@ def _changed_run(cell: Cell) -> Iterable[str]:
         raise UserError(f"{cell.run_dir} cannot be read: {error}. Remove it and rerun the same command.") from error
 
 
-def _changed_record(cell: Cell) -> list[str]:
-    before = json.loads(cell.record.read_text())["config"]
-    now = json.loads(json.dumps(asdict(cell.finetune), default=str))
-    return [key for key in now if key in before and key not in FREE_TO_CHANGE and _differ(before[key], now[key])]
-
-
-def _differ(before: Any, now: Any) -> bool:
-    """Whether two settings, or groups of settings, differ in what both have; a later version may have more keys."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        return any(_differ(before[key], now[key]) for key in before.keys() & now.keys())
-    return bool(before != now)
+def _changed_record(cell: Cell) -> Iterable[str]:
+    return changed_from(json.loads(cell.record.read_text())["config"], cell.finetune)

@@ -47,7 +47,7 @@ FREE_BYTES = 200 * 2**20
 """A run that would start with less room on its disk is refused."""
 FREE_TO_CHANGE = {"run_dir", "shared", "resume", "threads", "device", "checkpoint", "tracker", "video", "weight_dtype"}
 """Keys in which a continued run may differ from its first part."""
-FREE_IN_GROUPS = {"accumulate", "compile", "log_every", "timeout"}
+FREE_IN_GROUPS = {"accumulate", "compile", "log_every", "timeout", "workers"}
 """The same, within groups: what fits a machine and changes no result."""
 RENAMED = {
     "warmup": "warmup_steps",
@@ -217,9 +217,15 @@ def changed_settings(run_dir: Path, options: Any) -> dict[str, Any]:
     Raises:
         UserError: The run's config cannot be read, or is incomplete.
     """
-    before, now = read_yaml(run_dir / CONFIG_FILE), asdict(options)
-    if not isinstance(before, dict) or not now.keys() - FREE_TO_CHANGE - ADDED_LATER <= before.keys():
+    before = read_yaml(run_dir / CONFIG_FILE)
+    if not isinstance(before, dict) or not asdict(options).keys() - FREE_TO_CHANGE - ADDED_LATER <= before.keys():
         raise UserError(f"{run_dir / CONFIG_FILE} is damaged: settings are missing.")
+    return changed_from(before, options)
+
+
+def changed_from(before: Mapping[str, Any], options: Any) -> dict[str, Any]:
+    """As :func:`changed_settings`, from the settings of a run themselves."""
+    now = asdict(options)
     old, new, usual = _deciding(before), _deciding(now), _deciding(_defaults(options))
     gone = {key: old[key] for key in old.keys() - new.keys() if key.rpartition(".")[2] not in DID_NOTHING}
     there = {key: (usual | old).get(key) for key in new}

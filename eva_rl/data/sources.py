@@ -14,10 +14,10 @@ from urllib.parse import parse_qsl
 import numpy as np
 
 from eva_rl.data.formats import d4rl_names
-from eva_rl.data.formats.checks import ActionBounds, Source
+from eva_rl.data.formats.checks import IN_MEMORY, ActionBounds, Source
 from eva_rl.data.formats.d4rl import read_d4rl
 from eva_rl.data.formats.episode_folder import episode_files, iterate_content, iterate_folder
-from eva_rl.data.formats.episodes import ReadOptions
+from eva_rl.data.formats.episodes import ReadOptions, unknown_bounds
 from eva_rl.data.formats.groups import iterate_d3rlpy, iterate_robomimic, layout_of
 from eva_rl.data.formats.minari import iterate_minari, minari_data_folder, minari_folder
 from eva_rl.data.formats.minari_file import iterate_episodes
@@ -28,6 +28,8 @@ from eva_rl.files import alone, expanded
 
 log = logging.getLogger(__name__)
 
+Side = float | Iterable[float]
+"""One side of the bounds of actions."""
 KINDS = ("d4rl", "minari", "trajectories")
 D4RL_FILES = {".hdf5", ".h5"}
 OUTSIDE = ("check", "clip", "keep")
@@ -76,6 +78,14 @@ def parse_source(text: str) -> ParsedSource:
     source = ParsedSource(kind, name)
     for key, value in parse_qsl(query, keep_blank_values=True):
         source = _with_option(source, key, value)
+    if source.horizon is not None and kind != "d4rl":
+        raise UserError(
+            f"horizon={source.horizon} in the data source: only d4rl: cuts episodes by their length. Leave out."
+        )
+    if source.keys and kind == "d4rl":
+        raise UserError(
+            f"keys={','.join(source.keys)} in the data source: observations of d4rl: have no parts. Leave out."
+        )
     return source
 
 
@@ -111,7 +121,7 @@ def load_dataset(
     *,
     allow_pickle: bool = False,
     memory_map: bool | None = None,
-    action_bounds: tuple[Iterable[float], Iterable[float]] | None = None,
+    action_bounds: tuple[Side, Side] | None = None,
     skip_damaged: bool = False,
 ) -> Trajectories:
     """Load offline data.
@@ -125,7 +135,8 @@ def load_dataset(
         allow_pickle: Whether pickles may be opened; even then only numpy arrays and builtin containers are admitted.
         memory_map: Whether to keep a flat copy in :func:`cache_folder` and map it instead of reading everything into
             memory; None decides by size.
-        action_bounds: Lowest and highest action of the task, each (act,); None takes those that the data say.
+        action_bounds: Lowest and highest action of the task, each (act,) or a number; None takes those that the data
+            say.
         skip_damaged: Whether episodes that are damaged, such as those without the observation after their last env
             step, are left out, with a warning, instead of refused.
 
@@ -158,10 +169,10 @@ def _converted(parsed: ParsedSource, path: Path, options: ReadOptions, folder: P
     return replace(read_store(folder), source=source)
 
 
-def _bounds(sides: tuple[Iterable[float], Iterable[float]] | None, outside: str = "check") -> ActionBounds | None:
+def _bounds(sides: tuple[Side, Side] | None, outside: str = "check") -> ActionBounds | None:
     if sides is None:
         return None
-    low, high = (np.asarray(list(side), np.float32) for side in sides)
+    low, high = (np.asarray(list(side) if isinstance(side, Iterable) else side, np.float32) for side in sides)
     return ActionBounds(low, high, outside)
 
 
@@ -175,7 +186,7 @@ def _given(source: Any, options: ReadOptions) -> Trajectories:
             "a path, a dict of arrays (observations, actions, rewards, terminations, truncations), or a list of such "
             "dicts, one an episode. Flat arrays: Trajectories.from_arrays(observations, actions, rewards, ...)."
         )
-    return concatenate(list(iterate_content(source, options)), source="arrays")
+    return concatenate(list(iterate_content(source, options)), source=IN_MEMORY)
 
 
 def _bounded_store(data: Trajectories, source: str, bounds: ActionBounds | None) -> Trajectories:
@@ -247,6 +258,8 @@ def _d4rl_parts(source: ParsedSource, path: Path, options: ReadOptions) -> Itera
     bounds = options.bounds
     if bounds is None and rules.unit_actions:
         bounds = ActionBounds(-1.0, 1.0, source.actions)
+    if bounds is None and source.actions == "clip":
+        raise unknown_bounds(path)
     return read_d4rl(path, rules, bounds, {"dataset": name})
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +14,9 @@ from eva_rl.agents.policy_folder import policy_record, weights_digest
 from eva_rl.cli.keys import as_typed
 from eva_rl.cli.parsing import parse
 from eva_rl.cli.run_dir import INPUTS, check_run_dir, read_summary
-from eva_rl.data import Trajectories, write_episodes
+from eva_rl.data import Trajectories, load_dataset, write_episodes
 from eva_rl.data.trajectories import COLUMNS
+from eva_rl.errors import UserError
 from eva_rl.files import alone, expanded
 from eva_rl.finetune.command import finetune
 from eva_rl.finetune.locations import digest_of, key_of
@@ -39,7 +40,7 @@ class FinetuneResult:
 def finetune_policy(
     policy: DecisionTransformerPolicy | str | Path,
     env: str,
-    data: Trajectories | str | Path | None = None,
+    data: Trajectories | Mapping[str, Any] | Sequence[Mapping[str, Any]] | str | Path | None = None,
     *,
     run_dir: str | Path,
     adapter: str = "eva",
@@ -53,15 +54,17 @@ def finetune_policy(
     Args:
         policy: A policy, or the name of one as ``policy=`` takes it; its active adapter becomes part of its weights.
         env: The task.
-        data: Demonstrations, or their source as ``data=`` takes it; None takes the scripted expert where one is needed.
+        data: Demonstrations as ``eva_rl.load_dataset`` takes or returns them, or their source as ``data=`` takes it;
+            None takes the scripted expert where one is needed.
         run_dir: New folder for everything; an unfinished one is continued. A policy and data given as objects are
             written to its folder ``inputs``.
         adapter: The method.
         settings: Any other keys of the command: ``{"algo.updates": 100, "adapter.rank": 4}``.
 
     Raises:
-        UserError: As the command.
+        UserError: As the command, or ``settings`` has what an argument says.
     """
+    _check_settings(settings or {})
     place = expanded(run_dir).resolve()
     check_run_dir(place)
     own = {
@@ -75,10 +78,26 @@ def finetune_policy(
     return FinetuneResult(load_policy(place), read_summary(place), place)
 
 
+ARGUMENTS = {"policy.path": "policy", "env.id": "env", "data.source": "data", "adapter.method": "adapter"}
+"""Arguments of :func:`finetune_policy` by the long names of their keys."""
+
+
+def _check_settings(settings: Mapping[str, Any]) -> None:
+    arguments = {*ARGUMENTS.values(), "run_dir"}
+    for key, value in settings.items():
+        if (name := ARGUMENTS.get(key, key)) in arguments:
+            raise UserError(f"settings[{key!r}]={value!r}: that is an argument of its own. Give {name}=... instead.")
+
+
 def _policy_path(policy: DecisionTransformerPolicy | str | Path, folder: Path) -> str:
     """Where a policy is, written there if it is an object: under one name as long as it is the same."""
-    if not isinstance(policy, DecisionTransformerPolicy):
+    if isinstance(policy, str | Path):
         return str(policy)
+    if not isinstance(policy, DecisionTransformerPolicy):
+        raise UserError(
+            f"policy is a {type(policy).__name__}: expected the name or the folder of a policy, or what "
+            "eva_rl.load_policy returns."
+        )
     policy = _without_adapter(policy)
     key = key_of(weights=weights_digest(policy.network.state_dict()), record=policy_record(policy))
     return _written(folder / f"policy-{key}", lambda path: save_policy(path, policy))
@@ -94,10 +113,14 @@ def _without_adapter(policy: DecisionTransformerPolicy) -> DecisionTransformerPo
     return copied
 
 
-def _data_path(data: Trajectories | str | Path | None, folder: Path) -> str:
+def _data_path(
+    data: Trajectories | Mapping[str, Any] | Sequence[Mapping[str, Any]] | str | Path | None, folder: Path
+) -> str:
     """As :func:`_policy_path`; ``auto`` where there are none."""
-    if not isinstance(data, Trajectories):
+    if data is None or isinstance(data, str | Path):
         return "auto" if data is None else str(data)
+    if not isinstance(data, Trajectories):
+        data = load_dataset(data)
     arrays = {name: digest_of(getattr(data, name)) for name in ("offsets", *COLUMNS)}
     key = key_of(arrays=arrays, env_id=data.env_id, source=data.source, metadata=data.metadata)
     return _written(folder / f"data-{key}.h5", lambda path: write_episodes(path, data))

@@ -269,10 +269,7 @@ def show(run_dir: Path, summary: dict[str, Any], evaluations: Mapping[str, Evalu
     for column in ("", *evaluations):
         table.add_column(column)
     if after.reports_success:
-        intervals = [(result.success_rate, *result.success_interval()) for result in evaluations.values()]
-        table.add_row(
-            "success rate [95% interval]", *(f"{x:.2f}  [{low:.2f}, {high:.2f}]" for x, low, high in intervals)
-        )
+        table.add_row("success rate [95% interval]", *map(_success_of, evaluations.values()))
     table.add_row("mean return", *(described_return(result) for result in evaluations.values()))
     scores = [result.metrics("").get("/normalized_score") for result in evaluations.values()]
     if None not in scores:
@@ -291,6 +288,14 @@ def show(run_dir: Path, summary: dict[str, Any], evaluations: Mapping[str, Evalu
         f"Policy:      {run_dir / 'policy'}\n"
         f"TensorBoard: tensorboard --logdir {run_dir / 'tb'}, then http://localhost:6006/{DASHBOARD}",
     )
+
+
+def _success_of(result: EvaluationResult) -> str:
+    """The rate and its interval; a dash where the environment told nothing of success."""
+    if not result.reports_success:
+        return "-"
+    low, high = result.success_interval()
+    return f"{result.success_rate:.2f}  [{low:.2f}, {high:.2f}]"
 
 
 @dataclass(frozen=True)

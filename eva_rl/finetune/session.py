@@ -32,7 +32,7 @@ from eva_rl.cli.machine import prepare_machine
 from eva_rl.cli.profiling import Phases
 from eva_rl.cli.run_dir import open_run
 from eva_rl.cli.saving import data_references
-from eva_rl.configs.algorithms import ODTAlgo, OnlineAlgo, SB3Algo, check_method
+from eva_rl.configs.algorithms import ODTAlgo, ODTTD3Algo, OnlineAlgo, SB3Algo, check_method
 from eva_rl.configs.finetune import ASKED, FinetuneConfig
 from eva_rl.configs.groups import DataOptions
 from eva_rl.data import Trajectories, WindowSampler
@@ -46,12 +46,14 @@ from eva_rl.errors import UserError
 from eva_rl.files import alone
 from eva_rl.finetune.adapter import activation_source, check_adapter
 from eva_rl.finetune.locations import data_folder, place_key
+from eva_rl.finetune.origin import check_origin
 from eva_rl.rollouts.evaluation import EvaluationResult, evaluate_distributed, evaluate_policy, shared_envs
 from eva_rl.seeding import MAX_SEED, ONLINE, VALIDATION, episode_seeds
 from eva_rl.tracking import Resume
 from eva_rl.training.checkpoint import Checkpoints, latest_step
 from eva_rl.training.collector import TaskEnvs
 from eva_rl.training.losses import clone_loss
+from eva_rl.training.odt_td3 import check_context
 
 HELD_OUT_WINDOWS, HELD_OUT_BATCHES = 256, 4
 """Windows on which the held-out cloning loss is measured."""
@@ -119,6 +121,11 @@ class Session:
         cloned = latest_step(self.checkpoint_dir)
         return None if cloned is None else Resume(cloned, cloning=isinstance(self.config.algo, OnlineAlgo))
 
+    @property
+    def references(self) -> tuple[float, float] | None:
+        """Returns that score 0 and 100, where the demonstrations bring their own."""
+        return None if self.data is None else data_references(self.data)
+
     def online_task(self, vec_env: VecEnv) -> TaskEnvs:
         """The task in environments to learn in, with the goals that belong to the run's seed."""
         spec = self.spec
@@ -134,7 +141,7 @@ class Session:
             config.env.id,
             horizon=config.env.horizon,
             seed=config.eval.seed,
-            references=None if self.data is None else data_references(self.data),
+            references=self.references,
             vec_env=self.vec_env,
         )
         return evaluate_distributed(self.process_group, play, **arguments)
@@ -216,6 +223,7 @@ def open_session(config: FinetuneConfig) -> Session:
             normalise_by(policy, data, config.policy)
     set_target_return(policy, config, data, spec.env_id)
     sampler = None if data is None else make_sampler(policy, data, config, spec.env_id)
+    process_group.broadcast_object(lambda: check_origin(run_dir, policy, data))
     with process_group.main_process_first():
         held_out = _held_out(policy, config, spec.env_id, run_dir)
     vec_env = shared_envs(process_group, spec.env_id, config.eval.episodes, config.env.horizon)  # last: it has workers
@@ -225,6 +233,8 @@ def open_session(config: FinetuneConfig) -> Session:
 
 def _check_algorithm(policy: DecisionTransformerPolicy, config: FinetuneConfig) -> None:
     check_method(config.algo, find_method(config.adapter.method))
+    if isinstance(config.algo, ODTTD3Algo):
+        check_context(policy)
     if isinstance(config.algo, SB3Algo):
         from eva_rl.training.sb3 import check_actor
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,8 @@ def evaluate_before(session: Session, *, again: bool) -> tuple[EvaluationResult,
         if not path.exists() or (again and not config.shared):
             result, actions = session.evaluate("Before")
             write_folder(path, lambda aside: _save(aside, result, actions))
-        return _load(path)
+        result, actions = _load(path)
+    return replace(result, references=session.references), actions  # another run's data may have others
 
 
 def before_key(session: Session) -> str:
@@ -53,6 +54,7 @@ def before_key(session: Session) -> str:
     config = session.config
     return key_of(
         policy=_policy_parts(session.policy),
+        env=session.spec.env_id,
         target=session.policy.conditioning.of(session.spec.env_id),
         protocol=session.spec.protocol,
         episodes=config.eval.episodes,
@@ -105,9 +107,7 @@ def _save_array(path: Path, actions: Actions) -> None:
 def _load(folder: Path) -> tuple[EvaluationResult, Actions]:
     record: Mapping[str, Any] = read_json(folder / "evaluation.json")
     episodes = tuple(EpisodeRecord(**episode) for episode in record["episodes"])
-    references = None if record["references"] is None else tuple(record["references"])
-    result = EvaluationResult(**{**record, "episodes": episodes, "references": references})
-    return result, np.load(folder / "actions.npy", allow_pickle=False)
+    return EvaluationResult(**{**record, "episodes": episodes}), np.load(folder / "actions.npy", allow_pickle=False)
 
 
 def shared_eva(session: Session, compute: Callable[[], EvaResult]) -> EvaResult:

@@ -6,6 +6,7 @@ import hashlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -17,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from eva_rl.cli.command import new_run_dir, typed_run_dir
 from eva_rl.cli.console import say
 from eva_rl.cli.parsing import parse, without_dashes
-from eva_rl.cli.run_dir import SUMMARY_FILE
+from eva_rl.cli.run_dir import SUMMARY_FILE, changed_settings
 from eva_rl.cli.values import quoted
 from eva_rl.errors import UserError, counted
 from eva_rl.files import check_folder, expanded
@@ -47,13 +48,29 @@ def multirun(name: str, typed: Sequence[str]) -> None:
     root = expanded(typed_run_dir(typed) or new_run_dir("multirun")).resolve()
     jobs = [_job(name, fixed, swept, root, options) for fixed, swept in combinations(words)]
     check_folder(root, "run_dir=")
-    left = [job for job in jobs if not job.done.exists()]
+    left = [job for job, config in jobs if not _is_finished(job, config)]
     say(f"{counted(len(jobs), 'run')}, {len(jobs) - len(left)} of them finished before. {root}")
     failed = launch(left, len(jobs) - len(left), options, root / "logs" / "launcher")
     list_failed(failed)
     if failed:
         raise UserError(f"{len(failed)} of {len(jobs)} runs failed. Continue with run_dir={root}.")
     say(f"Compare them: python -m eva_rl.report {root}")
+
+
+def _is_finished(job: Job, config: Any) -> bool:
+    """Whether a run was finished before, with these settings.
+
+    Raises:
+        UserError: It was, with other settings.
+    """
+    if not job.done.exists():
+        return False
+    if changed := changed_settings(job.done.parent, config):
+        raise UserError(
+            f"{job.done.parent} holds a finished run with other settings of {', '.join(changed)}. Use the same "
+            "settings to continue, or name another run_dir=."
+        )
+    return True
 
 
 def launch_options(typed: Sequence[str]) -> LaunchOptions:
@@ -112,11 +129,12 @@ def label_of(swept: Sequence[str]) -> str:
     return f"{encoded[: LONGEST_LABEL - len(digest) - 1].decode(errors='ignore')}-{digest}"
 
 
-def _job(name: str, fixed: Sequence[str], swept: Sequence[str], root: Path, options: LaunchOptions) -> Job:
-    """The job of one combination, checked."""
+def _job(name: str, fixed: Sequence[str], swept: Sequence[str], root: Path, options: LaunchOptions) -> tuple[Job, Any]:
+    """The job of one combination, and its config."""
     label = label_of(swept)
     threads = [] if any(word.startswith("threads=") for word in fixed) else [f"threads={options.threads}"]
     overrides = [*fixed, *swept, *threads, f"run_dir={quoted(str(root / label))}"]
-    parse(name, overrides)
+    config = parse(name, overrides)
     log = root / "logs" / f"{label}.log"
-    return Job(label, (f"eva_rl.{name}", *overrides), log, root / label / SUMMARY_FILE, options.threads)
+    job = Job(label, (f"eva_rl.{name}", *overrides), log, root / label / SUMMARY_FILE, options.threads)
+    return job, config

@@ -30,7 +30,8 @@ class TrainedExpert:
 
     Attributes:
         max_steps: Env steps of training at most.
-        until: Mean return over :data:`EVALUATION_EPISODES` deterministic episodes at which training ends.
+        until: Mean return over :data:`EVALUATION_EPISODES` deterministic episodes at which training ends; where it is
+            not reached, a warning says so.
         horizon: Env steps of an episode; None takes the task's own.
     """
 
@@ -49,20 +50,35 @@ def collect_trained(env: str, episodes: int, expert: TrainedExpert, *, seed: int
         seed: Of training and of the episodes.
 
     Raises:
-        UserError: ``until`` was not reached.
+        UserError: The task's actions have no bounds, or the agent would never be evaluated.
     """
     env_id = canonical_id(env)
+    spec = env_spec(env_id, expert.horizon)
+    if not np.isfinite([spec.action_low, spec.action_high]).all():
+        raise UserError(
+            f"{env_id} has actions without bounds, and expert=sac needs some. Wrap it in "
+            "gymnasium.wrappers.RescaleAction, or collect the data yourself."
+        )
+    if np.isfinite(expert.until) and expert.max_steps < EVALUATE_EVERY:
+        raise UserError(
+            f"expert.steps={expert.max_steps}: the agent is evaluated every {EVALUATE_EVERY} env steps, expected as "
+            "many at least with expert.until."
+        )
     vec_env = make_vec_env(env_id, 1, seed=episode_seeds(DEMONSTRATIONS, seed), horizon=expert.horizon)
     stop = StopOnReturn(env_id, expert)
     agent = SAC("MlpPolicy", vec_env, seed=seed, device="cpu")
     agent.learn(expert.max_steps, callback=stop)
     if not stop.reached and np.isfinite(expert.until):
-        raise UserError(
-            f"SAC reached a mean return of {stop.best:.1f} on {env_id} in {expert.max_steps} env steps, "
-            f"expert.until={expert.until:g} was asked for. Ask for less, or give it more expert.steps."
+        log.warning(
+            "SAC reached a mean return of %.1f on %s in %d env steps, expert.until=%g was asked for. The episodes are "
+            "those of the agent as it was at the end; give it more expert.steps for a better one.",
+            stop.best,
+            env_id,
+            expert.max_steps,
+            expert.until,
         )
     vec_env.seed(episode_seeds(DEMONSTRATIONS, seed) + 1_000)
-    kept = _play(agent, vec_env, episodes, env_spec(env_id).reports_success)
+    kept = _play(agent, vec_env, episodes, spec.reports_success)
     vec_env.close()
     source = f"sac:{env_id}?steps={agent.num_timesteps}&until={expert.until:g}"
     return Trajectories.from_episodes(kept, env_id=env_id, source=source)

@@ -97,7 +97,10 @@ def record_clip(
         UserError: There is no renderer on this machine, or the environment gives no frames.
     """
     choose_renderer()
-    environment = make_env(env, horizon=horizon, render_mode="rgb_array")
+    try:
+        environment = make_env(env, horizon=horizon, render_mode="rgb_array")
+    except UserError as error:
+        raise UserError(f"{error} It was made with render_mode=rgb_array, for video=true: leave that out?") from error
     try:
         return _play(policy, environment, canonical_id(env), episode_seeds(EVALUATION, seed), every, on_step)
     except UserError:

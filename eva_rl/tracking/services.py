@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from eva_rl.errors import UserError
 from eva_rl.files import write_file
-from eva_rl.tracking.sinks import RunInfo
+from eva_rl.tracking.sinks import Point, RunInfo
 
 PROJECT = "eva-rl"
 STEP = "step"
@@ -28,13 +28,14 @@ class WandbSink:
     def __init__(self, run: RunInfo) -> None:
         import wandb
 
-        self._logged = run.logged
         self._wandb = wandb
+        identity, self.is_new = _identity(run, "wandb_id")
+        self._logged: frozenset[Point] = frozenset() if self.is_new else run.logged
         try:
             self._run: Any = wandb.init(
                 project=PROJECT,
                 name=run.name,
-                id=_identity(run, "wandb_id"),
+                id=identity,
                 resume="allow",
                 dir=str(run.run_dir),
                 config=dict(run.hyperparameters),
@@ -82,9 +83,10 @@ class TrackioSink:
     def __init__(self, run: RunInfo) -> None:
         import trackio
 
-        self._logged = run.logged
         self._trackio: Any = trackio
-        name = f"{run.name}-{_identity(run, 'trackio_id')}"
+        identity, self.is_new = _identity(run, "trackio_id")
+        self._logged: frozenset[Point] = frozenset() if self.is_new else run.logged
+        name = f"{run.name}-{identity}"
         self._run: Any = trackio.init(
             project=PROJECT, name=name, resume="allow", config=dict(run.hyperparameters), embed=False
         )
@@ -114,9 +116,10 @@ class TrackioSink:
         self._run.finish()
 
 
-def _identity(run: RunInfo, name: str) -> str:
-    """What a service knows the run by, kept for a run that goes on, new for one that starts afresh."""
+def _identity(run: RunInfo, name: str) -> tuple[str, bool]:
+    """What a service knows the run by, kept for a run that goes on, new for one that starts afresh; and which it is."""
     path = run.run_dir / name
-    if run.purge_step is None or not path.exists():
+    is_new = run.purge_step is None or not path.exists()
+    if is_new:
         write_file(path, lambda aside: aside.write_text(uuid.uuid4().hex[:8]))
-    return path.read_text().strip()
+    return path.read_text().strip(), is_new

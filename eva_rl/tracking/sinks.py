@@ -18,8 +18,18 @@ SERVICES = {"trackio": "Trackio", "wandb": "Weights & Biases"}
 TRACKERS = (TENSORBOARD, *SERVICES)
 
 
+Point = tuple[int, frozenset[str]]
+"""Step and keys of a row of metrics."""
+
+
 class Sink(Protocol):
-    """Shows metrics, pictures and results."""
+    """Shows metrics, pictures and results.
+
+    Attributes:
+        is_new: Whether it has shown nothing of the run yet, as where a continued run names it for the first time.
+    """
+
+    is_new: bool
 
     def scalars(self, metrics: Mapping[str, float], step: int, wall_time: float) -> None:
         """Metrics of a step, at a time in seconds since the epoch."""
@@ -55,7 +65,7 @@ class RunInfo:
     run_dir: Path
     hyperparameters: Mapping[str, Any]
     purge_step: int | None
-    logged: frozenset[tuple[int, frozenset[str]]] = frozenset()
+    logged: frozenset[Point] = frozenset()
 
     @property
     def name(self) -> str:

@@ -63,6 +63,9 @@ all values are one, the axis still goes to 2: TensorBoard takes no bounds.
 """
 
 
+EVENTS = "events.out.tfevents.*"
+
+
 class TensorBoardSink:
     """Writes ``tb/`` of a run directory; all of a run lies in one TensorBoard run.
 
@@ -73,16 +76,17 @@ class TensorBoardSink:
     def __init__(self, run: RunInfo) -> None:
         folder = run.run_dir / "tb"
         if run.purge_step is None:  # what a run that was killed before its first checkpoint left would be shown twice
-            for events in folder.glob("events.out.tfevents.*"):
+            for events in folder.glob(EVENTS):
                 events.unlink()
-        self._writer = SummaryWriter(str(folder), purge_step=run.purge_step)
+        self.is_new = not any(folder.glob(EVENTS))
+        self._writer = SummaryWriter(str(folder), purge_step=None if self.is_new else run.purge_step)
         values = {key: value for key, value in run.hyperparameters.items() if value is not None}
         experiment, begun, self._ended = hparams(  # type: ignore[no-untyped-call]
             values, dict.fromkeys(TABLE, 0.0)
         )
         self._layout: dict[str, dict[str, list[Any]]] = {}
         self._tags: set[str] = set()
-        if run.purge_step is None:
+        if self.is_new:
             self._add(experiment)
             self._add(begun)
         self._show_charts(tag for _, tags in run.logged for tag in tags)

@@ -97,9 +97,9 @@ class Tracker:
         self._points = set(map(_point, kept))
         self._watched: tuple[nn.Module, int] | None = None
         self._last_training_step = next((row[STEP] for row in reversed(kept) if _of_training(row)), None)
-        for row in kept:
-            if purge is not None and row[STEP] >= purge:  # of an earlier phase, whose steps count something else
-                self._tell(row)
+        for row in kept:  # those from the purge step on are of an earlier phase, whose steps count something else
+            again = purge is not None and row[STEP] >= purge
+            self._tell(row, [sink for sink in self._sinks if again or sink.is_new])
 
     def watch(self, network: nn.Module, steps: int) -> None:
         """Record the norms of the trained matrices and of their gradients from now on, beside ``train/`` metrics.
@@ -119,7 +119,7 @@ class Tracker:
         self._file.flush()
         self._last_step, self._pause = step, {}
         self._points.add(_point(row))
-        self._tell(row)
+        self._tell(row, self._sinks)
 
     def log_once(self, metrics: Mapping[str, float], step: int) -> None:
         """Record metrics unless the step has these keys already: a run may be killed after its last point."""
@@ -174,9 +174,9 @@ class Tracker:
     ) -> None:
         self.close()
 
-    def _tell(self, row: Row) -> None:
+    def _tell(self, row: Row, sinks: Sequence[Sink]) -> None:
         values = {key: math.nan if row[key] is None else row[key] for key in row if key not in (STEP, WALL_TIME)}
-        for sink in self._sinks:
+        for sink in sinks:
             sink.scalars(values, row[STEP], row[WALL_TIME])
 
     def _layers(self, metrics: Mapping[str, float], step: int) -> dict[str, float]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from eva_rl.agents.policy import DecisionTransformerPolicy, frozen
 from eva_rl.batch import TransitionWindows
 from eva_rl.data.replay import TrajectoryReplay
+from eva_rl.errors import UserError
 from eva_rl.training.bc import Extension
 from eva_rl.training.critics import CriticEnsemble, polyak_update, random_pair, td_targets
 from eva_rl.training.failures import NotFiniteError
@@ -18,6 +19,19 @@ from eva_rl.training.learner import Choice, Explore, Learner, named, noise_level
 from eva_rl.training.losses import masked_mean
 from eva_rl.training.optimizer import restore_parameters
 from eva_rl.training.options import TD3Options
+
+
+def check_context(policy: DecisionTransformerPolicy) -> None:
+    """Raise unless the policy sees two env steps at once: the critics learn from pairs of them.
+
+    Raises:
+        UserError: It sees one.
+    """
+    if policy.network.config.context_length < 2:
+        raise UserError(
+            "algo=odt_td3 learns from pairs of env steps in the policy's context, and this policy's context_length is "
+            "1. Use algo=residual or algo=sac."
+        )
 
 
 class TD3DecisionTransformer(Learner):
@@ -31,6 +45,9 @@ class TD3DecisionTransformer(Learner):
         options: Hyperparameters.
         seed: Of all random draws and of the critics' first parameters.
         extension: What the adapter's method adds.
+
+    Raises:
+        UserError: See :func:`check_context`.
     """
 
     def __init__(
@@ -41,6 +58,7 @@ class TD3DecisionTransformer(Learner):
         seed: int = 0,
         extension: Extension | None = None,
     ) -> None:
+        check_context(policy)
         super().__init__(policy, options, seed=seed, extension=extension)
         self._td3 = options
         with torch.random.fork_rng(devices=[]):

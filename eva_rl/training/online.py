@@ -21,7 +21,7 @@ from eva_rl.training.learner import Learner
 from eva_rl.training.optimizer import copy_of
 
 REPLAY, ALGORITHM, BEST = "replay/", "algorithm/", "best/"
-SCORES = ("success_rate", "mean_reward")
+SCORES = ("/success_rate", "/mean_reward")
 """What the best validation is chosen by, in this order."""
 
 
@@ -130,14 +130,23 @@ class _Best:
 def evaluate_and_keep_best(
     evaluate: Callable[[int], Mapping[str, float]], log: Log, best: _Best, counters: OnlineCounters, learner: Learner
 ) -> None:
-    """Validate, and keep a copy if this is the best score so far (success rate, ties broken by return)."""
+    """Validate, and keep a copy if this is the best score so far.
+
+    That is the success rate, ties broken by return, or by fewer env steps where episodes end at success.
+    """
     metrics = evaluate(counters.env_steps)
     counters.validated(metrics)
     log(metrics, counters.env_steps_played)
-    score = [max((v for k, v in metrics.items() if k.endswith(f"/{key}")), default=0.0) for key in SCORES]
+    score = _score(metrics)
     if counters.best_step < 0 or score > counters.best_score:
         counters.best_step, counters.best_score = counters.env_steps, score
         best.keep(learner.acting_parameters)
+
+
+def _score(metrics: Mapping[str, float]) -> list[float]:
+    rates, returns = ([v for k, v in metrics.items() if k.endswith(ending)] for ending in SCORES)
+    steps = metrics.get("validation/env_steps", 0.0)
+    return [max(rates, default=0.0), max(returns, default=-steps)]
 
 
 def _learn(learner: Learner, replay: TrajectoryReplay, counters: OnlineCounters) -> dict[str, float]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from eva_rl import evaluate
+from eva_rl import evaluate, load_policy
 from eva_rl.agents.policy_folder import save_policy
 from eva_rl.batch import InputScaling
 from eva_rl.cli.loading import check_alike
@@ -19,6 +20,30 @@ from eva_rl.rollouts.evaluation import evaluate_policy
 from tests.conftest import make_policy
 
 REFUSED = "Pendulum-v1 takes actions from -2 to 2, the policy acts from -1 to 1."
+
+
+@pytest.mark.parametrize("make", [InputScaling.create, None])
+def test_the_highest_action_lies_within_the_bounds(make: Any) -> None:
+    """0.7 became 0.70000005, which an environment that looks at its actions refuses."""
+    for low, high in ((-1.0, 0.7), (-1.0, 0.2), (-0.3, 0.1), (0.0, 0.9), (-2.0, 2.0), (-1.0, 1.0)):
+        policy = make_policy(3, 1)
+        if make is None:
+            policy.with_action_bounds(low, high)
+        else:
+            policy.scaling = make([0.0] * 3, [1.0] * 3, 1.0, [low], [high])
+        ends = policy.scaling.raw_actions(torch.tensor([[-1.0], [1.0]])).numpy()
+        assert np.float32(low) <= ends[0, 0] <= low + 1e-6
+        assert high - 1e-6 <= ends[1, 0] <= np.float32(high)
+
+
+def test_uneven_bounds_are_saved_as_they_are(tmp_path: Path) -> None:
+    policy = make_policy(3, 1)
+    for high in (0.1, 0.2, 0.3, 0.7):
+        policy.with_action_bounds(-1, high)
+        save_policy(tmp_path / str(high), policy)
+        again = load_policy(tmp_path / str(high)).scaling
+        assert torch.equal(again.action_center, policy.scaling.action_center)
+        assert torch.equal(again.action_half_range, policy.scaling.action_half_range)
 
 
 def test_bounds_are_compared_in_every_dimension() -> None:

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from eva_rl.adapters import load_policy, save_adapted_policy
-from eva_rl.agents import DecisionTransformerPolicy, load_base_policy
+from eva_rl.agents import DecisionTransformerPolicy, load_base_policy, save_policy
 from eva_rl.agents.decision_transformer import TOKEN_ORDERS
 from eva_rl.agents.onnx import OnnxPolicy, export_onnx, largest_difference
 from eva_rl.batch import InputScaling
@@ -224,6 +224,24 @@ def test_metadata_are_checked(exported: Path, tmp_path: Path, change: Any, messa
     policy.reset([""])
     with pytest.raises(UserError, match=r"observations of shape \(1, 4\), expected \(1, 11\)"):
         policy.act(np.zeros((1, 4), np.float32), np.zeros(1, np.float32), np.ones(1, bool))
+
+
+def test_an_episode_begins_without_being_said(exported: Path) -> None:
+    """After ``reset`` torch's policy acts, too, where nobody says that an episode starts."""
+    actions = []
+    for starts in (np.ones(1, bool), np.zeros(1, bool)):
+        policy = OnnxPolicy(exported)
+        policy.reset([""])
+        actions.append(policy.act(np.zeros((1, 11), np.float32), np.zeros(1, np.float32), starts))
+    np.testing.assert_array_equal(*actions)
+
+
+def test_a_run_s_own_folder_gives_the_file_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was a hidden ``.onnx.onnx``."""
+    save_policy(tmp_path / "mine", make_policy())
+    monkeypatch.chdir(tmp_path / "mine")
+    assert main(["policy=.", "to=onnx"]) == 0
+    assert [path.name for path in (tmp_path / "mine").glob("*.onnx")] == ["mine.onnx"]
 
 
 @pytest.mark.slow

@@ -145,7 +145,8 @@ def test_failures_are_listed_with_their_logs(base: Path, tmp_path: Path, capfd: 
     assert {row["method"] for row in rows(out / "report" / "report.csv") if row["method"]} == {"head", "lora"}
     capfd.readouterr()
     assert benchmark.main(grid(base, out, *only, "finetune.algo.updates=5")) == 2
-    assert "other settings of algo" in " ".join(capfd.readouterr().err.split())
+    assert "other settings of algo.updates" in " ".join(capfd.readouterr().err.split())
+    assert benchmark.main(grid(base, out, *only, "finetune.algo.log_every=1", "finetune.env.timeout=99")) == 0
 
 
 def test_sweeps_are_hydras() -> None:
@@ -228,6 +229,8 @@ def test_multirun(base: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str])
     capfd.readouterr()
     assert finetune.main([*typed, "multirun.jobs=2"]) == 0
     assert "2 of them finished before" in capfd.readouterr().err
+    assert finetune.main([*typed, "algo.updates=9"]) == 2, "they were taken for finished runs of these settings"
+    assert "holds a finished run with other settings of algo.updates" in " ".join(capfd.readouterr().err.split())
 
 
 def start(argv: list[str], **options: Any) -> subprocess.Popen[bytes]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import sys
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -78,6 +79,17 @@ def test_doctor_measures_this_machine(capsys: pytest.CaptureFixture[str]) -> Non
     ):
         assert part in shown
     assert "\n- " in shown
+
+
+def test_a_module_in_the_current_folder_is_found(tmp_path: Path) -> None:
+    """As by ``python -m``, which puts the folder on the path itself."""
+    (tmp_path / "here.py").write_text(
+        "import gymnasium as gym\n"
+        "gym.register('Here-v0', entry_point='gymnasium.envs.classic_control:PendulumEnv', max_episode_steps=5)\n"
+    )
+    program = [str(Path(sys.executable).parent / "eva-rl"), "evaluate", "env=here:Here-v0", "policy=hopper"]
+    done = subprocess.run(program, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert "here:Here-v0 has 3 numbers in an observation" in " ".join(done.stderr.split())
 
 
 def test_advice_names_what_to_type() -> None:

@@ -59,7 +59,7 @@ def test_statistics_of_data(foreign: Path, file: Path, reach_demonstrations: Tra
 
 def test_own_policies_have_their_own(tmp_path: Path) -> None:
     save_policy(tmp_path / "own", make_policy())
-    with pytest.raises(UserError, match=r"normalisation of its own; observation_mean, observation_std"):
+    with pytest.raises(UserError, match=r"says its observation_mean, observation_std itself"):
         open_policy(PolicyOptions(path=str(tmp_path / "own"), observation_mean=[0.0], observation_std=[1.0]), CPU)
 
 

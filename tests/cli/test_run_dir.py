@@ -44,7 +44,7 @@ def begun(run_dir: Path, *words: str) -> Path:
     [
         ([], set()),
         (["threads=3", "device=cuda", "tracker=[]", "video=true", "checkpoint.seconds=5", "resume=auto"], set()),
-        (["algo.accumulate=2", "algo.compile=default", "algo.log_every=3"], set()),
+        (["algo.accumulate=2", "algo.compile=default", "algo.log_every=3", "data.workers=1"], set()),
         (["seed=4"], {"seed"}),
         (["env.horizon=10"], {"env.horizon"}),
         (["adapter.rank=3", "algo.updates=77"], {"adapter.rank", "algo.updates"}),

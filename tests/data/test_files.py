@@ -374,6 +374,8 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
         ("d4rl:", "names no data"),
         ("d4rl:x?horizon=0", "horizon='0'.*number of env steps"),
         ("d4rl:x?actions=drop", "check or clip or keep"),
+        ("folder?horizon=3", "horizon=3 in the data source: only d4rl: cuts episodes"),
+        ("d4rl:x?keys=a,b", "keys=a,b in the data source: observations of d4rl: have no parts"),
         ("d4rl:x?clip=1", "Unknown option of a data source 'clip'"),
         ("/nowhere/at/all", "No data at /nowhere/at/all"),
         ("trajectories:/nowhere", "No data at /nowhere"),

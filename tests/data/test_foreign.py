@@ -125,7 +125,7 @@ def test_robomimic_without_observations(tmp_path: Path) -> None:
     with h5py.File(path, "a") as file:
         for demo in range(2):
             del file[f"data/demo_{demo}/obs"], file[f"data/demo_{demo}/next_obs"]
-    with pytest.raises(UserError, match=r"data/demo_0/observations is missing.*holds actions, dones, rewards"):
+    with pytest.raises(UserError, match=r"data/demo_0/obs is missing.*holds actions, dones, rewards, states"):
         load_dataset(str(path))
 
 
@@ -308,6 +308,33 @@ def test_the_last_steps_of_flat_arrays_are_an_episode(caplog: pytest.LogCaptureF
 def test_wrong_data_in_memory(source: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         load_dataset(source)
+
+
+def test_advice_fits_data_in_memory() -> None:
+    steps = {"observations": np.zeros((4, 2)), "actions": np.full((4, 1), 1.5), "rewards": np.zeros(4)}
+    with pytest.raises(UserError, match=r"lies outside the bounds -1 to 1\. Move such actions .* np\.clip"):
+        load_dataset(steps, action_bounds=(-1, 1))
+    del steps["rewards"]
+    with pytest.raises(UserError, match=r"episode_0 holds actions, dones, observations\. Or leave .*skip_damaged=True"):
+        load_dataset([{**steps, "dones": np.ones(4)}])
+
+
+def test_faults_of_all_episodes_are_not_left_out() -> None:
+    images = {"observations": np.zeros((4, 2, 2), np.uint8), "actions": np.zeros((4, 1)), "rewards": np.zeros(4)}
+    with pytest.raises(UserError, match="vectors of numbers") as caught:
+        load_dataset([images])
+    assert "skip_damaged" not in str(caught.value)
+
+
+def test_clipping_needs_bounds_and_parts_need_names(tmp_path: Path) -> None:
+    """Both were passed over."""
+    path = write_h5(tmp_path / "a.hdf5", table())
+    with pytest.raises(UserError, match=r"actions=clip: nothing says what the bounds .* action_bounds"):
+        load_dataset(f"d4rl:{path}?actions=clip")
+    assert load_dataset(f"d4rl:{path}?actions=clip", action_bounds=(-1, 1)).num_steps == 12
+    np.savez(tmp_path / "0.npz", **{k: v for k, v in table().items() if k != "terminals"})
+    with pytest.raises(UserError, match=r"keys=a,b: .*observations is one array"):
+        load_dataset(f"{tmp_path / '0.npz'}?keys=a,b")
 
 
 @pytest.mark.parametrize("form", ["store", "trajectories", "dict"])

@@ -3,6 +3,7 @@ from __future__ import annotations
 import re
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -105,6 +106,25 @@ def test_an_interrupted_call_with_objects_is_continued(
     assert done.summary["eval/mean_reward"] == whole.summary["eval/mean_reward"]
     for given in (done.summary["policy"], done.summary["data"]["source"]):
         assert Path(given).exists()
+
+
+@pytest.mark.parametrize("key", ["run_dir", "env", "env.id", "policy.path", "data", "adapter.method"])
+def test_settings_do_not_override_arguments(key: str, tmp_path: Path) -> None:
+    """It trained in the other folder, and looked for the result in the first."""
+    with pytest.raises(UserError, match=r"that is an argument of its own\. Give \w+=\.\.\. instead"):
+        eva_rl.finetune_policy("mt40-small", "reach-v3", run_dir=tmp_path / "run", settings={key: "x"})
+    assert not (tmp_path / "run").exists()
+
+
+def test_arrays_are_data_and_networks_are_no_policy(tmp_path: Path) -> None:
+    steps = {"observations": np.zeros((4, 39)), "actions": np.full((4, 4), 2.0), "rewards": np.zeros(4)}
+    with pytest.raises(UserError, match="outside the bounds -1 to 1"):  # read, and found wanting
+        eva_rl.finetune_policy(make_policy(), "reach-v3", steps, run_dir=tmp_path / "run", settings=SMALL)
+    network: Any = nn.Linear(3, 3)
+    with pytest.raises(UserError, match="policy is a Linear: expected the name or the folder of a policy"):
+        eva_rl.finetune_policy(network, "reach-v3", run_dir=tmp_path / "other")
+    with pytest.raises(UserError, match="Unknown policy"):
+        eva_rl.load_policy("x" * 300)
 
 
 def test_a_folder_that_is_refused_is_left_as_it_was(policy: DecisionTransformerPolicy, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from eva_rl.data import write_episodes
 from eva_rl.data.selection import target_return
 from eva_rl.errors import UserError
 from eva_rl.finetune import command  # noqa: F401 - registers its config
+from eva_rl.finetune.origin import ORIGIN_FILE, check_origin
 from eva_rl.finetune.session import open_session, set_target_return
 from eva_rl.seeding import MAX_SEED
 from eva_rl.tracking import Resume
@@ -66,3 +67,18 @@ def test_what_a_run_builds_on_is_looked_up_once(policy_folder: Path, tmp_path: P
         save_checkpoint(session.checkpoint_dir / "online", TrainState(40, {}, {}))
         assert cloned.resumed == Resume(3, cloning=True)
         assert replace(session).resumed == Resume(40)
+
+
+def test_a_run_goes_on_with_what_it_began_with(tmp_path: Path) -> None:
+    """With other weights or data under the same names it went on, and named the new ones for the whole run."""
+    policy, data = make_policy(), data_of(1.0)
+    check_origin(tmp_path, policy, data)
+    check_origin(tmp_path, policy, data_of(2.0))  # nothing is trained yet
+    (tmp_path / "checkpoint").mkdir()
+    check_origin(tmp_path, policy, data_of(2.0))
+    with pytest.raises(UserError, match=r"unfinished run, and what data= names has changed"):
+        check_origin(tmp_path, policy, data)
+    with pytest.raises(UserError, match=r"what policy= and data= names has changed"):
+        check_origin(tmp_path, make_policy(seed=1), None)
+    (tmp_path / ORIGIN_FILE).unlink()  # a run of an earlier version
+    check_origin(tmp_path, policy, data)

@@ -14,7 +14,7 @@ from eva_rl.cli.parsing import parse
 from eva_rl.finetune import command  # noqa: F401 - registers its config
 from eva_rl.finetune.locations import data_folder
 from eva_rl.finetune.session import Session, make_sampler, open_session
-from eva_rl.finetune.shared import before_key, eva_key
+from eva_rl.finetune.shared import before_key, eva_key, evaluate_before
 from tests.conftest import make_policy
 
 KEYS = {"before": before_key, "eva": eva_key}
@@ -86,6 +86,27 @@ def test_what_is_asked_for_counts_where_windows_show_it(session: Session) -> Non
     for config, expected in ((shown, 3.0), (session.config, float(session.data.returns[0]))):
         windows = make_sampler(policy, session.data, config, session.spec.env_id).windows(first)
         assert float(windows.returns_to_go[0, -1]) == pytest.approx(expected / policy.scaling.return_scale)
+
+
+def test_tasks_are_told_apart_where_nothing_else_does(session: Session) -> None:
+    """Meta-World's tasks have one protocol, and a policy asks the same of those that it does not know."""
+    other = replace(session, spec=replace(session.spec, env_id="metaworld/push-v3"))
+    other.policy.with_target(1.0, session.spec.env_id)
+    other.policy.with_target(1.0, "metaworld/push-v3")
+    assert before_key(other) != before_key(session)
+
+
+def test_what_is_shared_is_scored_by_the_run_s_own_references(session: Session, tmp_path: Path) -> None:
+    """A normalised score before training was that of the first run's data."""
+    assert session.data is not None
+    scored = []
+    for highest in (1000.0, 4000.0):
+        metadata = {"ref_min_score": "0", "ref_max_score": str(highest)}
+        config = replace(session.config, shared=str(tmp_path))
+        own = replace(session, config=config, data=replace(session.data, metadata=metadata), shared={})
+        result, _ = evaluate_before(own, again=False)
+        scored.append(result.metrics()["eval/normalized_score"])
+    assert scored[0] == pytest.approx(4 * scored[1])
 
 
 def test_successes_count_since_they_weigh_the_windows(session: Session) -> None:

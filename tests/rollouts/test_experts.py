@@ -15,6 +15,7 @@ from eva_rl.data import Trajectories, read_episodes, write_episodes
 from eva_rl.data.trajectories import Episode
 from eva_rl.errors import UserError
 from eva_rl.rollouts.experts import ActionNoise, _in_order, collect_expert
+from eva_rl.rollouts.trained_experts import TrainedExpert, collect_trained
 
 
 def same(one: Trajectories, two: Trajectories) -> bool:
@@ -70,6 +71,15 @@ def test_collecting_names_the_expert_that_there_is(tmp_path: Path, capsys: pytes
     """It advised data=, which is no key of it."""
     assert collect.main(["env=Hopper-v5", f"out={tmp_path / 'hopper.h5'}"]) == 2
     assert "Type expert=sac" in " ".join(capsys.readouterr().err.split())
+
+
+def test_an_agent_explores_by_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The noise was passed over, and noted in the file."""
+    words = ["env=Hopper-v5", "expert=sac", "noise.std=0.4", f"out={tmp_path / 'hopper.h5'}"]
+    assert collect.main(words) == 2
+    assert "expert=sac explores with noise of its own" in " ".join(capsys.readouterr().err.split())
+    with pytest.raises(UserError, match=r"expert\.steps=100: the agent is evaluated every 5000 env steps"):
+        collect_trained("Hopper-v5", 1, TrainedExpert(max_steps=100, until=1000.0))
 
 
 def test_a_process_that_ends_early_is_explained() -> None:

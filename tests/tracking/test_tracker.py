@@ -53,6 +53,16 @@ def test_a_resumed_run_has_no_point_twice(tmp_path: Path) -> None:
     assert [row.get(PAUSE, 0) > 0 for row in read_metrics(tmp_path)] == [False] * 3 + [True] + [False] * 2
 
 
+def test_a_tracker_that_is_named_later_shows_the_whole_run(tmp_path: Path) -> None:
+    with Tracker(tmp_path, trackers=()) as tracker:
+        for step in range(1, 4):
+            tracker.log({"train/loss": step}, step)
+    with Tracker(tmp_path, resume=2, hyperparameters={"seed": 3}) as tracker:
+        tracker.log({"train/loss": 30}, 3)
+    assert scalars(tmp_path, "train/loss") == [(1, 1), (2, 2), (3, 30)]
+    assert hparams_of(tmp_path)["seed"] == 3
+
+
 def test_a_run_that_starts_afresh_shows_nothing_of_its_first_start(tmp_path: Path) -> None:
     for value in (1.0, 2.0):  # the first was killed before its first checkpoint
         with Tracker(tmp_path) as tracker:
@@ -182,6 +192,15 @@ def test_tensorboard_reads_what_is_written(tmp_path: Path) -> None:
     assert (begun["rank"].number_value, begun["env"].string_value, "nothing" in begun) == (8, "reach", False)
     assert "_hparams_/session_end_info" in events.summary_metadata
     assert "custom_scalars__config__" in events.summary_metadata
+
+
+def hparams_of(run_dir: Path) -> dict[str, float]:
+    """The settings that are numbers in TensorBoard's table of runs."""
+    events = EventAccumulator(str(run_dir / "tb"))
+    events.Reload()
+    content = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    begun = HParamsPluginData.FromString(content).session_start_info.hparams
+    return {name: value.number_value for name, value in begun.items()}
 
 
 def charts(run_dir: Path) -> dict[str, list[str]]:

@@ -12,13 +12,21 @@ import torch
 
 from eva_rl.data import Episode
 from eva_rl.data.replay import TrajectoryReplay
+from eva_rl.errors import UserError
 from eva_rl.training.bc import Extension
 from eva_rl.training.critics import CriticEnsemble, polyak_update, td_targets
 from eva_rl.training.learner import step_generators
 from eva_rl.training.odt_td3 import TD3DecisionTransformer
 from eva_rl.training.online import train_online
 from eva_rl.training.options import TD3Options
+from tests.conftest import make_policy
 from tests.training.problems import Bandit, TwoSteps, make_learner, make_task, mean_return
+
+
+def test_a_context_of_one_env_step_is_refused() -> None:
+    """Its critics had no pair of steps to learn from, and said nothing."""
+    with pytest.raises(UserError, match=r"pairs of env steps .* context_length is 1"):
+        TD3DecisionTransformer(make_policy(3, 1, context_length=1), TD3Options())
 
 
 def test_targets_bootstrap_through_time_limits_only() -> None:

@@ -200,6 +200,20 @@ def test_no_more_is_played_than_was_asked_for() -> None:
     assert counters.env_steps == 52, "the next multiple of four environments"
 
 
+def test_of_equal_success_the_quicker_is_kept() -> None:
+    """Validations that end at success have no return: the first of several was kept."""
+    looks = {120: 90.0, 240: 60.0, 360: 70.0}
+
+    def evaluate(step: int) -> dict[str, float]:
+        return {"validation/success_rate": 1.0, "validation/env_steps": looks.get(step, 100.0)}
+
+    learner = td3(keep_best=True)
+    task = TaskEnvs(envs.make_vec_env("mujoco/hopper", 3, horizon=15), "Hopper-v5", False)
+    counters = train_online(learner, TrajectoryReplay(2000, 11, 3), task, log=lambda *_: None, evaluate=evaluate)
+    task.vec_env.close()
+    assert counters.best_step == 240
+
+
 @pytest.mark.parametrize("interrupted", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_the_best_parameters_are_kept(interrupted: bool, tmp_path: Path) -> None:
     """Success counts first, then the return; also where the best came before an interruption."""

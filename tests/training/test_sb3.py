@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from stable_baselines3 import PPO, SAC, TD3
 from stable_baselines3.common.callbacks import BaseCallback
 
 from eva_rl import envs
+from eva_rl.adapters import attach_adapter
+from eva_rl.adapters.fused import unfuse
 from eva_rl.errors import UserError
 from eva_rl.training.checkpoint import Checkpoints
 from eva_rl.training.collector import TaskEnvs
@@ -233,8 +236,27 @@ def test_a_resumed_run_ends_with_the_same_weights(name: str, tmp_path: Path) -> 
     run(name, tmp_path, stop=True)
     found, _ = run(name, tmp_path)
     assert found.num_timesteps == expected.num_timesteps == 160
+    assert getattr(found, "_episode_num", 0) == getattr(expected, "_episode_num", 0), "they decide when it logs"
     for key, value in expected.policy.state_dict().items():
         assert torch.equal(value, found.policy.state_dict()[key]), key
+
+
+def test_td3_s_target_network_follows_where_an_adapter_is_trained() -> None:
+    """Fused layers kept what they had composed first: Stable-Baselines3 averages parameters past their versions."""
+    policy, task = make_learner(), make_task(TwoSteps, 2)
+    attach_adapter(policy, "lora", rank=2)
+    chosen = options("td3", 200, batch_size=8, learning_starts=20, learning_rate=1e-2)
+    model = make_model(policy, task, chosen)
+    windows = torch.rand(5, *model.observation_space.shape)  # type: ignore[misc]
+    target: Any = model.policy.actor_target  # type: ignore[union-attr]
+    with torch.no_grad():
+        before = target(windows)
+    train_sb3(model, task, chosen, log=lambda *_: None)
+    with torch.no_grad():
+        after, anew = target(windows), copy.deepcopy(target)
+        unfuse(anew)
+        assert torch.allclose(after, anew(windows), atol=1e-6)
+    assert (after - before).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("name", SAC_FIRST)

@@ -37,8 +37,14 @@ READ_ERRORS = (
 """What h5py, zipfile, numpy, json and minari raise on damaged files."""
 BOUND_TOLERANCE = 1e-3
 """How far an action may lie outside its bounds, in units of their distance: rounding, not another scale."""
+IN_MEMORY = "arrays"
+"""What data are called that come from no file."""
 LISTED = 12
 """Names that a message lists at most."""
+
+
+class LayoutError(UserError):
+    """A fault of a whole data set, which leaving out episodes does not mend."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +117,7 @@ class Source:
         if raw.ndim == 0:
             raise UserError(f"{self} is a single number, expected one row per env step.")
         if raw.dtype == np.uint8 and raw.ndim > 2:
-            raise UserError(
+            raise LayoutError(
                 f"{self} has shape {raw.shape} and type uint8: images, and a Decision Transformer of this package sees "
                 "vectors of numbers. Name data of state observations, or of features of the images."
             )
@@ -197,20 +203,35 @@ class Source:
             low, high = (np.broadcast_to(bound, actions.shape[1:])[column] for bound in (low, high))
             raise UserError(
                 f"{self.at(int(row))}: {actions[row, column]:g} in dimension {column} lies outside "
-                f"the bounds {low:g} to {high:g}. Add ?actions=clip to the source to move such actions to the bound, "
-                "or ?actions=keep to keep them."
+                f"the bounds {low:g} to {high:g}. {self._how_to_clip}"
             )
+
+    @property
+    def _how_to_clip(self) -> str:
+        if self.path == IN_MEMORY:
+            return "Move such actions to the bound with np.clip, or leave out action_bounds to keep them."
+        return "Add ?actions=clip to the source to move such actions to the bound, or ?actions=keep to keep them."
 
     def missing(self, key: str, expected: str, held: Collection[str]) -> UserError:
         """What to raise where a key is missing: it names what there is instead, and the reader that fits that."""
         listed = ", ".join(sorted(held)[:LISTED]) + (", ..." if len(held) > LISTED else "")
         listed = listed.encode(errors="replace").decode()
         text = f"{self / key} is missing; expected {expected}. {self} holds {listed or 'nothing'}."
-        return UserError(f"{text} {reader_for(held, self.path)}".rstrip())
+        return UserError(f"{text} {reader_for(held, self.path, key)}".rstrip())
 
 
-def reader_for(held: Collection[str], path: Path | str) -> str:
-    """Which source reads a file that holds arrays or groups of these names; "" where none is known."""
+ENDS = {"terminals", "timeouts", "terminations", "truncations"}
+"""Names of the flags that say where episodes end."""
+
+
+def reader_for(held: Collection[str], path: Path | str, missing: str = "") -> str:
+    """Which source reads a file that holds arrays or groups of these names; "" where none is known.
+
+    Args:
+        held: The names.
+        path: The file.
+        missing: What was looked for in it.
+    """
     names = set(held)
     table = {"observations", "actions", "rewards"} <= names
     known = {
@@ -222,9 +243,8 @@ def reader_for(held: Collection[str], path: Path | str) -> str:
         or any(name.startswith("demo_") for name in names),
         f"That is D4RL's layout: name it d4rl:{path}.": (table and "terminals" in names) or "virtual" in names,
         "dones does not say whether an episode was terminated or truncated. If its ends are time limits, name it "
-        f"trajectories:{path}, which reads dones as truncations; else store terminals and timeouts.": bool(
-            {"dones", "done"} & names
-        ),
+        f"trajectories:{path}, which reads dones as truncations; else store terminals and timeouts.": missing in ENDS
+        and bool({"dones", "done"} & names),
         f"If it holds episodes under Gymnasium's names, name it trajectories:{path}.": table,
     }
     return next((text for text, fits in known.items() if fits), "")

@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from eva_rl.data.formats.checks import Source, check_regular_file, kind_of_file, reader_for
+from eva_rl.data.formats.checks import IN_MEMORY, LayoutError, Source, check_regular_file, kind_of_file, reader_for
 from eva_rl.data.formats.episodes import KNOWN, Arrays, EpisodeChecker, ReadOptions, standard_names
 from eva_rl.data.formats.episodes import with_final_observation as with_final
 from eva_rl.data.formats.hdf5 import HdfFile
 from eva_rl.data.formats.pickles import read_pickle
+from eva_rl.data.formats.spaces import one_array
 from eva_rl.data.trajectories import Episode, Trajectories
 from eva_rl.errors import UserError
 
@@ -43,6 +44,8 @@ def iterate_folder(path: Path, options: ReadOptions) -> Iterator[Trajectories]:
     Raises:
         UserError: A file is unreadable or holds no episode; with file, key and row.
     """
+    if options.keys:
+        raise one_array(Source(path, "observations"), options.keys)
     lengths = _stated_lengths(path)
     episodes = (
         (source, partial(_with_length, source, read, lengths.get(file.stem)))
@@ -58,7 +61,7 @@ def iterate_content(content: Any, options: ReadOptions) -> Iterator[Trajectories
     Raises:
         UserError: Something else, or one is missing, has the wrong length or values that cannot be.
     """
-    return checked_parts("arrays", from_content(Source("arrays"), content), options)
+    return checked_parts(IN_MEMORY, from_content(Source(IN_MEMORY), content), options)
 
 
 def checked_parts(
@@ -176,7 +179,7 @@ def _known_arrays(source: Source, content: Mapping[Any, Any]) -> Arrays:
     arrays = {}
     for name, value in known.items():
         if isinstance(value, Mapping):
-            raise UserError(
+            raise LayoutError(
                 f"{source / name} is a dictionary of {', '.join(map(str, value))}; a policy sees one row of numbers. "
                 "Lay its parts side by side in the order of the environment's own space, with np.concatenate(..., 1)."
             )

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from eva_rl.data.formats.checks import ActionBounds, Source
+from eva_rl.data.formats.checks import ActionBounds, LayoutError, Source
 from eva_rl.data.trajectories import Episode
 from eva_rl.errors import UserError, counted
 
@@ -30,6 +30,8 @@ NAMES = {
 truncation, which is what it is in Meta-World and DM Control, where all episodes end by their time limit."""
 KNOWN = frozenset(name for names in NAMES.values() for name in names)
 REQUIRED = ("observations", "actions", "rewards")
+
+LEAVE_OUT = "Or leave such episodes out: data.skip_damaged=true (in Python skip_damaged=True)."
 
 Arrays = Mapping[str, NDArray[Any]]
 
@@ -53,15 +55,28 @@ class ReadOptions:
     keys: tuple[str, ...] = ()
 
 
+def unknown_bounds(where: Path | str) -> UserError:
+    """What to raise where actions are to be clipped, and nothing says to what."""
+    return UserError(
+        f"?actions=clip: nothing says what the bounds of the actions in {where} are. Leave it out, or give "
+        "load_dataset(..., action_bounds=(LOW, HIGH))."
+    )
+
+
 class EpisodeChecker:
     """Makes checked episodes of one data set out of raw arrays, and says what it had to leave out or to assume.
 
     Args:
         path: The file or folder, for messages.
         options: Bounds of the actions, and what to do with damaged episodes.
+
+    Raises:
+        UserError: Actions are to be clipped, and nothing says to what.
     """
 
     def __init__(self, path: Path | str, options: ReadOptions) -> None:
+        if options.outside == "clip" and options.bounds is None:
+            raise unknown_bounds(path)
         self._path, self._options = path, options
         self._first: Episode | None = None
         self._damaged: list[str] = []
@@ -83,7 +98,7 @@ class EpisodeChecker:
             episode = self._checked(source, read())
         except UserError as error:
             if not self._options.skip_damaged:
-                raise UserError(f"{error} Or leave such episodes out: data.skip_damaged=true.") from error
+                raise error if isinstance(error, LayoutError) else UserError(f"{error} {LEAVE_OUT}") from error
             self._damaged.append(str(error))
             return None
         self._first = self._first or episode

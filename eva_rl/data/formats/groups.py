@@ -109,7 +109,9 @@ def _env_name(file: HdfFile) -> str:
 
 def _demo(file: HdfFile, group: str, keys: tuple[str, ...]) -> Arrays:
     source, held = file.source(group), file.names(group)
-    standard_names(source, {name: np.zeros(0) for name in held if name != "states"})  # those are the simulator's
+    if "obs" not in held:  # states are the simulator's, other names are of other layouts
+        raise source.missing("obs", "robomimic's name of the observations", held)
+    standard_names(source, {name: np.zeros(0) for name in held})
     arrays: dict[str, Any] = {}
     for key in DEMO_KEYS:
         if file.is_group(f"{group}/{key}"):

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from eva_rl.data.formats.checks import ActionBounds, Source
+from eva_rl.data.formats.checks import ActionBounds, LayoutError, Source
 from eva_rl.errors import UserError
 
 INDEX = "_index_"
@@ -129,6 +129,8 @@ def flattened(source: Source, tree: Tree, layout: Layout, keys: tuple[str, ...] 
     if not isinstance(tree, Mapping):
         if layout is not None:
             raise UserError(f"{source} is one array, expected {', '.join(layout)} as the space in the metadata says.")
+        if keys:
+            raise one_array(source, keys)
         return tree
     names = _ordered(source, list(tree), layout, keys)
     inner = {name: None if layout is None else layout[name] for name in names}
@@ -136,6 +138,11 @@ def flattened(source: Source, tree: Tree, layout: Layout, keys: tuple[str, ...] 
     for name, part in zip(names, parts, strict=True):
         (source / name).check_rows(len(part), len(parts[0]), f"{names[0]} has as many")
     return np.concatenate(parts, axis=1)
+
+
+def one_array(source: Source, keys: tuple[str, ...]) -> LayoutError:
+    """What to raise where parts of observations are asked for that have none."""
+    return LayoutError(f"?keys={','.join(keys)}: {source} is one array, without parts. Leave it out.")
 
 
 def _ordered(source: Source, held: list[str], layout: Layout, keys: tuple[str, ...]) -> list[str]:
@@ -156,7 +163,7 @@ def _ordered(source: Source, held: list[str], layout: Layout, keys: tuple[str, .
         return held
     if not held:
         raise UserError(f"{source} is an empty group, expected numbers.")
-    raise UserError(
+    raise LayoutError(
         f"{source} has the parts {', '.join(sorted(held))}, and nothing says in which order a policy sees them: the "
         "file has no metadata.json with the observation space beside it. Say it in the source, for instance "
         f"?keys={','.join(sorted(held))}, in the order of the environment's own space."

@@ -256,6 +256,7 @@ def _state(model: Model, played: OnlineCounters) -> TrainState:
     record = {
         "num_timesteps": int(model.num_timesteps),
         "updates": int(model._n_updates),
+        "episodes": int(getattr(model, "_episode_num", 0)),  # of off-policy algorithms, which log every few of them
         "next_episode": played.next_seed,
         "validation_steps": played.validation_steps,
         "numpy": [str(kind), int(position), int(has_gauss), float(cached)],
@@ -292,4 +293,6 @@ def _restore(model: Model, played: OnlineCounters, state: TrainState) -> None:
     if "action_space" in record:  # earlier versions did not keep it
         model.action_space.np_random.bit_generator.state = record["action_space"]
     model.num_timesteps, model._n_updates = record["num_timesteps"], record["updates"]
+    if isinstance(model, OffPolicyAlgorithm):
+        model._episode_num = record.get("episodes", 0)
     played.next_seed, played.validation_steps = int(record["next_episode"]), int(record.get("validation_steps", 0))

@@ -16,6 +16,7 @@ from stable_baselines3.td3.policies import Actor as TD3Actor
 from stable_baselines3.td3.policies import TD3Policy
 from torch import Tensor, nn
 
+from eva_rl.adapters.fused import unfuse
 from eva_rl.agents.decision_transformer import DecisionTransformer
 from eva_rl.training.sb3.windows import WindowLayout
 
@@ -178,9 +179,15 @@ class DecisionTransformerTD3Policy(TD3Policy):
         super().__init__(observation_space, action_space, lr_schedule, **options)
 
     def make_actor(self, features_extractor: BaseFeaturesExtractor | None = None) -> TD3Actor:
-        """The network itself first, a copy of it for the target second."""
+        """The network itself first, a copy of it for the target second.
+
+        The copy's low-rank layers are PEFT's own: Stable-Baselines3 averages parameters past their versions, by which
+        fused ones notice that they act with old weights.
+        """
         first = "actor" not in self._modules
         network = self._network[0] if first else copy.deepcopy(self._network[0])
+        if not first:
+            unfuse(network)
         actor = super().make_actor(DecisionTransformerFeatures(self.observation_space, network))  # type: ignore[arg-type]
         actor.mu = squashed_head(network)
         return actor
