@@ -156,10 +156,13 @@ class SelfImitationAlgo(RateByAdapter, SelfImitationOptions, ReplayAlgo):
 
 
 @dataclass
-class DistillAlgo(DistillOptions):
+class DistillAlgo(RateByAdapter, DistillOptions):
     """Cloning of the residual policy into the policy itself."""
 
     PREFIX: ClassVar[str] = "algo.distill."
+    learning_rate: float | str = option(  # type: ignore[assignment]  # a number once the command's config is made
+        AUTO, "peak learning rate of AdamW; auto chooses by adapter", above=0
+    )
 
 
 @dataclass
@@ -248,6 +251,8 @@ def for_method(algo: AlgoOptions, name: str) -> AlgoOptions:
     learning_rate = METHODS[name].learning_rate
     if isinstance(algo, RateByAdapter):
         algo = algo.with_default(learning_rate)
+    if isinstance(algo, ResidualAlgo):
+        algo = replace(algo, distill=algo.distill.with_default(learning_rate))
     return replace(algo, bc=algo.bc.with_default(learning_rate)) if isinstance(algo, OnlineAlgo) else algo
 
 

@@ -72,7 +72,8 @@ def learn_residual(
     session.phases.end("train")
     evaluation, _ = session.evaluate("Residual", learner.acting)
     session.phases.end("evaluate_residual")
-    windows = LabelledWindows(learner.acting, task.env_id, learner.context_length, session.config.seed)
+    seed, share = session.config.seed, algo.distill.clone_share
+    windows = LabelledWindows(learner.acting, task.env_id, learner.context_length, seed, share)
     windows.add(replay.episodes())
     windows.add(learner.demonstrations.episodes())
     task = replace(task, first_episode=counters.next_seed)
@@ -119,7 +120,7 @@ def distill(
     for number in range(1 + options.rounds):
         if number:
             first = task.first_episode + number * options.env_steps  # an episode has one env step at least
-            windows.add(roll_out(session.policy, replace(task, first_episode=first), options.env_steps))
+            windows.add(roll_out(session.policy, replace(task, first_episode=first), options.env_steps), of_clone=True)
         with prefetching(windows, session.policy.device) as ahead:
             counters = train_bc(
                 session.policy,

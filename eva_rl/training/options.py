@@ -71,7 +71,7 @@ class ReplayOptions(OptimizerOptions, OnlineOptions):
     Unfinished episodes are truncated where the policy is validated or saved, so that a resumed run meets the same
     episodes as one that was never interrupted; but never before every environment had the time for a whole episode,
     until when nothing is saved. The best validation is the one with the most success, ties broken by
-    return.
+    return, or by fewer env steps where episodes end at success.
     """
 
     steps_per_iteration: int = option(1_000, "env steps, over all environments, of an iteration", above=0)
@@ -199,7 +199,7 @@ class ResidualOptions(ReplayOptions):
 
     eval_every: int = option(0, "validate every N env steps; 0 disables", low=0, high=MANY)
     steps_per_iteration: int = option(200, "env steps, over all environments, of an iteration", above=0)
-    updates_per_iteration: int = option(400, "gradient steps of an iteration", above=0)
+    updates_per_iteration: int = option(200, "gradient steps of an iteration", above=0)
     learning_starts: int = option(
         2_000, "env steps of the frozen policy before the first gradient step", low=0, high=MANY
     )
@@ -212,7 +212,7 @@ class ResidualOptions(ReplayOptions):
     actor_hidden_size: int = option(256, "width of the residual actor", above=0)
     critics: int = option(5, "critics; the target is the minimum over two of them, drawn at each step", low=2, high=100)
     features: bool = option(True, "show the actor the frozen policy's hidden state, too")
-    scale: float = option(0.3, "largest residual, on actions in [-1, 1]", above=0, high=2)
+    scale: float = option(1.0, "largest residual, on actions in [-1, 1]", above=0, high=2)
     n_step: int = option(3, "env steps of rewards before the critics' values take over", above=0)
     discount: float = option(0.99, "gamma", low=0, high=1)
     tau: float = option(0.005, "soft update of the target networks, per gradient step", low=0, high=1)
@@ -220,14 +220,14 @@ class ResidualOptions(ReplayOptions):
     critic_warmup: int = option(
         2_000, "gradient steps in which the critics learn the frozen policy's values", low=0, high=MANY
     )
-    exploration_noise: float = option(0.1, "standard deviation of the noise on (scaled) actions", low=0, high=2)
+    exploration_noise: float = option(0.2, "standard deviation of the noise on (scaled) actions", low=0, high=2)
     target_noise: float = option(0.05, "standard deviation of the noise on target actions", low=0, high=2)
     demonstration_share: float = option(0.5, "share of a batch drawn from demonstrations", low=0, high=1)
     q_coef: float = option(1.0, "weight of the critics in the actor's loss", low=0, high=1000)
     bc_coef: float = option(
         0.1, "weight of cloning solved episodes where the critics prefer their actions", low=0, high=1000
     )
-    size_coef: float = option(0.1, "weight of the residual's mean square in the actor's loss", low=0, high=1000)
+    size_coef: float = option(0.0, "weight of the residual's mean square in the actor's loss", low=0, high=1000)
     pessimism: float = option(
         0.5, "standard deviations over the critics that are subtracted from their mean for the actor", low=0, high=100
     )
@@ -240,10 +240,13 @@ class ResidualOptions(ReplayOptions):
 class DistillOptions(BCOptions):
     """Cloning of the residual policy, first on the replay, then with env steps of the clone in every round."""
 
-    updates: int = option(200, "gradient steps of each round, and of the first one on the replay", above=0)
+    updates: int = option(500, "gradient steps of each round, and of the first one on the replay", above=0)
     batch_size: int = option(64, "windows per gradient step", above=0)
-    rounds: int = option(2, "DAgger rounds: the clone acts, the residual policy labels", low=0, high=100)
+    rounds: int = option(4, "DAgger rounds: the clone acts, the residual policy labels", low=0, high=100)
     env_steps: int = option(1_000, "env steps of the clone per round; part of algo.env_steps", above=0)
+    clone_share: float = option(
+        0.5, "share of a batch from the clone's own env steps, where it has acted; 0 draws all alike", low=0, high=1
+    )
 
 
 @dataclass
@@ -261,6 +264,7 @@ class SB3Options(OnlineOptions):
 class PPOOptions(SB3Options):
     """Proximal policy optimisation (arXiv 1707.06347)."""
 
+    batch_size: int = option(64, "windows per gradient step", above=1)
     rollout_steps: int = option(200, "env steps of each environment between two updates", above=0)
     epochs: int = option(5, "passes over a rollout", above=0)
     clip_range: float = option(0.2, "of the likelihood ratio", above=0)

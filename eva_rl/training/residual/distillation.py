@@ -56,19 +56,29 @@ class LabelledWindows:
         env_id: The task.
         context_length: T.
         seed: Of the draws; those of step n depend on the seed and n alone.
+        clone_share: Share of a batch that is drawn from the clone's own env steps, where there are some.
     """
 
-    def __init__(self, teacher: ResidualPolicy, env_id: str, context_length: int, seed: int) -> None:
+    def __init__(
+        self, teacher: ResidualPolicy, env_id: str, context_length: int, seed: int, clone_share: float = 0.0
+    ) -> None:
         self._teacher, self._env_id, self._seed = teacher, env_id, seed
+        self._clone_share, self._others = clone_share, 0
         self._context_length, self._scaling = context_length, teacher.base.scaling.to("cpu")
         self._episodes: list[LabelledSteps] = []
 
-    def add(self, episodes: Iterable[Episode]) -> None:
-        """Label episodes; those that were not played through the frozen policy are."""
+    def add(self, episodes: Iterable[Episode], *, of_clone: bool = False) -> None:
+        """Label episodes; those that were not played through the frozen policy are.
+
+        Args:
+            episodes: What was played, the clone's own last.
+            of_clone: Whether the clone played them.
+        """
         self._episodes += [self._labelled(episode) for episode in self._played(list(episodes))]
         self._steps = LabelledSteps.joined(self._episodes)
         lengths = [len(episode.rewards) for episode in self._episodes]
         self._starts = np.repeat(np.cumsum([0, *lengths[:-1]]), lengths)
+        self._others = self._others if of_clone else len(self._starts)
 
     def _labelled(self, episode: Episode) -> LabelledSteps:
         return LabelledSteps(
@@ -100,9 +110,16 @@ class LabelledWindows:
     def sample(self, batch_size: int, step: int, device: torch.device | str = "cpu") -> WindowBatch:
         """The windows of gradient step ``step``: any env step as the last of one."""
         rng = np.random.default_rng((self._seed, step, len(self._starts)))
-        rows = rng.integers(len(self._starts), size=batch_size)
+        rows = self._draw(rng, batch_size)
         windows = gather_windows(self._steps, rows, self._starts[rows], self._context_length, self._scaling)
         return windows.to(device)
+
+    def _draw(self, rng: np.random.Generator, batch_size: int) -> NDArray[np.int64]:
+        others, total = self._others, len(self._starts)
+        own = round(batch_size * self._clone_share) if others < total else 0
+        if not own:
+            return rng.integers(total, size=batch_size)
+        return np.concatenate([rng.integers(others, size=batch_size - own), rng.integers(others, total, size=own)])
 
 
 def roll_out(policy: DecisionTransformerPolicy, task: TaskEnvs, env_steps: int) -> list[Episode]:

@@ -59,6 +59,21 @@ def test_windows_hold_what_the_residual_policy_would_do() -> None:
     assert torch.equal(windows.sample(64, step=3).observations, batch.observations)
 
 
+@pytest.mark.parametrize("share", [0.0, 0.25, 0.5])
+def test_a_share_of_a_batch_is_the_clone_s_own(share: float) -> None:
+    learner, episodes = taught()
+    windows = LabelledWindows(learner.acting, "problem", 4, seed=0, clone_share=share)
+    windows.add(episodes[:-1])
+    assert len(windows.sample(64, step=1)) == 64, "it has not acted yet"
+    far = replace(episodes[-1], observations=episodes[-1].observations + 1000, extras={})
+    windows.add([far], of_clone=True)
+    counts = [int((windows.sample(64, step).observations[:, -1, 0] > 500).sum()) for step in range(40)]
+    if share:
+        assert set(counts) == {64 * share}
+    else:
+        assert np.mean(counts) == pytest.approx(64 / len(episodes), rel=0.4)
+
+
 @pytest.mark.slow
 def test_the_clone_does_what_the_residual_policy_does() -> None:
     """Also in the env steps that it reaches itself."""
