@@ -194,11 +194,11 @@ class DecisionTransformerPolicy:
             return
         given, asked = (f"{_numbers(pair[0])} to {_numbers(pair[1])}" for pair in (own, expected))
         uniform = all(len(set(bound.tolist())) == 1 for bound in expected)
-        pair = f"[{_numbers(expected[0])},{_numbers(expected[1])}]" if uniform else "[LOW,HIGH]"
+        pair = f"[{_numbers(expected[0])},{_numbers(expected[1])}]"
+        how = f"add policy.action_bounds={pair} (in Python: policy.with_action_bounds)" if uniform else BY_DIMENSION
         raise UserError(
             f"{what} takes actions from {asked}, the policy acts from {given}. If its actions are meant to span the "
-            f"task's, add policy.action_bounds={pair} (in Python: policy.with_action_bounds); else name another "
-            "policy= or env=."
+            f"task's, {how}; else name another policy= or env=."
         )
 
     def reset(self, env_ids: Sequence[str]) -> None:
@@ -283,6 +283,10 @@ def frozen(network: nn.Module) -> Iterator[None]:
     finally:
         for parameter in asking:
             parameter.requires_grad_(True)
+
+
+BY_DIMENSION = "call policy.with_action_bounds(LOW, HIGH) in Python, with a number for each of them"
+"""What to do where the bounds of a task differ from action to action; the command line takes one pair."""
 
 
 def _numbers(values: NDArray[np.float32]) -> str:

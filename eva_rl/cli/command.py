@@ -122,4 +122,4 @@ def _how_to_continue(named: str) -> str:
     if named and not Path(named).exists():
         return ""
     same = f"the same command with run_dir={named}" if named else "the same command again"
-    return f" Type {same} to continue from the last checkpoint."
+    return f" Type {same} to continue from the last checkpoint, or from the start where there is none yet."

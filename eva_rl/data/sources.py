@@ -16,10 +16,10 @@ import numpy as np
 from eva_rl.data.formats import d4rl_names
 from eva_rl.data.formats.checks import IN_MEMORY, ActionBounds, Source
 from eva_rl.data.formats.d4rl import read_d4rl
-from eva_rl.data.formats.episode_folder import episode_files, iterate_content, iterate_folder
+from eva_rl.data.formats.episode_folder import LENGTHS, episode_files, iterate_content, iterate_folder
 from eva_rl.data.formats.episodes import ReadOptions, unknown_bounds
 from eva_rl.data.formats.groups import iterate_d3rlpy, iterate_robomimic, layout_of
-from eva_rl.data.formats.minari import iterate_minari, minari_data_folder, minari_folder
+from eva_rl.data.formats.minari import METADATA, iterate_minari, minari_data_folder, minari_folder
 from eva_rl.data.formats.minari_file import iterate_episodes
 from eva_rl.data.formats.store import FORMAT, is_store, read_store, write_store
 from eva_rl.data.trajectories import Trajectories, concatenate
@@ -280,7 +280,8 @@ def _store_folder(source: str, path: Path, options: ReadOptions) -> Path:
     digest = hashlib.sha256(f"{FORMAT}|{source}|{path.resolve()}|{options.skip_damaged}".encode())
     for side in (options.bounds.low, options.bounds.high) if options.bounds is not None else ():
         digest.update(np.asarray(side).tobytes())
-    for file in _files(path):
+    beside = path.parent / METADATA, path / LENGTHS
+    for file in [*_files(path), *(file for file in beside if file.is_file())]:
         found = file.stat()
         digest.update(f"|{file.name}|{found.st_size}|{found.st_mtime_ns}".encode())
     return cache_folder() / "stores" / f"{path.stem}-{digest.hexdigest()[:16]}"

@@ -90,7 +90,8 @@ def test_an_interruption_says_how_to_continue(
     (made,) = (tmp_path / "runs").iterdir()
     said = capsys.readouterr().err
     assert said.endswith(
-        f" Type the same command with run_dir=runs/{made.name} to continue from the last checkpoint.\n"
+        f" Type the same command with run_dir=runs/{made.name} to continue from the last checkpoint, or from the "
+        "start where there is none yet.\n"
     )
     for number, typed in enumerate((["run_dir=mine0"], ["--run_dir=mine1"], ["--run-dir", "mine2"])):
         assert interrupted(signal.SIGINT, "finetune", ["env=push-v3", *typed], **again) == 130

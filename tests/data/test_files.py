@@ -114,6 +114,15 @@ def test_mapped_data_are_what_is_read(tmp_path: Path, cache: Path) -> None:
     assert load_dataset(f"d4rl:{path}", memory_map=True).returns.tolist() == [0, 0, 0]  # a changed file is converted
 
 
+def test_what_lies_beside_the_data_counts_as_well(tmp_path: Path, cache: Path) -> None:
+    """A map was taken for that of other lengths, or of metadata that said something else."""
+    np.savez(tmp_path / "0.npz", observations=np.zeros((4, 2)), actions=np.zeros((4, 1)), rewards=np.zeros(4))
+    load_dataset(tmp_path, memory_map=True)
+    (tmp_path / "episode_lengths.json").write_text('{"0.npz": 9}')
+    with pytest.raises(UserError, match="expected 9"):
+        load_dataset(tmp_path, memory_map=True)
+
+
 def test_processes_that_want_the_same_data_convert_them_once(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

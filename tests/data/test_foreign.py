@@ -303,6 +303,7 @@ def test_the_last_steps_of_flat_arrays_are_an_episode(caplog: pytest.LogCaptureF
         ({**table(), "observations": {"a": np.zeros(12)}}, r"observations is a dictionary of a; .*side by side"),
         ({**table(), "rewards": [[1], [1, 2]]}, "rewards: not readable"),
         ({**table(), "terminals": np.full(12, 2)}, "expected 0 or 1"),
+        ({**table(), "rewards": np.ma.masked_equal(np.arange(12.0), 3)}, "rewards has masked values"),
     ],
 )
 def test_wrong_data_in_memory(source: Any, message: str) -> None:

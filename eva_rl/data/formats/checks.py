@@ -111,6 +111,8 @@ class Source:
         Raises:
             UserError: Not numbers, images, no row axis, or not finite as float32.
         """
+        if np.ma.is_masked(raw):
+            raise UserError(f"{self} has masked values. Fill them, or leave out those episodes.")
         with self.reading():
             raw = np.asarray(raw)
         self.check_dtype(raw.dtype)

@@ -22,6 +22,8 @@ from eva_rl.data.formats.spaces import one_array
 from eva_rl.data.trajectories import Episode, Trajectories
 from eva_rl.errors import UserError
 
+LENGTHS = "episode_lengths.json"
+"""Beside files of episodes, where something says how many env steps each has."""
 SUFFIXES = {".npz", ".hdf5", ".h5", ".pkl", ".pickle"}
 PART_EPISODES = 256
 MAX_COMPRESSION = 1100
@@ -110,7 +112,7 @@ def _natural(path: Path) -> list[tuple[int, str]]:
 
 def _stated_lengths(path: Path) -> dict[str, int]:
     """What ``episode_lengths.json`` says by name, where it is there and says it by name."""
-    file = path / "episode_lengths.json"
+    file = path / LENGTHS
     if not file.exists():
         return {}
     check_regular_file(file)
@@ -123,7 +125,7 @@ def _stated_lengths(path: Path) -> dict[str, int]:
 def _with_length(source: Source, read: Read, stated: int | None) -> Arrays:
     raw = read()
     if stated is not None:
-        (source / "rewards").check_rows(len(np.atleast_1d(raw["rewards"])), stated, "episode_lengths.json")
+        (source / "rewards").check_rows(len(np.atleast_1d(raw["rewards"])), stated, LENGTHS)
     return raw
 
 
