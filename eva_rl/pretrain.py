@@ -219,7 +219,8 @@ def _new_policy(config: PretrainConfig, tasks: Sequence[str], found: Demonstrati
     )
     targets = found.target_returns
     conditioning = Conditioning(float(np.median(list(targets.values()))), targets)
-    policy = DecisionTransformerPolicy(network, scaling, conditioning)
+    env_id = tasks[0] if len(tasks) == 1 else ""
+    policy = DecisionTransformerPolicy(network, scaling, conditioning, env_id=env_id)
     check_record(policy, f"{config.data.source}, as a policy")
     return policy
 

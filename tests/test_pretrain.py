@@ -144,6 +144,7 @@ def test_tasks_without_success_are_judged_by_their_return(tmp_path: Path) -> Non
     assert pretrain.main(["env=mujoco/hopper", f"data={data}", *small, "threads=1", f"run_dir={run_dir}"]) == 0
     summary = json.loads((run_dir / "summary.json").read_text())
     assert summary["validation/mean_reward"] == summary["validation/Hopper-v5"] > 0
+    assert eva_rl.load_policy(run_dir).env_id == "Hopper-v5", "evaluate asked for the only task"
     assert "validation/success_rate" not in summary
 
 
