@@ -240,7 +240,10 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
     with _disk_errors(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            aside.touch()
+            mode = stat.S_IMODE(aside.stat().st_mode)
             write(aside)
+            _let_read(aside, mode)
             _sync(aside)
             aside.replace(path)
         finally:
@@ -257,13 +260,21 @@ def write_folder(path: Path, write: Callable[[Path], object]) -> None:
     with _disk_errors(path):
         try:
             aside.mkdir(parents=True)
+            mode = stat.S_IMODE(aside.stat().st_mode) & 0o666
             write(aside)
             for file in aside.rglob("*"):
                 if file.is_file():
+                    _let_read(file, mode)
                     _sync(file)
             _swap(aside, path)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
+
+
+def _let_read(path: Path, mode: int) -> None:
+    """Give a file the permissions of new files: safetensors makes its own for the owner alone."""
+    with suppress(OSError):  # a file system that knows no permissions
+        path.chmod(mode)
 
 
 @contextmanager

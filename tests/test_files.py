@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from eva_rl.errors import UserError
 from eva_rl.files import (
@@ -298,3 +300,16 @@ def test_the_setting_of_a_place_that_cannot_be_written_is_named(tmp_path: Path) 
     made = alone(tmp_path / "file" / "made", "run_dir=")
     with pytest.raises(UserError, match=r"file cannot be written: .* Name another run_dir=\."), made:
         pass
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_others_may_read_what_the_user_lets_them_read(umask: int, tmp_path: Path) -> None:
+    """safetensors writes files that the owner alone can read, whatever the umask."""
+    before = os.umask(umask)
+    try:
+        write_file(tmp_path / "a.safetensors", lambda aside: save_file({"a": torch.zeros(2)}, aside))
+        write_folder(tmp_path / "b", lambda aside: save_file({"a": torch.zeros(2)}, aside / "c.safetensors"))
+    finally:
+        os.umask(before)
+    for path in (tmp_path / "a.safetensors", tmp_path / "b" / "c.safetensors"):
+        assert path.stat().st_mode & 0o777 == 0o666 & ~umask
