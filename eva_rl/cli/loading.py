@@ -24,7 +24,7 @@ from eva_rl.rollouts.experts import check_scripted
 
 log = logging.getLogger(__name__)
 
-SHIPPED_FOR = {"Hopper-v5": "hopper", "Hopper-v4": "hopper"}
+SHIPPED_FOR = {f"{task}-{version}": task.lower() for task in ("Hopper", "Walker2d") for version in ("v4", "v5")}
 DEFAULT = "mt40"
 
 
