@@ -32,7 +32,7 @@ TASKS = (
 )  # fmt: skip
 SETTINGS: dict[str, tuple[str, ...]] = {
     "self_imitation": (),
-    "residual": (),
+    "residual": ("algo.distill.env_steps=1000",),
     "odt": (
         "algo.steps_per_iteration=1000",
         "algo.updates_per_iteration=20",

@@ -205,6 +205,9 @@ class ResidualOptions(ReplayOptions):
     )
     batch_size: int = option(128, "transitions per gradient step, half of them from demonstrations", above=1)
     learning_rate: float = option(3e-4, "AdamW's learning rate, for the actor", above=0)
+    decay: float = option(
+        0.5, "last part of the gradient steps, over which the actor's learning rate falls to zero", low=0, high=1
+    )
     weight_decay: float = option(0.0, "AdamW's weight decay, on matrices", low=0, high=10)
     gradient_clip: float = option(1.0, "largest norm of the actor's gradient", above=0)
     critic_learning_rate: float = option(3e-4, "Adam's learning rate, for the critics", above=0)
@@ -243,7 +246,11 @@ class DistillOptions(BCOptions):
     updates: int = option(500, "gradient steps of each round, and of the first one on the replay", above=0)
     batch_size: int = option(64, "windows per gradient step", above=0)
     rounds: int = option(4, "DAgger rounds: the clone acts, the residual policy labels", low=0, high=100)
-    env_steps: int = option(1_000, "env steps of the clone per round; part of algo.env_steps", above=0)
+    env_steps: int = option(
+        5_000,
+        "env steps of the clone per round; part of algo.env_steps. Whole episodes of all environments are best",
+        above=0,
+    )
     clone_share: float = option(
         0.5, "share of a batch from the clone's own env steps, where it has acted; 0 draws all alike", low=0, high=1
     )

@@ -41,6 +41,17 @@ QUICK: dict[str, Any] = {
 }
 
 
+def test_the_actor_settles_at_the_end() -> None:
+    options = ResidualOptions(**QUICK | {"batch_size": 8, "critic_hidden_size": 8, "actor_hidden_size": 8})
+    learner = ResidualLearner(make_learner(), options, env_id="problem")
+    train_online(learner, learner.new_replay(2000), make_task(TwoSteps), log=lambda *_: None)
+    steps = learner._actor_steps
+    assert steps == (11 * 60 - 100) / 2, "eleven iterations, less the critics' warm-up"
+    assert [round(learner.schedule(part * steps // 4), 6) for part in range(1, 5)] == [1, 1, 0.5, 0]
+    learner._residual = replace(options, decay=0.0)
+    assert learner.schedule(steps - 1) == 1
+
+
 def episode(length: int, *, terminated: bool, solved: bool = False) -> Episode:
     """Rewards 1, 2, 3, ...; observations, features and proposals tell the env step."""
     steps = np.arange(length, dtype=np.float32)
