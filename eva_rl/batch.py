@@ -171,7 +171,7 @@ def within_bounds(
     a policy that is saved and loaded stays the same.
     """
     while True:
-        center, half = (high + low) / 2, (high - low) / 2
+        center, half = (high + low) * np.float32(0.5), (high - low) * np.float32(0.5)
         if not np.isfinite(half).all():
             return center, half
         while (outside := (half > 0) & ((center + half > high) | (center - half < low))).any():
