@@ -224,7 +224,7 @@ class ResidualOptions(ReplayOptions):
         2_000, "gradient steps in which the critics learn the frozen policy's values", low=0, high=MANY
     )
     exploration_noise: float = option(0.2, "standard deviation of the noise on (scaled) actions", low=0, high=2)
-    target_noise: float = option(0.05, "standard deviation of the noise on target actions", low=0, high=2)
+    target_noise: float = option(0.2, "standard deviation of the noise on target actions", low=0, high=2)
     demonstration_share: float = option(0.5, "share of a batch drawn from demonstrations", low=0, high=1)
     q_coef: float = option(1.0, "weight of the critics in the actor's loss", low=0, high=1000)
     bc_coef: float = option(
