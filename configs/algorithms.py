@@ -195,6 +195,13 @@ class ResidualAlgo(ResidualOptions, ReplayAlgo):
 class PPOAlgo(PPOOptions, OnlineAlgo):
     """Proximal policy optimisation (arXiv 1707.06347)."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rollout_steps * self.num_envs < 2:
+            raise UserError(
+                "algo.rollout_steps=1 algo.num_envs=1: advantages of one env step have no spread. Increase one of them."
+            )
+
     @property
     def total_updates(self) -> int:
         """Gradient steps after cloning."""

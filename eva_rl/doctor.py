@@ -111,6 +111,7 @@ def measure(config: DoctorConfig, device: torch.device) -> dict[str, Speed]:
     from eva_rl.adapters import load_policy
 
     policy = load_policy(config.policy, device, merge=True)
+    policy.network.requires_grad_(True)  # a loaded adapter is frozen, and so is what it was merged into
     return {
         f"env steps of {config.env}": _simulator(config),
         f"policy steps of {config.policy}": _acting(policy, config.seconds),

@@ -12,7 +12,10 @@ import pytest
 
 import eva_rl
 from eva_rl.__main__ import COMMANDS, main
+from eva_rl.adapters import save_adapted_policy
+from eva_rl.data import Trajectories
 from eva_rl.doctor import Speed, advice
+from tests.adapters.making import attached
 
 
 def test_version_help_and_misspelt_commands(capsys: pytest.CaptureFixture[str]) -> None:
@@ -90,6 +93,17 @@ def test_a_module_in_the_current_folder_is_found(tmp_path: Path) -> None:
     program = [str(Path(sys.executable).parent / "eva-rl"), "evaluate", "env=here:Here-v0", "policy=hopper"]
     done = subprocess.run(program, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert "here:Here-v0 has 3 numbers in an observation" in " ".join(done.stderr.split())
+
+
+def test_doctor_measures_a_fine_tuned_policy(
+    tmp_path: Path, reach_demonstrations: Trajectories, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its weights are frozen, which ended in a traceback."""
+    policy, adapter = attached("lora", reach_demonstrations)
+    save_adapted_policy(tmp_path / "run", policy, adapter, "card")
+    words = ["seconds=0.01", "threads=1", f"policy={tmp_path / 'run'}", "env=reach-v3"]
+    assert main(["doctor", *words]) == 0
+    assert "gradient steps of" in capsys.readouterr().err
 
 
 def test_advice_names_what_to_type() -> None:

@@ -136,6 +136,20 @@ def test_an_environment_that_draws_nothing_is_said(tmp_path: Path) -> None:
         record_clip(Drives(), f"{OWN}Blind-v0")
 
 
+def test_the_result_is_written_before_the_film(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An environment that draws nothing took the result of the evaluation with it."""
+    monkeypatch.chdir(tmp_path)
+    policy = make_policy(2, 1)
+    policy.with_action_bounds(-2, 2)
+    save_policy(tmp_path / "base", policy)
+    words = [f"policy={tmp_path / 'base'}", f"env={OWN}Blind-v0", "eval.episodes=1", "env.horizon=5", "out=found.json"]
+    assert evaluate_main([*words, "video=true"]) == 2
+    assert "gives no frames" in capsys.readouterr().err
+    assert (tmp_path / "found.json").exists()
+
+
 def test_metaworlds_groups_are_task_sets() -> None:
     assert len(task_ids("mt10")) == 10
     assert len(task_ids("mt25")) == 25

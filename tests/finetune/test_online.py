@@ -203,6 +203,7 @@ def test_directions_are_looked_at_as_at_first(
         (["algo=self_imitation", "algo.refresh_every=100"], "Set algo.restart=false as well"),
         (["algo=dqn"], "dqn"),
         (["algo=ppo", "algo.batch_size=1"], "batch_size=1: expected a number above 1"),
+        (["algo=ppo", "algo.rollout_steps=1", "algo.num_envs=1"], "advantages of one env step have no spread"),
         (["algo=odt_td3", "adapter.targets=[]"], "adapter.targets=[] names no layer"),
         (["algo=odt_td3", "adapter.tau=0"], "tau=0.0: expected a number above 0"),
         (["algo=odt_td3", "policy.num_heads=1"], "says its num_heads itself"),
