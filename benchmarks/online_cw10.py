@@ -12,18 +12,15 @@ its replay. Settings were chosen on seed 100; see docs/online.md.
 from __future__ import annotations
 
 import argparse
-import json
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import online_runs
 from numpy.typing import NDArray
-from rich.console import Console
 
-from eva_rl.report.page import markdown_table, terminal_table
 from eva_rl.report.tables import Table
 
 TASKS = (
@@ -46,23 +43,19 @@ BATCH, UPDATES_PER_STEP = 128, 2
 """Of Stable-Baselines3's SAC: those of ``algo=residual``."""
 
 
-def finetuned(arguments: argparse.Namespace, run_dir: Path) -> dict[str, Any]:
+def finetuned(arguments: argparse.Namespace, run_dir: Path) -> online_runs.Record:
     """One run of the command; what its summary says."""
-    from eva_rl.finetune.command import main
-
     seed = arguments.seed
-    status = main(
+    found = online_runs.finetuned(
+        run_dir,
         [
             f"env={arguments.task}", "policy=mt40", "adapter=eva", f"algo=bc_then_{arguments.algo}", f"seed={seed}",
             "data.episodes=2", f"data.seed={seed}", f"eval.seed={seed}", f"eval.episodes={arguments.episodes}",
-            "eval.every=0", "eval.stop_at_success=true", "threads=1", "tracker=[]", f"run_dir={run_dir}",
+            "eval.every=0", "eval.stop_at_success=true", "threads=1", "tracker=[]",
             f"algo.env_steps={arguments.env_steps}", "algo.checkpoint_every=0", "checkpoint.every=0",
             "checkpoint.seconds=0", *SETTINGS[arguments.algo], *arguments.settings,
-        ]
+        ],
     )  # fmt: skip
-    if status:
-        raise SystemExit(status)
-    found: dict[str, Any] = json.loads((run_dir / "summary.json").read_text())
     names = {"before": "eval_before", "cloned": "eval_cloned", "residual": "eval_residual", "after": "eval"}
     rates = {name: found.get(f"{prefix}/success_rate") for name, prefix in names.items()}
     kept = ("env_steps", "env_steps_played", "updates", "distill/updates", "seconds", "protocol")
@@ -134,31 +127,19 @@ def fill(buffer: Any, episodes: Sequence[Any], num_envs: int) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """One task, seed and algorithm, unless its record is there."""
-    name = f"{arguments.algo}-{arguments.task}-{arguments.seed}"
-    path, run_dir = arguments.out / f"{name}.json", arguments.out / name
-    if path.exists():
-        return
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    began = time.perf_counter()
-    found = (from_scratch if arguments.algo == "sac" else finetuned)(arguments, run_dir)
-    record = {"task": arguments.task, "algo": arguments.algo, "seed": arguments.seed, "settings": arguments.settings}
-    record |= {**found, "wall_seconds": round(time.perf_counter() - began)}
-    path.write_text(json.dumps(record, indent=1) + "\n")
-    if not arguments.keep:
-        shutil.rmtree(run_dir, ignore_errors=True)
+
+    def record(run_dir: Path) -> online_runs.Record:
+        began = time.perf_counter()
+        found = (from_scratch if arguments.algo == "sac" else finetuned)(arguments, run_dir)
+        named = {name: getattr(arguments, name) for name in ("task", "algo", "seed", "settings")}
+        return named | found | {"wall_seconds": round(time.perf_counter() - began)}
+
+    online_runs.keep_record(arguments, f"{arguments.algo}-{arguments.task}-{arguments.seed}", record)
 
 
 def table(arguments: argparse.Namespace) -> None:
     """Success by task, means over seeds; written where asked to."""
-    import pages
-
-    records = pages.json_records(arguments.folder)
-    shown = success_table(records)
-    Console(width=140).print(terminal_table(shown))
-    if arguments.out:
-        arguments.out.write_text(json.dumps(records, indent=1) + "\n")
-    if arguments.page:
-        pages.write_between(arguments.page, *around(arguments.part), markdown_table(shown))
+    online_runs.publish(arguments, success_table, around(arguments.part))
 
 
 def around(part: str) -> tuple[str, str]:
@@ -204,24 +185,15 @@ def _shown(value: float | None) -> str:
 
 def main() -> None:
     """Run, or show."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(required=True)
-    one = commands.add_parser("run")
+    parser, one, everything = online_runs.parsers(__doc__)
     one.add_argument("task")
     one.add_argument("--algo", choices=[*SETTINGS, "sac"], default="self_imitation")
-    one.add_argument("--seed", type=int, default=1)
     one.add_argument("--env-steps", type=int, default=20_000)
     one.add_argument("--episodes", type=int, default=100, help="held-out goals")
     one.add_argument("--out", type=Path, default=Path("runs/cw10"))
-    one.add_argument("--keep", action="store_true", help="keep the run directory")
-    one.add_argument("--settings", nargs="*", default=[], help="further KEY=VALUE of finetune")
     one.set_defaults(call=run)
-    all_of_them = commands.add_parser("table")
-    all_of_them.add_argument("folder", type=Path, help="of records, or a file that --out wrote")
-    all_of_them.add_argument("--out", type=Path, help="one file of all records")
-    all_of_them.add_argument("--page", type=Path, help="rewrite the table of a page")
-    all_of_them.add_argument("--part", default="CW10", help="which table of the page")
-    all_of_them.set_defaults(call=table)
+    everything.add_argument("--part", default="CW10", help="which table of the page")
+    everything.set_defaults(call=table)
     arguments = parser.parse_args()
     arguments.call(arguments)
 

@@ -1,27 +1,23 @@
 """MuJoCo from a medium policy: residual learning in the environment, distilled into the adapter, without any data.
 
-    python benchmarks/online_mujoco.py run Hopper-v5 --seed 1 --out runs/mujoco
+    python benchmarks/online_mujoco.py run Hopper-v5 --seed 2 --out runs/mujoco
     python benchmarks/online_mujoco.py table runs/mujoco --out docs/results/online-mujoco.json --page docs/online.md
 
 ``run`` does one task and one seed on one thread, with the shipped policy of that task, and leaves
 ``OUT/TASK-SEED.json``. All env steps count, those of validation and distillation included. Settings were chosen on
-seed 100; see docs/online.md.
+Hopper's seeds 1 and 100 to 102; see docs/online.md.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import shutil
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import pages
-from rich.console import Console
+import online_runs
 
-from eva_rl.report.page import markdown_table, terminal_table
 from eva_rl.report.tables import Table
 
 POLICIES = {"Hopper-v5": "hopper", "Walker2d-v5": "walker2d"}
@@ -32,54 +28,48 @@ MARKS = ("<!-- MuJoCo, written by benchmarks/online_mujoco.py table -->", "<!-- 
 
 def run(arguments: argparse.Namespace) -> None:
     """One task and seed, unless its record is there."""
-    from eva_rl.finetune.command import main
+    online_runs.keep_record(arguments, f"{arguments.task}-{arguments.seed}", partial(record_of, arguments))
+
+
+def record_of(arguments: argparse.Namespace, run_dir: Path) -> online_runs.Record:
+    """One run of the command: scores before and after, and of the validations between."""
     from eva_rl.tracking.tracker import read_metrics
 
-    name, seed = f"{arguments.task}-{arguments.seed}", arguments.seed
-    path, run_dir = arguments.out / f"{name}.json", arguments.out / name
-    if path.exists():
-        return
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    status = main(
+    seed = arguments.seed
+    found = online_runs.finetuned(
+        run_dir,
         [
             f"env={arguments.task}", f"policy={arguments.policy or POLICIES[arguments.task]}", "data=none",
             "adapter.rank=32", "algo=residual", f"algo.env_steps={arguments.env_steps}", "algo.eval_every=10000",
             "algo.checkpoint_every=0", f"seed={seed}", f"eval.seed={seed}", f"eval.episodes={arguments.episodes}",
-            "eval.quick_episodes=5", "threads=1", "tracker=[]", f"run_dir={run_dir}", *arguments.settings,
-        ]
+            "eval.quick_episodes=5", "threads=1", "tracker=[]", *arguments.settings,
+        ],
     )  # fmt: skip
-    if status:
-        raise SystemExit(status)
-    found = json.loads((run_dir / "summary.json").read_text())
     record = {"task": arguments.task, "algo": found["algo"], "seed": seed, "settings": arguments.settings}
     record |= {name: _scores(found, prefix) for name, prefix in PHASES.items()}
     record |= {key: found[key] for key in ("env_steps_played", "updates", "seconds", "protocol")}
     curve = [(row["step"], row[f"validation/{SCORE}"]) for row in read_metrics(run_dir) if f"validation/{SCORE}" in row]
-    record["validation"] = curve
-    path.write_text(json.dumps(record, indent=1) + "\n")
-    if not arguments.keep:
-        shutil.rmtree(run_dir, ignore_errors=True)
+    return record | {"validation": curve}
 
 
-def _scores(summary: dict[str, Any], prefix: str) -> dict[str, float]:
+def _scores(summary: online_runs.Record, prefix: str) -> dict[str, float]:
     return {key: summary[f"{prefix}/{key}"] for key in ("mean_reward", SCORE) if f"{prefix}/{key}" in summary}
 
 
 def table(arguments: argparse.Namespace) -> None:
     """Normalised scores by task and seed; written where asked to."""
-    records = pages.json_records(arguments.folder)
-    shown = Table("", HEAD, list(_rows(records)))
-    Console(width=140).print(terminal_table(shown))
-    if arguments.out:
-        arguments.out.write_text(json.dumps(records, indent=1) + "\n")
-    if arguments.page:
-        pages.write_between(arguments.page, *MARKS, markdown_table(shown))
+    online_runs.publish(arguments, score_table, MARKS)
 
 
 HEAD = ("task", "seed", "before", "best validation", "residual policy", "at the end", "gain", "mean return", "minutes")
 
 
-def _rows(records: Sequence[dict[str, Any]]) -> Iterator[tuple[str, ...]]:
+def score_table(records: Sequence[online_runs.Record]) -> Table:
+    """A row for each run, and one for all of a task."""
+    return Table("", HEAD, list(_rows(records)))
+
+
+def _rows(records: Sequence[online_runs.Record]) -> Iterator[tuple[str, ...]]:
     for task in POLICIES:
         mine = sorted((record for record in records if record["task"] == task), key=lambda record: record["seed"])
         for record in mine:
@@ -88,7 +78,7 @@ def _rows(records: Sequence[dict[str, Any]]) -> Iterator[tuple[str, ...]]:
             yield _row(task, "mean", mine)
 
 
-def _row(task: str, seed: str, records: Sequence[dict[str, Any]]) -> tuple[str, ...]:
+def _row(task: str, seed: str, records: Sequence[online_runs.Record]) -> tuple[str, ...]:
     before, residual, after = (_mean(records, phase, SCORE) for phase in PHASES)
     best = float(np.mean([max(score for _, score in record["validation"]) for record in records]))
     returns = f"{_mean(records, 'before', 'mean_reward'):,.0f} to {_mean(records, 'after', 'mean_reward'):,.0f}"
@@ -97,31 +87,22 @@ def _row(task: str, seed: str, records: Sequence[dict[str, Any]]) -> tuple[str, 
     return (task, seed, *scores, f"{after - before:+.1f}", returns, f"{minutes:.0f}")
 
 
-def _mean(records: Sequence[dict[str, Any]], phase: str, key: str) -> float:
+def _mean(records: Sequence[online_runs.Record], phase: str, key: str) -> float:
     return float(np.mean([record[phase][key] for record in records]))
 
 
 def main() -> None:
-    """See the module's docstring."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(required=True)
-    of_run = commands.add_parser("run")
-    of_run.add_argument("task", choices=POLICIES)
-    of_run.add_argument("--policy", help="another than the shipped one of the task")
-    of_run.add_argument("--seed", type=int, default=1)
-    of_run.add_argument("--env-steps", type=int, default=70_000, help="of training and distillation")
-    of_run.add_argument("--episodes", type=int, default=50, help="held-out ones of each evaluation")
-    of_run.add_argument("--settings", nargs="*", default=[])
-    of_run.add_argument("--out", type=Path, required=True)
-    of_run.add_argument("--keep", action="store_true", help="keep the run directory")
-    of_run.set_defaults(function=run)
-    of_table = commands.add_parser("table")
-    of_table.add_argument("folder", type=Path)
-    of_table.add_argument("--out", type=Path)
-    of_table.add_argument("--page", type=Path)
-    of_table.set_defaults(function=table)
+    """Run, or show."""
+    parser, one, everything = online_runs.parsers(__doc__)
+    one.add_argument("task", choices=POLICIES)
+    one.add_argument("--policy", help="another than the shipped one of the task")
+    one.add_argument("--env-steps", type=int, default=70_000, help="of training and distillation")
+    one.add_argument("--episodes", type=int, default=50, help="held-out ones of each evaluation")
+    one.add_argument("--out", type=Path, default=Path("runs/mujoco"))
+    one.set_defaults(call=run)
+    everything.set_defaults(call=table)
     arguments = parser.parse_args()
-    arguments.function(arguments)
+    arguments.call(arguments)
 
 
 if __name__ == "__main__":

@@ -31,12 +31,22 @@ def test_every_key_is_up_to_date() -> None:
 
 
 @pytest.mark.parametrize(("part", "records"), [("CW10", "online-cw10.json"), ("sparse", "online-sparse.json")])
-def test_the_tables_of_cw10_come_from_their_records(part: str, records: str) -> None:
+def test_the_tables_of_cw10_come_from_their_records(part: str, records: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
     module, path = script(ROOT / "benchmarks/online_cw10.py"), DOCS / "results" / records
     begin, end = module.around(part)
     found = (DOCS / "online.md").read_text().partition(begin)[2].partition(end)[0].strip()
     again = f"run: python benchmarks/online_cw10.py table {path} --page docs/online.md --part {part}"
     assert found == markdown_table(module.success_table(json.loads(path.read_text()))), again
+
+
+def test_the_table_of_mujoco_comes_from_its_records(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    module, path = script(ROOT / "benchmarks/online_mujoco.py"), DOCS / "results/online-mujoco.json"
+    begin, end = module.MARKS
+    found = (DOCS / "online.md").read_text().partition(begin)[2].partition(end)[0].strip()
+    again = f"run: python benchmarks/online_mujoco.py table {path} --page docs/online.md"
+    assert found == markdown_table(module.score_table(json.loads(path.read_text()))), again
 
 
 def test_the_shipped_policies_commands_are_those_of_the_scripts() -> None:

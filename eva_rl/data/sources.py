@@ -28,6 +28,8 @@ from eva_rl.files import alone, expanded
 
 log = logging.getLogger(__name__)
 
+GivenData = str | Path | Trajectories | Mapping[str, Any] | Sequence[Mapping[str, Any]]
+"""A source by its name, or the data themselves."""
 Side = float | Iterable[float]
 """One side of the bounds of actions."""
 KINDS = ("d4rl", "minari", "trajectories")
@@ -117,7 +119,7 @@ def cache_folder() -> Path:
 
 
 def load_dataset(
-    source: str | Path | Trajectories | Mapping[str, Any] | Sequence[Mapping[str, Any]],
+    source: GivenData,
     *,
     allow_pickle: bool = False,
     memory_map: bool | None = None,

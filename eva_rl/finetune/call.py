@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,8 @@ from eva_rl.agents.policy_folder import policy_record, weights_digest
 from eva_rl.cli.keys import as_typed
 from eva_rl.cli.parsing import parse
 from eva_rl.cli.run_dir import INPUTS, check_run_dir, read_summary
-from eva_rl.data import Trajectories, load_dataset, write_episodes
+from eva_rl.data import load_dataset, write_episodes
+from eva_rl.data.sources import GivenData
 from eva_rl.data.trajectories import COLUMNS
 from eva_rl.errors import UserError
 from eva_rl.files import alone, expanded
@@ -40,7 +41,7 @@ class FinetuneResult:
 def finetune_policy(
     policy: DecisionTransformerPolicy | str | Path,
     env: str,
-    data: Trajectories | Mapping[str, Any] | Sequence[Mapping[str, Any]] | str | Path | None = None,
+    data: GivenData | None = None,
     *,
     run_dir: str | Path,
     adapter: str = "eva",
@@ -113,14 +114,11 @@ def _without_adapter(policy: DecisionTransformerPolicy) -> DecisionTransformerPo
     return copied
 
 
-def _data_path(
-    data: Trajectories | Mapping[str, Any] | Sequence[Mapping[str, Any]] | str | Path | None, folder: Path
-) -> str:
+def _data_path(data: GivenData | None, folder: Path) -> str:
     """As :func:`_policy_path`; ``auto`` where there are none."""
     if data is None or isinstance(data, str | Path):
         return "auto" if data is None else str(data)
-    if not isinstance(data, Trajectories):
-        data = load_dataset(data)
+    data = load_dataset(data)
     arrays = {name: digest_of(getattr(data, name)) for name in ("offsets", *COLUMNS)}
     key = key_of(arrays=arrays, env_id=data.env_id, source=data.source, metadata=data.metadata)
     return _written(folder / f"data-{key}.h5", lambda path: write_episodes(path, data))

@@ -56,8 +56,8 @@ def collect_trained(env: str, episodes: int, expert: TrainedExpert, *, seed: int
     spec = env_spec(env_id, expert.horizon)
     if not np.isfinite([spec.action_low, spec.action_high]).all():
         raise UserError(
-            f"{env_id} has actions without bounds, and expert=sac needs some. Wrap it in "
-            "gymnasium.wrappers.RescaleAction, or collect the data yourself."
+            f"{env_id} has actions without bounds, and expert=sac needs some. Give its action space some, or collect "
+            "the data yourself."
         )
     if np.isfinite(expert.until) and expert.max_steps < EVALUATE_EVERY:
         raise UserError(

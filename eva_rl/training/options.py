@@ -238,6 +238,13 @@ class ResidualOptions(ReplayOptions):
         True, "end episodes of training at their first success, as if the highest reward followed for ever"
     )
 
+    @property
+    def total_updates(self) -> int:
+        """Gradient steps of the actor, at most."""
+        before = max(0, self.learning_starts - self.steps_per_iteration)
+        of_critics = -(-max(0, self.env_steps - before) // self.steps_per_iteration) * self.updates_per_iteration
+        return max(0, -(-of_critics // self.policy_delay) - -(-self.critic_warmup // self.policy_delay))
+
 
 @dataclass
 class DistillOptions(BCOptions):

@@ -106,12 +106,9 @@ class ResidualLearner(Learner):
 
     def schedule(self, update: int) -> float:
         """As the parent does, and to zero over the last part: a policy that follows its critics does not settle."""
-        options = self._residual
-        first = max(0, options.learning_starts - options.steps_per_iteration)
-        iterations = -(-max(0, options.env_steps - first) // options.steps_per_iteration)
-        steps = max(0, iterations * options.updates_per_iteration - options.critic_warmup) / options.policy_delay
-        left = (1 - update / steps) / options.decay if steps and options.decay else 1.0
-        return super().schedule(update) * min(1.0, max(0.0, left))
+        last = self._residual.decay * self._residual.total_updates
+        left = self._residual.total_updates - update
+        return super().schedule(update) * (min(1.0, max(0.0, left / last)) if last else 1.0)
 
     def update(self, replay: TrajectoryReplay, update: int) -> dict[str, float]:
         """One gradient step on the critics, and at every ``policy_delay``-th one on the actor."""
