@@ -210,6 +210,8 @@ def _linear(module: nn.Module | None) -> Affine:
     inputs = getattr(module, "in_features", None)
     if not isinstance(inputs, int):
         raise _NotFoldableError
+    if forget := getattr(module, "forget", None):  # written past the version counter (`.data`), weights look unchanged
+        forget()
     like = next(module.parameters())
     bias = module(like.new_zeros(1, inputs))[0]
     weight = (module(torch.eye(inputs, dtype=like.dtype, device=like.device)) - bias).T.contiguous()

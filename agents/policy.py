@@ -245,6 +245,7 @@ class DecisionTransformerPolicy:
         n = self._context.num_environments
         expected = {"observations": (n, self.observation_dim), "rewards": (n,), "episode_starts": (n,)}
         check_shapes(expected, observations=observations, rewards=rewards, episode_starts=episode_starts)
+        check_observations(observations)
         features = self._context.features(
             self._tensor(observations), self._tensor(rewards), torch.as_tensor(episode_starts, dtype=torch.bool)
         )
@@ -269,6 +270,20 @@ def check_shapes(expected: Mapping[str, tuple[int, ...]], **given: NDArray[Any])
                 f"The policy was given {name} of shape {np.shape(given[name])}, expected {shape}: a row for each "
                 "environment that it was reset for, of the task's own observations."
             )
+
+
+def check_observations(observations: NDArray[np.float32]) -> None:
+    """Raise if a number is not finite: it would stay in the history that the next actions are chosen by.
+
+    Raises:
+        UserError: Naming the environment.
+    """
+    if not (finite := np.isfinite(observations)).all():
+        row, column = np.argwhere(~finite)[0]
+        raise UserError(
+            f"The policy was given {observations[row, column]} as number {column} of environment {row}'s observation, "
+            "expected finite numbers. Call policy.reset(...) and begin new episodes."
+        )
 
 
 @contextmanager

@@ -13,8 +13,8 @@ import torch
 
 from eva_rl.adapters import load_policy
 from eva_rl.adapters.extensions import WEIGHTS_FILE as ADAPTER_WEIGHTS
-from eva_rl.adapters.folders import ADAPTER_FILES, ADAPTER_FOLDER
 from eva_rl.adapters.model_card import NEEDED, model_card, pretrained_card
+from eva_rl.adapters.validation import ADAPTER_FILES, ADAPTER_FOLDER
 from eva_rl.agents import DecisionTransformerPolicy
 from eva_rl.agents.huggingface import COMPANION_FILE, CONFIG_FILE, PICKLE_FILE, export_huggingface
 from eva_rl.agents.policy_folder import HUB_ID, POLICY_FILE, WEIGHTS_FILE, find_policy, write_policy_files

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from eva_rl.adapters.attach import AttachedAdapter, attach_adapter, base_weights, count_parameters
     from eva_rl.adapters.eva_init import Rollouts, compute_eva, input_moments, second_moments
     from eva_rl.adapters.extensions import ADAPTER_NAME, initial_rank
-    from eva_rl.adapters.folders import adapter_bytes, find_adapter, load_policy, save_adapted_policy
+    from eva_rl.adapters.folders import adapter_bytes, load_policy, save_adapted_policy
     from eva_rl.adapters.gain import LayerStart, measure_start, rotate, set_gain
     from eva_rl.adapters.layers import rank_limits, target_layers
     from eva_rl.adapters.methods import (
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     )
     from eva_rl.adapters.refresh import Refresh, refresh_directions, subspace_overlap
     from eva_rl.adapters.switching import AdaptedPolicy, Adapters
+    from eva_rl.adapters.validation import find_adapter
 
 __all__ = [
     "ADAPTER_NAME",
@@ -91,7 +92,7 @@ __getattr__ = lazy_names(
         "check_gain": "eva_rl.adapters.methods",
         "compute_eva": "eva_rl.adapters.eva_init",
         "count_parameters": "eva_rl.adapters.attach",
-        "find_adapter": "eva_rl.adapters.folders",
+        "find_adapter": "eva_rl.adapters.validation",
         "find_method": "eva_rl.adapters.methods",
         "initial_rank": "eva_rl.adapters.extensions",
         "input_moments": "eva_rl.adapters.eva_init",

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from eva_rl.adapters.extensions import ADAPTER_NAME
 from eva_rl.errors import UserError
 from eva_rl.eva import EvaResult, compute
-from eva_rl.eva.targets import find_layers
+from eva_rl.eva.targets import find_layers, without_wrappers
 
 
 def attach_eva(
@@ -65,7 +66,7 @@ def attach_eva(
             stacklevel=2,
         )
     if isinstance(batches, EvaResult):
-        result = batches
+        result = _given(batches, options | {"rho": rho, "tau": tau})
     else:
         exact = "(?:" + "|".join(re.escape(name) for name in chosen) + ")"
         # exact moments, while memory_budget lasts: sketches capture less where the spectrum is flat
@@ -74,10 +75,20 @@ def attach_eva(
     if missing := [name for name in chosen if name not in result.layers]:
         raise UserError(f"The EVA result has no layer {missing[0]!r}. Compute it for the targets of lora_config.")
     ranks = {name: rank for name, rank in result.ranks.items() if name in chosen}
-    final = _final_config(lora_config, ranks, result, others)
+    every = [name for name, _ in model.named_modules()]
+    final = _final_config(lora_config, ranks, result, others, every)
     peft_model = get_peft_model(model, final, adapter_name=adapter_name)
     _init_lora_a(peft_model, {name: result.layers[name].components for name in ranks}, adapter_name)
     return peft_model
+
+
+def _given(result: EvaResult, options: Mapping[str, Any]) -> EvaResult:
+    if further := [name for name, value in options.items() if value is not None]:
+        raise UserError(
+            f"batches is an EvaResult, which was computed with options of its own: {', '.join(further)} would have no "
+            "effect. Give them to eva_rl.eva.compute, or batches of data here."
+        )
+    return result
 
 
 def targeted_layers(model: nn.Module, lora_config: LoraConfig) -> list[str]:
@@ -108,6 +119,8 @@ def _without_adapters(model: nn.Module) -> None:
     for name, module in list(model.named_modules()):
         if isinstance(module, BaseTunerLayer):
             model.set_submodule(name, module.get_base_layer())
+        elif isinstance(module, AuxiliaryTrainingWrapper):  # of modules_to_save, which task_type adds to
+            model.set_submodule(name, module.original_module)
     if hasattr(model, "peft_config"):
         del model.peft_config
 
@@ -117,6 +130,11 @@ def _check(model: nn.Module, config: LoraConfig) -> None:
         raise UserError(f"lora_config is a {type(config).__name__}; expected peft.LoraConfig.")
     if isinstance(model, PeftModel) or any(".lora_" in name for name, _ in model.named_parameters()):
         raise UserError("This model has an adapter already. Merge or unload it first, or give the model without it.")
+    if without_wrappers(model) is not model:
+        raise UserError(
+            f"The model is wrapped in {type(model).__name__}, into which PEFT does not look. Give the module inside, "
+            "and wrap what attach_eva returns."
+        )
     if config.rank_pattern or config.alpha_pattern:
         raise UserError(
             "EVA chooses the ranks: leave rank_pattern and alpha_pattern out of lora_config; set r and rho."
@@ -135,18 +153,28 @@ def _settings(config: LoraConfig, rho: float | None, tau: float | None) -> dict[
     return settings
 
 
-def _final_config(config: LoraConfig, ranks: Mapping[str, int], result: EvaResult, others: Sequence[str]) -> LoraConfig:
+def _final_config(
+    config: LoraConfig, ranks: Mapping[str, int], result: EvaResult, others: Sequence[str], every: Sequence[str]
+) -> LoraConfig:
     final = copy.deepcopy(config)
     root = 0.5 if config.use_rslora else 1.0  # rsLoRA divides by the root of the rank
     scaled = {n: config.lora_alpha * (rank / config.r) ** root for n, rank in ranks.items()}
     alphas = scaled if result.options.keep_scale else {}
-    final.target_modules = "|".join(re.escape(name) for name in [*ranks, *others])
-    # the pattern says it all, and PEFT refuses others beside it
+    final.target_modules = _exactly([*ranks, *others], every)
+    # the names say it all, and PEFT refuses others beside a pattern
     final.layers_to_transform = final.layers_pattern = final.exclude_modules = None
     final.rank_pattern = {"^" + re.escape(name): rank for name, rank in ranks.items() if rank != config.r}
     final.alpha_pattern = {"^" + re.escape(n): a for n, a in alphas.items() if ranks[n] != config.r}
     final.init_lora_weights, final.eva_config = True, None
     return final
+
+
+def _exactly(names: Sequence[str], every: Sequence[str]) -> list[str] | str:
+    """The names, or a pattern where PEFT, which takes names for endings, would find more than them."""
+    endings = tuple("." + name for name in names)
+    if any(name.endswith(endings) for name in every):
+        return "|".join(re.escape(name) for name in names)
+    return list(names)
 
 
 def _init_lora_a(model: PeftModel, components: Mapping[str, Tensor], adapter_name: str) -> None:

@@ -112,6 +112,7 @@ def attach_adapter(  # noqa: PLR0913 - PEFT's names for what a user may set
     limits = rank_limits(network, chosen, rank, targets, rank_caps)
     eva = None if eva is None else _complete(capped(eva, limits), limits)
     if chosen.adalora:
+        _check_directions(eva, initial_rank(rank))
         peft_config: PeftConfig = _adalora_config(list(limits), rank, alpha, dropout, total_updates)
     elif chosen.miss:
         peft_config = _miss_config(list(limits), rank, dropout)
@@ -121,6 +122,7 @@ def attach_adapter(  # noqa: PLR0913 - PEFT's names for what a user may set
     if eva is not None:
         _init_lora_A(model, eva.state_dict())
     model.to(policy.device)
+    network.train(network.training)  # PEFT's new layers begin in training mode
     fuse_where_faster(network)
     if dropout:
         log.warning("adapter.dropout=%g: the low-rank layers train as PEFT computes them, which takes longer.", dropout)
@@ -153,6 +155,17 @@ def _complete(eva: EvaResult, limits: Mapping[str, int]) -> EvaResult:
     if missing := [name for name in limits if name not in eva.layers]:
         raise UserError(f"EVA found no directions for {', '.join(missing[:3])}. Compute it with the same targets.")
     return eva
+
+
+def _check_directions(eva: EvaResult | None, needed: int) -> None:
+    """AdaLoRA has one rank for all layers."""
+    for name, layer in {} if eva is None else eva.layers.items():
+        if layer.rank != needed:
+            raise UserError(
+                f"AdaLoRA begins with rank {needed} in every layer, and EVA found {layer.rank} directions for {name}. "
+                f"Compute it with rank={needed} and rho=1; where the data have no more directions, lower adapter.rank "
+                "or leave the layer out of adapter.targets."
+            )
 
 
 def _attached(

@@ -11,20 +11,25 @@ from torch import Tensor
 
 from eva_rl.adapters.attach import AttachedAdapter, base_weights, refuse_merged
 from eva_rl.adapters.extensions import ADAPTER_NAME, WEIGHTS_FILE, RewrittenBase, keep_live_ranks
-from eva_rl.adapters.switching import CONFIG_FILE, ORIGIN_FILE, AdaptedPolicy
+from eva_rl.adapters.switching import AdaptedPolicy
+from eva_rl.adapters.validation import (
+    ADAPTER_FILES,
+    ADAPTER_FOLDER,
+    CONFIG_FILE,
+    ORIGIN_FILE,
+    has_adapter_files,
+)
 from eva_rl.agents.huggingface.options import ImportOptions
 from eva_rl.agents.policy import DecisionTransformerPolicy
-from eva_rl.agents.policy_folder import POLICY_FILE, find_policy, read_policy, weights_digest, write_policy_files
+from eva_rl.agents.policy_folder import find_policy, read_policy, weights_digest, write_policy_files
 from eva_rl.errors import UserError
-from eva_rl.files import check_files, expanded, read_json, sealed, write_folder, write_json
+from eva_rl.files import expanded, sealed, write_folder, write_json
 
-ADAPTER_FOLDER = "adapter"
-ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE, ORIGIN_FILE)
 CARD_FILE = "README.md"
 
 
 def save_adapted_policy(
-    folder: Path, policy: DecisionTransformerPolicy, adapter: AttachedAdapter, model_card: str
+    folder: str | Path, policy: DecisionTransformerPolicy, adapter: AttachedAdapter, model_card: str
 ) -> None:
     """Write base policy, adapter and model card, completely or not at all.
 
@@ -41,6 +46,7 @@ def save_adapted_policy(
         UserError: An adapter is merged into the weights: the base would hold it, too.
     """
     refuse_merged(policy.network)
+    folder = expanded(folder)
     weights = base_weights(policy.network, adapter)
 
     def write(aside: Path) -> None:
@@ -117,47 +123,25 @@ def load_policy(
             base acts alone until ``policy.adapters.use(name)``.
 
     Raises:
-        UserError: No such policy, or its files are damaged or do not fit each other.
+        UserError: No such policy, its files are damaged or do not fit each other, or ``merge`` with ``adapters``.
     """
+    if merge and adapters:
+        raise UserError(
+            f"merge=True leaves open which of the adapters is merged ({', '.join(adapters)}). Leave it out, then call "
+            "policy.adapters.use(NAME) and policy.adapters.merge_and_unload()."
+        )
     folder = find_policy(str(name_or_path))
     policy = AdaptedPolicy(read_policy(folder, options))
     if not merge:  # merged weights are computed on the CPU: the same for every device
         policy.to(device)  # whose kind decides whether layers are fused
     found = policy.adapters
-    if _has_adapter(folder):
+    if has_adapter_files(folder):
         found.add(ADAPTER_NAME, folder / ADAPTER_FOLDER, is_trainable=is_trainable)
     for name, path in (adapters or {}).items():
-        found.add(name, find_adapter(path))
+        found.add(name, path, is_trainable=is_trainable)
     if merge:
         found.merge_and_unload()
     elif adapters:
         found.use(None)
     policy.network.eval()
     return policy.to(device)
-
-
-def find_adapter(path: str | Path) -> Path:
-    """Folder of an adapter, given it, a policy folder, a run directory or a hub id.
-
-    Raises:
-        UserError: There is none.
-    """
-    given = expanded(path)
-    if (given / CONFIG_FILE).is_file():
-        return given
-    folder = find_policy(str(path))
-    if not _has_adapter(folder):
-        raise UserError(f"{path} holds no adapter. Expected a run of an adapter method, or an adapter's folder.")
-    return folder / ADAPTER_FOLDER
-
-
-def _has_adapter(folder: Path) -> bool:
-    """Whether a policy folder has an adapter, by its files and by what it says of itself."""
-    path = folder / POLICY_FILE
-    record = read_json(path) if path.exists() else {}
-    if (folder / ADAPTER_FOLDER).is_dir():
-        check_files(record, folder, [f"{ADAPTER_FOLDER}/{name}" for name in ADAPTER_FILES], path)
-        return True
-    if record.get("adapter"):
-        raise UserError(f"{folder} is incomplete: its folder {ADAPTER_FOLDER}/ is missing. Save or copy it again.")
-    return False

@@ -29,7 +29,7 @@ from eva_rl.agents.transformer import Attention
 
 ADALORA_EPSILON = 1e-5
 """PEFT divides AdaLoRA's update by the rank plus this."""
-_Versions = tuple[float, tuple[tuple[int, int], ...]]
+_Versions = tuple[float, tuple[tuple[int, int, float], ...]]
 
 
 @dataclass(frozen=True)
@@ -203,9 +203,9 @@ class _Fused:
         raise NotImplementedError
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Apply the layer to (..., in)."""
+        """Apply the layer to (..., in); where its base weight is trained, too, as PEFT does."""
         layer = None if args or kwargs else self.low_rank()
-        if layer is None:
+        if layer is None or (layer.weight.requires_grad and torch.is_grad_enabled()):
             result: Tensor = super().forward(x, *args, **kwargs)  # type: ignore[misc]  # PEFT's
             return result
         if torch.is_grad_enabled():
@@ -218,11 +218,14 @@ class _Fused:
         self._kept = None
 
     def _effective_weight(self, layer: LowRank) -> Tensor:
-        """W' (out, in), composed again only where a parameter or the scale has changed since the last call."""
+        """W' (out, in), composed again only where a parameter or the scale has changed since the last call.
+
+        On a GPU, where a look at the values would make the CPU wait, a change past the version counter is not noticed.
+        """
         if torch.compiler.is_compiling():
             return layer.composed()[0]
-        scale = self.scaling[self.active_adapters[0]]
-        versions = scale, tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in self._sources())
+        scale, weight = self.scaling[self.active_adapters[0]], layer.weight
+        versions = scale, tuple(_age(t, look=not (t is weight or t.is_cuda)) for t in self._sources())
         if self._kept is None or self._kept[0] != versions:
             with torch.autocast(layer.weight.device.type, enabled=False):
                 self._kept = versions, layer.composed()[0]
@@ -237,6 +240,12 @@ class _Fused:
         """As PEFT's, which writes to the base weight past its version counter."""
         self.forget()
         super().unmerge()  # type: ignore[misc]  # PEFT's
+
+
+def _age(tensor: Tensor, *, look: bool) -> tuple[int, int, float]:
+    """What tells a tensor from itself before a change; with a look at its values also where its version does not."""
+    content = float(tensor.detach().sum()) if look else 0.0
+    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version, content
 
 
 class FusedLoraLinear(_Fused, LoraLinear):  # type: ignore[misc]  # PEFT is untyped
@@ -289,7 +298,8 @@ class FusedAttention(Attention):
         projections = (self.q_proj, self.k_proj, self.v_proj)
         layers = [m.low_rank() if isinstance(m, _Fused) and not _hooked(m) else None for m in projections]
         found = [layer for layer in layers if layer is not None]
-        if queries != slice(None) or len(found) < 3 or not torch.is_grad_enabled():
+        trained = any(layer.weight.requires_grad for layer in found)
+        if queries != slice(None) or len(found) < 3 or trained or not torch.is_grad_enabled():
             return super().project(x, queries)
         for module in projections:
             module.forget()  # type: ignore[operator]  # fused, as each has a low-rank layer

@@ -106,7 +106,19 @@ def _checked(method: Method, rank: int, limits: dict[str, int]) -> dict[str, int
 
 
 def capped(eva: EvaResult, limits: Mapping[str, int]) -> EvaResult:
-    """EVA's result with no layer above its limit; what is cut off goes to no other layer."""
+    """EVA's result with no layer above its limit; what is cut off goes to no other layer.
+
+    Raises:
+        UserError: The directions of a layer that has too many were mixed: none of them can go.
+    """
+    mixed = eva.options.variant in {"rotate", "permute"}
+    if mixed and (
+        cut := [name for name, limit in limits.items() if name in eva.layers and eva.layers[name].rank > limit]
+    ):
+        raise UserError(
+            f"variant={eva.options.variant} mixes all {eva.layers[cut[0]].rank} directions of {cut[0]}, which takes "
+            f"{limits[cut[0]]} at most. Leave it out of adapter.targets or adapter.rank_caps, or lower adapter.rank."
+        )
     return replace(eva, layers={name: _cut(eva, layer, limits.get(name, 0)) for name, layer in eva.layers.items()})
 
 

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
+from torch import nn
 
 from eva_rl.adapters.attach import AttachedAdapter, base_weights, extension_of, is_merged, refuse_merged
 from eva_rl.adapters.methods import METHODS
-from eva_rl.adapters.validation import CONFIG_FILE, ORIGIN_FILE, changed_weights, check_adapter, read_origin
+from eva_rl.adapters.validation import changed_weights, check_adapter, find_adapter, read_origin
 from eva_rl.agents.policy import DecisionTransformerPolicy
 from eva_rl.agents.policy_folder import weights_digest
 from eva_rl.agents.weights import first_line
@@ -22,8 +23,6 @@ from eva_rl.errors import UnknownNameError, UserError
 
 if TYPE_CHECKING:
     from peft import PeftModel
-
-__all__ = ["CONFIG_FILE", "ORIGIN_FILE", "AdaptedPolicy", "Adapters"]
 
 
 class AdaptedPolicy(DecisionTransformerPolicy):
@@ -71,23 +70,25 @@ class Adapters:
         """The adapter at work; None where the base acts alone."""
         return self._active
 
-    def add(self, name: str, folder: Path, *, is_trainable: bool = False) -> None:
+    def add(self, name: str, path: str | Path, *, is_trainable: bool = False) -> None:
         """Load an adapter and activate it; its target return applies to its task.
 
         Args:
             name: To call it by.
-            folder: As PEFT writes it.
+            path: Its folder as PEFT writes it, or a policy folder, a run directory or a hub id with an adapter.
             is_trainable: Whether it is going to be trained: its parameters ask for gradients while it acts.
 
         Raises:
             UserError: A file is missing or damaged, it was made for another base, its shapes are others, or the name
-                is taken.
+                is taken or none that PyTorch takes.
         """
         from eva_rl.adapters.fused import fuse_where_faster
 
         if name in self._origins:
             raise UserError(f"The policy has an adapter {name!r} already. Give this one another name.")
+        _check_name(name)
         self._refuse_merged()
+        folder = find_adapter(path)
         origin = read_origin(folder)
         if origin.get("base_sha256", self._base) != self._base:
             raise UserError(
@@ -97,6 +98,7 @@ class Adapters:
         check_adapter(self._policy.network, folder)
         with self._base_kept(name, folder), _fitting(folder):
             self._read(name, folder, is_trainable)
+        self._policy.network.train(self._policy.network.training)  # PEFT's new layers begin in training mode
         fuse_where_faster(self._policy.network)
         self._origins[name] = origin
         if origin.get("target_return") is not None:
@@ -147,7 +149,8 @@ class Adapters:
     def use(self, name: str | None) -> None:
         """Let an adapter act, with its own target return for its task; None lets the base act alone.
 
-        A target return that was set by other means than an adapter stays as it is.
+        A target return that was set by other means than an adapter stays as it is, and the base alone is asked for
+        what the last adapter was asked for on its task.
 
         Raises:
             UnknownNameError: There is none of that name.
@@ -173,7 +176,7 @@ class Adapters:
 
     @contextmanager
     def off(self) -> Iterator[None]:
-        """The base alone, inside the ``with`` block."""
+        """The base alone, inside the ``with`` block, asked for the same returns as the adapter that acted before."""
         before = self._active
         self.use(None)
         try:
@@ -216,10 +219,14 @@ class Adapters:
         return ordered
 
     def merge(self) -> None:
-        """Add the active adapter to the base weights, in place: no extra work per step; :meth:`unmerge` undoes it."""
+        """Add the active adapter to the base weights, in place: no extra work per step; :meth:`unmerge` undoes it.
+
+        Raises:
+            UserError: None of the adapters is active, or one is merged already.
+        """
         self._refuse_merged()
-        if self._model is not None and self._active is not None:
-            self._model.merge_adapter([self._active])
+        if self._model is not None:
+            self._model.merge_adapter([self._chosen()])
 
     def unmerge(self) -> None:
         """Take a merged adapter out of the base weights again, to rounding."""
@@ -227,14 +234,15 @@ class Adapters:
             self._model.unmerge_adapter()
 
     def merge_and_unload(self) -> None:
-        """Add the active adapter to the base weights for good, and forget all of them."""
+        """Add the active adapter to the base weights for good, and forget all of them.
+
+        Raises:
+            UserError: None of the adapters is active, or one is merged already.
+        """
         self._refuse_merged()
         if self._model is None:
             return
-        if self._active is None:
-            self._model.unload()
-        else:
-            self._model.merge_and_unload(adapter_names=[self._active])
+        self._model.merge_and_unload(adapter_names=[self._chosen()])
         self._model, self._active, self._origins = None, None, {}
         self._base = weights_digest(base_weights(self._policy.network))
 
@@ -250,11 +258,33 @@ class Adapters:
         method = METHODS.get(next(iter(self._origins.values())).get("method", ""), METHODS["lora"])
         return AttachedAdapter(method, self._model, None, extension_of(method, self._model) if method.plus else None)
 
+    def _chosen(self) -> str:
+        """The active adapter.
+
+        Raises:
+            UserError: The base acts alone.
+        """
+        if self._active is None:
+            raise UserError(
+                f"No adapter is active that could be merged. Call use(NAME) first: {', '.join(self.names)}."
+            )
+        return self._active
+
     def _off(self) -> bool:
         return any(getattr(module, "disable_adapters", False) for module in self._policy.network.modules())
 
     def _refuse_merged(self) -> None:
         refuse_merged(self._policy.network, self._active or "")
+
+
+def _check_name(name: str) -> None:
+    try:
+        nn.ModuleDict({name: nn.Identity()})  # where PEFT keeps it
+    except (KeyError, TypeError) as error:
+        raise UserError(
+            f"{name!r} cannot be the name of an adapter ({first_line(error)}). Expected a word without dots that is no "
+            "attribute of torch.nn.ModuleDict."
+        ) from error
 
 
 @contextmanager

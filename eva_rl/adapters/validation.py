@@ -1,4 +1,4 @@
-"""An adapter's files, checked before PEFT sees them: they may add to the base weights, and change nothing else."""
+"""An adapter's files, found and checked before PEFT sees them: they may add to the base, and change nothing else."""
 
 from __future__ import annotations
 
@@ -10,14 +10,18 @@ from typing import Any
 from torch import Tensor, nn
 
 from eva_rl.adapters.extensions import WEIGHTS_FILE
+from eva_rl.agents.policy_folder import POLICY_FILE, find_policy
 from eva_rl.agents.weights import read_safetensors, value_problems
 from eva_rl.errors import UserError
-from eva_rl.files import check_files, check_seal, read_json
+from eva_rl.files import check_files, check_seal, expanded, read_json
 from eva_rl.schema import DIGEST, Boolean, Either, Integer, ListOf, MapOf, Number, OneOf, Optional, Record, Text
 
 CONFIG_FILE = "adapter_config.json"
 ORIGIN_FILE = "eva_rl.json"
 """Beside PEFT's files: the method, the base that the adapter fits, the task and what to ask for there."""
+ADAPTER_FOLDER = "adapter"
+"""Inside a policy folder."""
+ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE, ORIGIN_FILE)
 PREFIX = "base_model.model."
 LARGEST_RANK = 2**16
 
@@ -66,6 +70,37 @@ ORIGIN = Record(
         "sha256": Text(DIGEST),
     },
 )
+
+
+def find_adapter(path: str | Path) -> Path:
+    """Folder of an adapter, given it, a policy folder, a run directory or a hub id.
+
+    Raises:
+        UserError: There is none.
+    """
+    given = expanded(path)
+    if any((given / name).is_file() for name in ADAPTER_FILES):
+        return given
+    folder = find_policy(str(path))
+    if not has_adapter_files(folder):
+        raise UserError(f"{path} holds no adapter. Expected a run of an adapter method, or an adapter's folder.")
+    return folder / ADAPTER_FOLDER
+
+
+def has_adapter_files(folder: Path) -> bool:
+    """Whether a policy folder has an adapter, by its files and by what it says of itself.
+
+    Raises:
+        UserError: A file of the adapter is missing or damaged.
+    """
+    path = folder / POLICY_FILE
+    record = read_json(path) if path.exists() else {}
+    if (folder / ADAPTER_FOLDER).is_dir():
+        check_files(record, folder, [f"{ADAPTER_FOLDER}/{name}" for name in ADAPTER_FILES], path)
+        return True
+    if record.get("adapter"):
+        raise UserError(f"{folder} is incomplete: its folder {ADAPTER_FOLDER}/ is missing. Save or copy it again.")
+    return False
 
 
 def read_origin(folder: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -161,7 +162,10 @@ class _Feed:
         given = self.mask
         if given is None:
             return self.statistics.masked_as(batch)
-        return self.statistics.masked(functools.partial(given, batch) if takes_layer(given) else given(batch))
+        if takes_layer(given):
+            return self.statistics.masked(functools.partial(given, batch))
+        mask = given(batch)
+        return self.statistics.masked(torch.as_tensor(mask) if isinstance(mask, np.ndarray | list) else mask)
 
 
 def _run(feed: _Feed, max_batches: int, options: EvaOptions) -> Stopped:

@@ -22,6 +22,8 @@ from eva_rl.eva.options import Method
 
 NOISE_FLOOR = 1e-7
 """Directions with less of the variance than this are rounding noise of float32 products around the shift, not data."""
+SKETCH_FLOOR = 1e-6
+"""The same for a sketch, where the shift of :func:`nystrom` adds up over its refinements."""
 ROUNDING_FLOOR = 1e-12
 """The same as a share of the uncentred second moment: float32 rounds x itself by up to 6e-8 x."""
 Part = Literal["first", "second", "all"]
@@ -74,7 +76,8 @@ def gram(sums: Sums, part: Part, center: bool) -> Gram:
     core = _select(sums.core, part) if dense or part != "all" else torch.cat(sums.core.unbind(1), dim=-1)
     mean = linear / count.clamp(min=1).sqrt()[:, None]  # sqrt(n) m, so that its square is n m m^T
     spread = (square - mean.square().sum(-1)).clamp(min=0)
-    noise = torch.maximum(NOISE_FLOOR * spread, ROUNDING_FLOOR * square)
+    floor = SKETCH_FLOOR if sums.method == "sketch" else NOISE_FLOOR
+    noise = torch.maximum(floor * spread, ROUNDING_FLOOR * square)
     if not center:
         return Gram(core, dense, square, count, noise)
     core = core - mean[:, :, None] * mean[:, None, :] if dense else downdate(core, mean)

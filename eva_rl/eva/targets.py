@@ -15,8 +15,8 @@ from eva_rl.errors import UnknownNameError, UserError
 # The paper adapts "all pre-trained weight matrices except for the embedding layer" (arXiv 2410.07170, section 4);
 # heads are left out as well because a new task usually brings a new one.
 _EMBEDDING_OR_HEAD = re.compile(
-    r"(embed|embedding|embeddings|wte|wpe|lm_head|embed_out|head|heads|score|classifier|predict|predictions|pooler)"
-    r"(_.*)?"
+    r"(embed|embedding|embeddings|wte|wpe|embed_out|score|classifier|predict|predictions|pooler"
+    r"|((action|classification|cls|lm|policy|prediction|q|return|reward|state|value)_)?heads?)(_.*)?"
 )
 _WRAPPERS = {
     "OptimizedModule": "_orig_mod",

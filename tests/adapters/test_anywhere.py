@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import AdaLoraConfig, EvaConfig, LoraConfig, PeftModel
@@ -23,8 +25,14 @@ from transformers import (
 
 import eva_rl
 from eva_rl import eva
-from eva_rl.adapters import attach_eva
+from eva_rl.adapters import attach_eva, load_policy
+from eva_rl.adapters.anywhere import targeted_layers
+from eva_rl.agents import save_policy
+from eva_rl.data import Trajectories
 from eva_rl.errors import UserError
+from eva_rl.eva.targets import find_layers
+from tests.adapters.making import batches
+from tests.conftest import make_policy
 from tests.eva.reference import all_rows, exact
 
 DOCS = Path(__file__).parents[2] / "docs" / "anywhere.md"
@@ -206,3 +214,54 @@ def test_the_code_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert isinstance(names["again"], PeftModel)
     assert (tmp_path / "trained" / "adapter" / "adapter_model.safetensors").is_file()
     assert any(p.abs().max() > 0 for n, p in names["agent"].policy.named_parameters() if "lora_B" in n), "PPO trains B"
+
+
+def test_the_package_loads_what_it_attached(tmp_path: Path, reach_demonstrations: Trajectories) -> None:
+    """Layers are named one by one, which any loader takes, where no name is the ending of another."""
+    save_policy(tmp_path / "base", make_policy())
+    policy = make_policy()
+    data = [next(batches(policy, reach_demonstrations)) for _ in range(2)]
+    adapted = attach_eva(policy.network, LoraConfig(r=4, target_modules=["q_proj", "v_proj"]), data)
+    adapted.save_pretrained(str(tmp_path / "eva"))
+    loaded = load_policy(tmp_path / "base", adapters={"eva": tmp_path / "eva"})
+    found = loaded.network.blocks[0].attention.q_proj.lora_A["eva"].weight
+    assert torch.equal(found, policy.network.blocks[0].attention.q_proj.lora_A["default"].weight)
+
+
+def test_options_that_would_have_no_effect_are_refused() -> None:
+    model = Named()
+    result = eva.compute(model, [torch.randn(8, 6) for _ in range(2)], rank=2)
+    config = LoraConfig(r=2, target_modules=["proj"])
+    with pytest.raises(UserError, match="options of its own: center, rho would have no effect"):
+        attach_eva(model, config, result, rho=2.0, center=True)
+    attach_eva(model, config, result)
+
+
+def test_a_wrapped_model_is_refused_by_what_wraps_it() -> None:
+    compiled: Any = torch.compile(Named())
+    with pytest.raises(UserError, match="wrapped in OptimizedModule"):
+        attach_eva(compiled, LoraConfig(r=2, target_modules=["proj"]), [])
+
+
+def test_looking_for_layers_leaves_the_model_as_it_was() -> None:
+    """Also where PEFT adds a copy of a head that its task type trains."""
+    model = nn.Sequential(OrderedDict(proj=nn.Linear(4, 4), score=nn.Linear(4, 2)))
+    model.prepare_inputs_for_generation = None  # type: ignore[assignment]  # PEFT asks for it
+    before = list(model.state_dict())
+    assert targeted_layers(model, LoraConfig(target_modules=["proj"], task_type="SEQ_CLS")) == ["proj"]
+    assert list(model.state_dict()) == before
+
+
+@pytest.mark.parametrize("kind", [np.asarray, Tensor.tolist])
+def test_a_mask_may_be_an_array_or_a_list(kind: Any) -> None:
+    data = [torch.randn(3, 5, 6) for _ in range(2)]
+    kept = torch.arange(5).expand(3, 5) < 2
+    found = eva.compute(Named(), data, rank=2, mask=lambda _: kind(kept))
+    cut = eva.compute(Named(), [x[:, :2] for x in data], rank=2)
+    assert found.layers["proj"].rows == cut.layers["proj"].rows == 12
+
+
+@pytest.mark.parametrize("name", ["action_head", "lm_head", "value_head", "heads", "head_0"])
+def test_heads_are_left_out(name: str) -> None:
+    model = nn.ModuleDict({name: nn.Linear(4, 2), "multi_head_attention": nn.Linear(4, 4)})
+    assert [layer.name for layer in find_layers(model)] == ["multi_head_attention"]

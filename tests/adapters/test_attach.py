@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -21,7 +21,8 @@ from eva_rl.training.bc import train_bc
 from eva_rl.training.checkpoint import Checkpoints
 from eva_rl.training.losses import clone_loss
 from eva_rl.training.options import BCOptions
-from tests.adapters.making import REWRITING, UPDATES, attached, measure, sampler, train, usual_first
+from tests.adapters.making import RANK, REWRITING, UPDATES, attached, measure, sampler, train, usual_first
+from tests.adapters.test_folders import windows
 from tests.conftest import make_policy
 
 
@@ -231,3 +232,35 @@ def test_on_a_gpu(method: str, tmp_path: Path, reach_demonstrations: Trajectorie
 def low_rank_classes(network: nn.Module) -> dict[str, type[nn.Module]]:
     """Whether PEFT's layers are fused, by name."""
     return {name: type(module) for name, module in network.named_modules() if isinstance(module, BaseTunerLayer)}
+
+
+@pytest.mark.parametrize("method", ["pissa", "olora"])
+def test_a_policy_acts_as_before_though_its_adapter_has_dropout(
+    method: str, reach_demonstrations: Trajectories
+) -> None:
+    """PEFT's new layers are in training mode, where dropout would hit what the base no longer holds."""
+    policy, batch = make_policy(), windows(reach_demonstrations)
+    before = policy.network(batch).detach()
+    attached(method, reach_demonstrations, policy=policy, dropout=0.5)
+    assert not policy.network.training
+    torch.testing.assert_close(policy.network(batch), before, rtol=1e-4, atol=1e-5)
+
+
+def test_adalora_without_enough_directions_leaves_the_policy_alone(reach_demonstrations: Trajectories) -> None:
+    policy = make_policy()
+    found = measure(policy, reach_demonstrations, rank=RANK)
+    with pytest.raises(UserError, match=r"begins with rank 6 in every layer, and EVA found 4 directions.*rank=6"):
+        attach_adapter(policy, "eva_adalora", rank=RANK, eva=found, total_updates=9)
+    attach_adapter(policy, "lora", rank=RANK)
+
+
+@pytest.mark.parametrize("variant", ["rotate", "permute"])
+def test_directions_that_are_mixed_are_not_cut(
+    variant: Literal["rotate", "permute"], reach_demonstrations: Trajectories
+) -> None:
+    """The first few of a rotation are not the leading ones."""
+    policy = make_policy()
+    found = measure(policy, reach_demonstrations, variant=variant)
+    with pytest.raises(UserError, match=f"variant={variant} mixes all 4 directions of .*q_proj, which takes 2 at most"):
+        attach_adapter(policy, "eva", rank=RANK, eva=found, rank_caps={"q_proj": 2})
+    attach_adapter(policy, "eva", rank=RANK, eva=found)

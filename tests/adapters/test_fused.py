@@ -326,3 +326,38 @@ def test_pefts_classes_come_back(reach_demonstrations: Trajectories) -> None:
     unfuse(policy.network)
     assert {type(m) for m in policy.network.modules() if hasattr(m, "lora_A")} == {LoraLinear}
     assert fuse(policy.network) == 12
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "adalora"])
+def test_weights_written_past_their_version_are_seen(
+    method: str, reach_demonstrations: Trajectories, batch: WindowBatch
+) -> None:
+    """``.data`` moves no version: an average of weights, or a target network, is often updated so."""
+    policy = trained_a_little(method, reach_demonstrations)
+    observations, rewards, starts = np.ones((2, 39), np.float32), np.zeros(2, np.float32), np.ones(2, bool)
+
+    def acts() -> np.ndarray:
+        policy.reset(["reach"] * 2)
+        return policy.act(observations, rewards, starts)
+
+    with torch.no_grad():
+        before, acted = policy.network(batch), acts()
+        for name, parameter in policy.network.named_parameters():
+            if ".lora_B." in name:
+                parameter.data.mul_(-1)
+        after = policy.network(batch)
+        assert (after - before).abs().max() > 1e-3
+        assert np.abs(acts() - acted).max() > 1e-3
+        unfuse(policy.network)
+        torch.testing.assert_close(after, policy.network(batch), rtol=1e-4, atol=1e-5)
+
+
+def test_a_base_that_is_trained_too_gets_its_gradient(reach_demonstrations: Trajectories, batch: WindowBatch) -> None:
+    policy = trained_a_little("lora", reach_demonstrations)
+    policy.network.requires_grad_(True)
+    _, found = gradients(policy, batch)
+    assert unfuse(policy.network) == 12
+    _, expected = gradients(policy, batch)
+    assert found.keys() == expected.keys() == dict(policy.network.named_parameters()).keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-5 * float(gradient.abs().max()))

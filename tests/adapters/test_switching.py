@@ -258,3 +258,59 @@ def test_choose_the_adapter_that_fits(tmp_path: Path, reach_demonstrations: Traj
     )
     with pytest.raises(UserError, match="no adapters to choose from"):
         load_policy(tmp_path / "base").adapters.choose("reach-v3")
+
+
+def test_merging_asks_which_where_none_acts(tmp_path: Path, reach_demonstrations: Trajectories) -> None:
+    trained("lora", reach_demonstrations, tmp_path / "push")
+    save_policy(tmp_path / "base", make_policy())
+    policy = load_policy(tmp_path / "base", adapters={"push": tmp_path / "push"})
+    for merge in (policy.adapters.merge, policy.adapters.merge_and_unload):
+        with pytest.raises(UserError, match=r"No adapter is active.*use\(NAME\) first: push"):
+            merge()
+    assert policy.adapters.names == ("push",)
+    with pytest.raises(UserError, match=r"which of the adapters is merged \(push\)\. Leave it out"):
+        load_policy(tmp_path / "base", merge=True, adapters={"push": tmp_path / "push"})
+
+
+def test_named_adapters_can_be_trained_further(tmp_path: Path, reach_demonstrations: Trajectories) -> None:
+    trained("lora", reach_demonstrations, tmp_path / "push")
+    save_policy(tmp_path / "base", make_policy())
+    policy = load_policy(tmp_path / "base", adapters={"push": tmp_path / "push"}, is_trainable=True)
+    policy.adapters.use("push")
+    batch = windows(reach_demonstrations)
+    before = acted(policy, batch)
+    train(policy, reach_demonstrations, policy.adapters.attached())
+    assert not close(acted(policy, batch), before)
+
+
+@pytest.mark.parametrize("name", ["train", "my.adapter", ""])
+def test_a_name_that_pytorch_does_not_take_is_refused_as_such(
+    name: str, tmp_path: Path, reach_demonstrations: Trajectories
+) -> None:
+    trained("lora", reach_demonstrations, tmp_path / "policy")
+    save_policy(tmp_path / "base", make_policy())
+    with pytest.raises(UserError, match=f"{name!r} cannot be the name of an adapter"):
+        load_policy(tmp_path / "base", adapters={name: tmp_path / "policy"})
+
+
+def test_an_adapter_is_added_from_wherever_it_is(tmp_path: Path, reach_demonstrations: Trajectories) -> None:
+    expected, batch = trained("lora", reach_demonstrations, tmp_path / "run" / "policy"), windows(reach_demonstrations)
+    (tmp_path / "run" / "config.yaml").write_text("seed: 0\n")
+    save_policy(tmp_path / "base", make_policy())
+    policy = load_policy(tmp_path / "base")
+    for name, path in {"a": str(tmp_path / "run" / "policy"), "b": tmp_path / "run" / "policy" / "adapter"}.items():
+        policy.adapters.add(name, path)
+        assert close(acted(policy, batch), expected)
+
+
+def test_an_adapter_with_dropout_that_is_loaded_for_training_acts_without(
+    tmp_path: Path, reach_demonstrations: Trajectories
+) -> None:
+    policy, adapter = attached("lora", reach_demonstrations, dropout=0.5)
+    train(policy, reach_demonstrations, adapter)
+    save_adapted_policy(str(tmp_path / "policy"), policy, adapter, "")
+    save_policy(tmp_path / "base", make_policy())
+    found = load_policy(tmp_path / "base")
+    found.adapters.add("push", tmp_path / "policy", is_trainable=True)
+    batch = windows(reach_demonstrations)
+    assert torch.equal(acted(found, batch), acted(found, batch))

@@ -19,6 +19,7 @@ from eva_rl.agents.decision_transformer import TOKEN_ORDERS
 from eva_rl.agents.policy import Conditioning
 from eva_rl.agents.static_cache import static_step
 from eva_rl.batch import InputScaling, WindowBatch
+from eva_rl.errors import UserError
 from tests.adapters.making import usual_first
 from tests.conftest import make_policy as small_policy
 
@@ -307,3 +308,14 @@ def test_weights_that_change_between_steps_act_at_once(window: Literal["cached",
         for parameter in policy.network.action_head.parameters():
             parameter.zero_()
     assert not policy.act(observations, rewards, np.zeros(2, bool)).any()
+
+
+def test_an_observation_that_is_not_finite_is_refused() -> None:
+    """It would stay in the history that the next actions are chosen by."""
+    policy = make_policy(4)
+    policy.reset(["a", "b"])
+    observations = np.zeros((2, OBS), np.float32)
+    policy.act(observations, np.zeros(2, np.float32), np.ones(2, bool))
+    observations[1, 3] = np.nan
+    with pytest.raises(UserError, match=r"given nan as number 3 of environment 1's observation.*policy\.reset"):
+        policy.act(observations, np.zeros(2, np.float32), np.zeros(2, bool))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -180,3 +181,15 @@ def test_results_whose_names_differ_after_a_dot_are_two_files(tmp_path: Path) ->
     }
     assert eva.EvaResult.load(tmp_path / "push_rho1.5").options.rho == 1.5
     assert eva.EvaResult.load(tmp_path / "push_rho1.25.safetensors").options.rho == 1.25
+
+
+@pytest.mark.parametrize("method", ["moments", "sketch", "svd"])
+def test_no_direction_is_found_that_the_data_lack(method: Literal["moments", "sketch", "svd"]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.randn(3, 600, generator=generator)
+    data = [torch.randn(256, 3, generator=generator) @ mixing for _ in range(4)]
+    few = [torch.randn(2, 600, generator=generator) for _ in range(2)]
+    model = nn.Sequential(nn.Linear(600, 8))
+    for batches, expected in ((data, 3), (few, 4)):
+        found = eva.compute(model, batches, targets=["0"], rank=8, method=method, variant="whiten", tau=1)
+        assert found.layers["0"].rank == expected
