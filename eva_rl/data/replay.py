@@ -82,9 +82,9 @@ class TrajectoryReplay:
         return int(self._solved.sum())
 
     @property
-    def median_imitated_length(self) -> float:
-        """Env steps of demonstrations and solved episodes, their median; 0 where there is none."""
-        return float(np.median(self._lengths[self._imitated])) if self._imitated.any() else 0.0
+    def imitated_lengths(self) -> NDArray[np.int64]:
+        """Env steps of each demonstration and each solved episode."""
+        return self._lengths[self._imitated]
 
     @property
     def _imitated(self) -> NDArray[np.bool_]:

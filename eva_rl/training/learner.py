@@ -103,6 +103,10 @@ class Learner(ABC):
         """
         return replay.num_complete > 0
 
+    def begin_iteration(self, replay: TrajectoryReplay) -> int:
+        """How many gradient steps are taken from here on until the policy acts again."""
+        return self.options.updates_per_iteration
+
     @abstractmethod
     def explore(self, generator: torch.Generator) -> Explore:
         """How to act while learning."""

@@ -88,7 +88,7 @@ class ReplayOptions(OptimizerOptions, OnlineOptions):
 
     @property
     def total_updates(self) -> int:
-        """Gradient steps, at most."""
+        """Gradient steps, at most; those that ``updates_per_episode`` adds are not known beforehand."""
         return -(-self.env_steps // self.steps_per_iteration) * self.updates_per_iteration
 
 
@@ -107,8 +107,16 @@ class SelfImitationOptions(ReplayOptions):
     steps_per_iteration: int = option(
         2_000, "env steps of an iteration at least: rounds are played to their end", above=0
     )
-    updates_per_iteration: int = option(100, "gradient steps of an iteration in which the policy failed", above=0)
     restart: bool = option(True, "clone anew in every iteration, from the parameters before cloning, not go on")
+    updates_per_iteration: int = option(
+        100, "gradient steps of an iteration in which the policy failed; with restart=true at least so many", above=0
+    )
+    updates_per_episode: float = option(
+        4.0,
+        "restart=true: gradient steps for each demonstration and solved episode, where those are more",
+        low=0,
+        high=1000,
+    )
     batch_size: int = option(32, "windows per gradient step", above=0)
     learning_rate: float = option(1e-3, "AdamW's learning rate", above=0)
     warmup_steps: int = option(20, "gradient steps of linear learning-rate warm-up", low=0, high=MANY)

@@ -92,7 +92,13 @@ def envs_of(task: TaskEnvs) -> list[Reach]:
 
 
 def options(**others: Any) -> SelfImitationOptions:
-    own = {"env_steps": 400, "steps_per_iteration": 100, "updates_per_iteration": 2, "checkpoint_every": 100}
+    own = {
+        "env_steps": 400,
+        "steps_per_iteration": 100,
+        "updates_per_iteration": 2,
+        "updates_per_episode": 0,
+        "checkpoint_every": 100,
+    }
     return SelfImitationOptions(**{"exploration_noise": 0.8, "noise_steps": 4.0, "batch_size": 8} | own | others)
 
 
@@ -269,6 +275,14 @@ def episode(length: int, *, solved: bool = True) -> Episode:
     )
 
 
+def imitated(episodes: int) -> TrajectoryReplay:
+    """A replay with so many demonstrations."""
+    replay = TrajectoryReplay(1000, 2, 1)
+    for _ in range(episodes):
+        replay.add(episode(4), 0.0, demonstrated=True)
+    return replay
+
+
 @pytest.mark.parametrize(
     ("kinds", "lengths", "expected"),
     [
@@ -367,8 +381,13 @@ def test_a_reward_that_is_not_finite_is_refused() -> None:
 
 
 def test_the_learning_rate_falls_to_zero_in_every_iteration() -> None:
-    learner = SelfImitation(make_learner(), options(updates_per_iteration=20, warmup_steps=4))
-    rates = [learner.schedule(update) for update in range(40)]
+    chosen, replay = options(updates_per_iteration=20, warmup_steps=4), imitated(1)
+    learner, rates = SelfImitation(make_learner(), chosen), list[float]()
+    for update in range(40):
+        if update % 20 == 0:
+            assert learner.begin_iteration(replay) == 20
+        learner.update(replay, update)
+        rates.append(learner.optimizer.param_groups[0]["lr"] / chosen.learning_rate)
     assert rates[:20] == rates[20:]
     assert max(rates) == 1 == rates[4]
     assert rates[:5] == sorted(rates[:5])
@@ -377,16 +396,41 @@ def test_the_learning_rate_falls_to_zero_in_every_iteration() -> None:
     assert 0 < rates[19] < 0.02
 
 
+@pytest.mark.parametrize(
+    ("episodes", "restart", "per_episode", "expected"),
+    [
+        (3, True, 1.0, 5),
+        (12, True, 1.0, 12),
+        (12, True, 0.5, 6),
+        (7, True, 0.75, 6),
+        (12, True, 0.0, 5),
+        (12, False, 1.0, 5),
+    ],
+)
+def test_more_is_cloned_for_longer(episodes: int, restart: bool, per_episode: float, expected: int) -> None:
+    """One gradient step for each solved episode where those are more, if they are cloned anew."""
+    policy, replay = make_learner(), imitated(episodes)
+    start = {name: p.detach().clone() for name, p in policy.network.named_parameters()} if restart else None
+    chosen = options(updates_per_iteration=5, updates_per_episode=per_episode, warmup_steps=0)
+    learner = SelfImitation(policy, chosen, start=start)
+    replay.add(episode(4, solved=False), 0.0)
+    assert learner.begin_iteration(replay) == expected
+    rates = [learner.schedule(update) for update in range(expected)]
+    assert rates[0] == 1
+    assert rates == sorted(rates, reverse=True)
+    assert 0 < rates[-1] < 0.2
+
+
 def test_every_iteration_clones_anew_where_there_is_a_start() -> None:
     """What earlier iterations made of the parameters and of the optimiser's moments is gone after its first step."""
-    chosen = options(updates_per_iteration=2, learning_rate=1e-2)
-    replay = TrajectoryReplay(1000, 2, 1)
-    replay.add(episode(4), 0.0, demonstrated=True)
+    chosen, replay = options(updates_per_iteration=2, learning_rate=1e-2), imitated(1)
     start = {name: p.detach().clone() for name, p in make_learner().network.named_parameters()}
 
     def after(updates: Sequence[int], start: Mapping[str, torch.Tensor] | None) -> dict[str, torch.Tensor]:
         learner = SelfImitation(make_learner(), chosen, start=start)
         for update in updates:
+            if update % 2 == 0:
+                assert learner.begin_iteration(replay) == 2
             learner.update(replay, update)
         return {name: p.detach() for name, p in learner.parameters.items()}
 
@@ -399,8 +443,7 @@ def test_every_iteration_clones_anew_where_there_is_a_start() -> None:
 
 
 def test_cloning_anew_leaves_the_parameters_as_they_were_where_the_loss_is_not_finite() -> None:
-    replay = TrajectoryReplay(1000, 2, 1)
-    replay.add(episode(4), 0.0, demonstrated=True)
+    replay = imitated(1)
     learner = SelfImitation(make_learner(), options(updates_per_iteration=2), start=None)
     start = copy_of(learner.parameters)
     learner = SelfImitation(learner.policy, options(updates_per_iteration=2), start=start)
@@ -408,6 +451,7 @@ def test_cloning_anew_leaves_the_parameters_as_they_were_where_the_loss_is_not_f
         learner.update(replay, update)
     before = copy_of(learner.parameters)
     replay.actions[:] = np.nan
+    learner.begin_iteration(replay)
     with pytest.raises(NotFiniteError, match="the policy's loss"):
         learner.update(replay, 2)
     assert any(not torch.equal(start[name], before[name]) for name in start)

@@ -47,6 +47,8 @@ class SelfImitation(Learner):
         super().__init__(policy, options, seed=seed, extension=extension)
         self._start = start
         self._weights = (options.demonstration_share, options.retry_weight)
+        self._updates_per_episode = 0.0 if start is None else options.updates_per_episode
+        self._begun, self._updates = 0, options.updates_per_iteration  # of the iteration
 
     def can_learn(self, replay: TrajectoryReplay, failures: int) -> bool:
         """Whether the policy failed since the last gradient steps, and there is an episode to imitate.
@@ -55,13 +57,19 @@ class SelfImitation(Learner):
         """
         return failures > 0 and bool(replay.imitation_weights(*self._weights).any())
 
+    def begin_iteration(self, replay: TrajectoryReplay) -> int:
+        """More gradient steps where there is more to clone, if all of it is cloned anew."""
+        in_proportion = math.ceil(self._updates_per_episode * len(replay.imitated_lengths))
+        self._begun, self._updates = self._actor_steps, max(self.options.updates_per_iteration, in_proportion)
+        return self._updates
+
     def schedule(self, update: int) -> float:
         """A warm-up at the start of each iteration, then a cosine to zero (warm restarts, arXiv 1608.03983).
 
         The policy always acts with parameters that a small learning rate has settled.
         """
-        updates = self.options.updates_per_iteration
-        position, warmup = update % updates, min(self.options.warmup_steps, updates // 4)
+        updates, position = self._updates, update - self._begun
+        warmup = min(self.options.warmup_steps, updates // 4)
         if position < warmup:
             return (position + 1) / (warmup + 1)
         return 0.5 * (1 + math.cos(math.pi * (position - warmup) / max(1, updates - warmup)))
@@ -76,7 +84,7 @@ class SelfImitation(Learner):
         Raises:
             NotFiniteError: The loss or the gradient is not finite; the parameters are as they were.
         """
-        if self._start is None or update % self.options.updates_per_iteration:
+        if self._start is None or self._actor_steps > self._begun:
             return self._clone(replay, update)
         own = {name: self.parameters[name] for name in self._start}
         before = copy_of(own)

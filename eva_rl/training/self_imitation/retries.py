@@ -125,7 +125,9 @@ class RetryingCollector:
 
     def _longest(self, replay: TrajectoryReplay) -> float:
         """Env steps after which an attempt is given up: what was solved was solved in fewer."""
-        return math.ceil(self._options.attempt_length * replay.median_imitated_length) or math.inf
+        lengths = replay.imitated_lengths
+        median = float(np.median(lengths)) if len(lengths) else 0.0
+        return math.ceil(self._options.attempt_length * median) or math.inf
 
     def _count_and_keep(
         self, episodes: dict[int, Episode], retried: bool, replay: TrajectoryReplay, counters: OnlineCounters
