@@ -124,7 +124,8 @@ class EnvHost:
         if success is not None:
             arrays.reports_success[row] = True
             arrays.success[row] |= success
-            arrays.success_now[row] = info.get("success_now", success)
+            now = info.get("success_now", success)
+            arrays.success_now[row] = now if np.ndim(now) == 0 else success  # an array is somebody else's
         return bool(terminated or truncated)
 
     def call(self, row: int, name: str, *args: Any, **kwargs: Any) -> Any:

@@ -9,10 +9,9 @@ from typing import Any
 import gymnasium as gym
 from gymnasium import spaces
 
-from eva_rl.envs.registry import make_env
+from eva_rl.envs.registry import make_env, registration
 
 
-@cache
 def observation_keys(name: str) -> tuple[str, ...]:
     """Names of the parts of a task's flat observations in their order; none where they are one Box from the start.
 
@@ -22,6 +21,11 @@ def observation_keys(name: str) -> tuple[str, ...]:
     Args:
         name: Any name that :func:`eva_rl.envs.canonical_id` takes.
     """
+    return _observation_keys(name, registration(name))
+
+
+@cache
+def _observation_keys(name: str, _registration: int) -> tuple[str, ...]:
     env: gym.Env[Any, Any] = make_env(name)
     try:
         inner = env

@@ -83,6 +83,14 @@ def canonical_id(name: str) -> str:
     return with_options(resolved, options, None if goal is None else goal_of(goal))
 
 
+def is_known(name: str) -> bool:
+    """Whether a task can be made without a module that its name gives, or arguments for its constructor.
+
+    What a file says of itself nobody typed: only then is it looked up.
+    """
+    return ":" not in name and (name in gym.registry or name.partition("?")[0] in METAWORLD_TASKS)
+
+
 def _resolve(name: str) -> str:
     module, colon, env_id = name.rpartition(":")
     if colon:
@@ -90,6 +98,11 @@ def _resolve(name: str) -> str:
     if name in gym.registry:
         return name
     resolved = _mujoco_id(name) if name.startswith(MUJOCO_PREFIX) else _metaworld_id(name)
+    if resolved is None and (name in TASK_SETS or name in METAWORLD_GROUPS):
+        raise UserError(
+            f"env={name} is a set of tasks, and this takes one: name one of them, such as env=push-v3. Sets are for "
+            "env= of evaluate and pretrain, and tasks= of benchmark."
+        )
     if resolved is None:
         known = [
             *TASK_SETS,
@@ -240,9 +253,18 @@ def _parts(space: gym.Space[Any]) -> Iterator[gym.Space[Any]]:
         yield space
 
 
-@cache
 def env_spec(name: str, horizon: int | None = None) -> EnvSpec:
     """Describe a task: dimensions, action bounds, horizon, evaluation protocol."""
+    return _env_spec(name, horizon, registration(name))
+
+
+def registration(name: str) -> int:
+    """Identity of what Gymnasium knows of a task: another one where it is registered anew, as in a notebook."""
+    return id(gym.registry.get(split_options(canonical_id(name))[0].rpartition(":")[2]))
+
+
+@cache
+def _env_spec(name: str, horizon: int | None, _registration: int) -> EnvSpec:
     env_id = canonical_id(name)
     base, options = split_options(env_id)
     if base.startswith(METAWORLD_PREFIX):

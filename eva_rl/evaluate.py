@@ -21,7 +21,7 @@ from eva_rl.cli.parsing import register
 from eva_rl.configs.groups import EnvOptions, HeldOutOptions, MachineOptions, PolicyOptions
 from eva_rl.distributed import ProcessGroup
 from eva_rl.envs import canonical_id, env_spec
-from eva_rl.envs.registry import task_ids
+from eva_rl.envs.registry import is_known, task_ids
 from eva_rl.errors import UserError
 from eva_rl.files import check_folder, check_new, expanded, write_json
 from eva_rl.options import group, one_of, option
@@ -136,6 +136,11 @@ def chosen_tasks(config: EvaluateConfig, policy: DecisionTransformerPolicy) -> l
     asked = config.env.id or "+".join(config.adapters) or policy.env_id
     if not asked:
         raise UserError(f"The policy {config.policy.path} was trained on several tasks. Name one with env=.")
+    if asked == policy.env_id and not config.env.id and not is_known(asked):
+        raise UserError(
+            f"The policy {config.policy.path} says that it was trained on {asked!r}, which is imported or built only "
+            f"where you ask for it. Type env={asked}."
+        )
     tasks = task_ids(asked)
     for task in tasks:
         env_spec(task, config.env.horizon)

@@ -159,3 +159,13 @@ def test_the_parts_of_observations_lie_as_in_the_task(tmp_path: Path, monkeypatc
         load_task_data("TwoParts-v0", DataOptions(source="minari:other-v0"), tmp_path)
     turned = load_task_data("TwoParts-v0", DataOptions(source="minari:other-v0?keys=where,goal"), tmp_path)
     assert differences(turned, same) == []
+
+
+def test_converting_imports_no_module_that_the_file_names(tmp_path: Path) -> None:
+    (tmp_path / "payload.py").write_text("from pathlib import Path\nPath('ran').touch()\n")
+    data = random_trajectories()
+    object.__setattr__(data, "env_id", "payload:Some-v0")
+    write_episodes(tmp_path / "evil.h5", data)
+    assert main(["action=convert", "data=evil.h5", "out=minari:mine/some-v0"]) == 0
+    assert not (tmp_path / "ran").exists()
+    assert differences(load_dataset("minari:mine/some-v0"), data) == []

@@ -79,7 +79,7 @@ def read_study(path: Path) -> Study:
         tasks=tasks_of(raw["tasks"]),
         methods={name: {k: v for k, v in own.items() if k != TUNE} for name, own in methods.items()},
         seeds=seeds_of(raw["seeds"]),
-        settings=_settings(raw.get("settings") or {}, "settings"),
+        settings=_without_method(_settings(raw.get("settings") or {}, "settings"), "settings"),
         budgets=_budgets(raw.get("budgets") or []),
         endpoint=_endpoint(raw.get("endpoint", FINAL)),
         margin=_margin(raw.get("margin")),
@@ -165,11 +165,20 @@ def _settings(raw: Any, where: str, groups: Sequence[str] = ()) -> dict[str, Any
     return {str(key): value for key, value in raw.items()}
 
 
+def _without_method(settings: dict[str, Any], where: str) -> dict[str, Any]:
+    """The same; the adapter of a run is its method's alone."""
+    for key in (METHOD, "adapter.method"):
+        if key in settings:
+            raise UserError(f"{where}: {key}: methods: decides on that. Write methods: NAME: {{adapter: ...}}.")
+    return settings
+
+
 def _grids(shared: Any, methods: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, list[Any]]]:
     """The tuning grid of each method: its own, or the common one without the keys that it sets itself."""
-    found = {}
+    found, common = {}, _without_method(_settings(shared, TUNE), TUNE)
     for name, own in methods.items():
-        grid = _settings(own.get(TUNE, {k: v for k, v in _settings(shared, TUNE).items() if k not in own}), TUNE)
+        grid = _settings(own.get(TUNE, {k: v for k, v in common.items() if k not in own}), TUNE)
+        grid = _without_method(grid, TUNE)
         for key, values in grid.items():
             if not isinstance(values, list) or not values:
                 raise UserError(f"tune: {key}: {values}: expected a list of values, such as [0.001, 0.003].")

@@ -11,6 +11,7 @@ from eva_rl.data import Trajectories, save_minari, write_episodes, write_store
 from eva_rl.data.formats.checks import ActionBounds
 from eva_rl.data.formats.minari import minari_root
 from eva_rl.envs import env_spec, reference_scores
+from eva_rl.envs.registry import is_known
 from eva_rl.errors import UserError
 from eva_rl.files import check_new, expanded
 
@@ -66,11 +67,10 @@ def write_output(out: str, data: Trajectories, about: Mapping[str, Any] | None =
 
 
 def _action_bounds(env_id: str) -> ActionBounds | None:
-    """Bounds of a task that is known here."""
-    try:
-        spec = env_spec(env_id)
-    except UserError:
+    """Bounds of a task that is known here, by a name that is a file's."""
+    if not is_known(env_id):
         return None
+    spec = env_spec(env_id)
     return ActionBounds(np.array(spec.action_low, np.float32), np.array(spec.action_high, np.float32))
 
 

@@ -251,10 +251,15 @@ def _parts(source: ParsedSource, path: Path, options: ReadOptions) -> Iterator[T
 
 
 def _d4rl_parts(source: ParsedSource, path: Path, options: ReadOptions) -> Iterator[Trajectories]:
-    name = path.stem if Path(source.name).suffix else source.name
+    name = path.resolve().stem if Path(source.name).suffix else source.name
     for fault in d4rl_names.known_faults(name):
         log.warning("%s: %s.", name, fault)
     rules = d4rl_names.conventions(name)
+    if options.skip_damaged:
+        raise UserError(
+            f"data.skip_damaged=true: {path} is one table, in which a damaged row may be the end of an episode. Leave "
+            "it out, and repair the rows that the message names."
+        )
     if source.horizon is not None:
         rules = replace(rules, horizon=source.horizon)
     bounds = options.bounds

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from eva_rl.data.formats.checks import Source
+from eva_rl.data.formats.checks import Source, check_episode
 from eva_rl.errors import UserError, counted
 
 log = logging.getLogger(__name__)
@@ -232,10 +232,16 @@ class Trajectories:
 
         ``successes`` and ``target_actions`` are kept where at least one episode has them: an episode without
         successes never succeeded, one without target actions should be imitated as executed.
+
+        Raises:
+            UserError: There is none, or one has other shapes than :class:`Episode` says, numbers that are not finite,
+                or an end before its last row.
         """
         parts = list(episodes)
         if not parts:
             raise UserError(f"{source or 'trajectories'}: no episode. Expected at least one; name another data set.")
+        for index, part in enumerate(parts):
+            check_episode(Source(source or "trajectories") / f"episode {index}", part, parts[0])
         successes = [_or(part.successes, np.zeros(len(part.rewards), bool)) for part in parts]
         targets = [_or(part.target_actions, part.actions) for part in parts]
         return cls(
@@ -289,10 +295,10 @@ class Trajectories:
             UserError: Lengths or shapes disagree, values are not finite numbers, flags neither 0 nor 1.
         """
         where = Source(source)
-        columns: dict[str, Any] = {
-            "observations": (where / "observations").floats(observations),
-            "actions": (where / "actions").floats(actions),
-            "rewards": (where / "rewards").vector(rewards),
+        columns: dict[str, Any] = {  # copies: the caller's arrays may change
+            "observations": (where / "observations").floats(observations).copy(),
+            "actions": (where / "actions").floats(actions).copy(),
+            "rewards": (where / "rewards").vector(rewards).copy(),
         }
         steps = len(columns["rewards"])
         flags = {"terminations": terminations, "truncations": truncations, "successes": successes}

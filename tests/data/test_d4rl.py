@@ -283,3 +283,24 @@ def test_a_page_in_the_cache_is_fetched_again(tmp_path: Path, monkeypatch: pytes
         monkeypatch.setenv("D4RL_BASE_URL", f"http://127.0.0.1:{server.server_port}/")
         assert load_dataset("d4rl:hopper-medium-v2").num_episodes == 3
         server.shutdown()
+
+
+def test_antmaze_is_known_through_a_link_and_missed_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    terminals = np.isin(np.arange(12), [2, 3, 4, 8])
+    arrays = table(terminals=terminals, timeouts=np.isin(np.arange(12), [5, 11]))
+    real = write_h5(tmp_path / "antmaze-umaze-v2.hdf5", arrays)
+    (tmp_path / "link.hdf5").symlink_to(real)
+    assert starts_and_ends(tmp_path / "link.hdf5") == starts_and_ends(real) == [(0, 2), (6, 8)]
+    assert "of one env step" not in caplog.text
+    renamed = write_h5(tmp_path / "mine.hdf5", arrays)
+    with caplog.at_level(logging.WARNING):
+        assert len(starts_and_ends(renamed)) == 6
+    assert "2 episodes of one env step" in caplog.text
+    assert "antmaze-....hdf5" in caplog.text
+
+
+def test_leaving_out_damaged_episodes_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"data\.skip_damaged=true: .* is one table"):
+        load_dataset(f"d4rl:{write_h5(tmp_path / NAME, table())}", skip_damaged=True)

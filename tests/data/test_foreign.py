@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -352,3 +353,100 @@ def test_the_bounds_of_the_task_count_for_every_source(tmp_path: Path, form: str
     if form == "store":
         clipped = load_dataset(f"{source}?actions=clip", action_bounds=([-0.1] * 2, [0.1] * 2))
         np.testing.assert_array_equal(clipped.actions, np.clip(data.actions, np.float32(-0.1), np.float32(0.1)))
+
+
+def flat(**others: Any) -> dict[str, Any]:
+    """A table of ten rows, in two episodes of five where the flags say so."""
+    rows = np.arange(10.0)
+    arrays = {"observations": rows[:, None], "actions": np.zeros((10, 1)), "rewards": rows}
+    return {name: value for name, value in (arrays | others).items() if value is not None}
+
+
+FIFTH, NONE = np.arange(10) % 5 == 4, np.zeros(10, bool)
+
+
+@pytest.mark.parametrize(
+    ("flags", "terminations", "truncations"),
+    [
+        ({"dones": FIFTH}, [], [4, 9]),
+        ({"dones": FIFTH, "timeouts": NONE}, [4, 9], []),
+        ({"dones": FIFTH, "terminals": NONE}, [], [4, 9]),
+        ({"dones": FIFTH, "terminals": np.arange(10) == 4}, [4], [9]),
+        ({"dones": FIFTH, "timeouts": np.arange(10) == 4}, [9], [4]),
+        ({"done": FIFTH, "timeouts": np.arange(10) == 9, "terminals": np.arange(10) == 4}, [4], [9]),
+    ],
+)
+def test_what_other_flags_do_not_say_done_says(
+    flags: dict[str, Any], terminations: list[int], truncations: list[int]
+) -> None:
+    data = load_dataset(flat(**flags))
+    assert data.lengths.tolist() == [5, 5]
+    assert np.flatnonzero(data.terminations).tolist() == terminations
+    assert np.flatnonzero(data.truncations).tolist() == truncations
+
+
+def test_two_names_of_one_are_equal_or_refused() -> None:
+    same = load_dataset(flat(dones=FIFTH, obs=np.arange(10.0)[:, None]))
+    assert same.observations[:, 0].tolist() == list(range(10))
+    with pytest.raises(UserError, match="observations and states, which are names of the same and differ"):
+        load_dataset(flat(dones=FIFTH, states=np.ones((10, 1))))
+
+
+def test_success_by_its_other_name_and_of_a_whole_episode() -> None:
+    by_step = load_dataset([flat(is_success=np.arange(10) == 3)])
+    assert by_step.successes is not None
+    assert by_step.successes.tolist() == [False] * 3 + [True] * 7
+    for solved in (True, False):
+        whole = load_dataset([flat(success=solved)])
+        assert whole.successes is not None
+        assert whole.successes.tolist() == [False] * 9 + [solved]
+
+
+def test_a_damaged_episode_of_a_table_can_be_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rewards = np.arange(10.0)
+    rewards[7] = np.nan
+    arrays = flat(dones=FIFTH, rewards=rewards, next_observations=np.arange(10.0)[:, None] + 0.5)
+    np.savez(tmp_path / "a.npz", **arrays)
+    with pytest.raises(UserError, match=r"episode_1/rewards, row 7: nan.*data\.skip_damaged=true"):
+        load_dataset(str(tmp_path / "a.npz"))
+    for given in (str(tmp_path / "a.npz"), arrays):
+        with caplog.at_level(logging.WARNING):
+            data = load_dataset(given, skip_damaged=True)
+        assert data.lengths.tolist() == [5]
+        assert data.final_observations.tolist() == [[4.5]]
+        assert "1 of 2 episodes are damaged" in caplog.text
+        caplog.clear()
+
+
+def test_what_macos_leaves_beside_a_file_is_no_episode(tmp_path: Path) -> None:
+    np.savez(tmp_path / "ep_0.npz", **flat())
+    (tmp_path / "._ep_0.npz").write_bytes(b"\x00\x05\x16\x07")
+    assert load_dataset(str(tmp_path)).num_episodes == 1
+
+
+def test_an_array_that_changes_later_changes_no_data() -> None:
+    arrays = {name: np.asarray(value, np.float32) for name, value in flat().items()}
+    data = Trajectories.from_arrays(**arrays)  # type: ignore[arg-type]  # all are float32
+    for array in arrays.values():
+        array[:] = 7
+    assert data.rewards.tolist() == list(range(10))
+    assert data.observations[:, 0].tolist() == list(range(10))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"observations": np.zeros((3, 2), np.float32)},
+            r"episode 1/observations has shape \(3, 2\), expected \(4, 2\), one row",
+        ),
+        ({"actions": np.zeros((3, 2), np.float32)}, r"episode 1/actions has shape \(3, 2\), expected \(3, 1\)\."),
+        ({"rewards": np.array([0, np.nan, 0], np.float32)}, "episode 1/rewards, row 1 is not finite"),
+        ({"terminations": np.array([False, True, False])}, "episode 1 ends in row 1 and goes on.*last row, 2"),
+        ({"rewards": np.zeros(0, np.float32)}, "episode 1 has no reward"),
+    ],
+)
+def test_episodes_made_by_hand_are_checked(changes: dict[str, Any], message: str) -> None:
+    sound = random_trajectories((3,), dims=(2, 1)).episode(0)
+    with pytest.raises(UserError, match=message):
+        Trajectories.from_episodes([sound, replace(sound, **changes)])

@@ -296,3 +296,32 @@ def test_missing_sets_are_named(root: Path) -> None:
         load_dataset("minari:goal-v1")
     with pytest.raises(UserError, match="expected an id"):
         load_dataset("minari:/etc")
+
+
+@pytest.mark.parametrize("data_format", ["hdf5", "arrow"])
+def test_parts_of_parts_can_be_chosen(data_format: str) -> None:
+    """They are called as the task calls its own, so that their order can be compared."""
+    if data_format == "arrow":
+        pytest.importorskip("pyarrow")
+    kept = save_goals(space=OWN_ORDER, data_format=data_format)
+    whole = load_dataset("minari:goals-v1")
+    names = whole.metadata["observation_keys"]
+    assert names == "observation,inner/b,inner/a,desired_goal"
+    for keys in ("observation,inner,desired_goal", names):
+        same = load_dataset(f"minari:goals-v1?keys={keys}")
+        assert differences(same, whole) == []
+        assert same.metadata["observation_keys"] == names
+    chosen = load_dataset("minari:goals-v1?keys=inner/a,observation")
+    expected = np.column_stack([kept[0]["inner"]["a"], kept[0]["observation"]])  # type: ignore[index]
+    np.testing.assert_allclose(chosen.episode(0).observations, expected, rtol=1e-6)
+
+
+def test_images_that_are_not_asked_for_do_not_matter(root: Path) -> None:
+    kept = save_goals(space=OWN_ORDER)
+    image = spaces.Box(0, 255, (8, 8, 3), np.uint8)
+    parts = {"observation": box(2), "inner": image, "desired_goal": spaces.Discrete(3)}
+    edit_metadata(root, observation_space=serialize_space(spaces.Dict(parts)))
+    with pytest.raises(UserError, match=r"Discrete.*those parts of a Dict that are Boxes: \?keys=a,b"):
+        load_dataset("minari:goals-v1")
+    data = load_dataset("minari:goals-v1?keys=observation")
+    np.testing.assert_allclose(data.episode(0).observations, kept[0]["observation"], rtol=1e-6)  # type: ignore[index]

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from eva_rl import envs
+from eva_rl.envs.registry import is_known
 from eva_rl.errors import UnknownNameError, UserError
 
 
@@ -85,3 +86,45 @@ def test_horizon_can_be_set() -> None:
     ends = [env.step(np.zeros(4, np.float32))[3] for _ in range(7)]
     assert ends == [False] * 6 + [True]
     assert envs.env_spec("push-v3", 7).horizon == 7
+
+
+class Counted(gym.Env[np.ndarray, np.ndarray]):
+    action_space = gym.spaces.Box(-1, 1, (1,), np.float32)
+
+    def __init__(self, dim: int = 2) -> None:
+        self.observation_space = gym.spaces.Box(-1, 1, (dim,), np.float32)
+
+
+def test_a_task_that_is_registered_anew_is_described_anew() -> None:
+    """As when a cell of a notebook runs again."""
+    try:
+        for dim, steps in ((2, 20), (3, 50)):
+            gym.registry.pop("AnewOf-v0", None)
+            gym.register("AnewOf-v0", Counted, max_episode_steps=steps, kwargs={"dim": dim})
+            spec = envs.env_spec("AnewOf-v0")
+            assert (spec.observation_dim, spec.horizon) == (dim, steps)
+            assert f"at most {steps} env steps" in spec.protocol
+    finally:
+        gym.registry.pop("AnewOf-v0", None)
+
+
+@pytest.mark.parametrize("name", ["cw10", "mt10"])
+def test_a_set_where_one_task_is_expected(name: str) -> None:
+    with pytest.raises(UserError, match=f"env={name} is a set of tasks, and this takes one"):
+        envs.canonical_id(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [
+        ("metaworld/push-v3", True),
+        ("metaworld/push-v3?reward=sparse", True),
+        ("Hopper-v5", True),
+        ("Hopper-v5?xml_file=/tmp/a.xml", False),
+        ("some_module:Hopper-v5", False),
+        ("Nothing-v0", False),
+        ("", False),
+    ],
+)
+def test_a_name_out_of_a_file_imports_and_builds_nothing(name: str, known: bool) -> None:
+    assert is_known(name) is known

@@ -14,8 +14,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from eva_rl import evaluate
 from eva_rl.adapters import load_policy
-from eva_rl.agents import ImportOptions, shipped_policies
+from eva_rl.agents import ImportOptions, save_policy, shipped_policies
 from eva_rl.errors import UserError
 from tests.conftest import unseal
 from tests.security.making import FORMATS, acted, copied, leaves, loaded, put, reseal, small_policy
@@ -219,3 +220,17 @@ def test_shipped_policies_have_digests(name: str, tmp_path: Path) -> None:
 
 def test_the_small_policy_acts() -> None:
     assert np.ptp(acted(small_policy())) > 0.1
+
+
+def test_a_policy_names_no_module_to_import(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Its task is its own word: what it would import or build has to be typed."""
+    (tmp_path / "payload.py").write_text("from pathlib import Path\nPath('ran').touch()\n")
+    monkeypatch.chdir(tmp_path)
+    policy = small_policy()
+    policy.env_id = "payload:Some-v0"
+    save_policy(tmp_path / "policy", policy)
+    assert evaluate.main(["policy=policy", "eval.episodes=1"]) == 2
+    assert "Type env=payload:Some-v0." in " ".join(capfd.readouterr().err.split())
+    assert not (tmp_path / "ran").exists()

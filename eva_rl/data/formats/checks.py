@@ -290,3 +290,39 @@ def check_regular_file(path: Path) -> None:
         raise UserError(f"{path} is a pipe, a socket or a device, expected a regular file. Copy its content to a file.")
     if kind:
         raise UserError(f"{path} is {kind}, expected a file. Name a file in it.")
+
+
+def check_episode(where: Source, episode: Any, first: Any) -> None:
+    """Raise unless an episode has the shapes of an :class:`eva_rl.data.Episode` and finite numbers.
+
+    Args:
+        where: What messages call it.
+        episode: The episode.
+        first: One with the numbers an observation and an action that are expected.
+
+    Raises:
+        UserError: A shape is another, a number is not finite, or it ends before its last row.
+    """
+    steps = len(episode.rewards)
+    if not steps:
+        raise UserError(f"{where} has no reward: an episode needs at least one env step.")
+    expected = {
+        "observations": (steps + 1, *first.observations.shape[1:]),
+        "actions": (steps, *first.actions.shape[1:]),
+        "target_actions": (steps, *first.actions.shape[1:]),
+        **dict.fromkeys(("rewards", "terminations", "truncations", "successes"), (steps,)),
+    }
+    for name, shape in expected.items():
+        array = getattr(episode, name)
+        if array is None:
+            continue
+        if np.shape(array) != shape:
+            more = (
+                ", one row more than rewards: the last is what the last action led to" if name == "observations" else ""
+            )
+            raise UserError(f"{where / name} has shape {np.shape(array)}, expected {shape}{more}.")
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            row = int(np.argwhere(~np.isfinite(array))[0][0])
+            raise UserError(f"{(where / name).at(row)} is not finite. Repair or leave out that episode.")
+    if early := np.flatnonzero((episode.terminations | episode.truncations)[:-1]).tolist():
+        raise UserError(f"{where} ends in row {early[0]} and goes on. Expected its end in the last row, {steps - 1}.")

@@ -15,7 +15,7 @@ from eva_rl.data.formats.checks import ActionBounds, Source
 from eva_rl.data.formats.d4rl_names import Conventions
 from eva_rl.data.formats.hdf5 import HdfFile
 from eva_rl.data.trajectories import Flags, Floats, Trajectories
-from eva_rl.errors import UserError
+from eva_rl.errors import UserError, counted
 
 log = logging.getLogger(__name__)
 
@@ -136,6 +136,13 @@ def _episodes(table: _Table, rules: Conventions) -> tuple[Rows, Rows, Flags, Fla
         timeouts = np.zeros_like(terminals)
     elif timeouts is None or (rules.horizon is not None and not timeouts.any()):
         timeouts = _counted_timeouts(table, terminals, rules)
+    if not rules.goal_ends and (repeated := int((terminals[1:] & terminals[:-1]).sum())):
+        log.warning(
+            "%s: %s of one env step, each after a terminal. AntMaze repeats terminals while the ant is near its goal, "
+            "and is known by the name of its file: call it as D4RL does, antmaze-....hdf5.",
+            table.file.source(table.group),
+            counted(repeated, "episode"),
+        )
     ends = timeouts if rules.goal_ends else terminals | timeouts
     stops: Rows = np.flatnonzero(ends).astype(np.int64) + 1
     starts = np.concatenate([np.zeros(1, np.int64), stops])

@@ -6,7 +6,9 @@ import json
 import re
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -98,12 +100,16 @@ def episode_files(path: Path) -> list[Path]:
     """
     with Source(path).reading():
         folder = path.is_dir()
-        files = [file for file in path.iterdir() if file.suffix in SUFFIXES] if folder else [path]
+        files = [file for file in path.iterdir() if _may_be_an_episode(file)] if folder else [path]
     if not files:
         raise UserError(f"{path} holds no episodes. Expected a folder with files {', '.join(sorted(SUFFIXES))}.")
     for file in files:
         check_regular_file(file)
     return sorted(files, key=_natural)
+
+
+def _may_be_an_episode(file: Path) -> bool:
+    return file.suffix in SUFFIXES and not file.name.startswith(".")  # as what macOS leaves beside a file
 
 
 def _natural(path: Path) -> list[tuple[int, str]]:
@@ -191,7 +197,11 @@ def _known_arrays(source: Source, content: Mapping[Any, Any]) -> Arrays:
 
 
 def split(source: Source, arrays: Arrays) -> Iterator[tuple[Source, Read]]:
-    """The episodes of a table: one where the only end is in the last row, else cut behind each end."""
+    """The episodes of a table: one where the only end is in the last row, else cut behind each end.
+
+    Raises:
+        UserError: Columns differ in length, or flags are neither 0 nor 1.
+    """
     raw = standard_names(source, arrays)
     inside = [name for name in ("terminations", "truncations") if name in raw and _ends_inside(raw[name])]
     if not inside:
@@ -203,20 +213,21 @@ def split(source: Source, arrays: Arrays) -> Iterator[tuple[Source, Read]]:
             f"{(source / inside[0]).at(first)}: an episode ends there and the file goes on: it holds several episodes. "
             f"{reader_for(arrays, source.path)}"
         )
-    columns: dict[str, Any] = raw
-    whole = Trajectories.from_arrays(**columns, source=str(source))
-    for index in range(whole.num_episodes):
-        episode = whole.episode(index)
-        yield source / f"episode_{index}", partial(_fields, episode)
+    rows = len(raw["rewards"])
+    for name, column in raw.items():
+        (source / name).check_rows(len(column), rows, f"there are {rows} rewards")
+    flags = [(source / name).flags(raw[name]) for name in ("terminations", "truncations") if name in raw]
+    stops = [int(row) + 1 for row in np.flatnonzero(np.logical_or.reduce(flags))]
+    stops += [rows] if stops[-1] < rows else []
+    for index, (first, last) in enumerate(pairwise([0, *stops])):
+        own = {name: column[first:last] for name, column in raw.items()}
+        inner = replace(source / f"episode_{index}", row=first)
+        yield inner, partial(with_final, inner, own)
 
 
 def _ends_inside(flags: NDArray[Any]) -> bool:
     flags = np.asarray(flags)
     return flags.dtype.kind in "fiub" and bool(np.ravel(flags)[:-1].any())
-
-
-def _fields(episode: Episode) -> Arrays:
-    return {name: value for name, value in vars(episode).items() if value is not None}
 
 
 def _read_npz(file: Path) -> Arrays:

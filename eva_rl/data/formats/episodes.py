@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,11 @@ NAMES = {
     "next_observations": ("next_observations", "next_obs"),
     "terminations": ("terminations", "terminals", "terminated", "terminal", "termination"),
     "truncations": ("truncations", "timeouts", "truncated", "timeout", "truncation", "dones", "done"),
-    "successes": ("successes", "success"),
+    "successes": ("successes", "success", "is_success"),
 }
-"""Usual names of each array, the first found wins. ``dones`` does not say why an episode ended; it is read as a
-truncation, which is what it is in Meta-World and DM Control, where all episodes end by their time limit."""
+"""Usual names of each array. ``dones`` does not say why an episode ended; beside terminations or truncations it is the
+other of the two, alone a truncation, which is what it is in Meta-World and DM Control."""
+DONES = ("dones", "done")
 KNOWN = frozenset(name for names in NAMES.values() for name in names)
 REQUIRED = ("observations", "actions", "rewards")
 
@@ -133,7 +134,7 @@ class EpisodeChecker:
         for key in ("terminations", "truncations"):
             arrays[key] = (source / key).flags(raw[key]) if key in raw else none.copy()
         if "successes" in raw:
-            successes = (source / "infos/success").flags(raw["successes"])
+            successes = (source / "infos/success").flags(_by_step(raw["successes"], steps))
             successes = successes[1:] if len(successes) == steps + 1 else successes
             arrays["successes"] = np.logical_or.accumulate(successes)  # some say it of each env step alone
         if "target_actions" in raw:
@@ -175,17 +176,53 @@ class EpisodeChecker:
             )
 
 
+def _by_step(success: NDArray[Any], steps: int) -> NDArray[Any]:
+    """What is said of a whole episode, of its last env step."""
+    if np.ndim(success):
+        return success
+    return np.concatenate([np.zeros(steps - 1), np.reshape(success, 1)])
+
+
 def standard_names(source: Source, arrays: Arrays) -> dict[str, NDArray[Any]]:
     """The same arrays under the names of an :class:`Episode`.
 
     Raises:
-        UserError: One that is needed is missing; the message says which names there are.
+        UserError: One that is needed is missing, or two that are the same by their names differ; the message says which
+            names there are.
     """
-    found = {key: next((n for n in names if n in arrays), None) for key, names in NAMES.items()}
+    found = {key: [name for name in names if name in arrays and name not in DONES] for key, names in NAMES.items()}
     for key in REQUIRED:
-        if found[key] is None:
+        if not found[key]:
             raise source.missing(key, " or ".join(NAMES[key]), list(arrays))
-    return {key: arrays[name] for key, name in found.items() if name is not None}
+    chosen = {key: _same(source, names, arrays) for key, names in found.items() if names}
+    if done := [name for name in DONES if name in arrays]:
+        chosen |= _with_dones(source / done[0], _same(source, done, arrays), chosen)
+    return chosen
+
+
+def _same(source: Source, names: Sequence[str], arrays: Arrays) -> NDArray[Any]:
+    """The one array of several names."""
+    first, *others = names
+    for other in others:
+        if not np.array_equal(arrays[first], arrays[other]):
+            raise UserError(
+                f"{source} holds {first} and {other}, which are names of the same and differ. Leave out one of them."
+            )
+    return arrays[first]
+
+
+def _with_dones(source: Source, dones: NDArray[Any], flags: Arrays) -> dict[str, NDArray[Any]]:
+    """Terminations and truncations, of which at most one says all, and ends of either kind."""
+    known = [name for name in ("terminations", "truncations") if name in flags]
+    ends = source.flags(dones) if np.ndim(dones) else dones
+    for name in known:
+        array = (source / name).flags(flags[name])
+        (source / name).check_rows(len(array), len(ends), "there are as many ends")
+        ends = ends & ~array
+    if "truncations" not in known:
+        return {"truncations": ends}
+    other = "truncations" if "terminations" in known else "terminations"
+    return {other: ends | (source / other).flags(flags[other]) if other in flags else ends}
 
 
 def with_final_observation(source: Source, raw: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:

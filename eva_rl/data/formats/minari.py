@@ -113,12 +113,12 @@ def iterate_minari(folder: Path, name: str, options: ReadOptions) -> Iterator[Tr
         UserError: Not there, damaged, or with spaces that are not made of Boxes.
     """
     metadata = _metadata(folder)
-    spaces = read_spaces(Source(folder / METADATA), metadata)
+    spaces = read_spaces(Source(folder / METADATA), metadata, options.keys)
     options = replace(options, bounds=spaces.action_bounds(options.bounds, options.outside))
     origin = {"env_id": _env_id(metadata), "source": f"minari:{name}", "dataset": name}
     origin |= {key: str(metadata[key]) for key in REFERENCES if isinstance(metadata.get(key), int | float)}
     if spaces.observations is not None:
-        origin["observation_keys"] = ",".join(options.keys or leaf_names(spaces.observations))
+        origin["observation_keys"] = ",".join(leaf_names(spaces.observations, keys=options.keys))
     if metadata.get("data_format", "hdf5") == "hdf5":
         yield from iterate_episodes(folder / "main_data.hdf5", options, spaces, origin)
     else:
@@ -222,7 +222,7 @@ def _gym_spec(trajectories: Trajectories) -> Any:
         return None
     try:
         env = gym.make(trajectories.env_id)
-    except (gym.error.Error, ImportError):
+    except Exception:  # whatever its constructor raises, for instance where it needs an argument
         return None
     env.close()
     fits = env.observation_space.shape == (trajectories.observation_dim,)

@@ -43,12 +43,13 @@ class Spaces:
         return ActionBounds(*self.bounds, outside)
 
 
-def read_spaces(source: Source, metadata: Mapping[str, Any]) -> Spaces:
+def read_spaces(source: Source, metadata: Mapping[str, Any], keys: tuple[str, ...] = ()) -> Spaces:
     """Spaces of a data set.
 
     Args:
         source: The metadata file, for messages.
         metadata: Its content; each space is JSON in a string.
+        keys: The parts of Dict observations that are wanted; none for all. Others may be of any kind.
 
     Raises:
         UserError: The metadata are damaged, or a space is not made of Boxes.
@@ -58,6 +59,8 @@ def read_spaces(source: Source, metadata: Mapping[str, Any]) -> Spaces:
         if key in metadata:
             with (source / key).reading():
                 found[key] = json.loads(metadata[key])
+                if key == "observation_space" and keys:
+                    found[key] = _with_parts(found[key], {name.partition("/")[0] for name in keys})
                 check_space(source / key, found[key])
     bounds = None
     if "action_space" in found:
@@ -84,8 +87,16 @@ def check_space(source: Source, space: Any, depth: int = MAX_DEPTH) -> None:
     if image or (kind != "Box" and not parts):
         raise UserError(
             f"{source} is {kind} {space.get('dtype', '')} {space.get('shape', '')}. A Decision Transformer takes "
-            "Box observations and actions, or Dicts and Tuples of them, and no images. Name another data set."
+            "Box observations and actions, or Dicts and Tuples of them, and no images. Name another data set, or those "
+            "parts of a Dict that are Boxes: ?keys=a,b."
         )
+
+
+def _with_parts(space: Any, wanted: set[str]) -> Any:
+    """A Dict or a Tuple of those of its parts that are wanted, where it has them all."""
+    if space["type"] not in {"Dict", "Tuple"} or not wanted <= _parts(space).keys():
+        return space
+    return {"type": "Dict", "subspaces": {name: part for name, part in _parts(space).items() if name in wanted}}
 
 
 def _parts(space: Any) -> dict[str, Any]:
@@ -105,13 +116,30 @@ def _sides(space: Any, side: str) -> list[NDArray[np.float32]]:
     return [np.broadcast_to(np.asarray(space[side], np.float32), tuple(space["shape"])).reshape(-1)]
 
 
-def leaf_names(layout: Layout, prefix: str = "") -> list[str]:
-    """Names of the parts of a layout in the order in which they are laid side by side."""
+def leaf_names(layout: Layout, prefix: str = "", keys: tuple[str, ...] = ()) -> list[str]:
+    """Names of the parts of a layout in the order in which they are laid side by side.
+
+    Args:
+        layout: The parts, as deep as they go.
+        prefix: Of the names.
+        keys: The parts that are wanted, ``outer/inner`` for a nested one; none for all.
+    """
     if layout is None:
         return [prefix] if prefix else []
     return [
-        leaf for name, inner in layout.items() for leaf in leaf_names(inner, f"{prefix}/{name}" if prefix else name)
+        leaf
+        for name in keys or layout
+        for leaf in leaf_names(_inside(layout, name), f"{prefix}/{name}" if prefix else name)
     ]
+
+
+def _inside(tree: Any, path: str) -> Any:
+    """A part, ``outer/inner`` for a nested one; None where there is none."""
+    for name in path.split("/"):
+        if not isinstance(tree, Mapping) or name not in tree:
+            return None
+        tree = tree[name]
+    return tree
 
 
 def flattened(source: Source, tree: Tree, layout: Layout, keys: tuple[str, ...] = ()) -> NDArray[Any]:
@@ -132,9 +160,9 @@ def flattened(source: Source, tree: Tree, layout: Layout, keys: tuple[str, ...] 
         if keys:
             raise one_array(source, keys)
         return tree
-    names = _ordered(source, list(tree), layout, keys)
-    inner = {name: None if layout is None else layout[name] for name in names}
-    parts = [(source / name).floats(flattened(source / name, tree[name], inner[name])) for name in names]
+    names = _ordered(source, tree, layout, keys)
+    inner = {name: _inside(layout, name) for name in names}
+    parts = [(source / name).floats(flattened(source / name, _inside(tree, name), inner[name])) for name in names]
     for name, part in zip(names, parts, strict=True):
         (source / name).check_rows(len(part), len(parts[0]), f"{names[0]} has as many")
     return np.concatenate(parts, axis=1)
@@ -145,11 +173,12 @@ def one_array(source: Source, keys: tuple[str, ...]) -> LayoutError:
     return LayoutError(f"?keys={','.join(keys)}: {source} is one array, without parts. Leave it out.")
 
 
-def _ordered(source: Source, held: list[str], layout: Layout, keys: tuple[str, ...]) -> list[str]:
+def _ordered(source: Source, tree: Mapping[str, Any], layout: Layout, keys: tuple[str, ...]) -> list[str]:
     """Names of the parts in the order asked for, else in that of the space, else in the only order that there is."""
+    held = list(tree)
     if keys:
         for key in keys:
-            if key not in held:
+            if _inside(tree, key) is None:
                 raise source.missing(key, "each part that ?keys= names", held)
         return list(keys)
     if layout is not None:
