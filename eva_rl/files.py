@@ -237,7 +237,7 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
         UserError: The disk is full or not writable; ``path`` is as it was.
     """
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
-    with _disk_errors(path):
+    with disk_errors(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             aside.touch()
@@ -257,7 +257,7 @@ def write_folder(path: Path, write: Callable[[Path], object]) -> None:
         UserError: The disk is full or not writable; ``path`` is as it was.
     """
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
-    with _disk_errors(path):
+    with disk_errors(path):
         try:
             aside.mkdir(parents=True)
             mode = stat.S_IMODE(aside.stat().st_mode) & 0o666
@@ -344,7 +344,12 @@ def _sync(path: Path) -> None:
 
 
 @contextmanager
-def _disk_errors(path: Path) -> Iterator[None]:
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn what a full or unwritable disk raises into one message.
+
+    Raises:
+        UserError: Naming the path.
+    """
     try:
         yield
     except (OSError, SafetensorError) as error:

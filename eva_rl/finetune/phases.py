@@ -40,7 +40,7 @@ from eva_rl.tracking import Tracker
 from eva_rl.tracking.tracker import CLONING as CLONED
 from eva_rl.training.bc import Log, train_bc
 from eva_rl.training.checkpoint import Checkpoints
-from eva_rl.training.failures import failures_kept
+from eva_rl.training.failures import failures_kept, warn_untrained
 from eva_rl.training.learner import Learner, step_generators
 from eva_rl.training.odt import OnlineDecisionTransformer
 from eva_rl.training.odt_td3 import TD3DecisionTransformer
@@ -189,6 +189,8 @@ def learn(
             )
     finally:
         vec_env.close()
+    if not isinstance(algo, SelfImitationAlgo):  # which has nothing to learn where the policy never fails
+        warn_untrained(algorithm.actor_steps, algo.name)
     best = {"best_step": counters.best_step} if algo.keep_best else {}
     counts = {"env_steps": counters.env_steps, "env_steps_played": counters.env_steps_played}
     return {"updates": counters.update, **counts, "episodes": counters.episodes, **best}
@@ -214,6 +216,7 @@ def learn_sb3(session: Session, algo: PPOAlgo | TD3Algo, tracker: Tracker) -> di
         write_file(session.run_dir / "sb3.zip", lambda aside: _save_model(model, aside))
     finally:
         vec_env.close()
+    warn_untrained(steps["updates"], algo.name)
     return dict(steps)
 
 

@@ -21,6 +21,7 @@ from eva_rl.tracking import Tracker
 from eva_rl.training.bc import Extension, Log, train_bc
 from eva_rl.training.checkpoint import Checkpoints
 from eva_rl.training.collector import OnlineCounters, TaskEnvs
+from eva_rl.training.failures import warn_untrained
 from eva_rl.training.losses import clone_loss
 from eva_rl.training.online import train_online
 from eva_rl.training.options import DistillOptions, ResidualOptions
@@ -69,6 +70,7 @@ def learn_residual(
             evaluate=partial(session.validate, policy=learner.acting),
             checkpoints=session.online_checkpoints,
         )
+    warn_untrained(learner.actor_steps, algo.name)
     session.phases.end("train")
     evaluation, _ = session.evaluate("Residual", learner.acting)
     session.phases.end("evaluate_residual")

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import nn
 
-from eva_rl.files import write_file
+from eva_rl.files import disk_errors, write_file
 from eva_rl.tracking.figures import overview_figure, pixels
 from eva_rl.tracking.layers import layer_norms
 from eva_rl.tracking.sinks import TENSORBOARD, RunInfo, Sink, check_trackers
@@ -115,8 +115,9 @@ class Tracker:
         values = {key: float(value) for key, value in metrics.items()} | self._layers(metrics, step) | self._pause
         finite = {key: value if math.isfinite(value) else None for key, value in values.items()}
         row: Row = {STEP: step, WALL_TIME: time.time(), **finite}
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        with disk_errors(self.path):
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
         self._last_step, self._pause = step, {}
         self._points.add(_point(row))
         self._tell(row, self._sinks)
@@ -162,9 +163,12 @@ class Tracker:
 
     def close(self) -> None:
         """Flush and close."""
-        self._file.close()
-        for sink in self._sinks:
-            sink.close()
+        try:
+            with disk_errors(self.path):
+                self._file.close()
+        finally:
+            for sink in self._sinks:
+                sink.close()
 
     def __enter__(self) -> Tracker:
         return self

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import threading
@@ -16,6 +17,8 @@ from eva_rl.files import write_file, write_json
 
 if TYPE_CHECKING:
     from eva_rl.batch import NStepBatch, WindowBatch
+
+log = logging.getLogger(__name__)
 
 FAILED_BATCH = "failed_batch.safetensors"
 NOT_FINITE_FILE = "not_finite.json"
@@ -134,3 +137,13 @@ def interrupts_deferred() -> Iterator[DeferredInterrupt]:
             signal.signal(number, handler)
     if deferred.requested:
         raise deferred.interruption
+
+
+def warn_untrained(steps: int, name: str) -> None:
+    """Say so where a run ends before the policy's first gradient step."""
+    if not steps:
+        log.warning(
+            "algo=%s ended before the policy's first gradient step: it is as it was. Raise algo.env_steps, or lower "
+            "what has to be played or learned before (algo.learning_starts, algo.critic_warmup, algo.num_envs).",
+            name,
+        )

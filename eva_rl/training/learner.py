@@ -81,6 +81,11 @@ class Learner(ABC):
         return self._policy
 
     @property
+    def actor_steps(self) -> int:
+        """Gradient steps of the policy so far."""
+        return self._actor_steps
+
+    @property
     def acting(self) -> Policy:
         """What has been learned so far, without exploration."""
         return self.policy

@@ -341,3 +341,14 @@ def test_what_does_not_write_takes_every_call(tmp_path: Path) -> None:
     with open_tracker(tmp_path / "run", None, writes=False) as tracker:
         tracker.log_once({"train/loss": 1.0}, 3)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="has no device that is always full")
+def test_a_full_disk_is_one_message(tmp_path: Path) -> None:
+    tracker = Tracker(tmp_path, trackers=())
+    tracker._file.close()
+    tracker._file = Path("/dev/full").open("w")  # noqa: SIM115 - the tracker closes it
+    with pytest.raises(UserError, match=r"metrics\.jsonl could not be written: .*No space left.*Free some space"):
+        tracker.log({"train/loss": 1.0}, 1)
+    with pytest.raises(UserError, match="could not be written"):
+        tracker.close()

@@ -309,3 +309,32 @@ def test_saved_models_callbacks_and_the_logger_are_stable_baselines3_s(name: str
         loaded.predict(windows, deterministic=True)[0], model.predict(windows, deterministic=True)[0]
     )
     task.vec_env.close()
+
+
+def test_ppo_compares_the_policy_with_itself_whatever_its_dropout() -> None:
+    """With dropout in the update alone, the first likelihood ratios would be far from 1, and end it."""
+    policy, task, rows = make_learner(), make_task(TwoSteps, 2), list[Mapping[str, float]]()
+    attach_adapter(policy, "lora", rank=2, dropout=0.5)
+    chosen = options("ppo", 80, learning_rate=1e-12, batch_size=10, epochs=2)
+    found = train_sb3(make_model(policy, task, chosen), task, chosen, log=lambda metrics, _: rows.append(metrics))
+    divergences = [row["train/approx_kl"] for row in rows if "train/approx_kl" in row]
+    assert len(divergences) == 2, "of both updates, the last included"
+    assert max(map(abs, divergences)) < 1e-6
+    assert found["updates"] == 16, "two rollouts, two epochs each of 40 env steps in batches of 10"
+
+
+def test_episodes_are_longer_than_a_stretch_between_validations(caplog: pytest.LogCaptureFixture) -> None:
+    task = TaskEnvs(envs.make_vec_env("mujoco/halfcheetah", 3, horizon=20), "HalfCheetah-v5", False, horizon=20)
+    chosen = options("ppo", 120, eval_every=16, rollout_steps=5, epochs=1)
+    model, rows, validated = make_model(make_policy(17, 6, hidden_size=16, num_layers=1), task, chosen), [], []
+
+    def evaluate(step: int) -> dict[str, float]:
+        validated.append(step)
+        return {}
+
+    with caplog.at_level("WARNING"):
+        train_sb3(model, task, chosen, log=lambda metrics, _: rows.append(metrics), evaluate=evaluate)
+    task.vec_env.close()
+    assert validated == [75], "75 is the first whole rollout from 64 on, four times eval_every"
+    assert any(row.get("rollout/ep_len_mean") == 20 for row in rows)
+    assert "algo.eval_every=16 would cut off every episode: validated every 64 env steps" in caplog.text

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
+from functools import partial
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -35,6 +38,8 @@ from eva_rl.training.sb3.policies import (
     DecisionTransformerTD3Policy,
 )
 from eva_rl.training.sb3.windows import HistoryWindows, WindowReplayBuffer
+
+log = logging.getLogger(__name__)
 
 Model = PPO | SAC | TD3
 POLICY, OPTIMIZER, REPLAY, NUMPY_RANDOM = "policy/", "optimizer/", "replay/", "random/numpy"
@@ -118,7 +123,8 @@ def train_sb3(
     """Let a model learn, resuming from the latest checkpoint if one exists.
 
     Each stretch of ``eval_every`` env steps (0 takes them all) begins with new episodes and ends with a checkpoint, so
-    that a resumed run meets the same episodes as one that was never interrupted.
+    that a resumed run meets the same episodes as one that was never interrupted. It is longer, a multiple of
+    ``eval_every``, where an episode of every environment would not fit.
 
     Args:
         model: What :func:`make_model` made.
@@ -130,7 +136,7 @@ def train_sb3(
         callback: Of Stable-Baselines3.
 
     Returns:
-        ``updates`` and ``env_steps``.
+        ``updates``, gradient steps (of the critics where there are some), ``env_steps`` and ``env_steps_played``.
 
     Raises:
         NotFiniteError: A parameter is not finite after a stretch, or ended it; the checkpoint before is as it was.
@@ -139,9 +145,11 @@ def train_sb3(
     played = OnlineCounters(next_seed=task.first_episode)
     _resume(model, played, checkpoints)
     model.set_logger(Logger(None, [_Forward(lambda metrics, step: log(metrics, step + played.validation_steps))]))
-    stretch = options.eval_every or options.env_steps
     env = model.get_env()
     assert env is not None
+    stretch = _stretch(options, env.num_envs * task.horizon)
+    if isinstance(model, PPO):
+        model.policy.optimizer.register_step_post_hook(partial(_count_step, played))
     while model.num_timesteps < options.env_steps:
         env.seed(played.next_seed)
         model._last_obs = None  # so that learn() resets the environments
@@ -158,6 +166,8 @@ def train_sb3(
         if failure is not None:
             raise failure
         _check_finite(model)
+        if model.logger.name_to_value:  # recorded since Stable-Baselines3 wrote a row
+            model.logger.dump(model.num_timesteps)
         model.policy.set_training_mode(False)
         if evaluate is not None and model.num_timesteps < options.env_steps:
             metrics = evaluate(model.num_timesteps)
@@ -167,10 +177,28 @@ def train_sb3(
             checkpoints.save(_state(model, played))
     steps = int(model.num_timesteps)
     return {
-        "updates": int(model._n_updates),
+        "updates": played.update if isinstance(model, PPO) else int(model._n_updates),
         "env_steps": steps,
         "env_steps_played": steps + played.validation_steps,
     }
+
+
+def _stretch(options: SB3Options, whole: int) -> int:
+    """Env steps between two validations: ``whole`` at least, an episode of every environment."""
+    every = options.eval_every or options.env_steps
+    stretch = -(-whole // every) * every if whole > every else every
+    if every < stretch and every < options.env_steps:
+        log.warning(
+            "algo.eval_every=%d would cut off every episode: validated every %d env steps, in which each environment "
+            "plays a whole one. Lower algo.num_envs for more.",
+            every,
+            stretch,
+        )
+    return stretch
+
+
+def _count_step(counters: OnlineCounters, *_: Any) -> None:
+    counters.update += 1
 
 
 def _learn(model: Model, env_steps: int, callbacks: list[BaseCallback]) -> EnvironmentFailedError | None:
@@ -198,7 +226,7 @@ class _Forward(KVWriter):
 
     def write(self, key_values: dict[str, Any], key_excluded: dict[str, tuple[str, ...]], step: int = 0) -> None:
         """Hand on the numbers."""
-        self._log({key: float(value) for key, value in key_values.items() if isinstance(value, float | int)}, step)
+        self._log({key: float(value) for key, value in key_values.items() if isinstance(value, Real)}, step)
 
     def close(self) -> None:
         """Nothing is open."""
@@ -256,6 +284,7 @@ def _state(model: Model, played: OnlineCounters) -> TrainState:
     record = {
         "num_timesteps": int(model.num_timesteps),
         "updates": int(model._n_updates),
+        "gradient_steps": played.update,
         "episodes": int(getattr(model, "_episode_num", 0)),  # of off-policy algorithms, which log every few of them
         "next_episode": played.next_seed,
         "validation_steps": played.validation_steps,
@@ -296,3 +325,4 @@ def _restore(model: Model, played: OnlineCounters, state: TrainState) -> None:
     if isinstance(model, OffPolicyAlgorithm):
         model._episode_num = record.get("episodes", 0)
     played.next_seed, played.validation_steps = int(record["next_episode"]), int(record.get("validation_steps", 0))
+    played.update = int(record.get("gradient_steps", record["updates"]))

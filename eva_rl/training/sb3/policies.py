@@ -111,6 +111,11 @@ class DecisionTransformerPPOPolicy(ActorCriticPolicy):
         make_optimizer: Any = self.optimizer_class
         self.optimizer = make_optimizer(_trainable(self), lr=lr_schedule(1), **self.optimizer_kwargs)
 
+    def set_training_mode(self, mode: bool) -> None:
+        """As the base's, but never with dropout: the likelihood ratio compares the network with itself."""
+        super().set_training_mode(mode)
+        self._network[0].eval()
+
 
 class DecisionTransformerSACPolicy(SACPolicy):
     """A tanh-Gaussian around the Decision Transformer's action; the critics are MLPs on the newest observation.
