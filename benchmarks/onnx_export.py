@@ -5,7 +5,7 @@ python benchmarks/onnx_export.py policy=mt40 env=push-v3 episodes=50
 
 from __future__ import annotations
 
-import sys
+import argparse
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -37,16 +37,19 @@ def milliseconds(policy: Policy, clock: Callable[[], float]) -> float:
 def main() -> None:
     """Print the table."""
     torch.set_num_threads(1)
-    options = dict(word.split("=", 1) for word in sys.argv[1:])
-    task = canonical_id(options.get("env", "push-v3"))
-    policy = load_policy(options.get("policy", "mt40"), merge=True)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("options", nargs="*", metavar="KEY=VALUE", help="env=push-v3 policy=mt40 episodes=50")
+    options = {"env": "push-v3", "policy": "mt40", "episodes": "50"}
+    options |= {key: value for key, _, value in (word.partition("=") for word in parser.parse_args().options)}
+    task = canonical_id(options["env"])
+    policy = load_policy(options["policy"], merge=True)
     with TemporaryDirectory() as folder:
         difference = export_onnx(policy, Path(folder) / "policy.onnx")
         exported = OnnxPolicy(Path(folder) / "policy.onnx")
     print(f"{task}: actions differ by at most {difference:.1e} of half their range")
     rows = []
     for name, one in (("torch", policy), ("onnxruntime", exported)):
-        found = evaluate_policy(one, task, episodes=int(options.get("episodes", "50")))
+        found = evaluate_policy(one, task, episodes=int(options["episodes"]))
         success = f"{found.success_rate:.2f}" if found.reports_success else "-"
         wall, used = milliseconds(one, time.perf_counter), milliseconds(one, time.process_time)
         rows.append([name, success, f"{found.mean_reward:.2f}", f"{wall:.2f}", f"{used:.2f}"])

@@ -9,8 +9,8 @@ random episodes from a Minari data set and cuts a window out of each.
 
 from __future__ import annotations
 
+import argparse
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -164,7 +164,10 @@ def measure(folder: Path, steps: int, batch: int, context: int) -> tuple[Table, 
 def main() -> None:
     """Measure in a temporary folder, and print."""
     options = {"steps": 2_000_000, "batch": 256, "context": 20}
-    options |= {key: int(value) for key, _, value in (argument.partition("=") for argument in sys.argv[1:])}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    shown = " ".join(f"{key}={value}" for key, value in options.items())
+    parser.add_argument("options", nargs="*", metavar="KEY=NUMBER", help=f"by default {shown}")
+    options |= {key: int(value) for key, _, value in (word.partition("=") for word in parser.parse_args().options)}
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         os.environ |= {"EVA_RL_CACHE": f"{folder}/cache", "MINARI_DATASETS_PATH": f"{folder}/minari"}

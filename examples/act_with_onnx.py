@@ -32,6 +32,8 @@ class OnnxPolicy:  # acts in one environment: start() before each episode, act()
         return self.action
 
 
+if len(sys.argv) != 2:
+    sys.exit("Usage: python act_with_onnx.py POLICY.onnx, which `python -m eva_rl.export to=onnx` makes.")
 policy, generator = OnnxPolicy(sys.argv[1]), np.random.default_rng(0)
 policy.start()
 for step in range(30):

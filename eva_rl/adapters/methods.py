@@ -173,6 +173,8 @@ def find_method(name: str) -> Method:
         UnknownNameError: There is none of that name.
         UserError: The installed PEFT is too old for it.
     """
+    if name not in METHODS and "," in name and set(map(str.strip, name.split(","))) <= METHODS.keys():
+        raise UserError(f"adapter={name} names several, and a run has one. To run each: --multirun adapter={name}")
     if name not in METHODS:
         raise UnknownNameError("adapter", name, METHODS)
     if not _in_peft(METHODS[name]):

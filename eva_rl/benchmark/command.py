@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from eva_rl.benchmark.study import METHOD, Study, names_of, read_study, seeds_of
 from eva_rl.benchmark.tuning import Chosen, choose
 from eva_rl.cli.command import run_command
 from eva_rl.cli.console import console, say
-from eva_rl.cli.parsing import SHORT_KEYS, register
+from eva_rl.cli.parsing import SHORT_KEYS, first_options, known_keys, register
 from eva_rl.cli.values import unquoted
 from eva_rl.errors import UserError, counted
 from eva_rl.files import check_folder, expanded
@@ -143,7 +143,17 @@ def split_list(text: str) -> list[str]:
     return [re.sub(r"""^(['"])(.*)\1$""", r"\2", entry.strip()) for entry in found]
 
 
-register("benchmark", BenchmarkConfig, {}, arguments)
+def elsewhere(key: str, text: str) -> str:
+    """What to type in place of a key of finetune or of a study file."""
+    if key in OWN_KEYS:
+        return f"A benchmark sets that through {OWN_KEYS[key]}."
+    if key in {field.name for field in fields(Study)}:
+        return f"Write {key}: {text} in a study file, and type study=FILE."
+    groups = {known.partition(".")[0] for known in known_keys("finetune", first_options("finetune"))}
+    return f"Type {PASSED}{key}={text}." if key.partition(".")[0] in groups else ""
+
+
+register("benchmark", BenchmarkConfig, {}, arguments, elsewhere)
 
 
 def benchmark(config: BenchmarkConfig) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import product
@@ -121,8 +122,11 @@ def tasks_of(value: Any) -> list[str]:
 
 
 def names_of(value: Any) -> list[str]:
-    """Entries of a list, or of names joined by +."""
-    return [str(name) for name in value] if isinstance(value, list) else str(value).split("+")
+    """Entries of a list, or of names joined by + or commas; options of a task may hold commas themselves."""
+    if isinstance(value, list):
+        return [str(name) for name in value]
+    text = str(value)
+    return text.split("+") if "?" in text else [name.strip() for name in re.split(r"[+,]", text)]
 
 
 def seeds_of(value: Any, name: str = "seeds") -> list[int]:

@@ -73,18 +73,26 @@ class Command:
         schema: Dataclass of its config.
         choices: Its groups that are chosen by name, and their options: dataclasses with what each begins with.
         arguments: Turns what was typed into ``KEY=VALUE``, where a command takes more than those.
+        elsewhere: Of a key and a value that the command does not know, what to type instead; empty where it cannot say.
     """
 
     schema: type
     choices: Mapping[str, Mapping[str, object]]
     arguments: Arguments
+    elsewhere: Callable[[str, str], str]
 
 
 COMMANDS: dict[str, Command] = {}
 """The commands that were imported."""
 
 
-def register(name: str, schema: type, groups: Mapping[str, Mapping[str, object]], arguments: Arguments = list) -> None:
+def register(
+    name: str,
+    schema: type,
+    groups: Mapping[str, Mapping[str, object]],
+    arguments: Arguments = list,
+    elsewhere: Callable[[str, str], str] = lambda key, text: "",
+) -> None:
     """Make a command's schema, and the options of its groups, known to Hydra.
 
     Args:
@@ -92,8 +100,9 @@ def register(name: str, schema: type, groups: Mapping[str, Mapping[str, object]]
         schema: Dataclass of the whole config.
         groups: For each Hydra group, its options by name: dataclasses with the values that each begins with.
         arguments: Turns what was typed into ``KEY=VALUE``, where a command takes more than those.
+        elsewhere: Of a key and a value that the command does not know, what to type instead; empty where it cannot say.
     """
-    COMMANDS[name] = Command(schema, groups, arguments)
+    COMMANDS[name] = Command(schema, groups, arguments, elsewhere)
     store = ConfigStore.instance()
     store.store(name=f"{name}_schema", node=schema)
     for group_name, options in groups.items():
@@ -242,6 +251,8 @@ def suggestion(name: str, key: str, text: str, chosen: Mapping[str, str]) -> str
         having = [option for option in options if key in known_keys(name, {**chosen, group: option})]
         if having:
             return f"that is a key of {group}={' or '.join(having[:3])}. Type {group}={having[0]} as well."
+    if instead := COMMANDS[name].elsewhere(key, text):
+        return f"there is no such key. {instead}"
     close = close_matches(key, takes)
     return "there is no such key." + (f" Did you mean {' or '.join(f'{c}={text}' for c in close)}?" if close else "")
 

@@ -27,6 +27,7 @@ from eva_rl.report.curves import AXES, Curve, curves_of, without_curve
 from eva_rl.report.figures import (
     aggregate_figure,
     curve_figure,
+    first_pairs,
     improvement_figure,
     picture,
     profile_figure,
@@ -240,11 +241,10 @@ def sections_of(
     summary = (
         [Picture(f"{name}-aggregates", "Aggregates with intervals", aggregate_figure(analysis))] if compared else []
     )
-    pairs = (
-        [Picture(f"{name}-improvement", "Probability of improvement", improvement_figure(analysis))] if several else []
-    )
+    improvement = f"Probability of improvement{first_pairs(analysis)}"
+    pairs = [Picture(f"{name}-improvement", improvement, improvement_figure(analysis))] if several else []
     profile = [Picture(f"{name}-profile", "Performance profile", profile_figure(analysis))] if compared else []
-    learning = "Learning curves on validation episodes"
+    learning = "Learning curves, on validation episodes (on held-out ones where the run evaluated on these)"
     learned = [Picture(f"{name}-curves", learning, curve_figure(analysis, curves))] if curves else []
     by_task = Picture(f"{name}-tasks", "Task by task; the line is the score before", task_figure(analysis))
     found = [

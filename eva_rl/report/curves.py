@@ -51,13 +51,16 @@ class Curve:
 
 
 def points_of(run: Run, key: str) -> Points:
-    """The held-out evaluations of a run while it learns (``eval.at``), else its validation points."""
+    """The held-out evaluations of a run while it learns (``eval.at``), else its validation points.
+
+    Held-out evaluations before and after alone are no curve.
+    """
     held_out = len({row["step"] for row in run.rows if f"eval/{key}" in row}) > 2
-    for prefix in ("eval", "validation") if held_out else ("validation", "eval"):
-        found = [place for row in _placed(run) if (place := _value(row, f"{prefix}/{key}")) is not None]
-        if found:
-            columns = np.array(sorted(found, key=lambda point: point[1:]), dtype=np.float64).T
-            return Points(columns[0], dict(zip(AXES, columns[1:], strict=True)))
+    prefix = "eval" if held_out else "validation"
+    found = [place for row in _placed(run) if (place := _value(row, f"{prefix}/{key}")) is not None]
+    if found:
+        columns = np.array(sorted(found, key=lambda point: point[1:]), dtype=np.float64).T
+        return Points(columns[0], dict(zip(AXES, columns[1:], strict=True)))
     return Points(np.empty(0), {axis: np.empty(0) for axis in AXES})
 
 

@@ -68,6 +68,12 @@ def _whole_axis(axes: Axes, analysis: Analysis, *, wide: bool = True) -> None:
         axes.set_xticks([0, 0.25, 0.5, 0.75, 1] if wide else [0, 0.5, 1])
 
 
+def first_pairs(analysis: Analysis) -> str:
+    """What to say where not all pairs are drawn."""
+    pairs = len(analysis.comparisons)
+    return f", the first {MOST_PAIRS} of {pairs} pairs" if pairs > MOST_PAIRS else ""
+
+
 def improvement_figure(analysis: Analysis) -> Figure:
     """Probability of improvement of each pair."""
     comparisons = analysis.comparisons[:MOST_PAIRS][::-1]

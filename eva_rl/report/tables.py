@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +54,10 @@ class Table:
     words: bool = False
 
 
+NARROW = 0.01
+"""Intervals that are narrower get as many decimals as it takes to tell their ends apart."""
+
+
 def number(value: float, digits: int = 3) -> str:
     """A score for reading."""
     if not np.isfinite(value):
@@ -68,7 +73,10 @@ def heading(title: str) -> str:
 def with_interval(estimate: stats.Estimate) -> str:
     """A value and its interval."""
     value, low, high = (float(v) for v in (estimate.value, estimate.low, estimate.high))
-    return f"{number(value)} [{number(low)}, {number(high)}]" if np.isfinite(low) else number(value)
+    if not np.isfinite(low):
+        return number(value)
+    digits = 3 if high - low >= NARROW or high == low else min(9, 1 - math.floor(math.log10(high - low)))
+    return f"{number(value, digits)} [{number(low, digits)}, {number(high, digits)}]"
 
 
 def aggregate_table(analysis: Analysis) -> Table:

@@ -21,7 +21,7 @@ from eva_rl.agents.policy_folder import save_policy
 from eva_rl.benchmark import command as benchmark
 from eva_rl.benchmark.grid import Place, comparison_cells, tuning_cells
 from eva_rl.benchmark.records import write_record
-from eva_rl.benchmark.study import read_study
+from eva_rl.benchmark.study import names_of, read_study
 from eva_rl.benchmark.tuning import choose
 from eva_rl.cli.parsing import parse
 from eva_rl.errors import UserError
@@ -482,3 +482,29 @@ def test_the_documented_study_runs(tmp_path: Path) -> None:
     text = (tmp_path / "out" / "report" / "report.md").read_text()
     assert "## Tuning" in text
     assert "By cloning loss on held-out demonstrations" in text
+
+
+@pytest.mark.parametrize(
+    ("typed", "message"),
+    [
+        ("algo.updates=3", "there is no such key. Type finetune.algo.updates=3."),
+        ("policy=mt40-small", "Type finetune.policy=mt40-small."),
+        ("adapter=lora", "A benchmark sets that through methods=."),
+        ("endpoint=area", "Write endpoint: area in a study file, and type study=FILE."),
+        ("job=2", "Did you mean jobs=2"),
+    ],
+)
+def test_a_key_of_somewhere_else_is_named_with_its_place(
+    typed: str, message: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert benchmark.main(["tasks=push-v3", "plan=true", typed]) == 2
+    assert message in " ".join(capfd.readouterr().err.split())
+
+
+def test_names_may_be_joined_by_commas(capfd: pytest.CaptureFixture[str]) -> None:
+    assert names_of("push-v3,reach-v3") == names_of("push-v3+reach-v3") == ["push-v3", "reach-v3"]
+    assert names_of("push-v3?goal=0,1,2") == ["push-v3?goal=0,1,2"]
+    assert finetune.main(["env=push-v3", "adapter=lora,eva"]) == 2
+    assert "names several, and a run has one. To run each: --multirun adapter=lora,eva" in " ".join(
+        capfd.readouterr().err.split()
+    )

@@ -71,3 +71,9 @@ def test_one_run_without_points_hides_no_other() -> None:
     assert [curve.label for curve in found["gradient_steps"]] == ["a"]
     (text,) = without_curve(group, found)
     assert text.startswith("No learning curve of b:")
+
+
+def test_the_scores_before_and_after_alone_are_no_curve() -> None:
+    two, three = (curved("a", 0, dict.fromkeys(steps, 0.5), prefix="eval") for steps in ((0, 100), (0, 50, 100)))
+    assert len(points_of(two, KEY).values) == 0
+    assert points_of(three, KEY).places["gradient_steps"].tolist() == [0, 50, 100]

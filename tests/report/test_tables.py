@@ -162,3 +162,16 @@ def test_hostile_cells_are_what_they_were(tmp_path_factory: pytest.TempPathFacto
     for cell, back in zip(cells, row, strict=True):
         assert back in {cell, f"'{cell}"}
         assert not back.startswith(tuple("=+-@\t\r"))
+
+
+@pytest.mark.parametrize(
+    ("values", "shown"),
+    [
+        ((0.5, 0.4, 0.6), "0.500 [0.400, 0.600]"),
+        ((-0.00123, -0.0021, -0.0004), "-0.0012 [-0.0021, -0.0004]"),
+        ((0.00012, 0.00002, 0.00021), "0.00012 [0.00002, 0.00021]"),
+        ((1.0, 1.0, 1.0), "1.000 [1.000, 1.000]"),
+    ],
+)
+def test_the_ends_of_a_narrow_interval_can_be_told_apart(values: tuple[float, float, float], shown: str) -> None:
+    assert with_interval(stats.Estimate(*map(np.float64, values))) == shown
