@@ -98,8 +98,13 @@ class Cell:
 
     @property
     def about(self) -> dict[str, Any]:
-        """Its method by the name that the study gives it, and the settings that are tried, if it is a tuning run."""
-        return {"method": self.method, "tuning": dict(self.chosen) if self.tuning else None}
+        """Its method by the name that the study gives it, and the settings that are tried, if it is a tuning run.
+
+        With what the study file decided to compare by.
+        """
+        study = self.study
+        decided = {"endpoint": study.endpoint, "margin": study.margin} if study.digest else {}
+        return {"method": self.method, "tuning": dict(self.chosen) if self.tuning else None} | decided
 
     @property
     def divergence(self) -> Path:

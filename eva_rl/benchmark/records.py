@@ -23,7 +23,8 @@ def write_record(path: Path, run_dir: Path, name: str, about: Mapping[str, Any] 
         path: Where to.
         run_dir: The run directory.
         name: The run's name within its benchmark.
-        about: ``method``, the name that the study gives it, and ``tuning``, the settings tried, or None.
+        about: ``method``, the name that the study gives it, ``tuning``, the settings tried, or None, and the
+            ``endpoint`` and ``margin`` of a study file.
 
     Raises:
         UserError: The run is damaged.

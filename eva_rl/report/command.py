@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -37,7 +37,7 @@ from eva_rl.report.figures import (
 from eva_rl.report.methods import TaskGroup, group_tasks
 from eva_rl.report.page import Picture, Section, markdown, page, terminal_table
 from eva_rl.report.reading import find_runs, one_line
-from eva_rl.report.runs import Problem, Run, read_runs, select
+from eva_rl.report.runs import Problem, Run, decision, read_runs, select
 from eva_rl.report.tables import (
     CSV_COLUMNS,
     Table,
@@ -53,7 +53,7 @@ from eva_rl.report.tables import (
     write_csv,
 )
 from eva_rl.report.tuning import tuning_sections
-from eva_rl.report.verdicts import ENDPOINTS, verdicts
+from eva_rl.report.verdicts import ENDPOINTS, FINAL, verdicts
 from eva_rl.report.warnings import warnings_of
 from eva_rl.seeding import MAX_SEED
 
@@ -68,6 +68,7 @@ Examples:
   python -m eva_rl.report results/records endpoint=area margin=0.05
   python -m eva_rl.report csv:tdmpc2/results out=published
 """
+AUTO = "auto"
 PAGE, TEXT, CSV, RUNS_CSV, CURVES_CSV = "report.html", "report.md", "report.csv", "runs.csv", "curves.csv"
 PARTS = {PAGE, TEXT, CSV, RUNS_CSV, CURVES_CSV, "figures"}
 RUN_COLUMNS = ("method", "task", "seed", "score", "value", "before", "folder")
@@ -89,15 +90,19 @@ class ReportConfig:
     )
     out: str = option("report", "folder for the report; an earlier report there is replaced")
     title: str = option("Comparison of fine-tuning methods", "heading")
-    endpoint: str = option("final", "score by which methods are compared: " + ", ".join(ENDPOINTS))
-    margin: float | None = option(None, "difference below which methods count as equivalent; null tests none")
+    endpoint: str = option(
+        AUTO, f"score by which methods are compared: {', '.join(ENDPOINTS)}; auto takes the study's, else {FINAL}"
+    )
+    margin: float | None = option(
+        None, "difference below which methods count as equivalent; null takes the study's, else tests none"
+    )
     replicates: int = option(2_000, "bootstrap resamples")
     confidence: float = option(0.95, "of the intervals")
     seed: int = option(0, "of the resampling")
 
     def __post_init__(self) -> None:
         positive(replicates=self.replicates)
-        one_of(tuple(ENDPOINTS), endpoint=self.endpoint)
+        one_of((AUTO, *ENDPOINTS), endpoint=self.endpoint)
         if self.margin is not None:
             positive(margin=self.margin)
         between(0.5, 0.999, confidence=self.confidence)
@@ -125,6 +130,7 @@ def report(config: ReportConfig) -> None:
     runs = [run for run in found if run.tuning is None]
     if not runs:
         raise UserError(nothing_to_compare(config.runs, found, problems))
+    config = as_decided(config, runs)
     resampling = Resampling(config.replicates, config.confidence, config.seed)
     groups = [analyse(group, resampling) for group in group_tasks(runs)]
     curves = [curves_of(analysis.group, resampling) for analysis in groups]
@@ -146,6 +152,14 @@ def report(config: ReportConfig) -> None:
 
         write_folder(out, fill)
     show(out, groups, problems, config)
+
+
+def as_decided(config: ReportConfig, runs: Sequence[Run]) -> ReportConfig:
+    """The config with the endpoint and margin that the runs' study decided on, where none is typed."""
+    endpoint, margin = decision(runs) or (FINAL, None)
+    if config.endpoint not in {AUTO, endpoint}:
+        endpoint, margin = config.endpoint, None  # the study's is in the unit of its own
+    return replace(config, endpoint=endpoint, margin=margin if config.margin is None else config.margin)
 
 
 def nothing_to_compare(places: Sequence[str], tuned: Sequence[Run], problems: Sequence[Problem]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,7 @@ class Run:
         versions: Of the libraries, and the machine.
         study: SHA-256 of the study file that it belongs to; empty for none.
         tuning: The settings that were tried, of a run of a tuning phase; None for a run that is compared.
+        decided: Endpoint and margin that its study file decided on; None for no study, or where the run does not say.
     """
 
     folder: Path
@@ -70,6 +71,7 @@ class Run:
     versions: Mapping[str, str] = field(default_factory=dict)
     study: str = ""
     tuning: Mapping[str, Any] | None = None
+    decided: tuple[str, float | None] | None = None
 
     @property
     def place(self) -> str:
@@ -175,7 +177,16 @@ def _named(run: Run, about: Mapping[str, Any]) -> Run:
     tuning = None if about["tuning"] is None else {one_line(k): _as_typed(v) for k, v in about["tuning"].items()}
     method, adapter = one_line(about["method"]), run.summary.get("method")
     own = () if adapter in {None, method} else ((ADAPTER, json.dumps(adapter)),)
-    return replace(run, method=method, tuning=tuning, settings=tuple(sorted((*run.settings, *own))))
+    margin = about.get("margin")
+    decided = (str(about["endpoint"]), None if margin is None else float(margin)) if "endpoint" in about else None
+    settings = tuple(sorted((*run.settings, *own)))
+    return replace(run, method=method, tuning=tuning, settings=settings, decided=decided)
+
+
+def decision(runs: Iterable[Run]) -> tuple[str, float | None] | None:
+    """The endpoint and margin that all runs' studies decided on; None where there is none, or several."""
+    found = {run.decided for run in runs}
+    return found.pop() if len(found) == 1 else None
 
 
 def _changed(raw: Mapping[str, Any], folder: Path, names: Sequence[str]) -> list[str]:

@@ -80,8 +80,8 @@ def tuning_sections(
     everything = [*tuned, *diverged]
     tasks, seeds = sorted({run.task for run in everything}), sorted({run.seed for run in everything})
     text = (
-        f"Settings were chosen by the {what}, on {', '.join(tasks)} and seeds {', '.join(map(str, seeds))}, none of "
-        "which is tested above."
+        f"Settings were chosen on {', '.join(tasks)} and seeds {', '.join(map(str, seeds))}, none of which is tested "
+        f"above. Shown is the {what}."
     )
     column = "mean rank" if ranked else "mean"
     note = f"{column.capitalize()}: {what}." + (" A run that diverged rules its setting out." if lost else "")

@@ -11,7 +11,7 @@ import numpy as np
 from eva_rl.errors import counted
 from eva_rl.report.comparison import LEVEL, Analysis, overlapping
 from eva_rl.report.methods import RANK, TaskGroup, differing_settings, paired_runs, plain_setting
-from eva_rl.report.runs import Problem
+from eva_rl.report.runs import Problem, decision
 from eva_rl.report.settings import ADAPTER
 from eva_rl.report.verdicts import ENDPOINTS, EQUIVALENT, FINAL, UNDECIDED, Verdict, verdicts
 
@@ -51,11 +51,24 @@ def warnings_of(
         *_unequal(group),
         *_settings(group),
         *_studies(group),
+        *_decided(group, endpoint, margin),
     ]
     lost = [problem for problem in problems if problem.kind in {"unfinished", "damaged"}]
     if lost:
         found.append(ReportWarning(f"{counted(len(lost), 'unfinished or damaged run')} left out; see the list below."))
     return sorted(found, key=lambda warning: not warning.severe)
+
+
+def _decided(group: TaskGroup, endpoint: str, margin: float | None) -> Iterator[ReportWarning]:
+    """Another endpoint or margin than the study file fixed before its runs."""
+    stated = decision(run for method in group.methods for own in method.runs.values() for run in own)
+    if stated not in {None, (endpoint, margin)}:
+        assert stated is not None
+        yield ReportWarning(
+            f"The study decided on endpoint={stated[0]} margin={stated[1]} before its runs; this report compares by "
+            f"endpoint={endpoint} margin={margin}. Leave both out for the study's own.",
+            severe=True,
+        )
 
 
 def _verdict(analysis: Analysis, endpoint: str, margin: float | None) -> Iterator[ReportWarning]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from eva_rl.errors import UserError
+from eva_rl.report import command as report
 from eva_rl.report.command import (
     ReportConfig,
     check_out,
@@ -18,8 +20,9 @@ from eva_rl.report.command import (
 )
 from eva_rl.report.comparison import analyse
 from eva_rl.report.methods import group_tasks
-from eva_rl.report.runs import Problem
+from eva_rl.report.runs import ABOUT_FILE, Problem
 from tests.report.making_groups import QUICK, make_run, make_runs
+from tests.report.making_runs import make_study
 
 
 @pytest.mark.parametrize(
@@ -99,3 +102,25 @@ def test_no_two_tasks_share_a_picture() -> None:
     assert len(set(names)) == len(tasks)
     assert "return-on-Walk-v1-tasks" in names
     assert all(set(name) < set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-") for name in names)
+
+
+@pytest.mark.parametrize(
+    ("typed", "endpoint", "margin", "warned"),
+    [
+        ([], "cloning_loss", "0.04", False),
+        (["endpoint=cloning_loss", "margin=0.04"], "cloning_loss", "0.04", False),
+        (["margin=0.5"], "cloning_loss", "0.5", True),
+        (["endpoint=final"], "final", "None", True),
+    ],
+)
+def test_what_the_study_decided_on_is_what_is_compared_by(
+    typed: list[str], endpoint: str, margin: str, warned: bool, tmp_path: Path
+) -> None:
+    root = make_study(tmp_path / "runs", ["eva", "lora"], lambda *_: 0.5, seeds=2, goals=4)
+    for summary in root.rglob("summary.json"):
+        about = {"method": summary.parent.parent.name, "tuning": None, "endpoint": "cloning_loss", "margin": 0.04}
+        (summary.parent / ABOUT_FILE).write_text(json.dumps(about))
+    assert report.main([str(root), f"out={tmp_path / 'out'}", "replicates=50", *typed]) == 0
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert ("The study decided on endpoint=cloning_loss margin=0.04 before its runs" in text) is warned
+    assert (f"this report compares by endpoint={endpoint} margin={margin}" in text) is warned
