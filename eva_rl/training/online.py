@@ -62,11 +62,12 @@ def train_online(  # noqa: PLR0913 - one call for all algorithms; all but four h
     counters = _resume(checkpoints, learner, replay, best) or OnlineCounters(next_seed=task.first_episode)
     collector = collector or Collector(learner.policy, task)
     validate = partial(evaluate_and_keep_best, evaluate, log, best, counters, learner) if evaluate else None
+    saved_on_failure = partial(_saved_on_failure, collector, learner, replay, counters, checkpoints, best)
     if validate and options.keep_best and counters.best_step < 0:
         validate()
     while counters.env_steps < options.env_steps:
         began, before = time.perf_counter(), counters.env_steps
-        with _saved_on_failure(collector, learner, replay, counters, checkpoints, best):
+        with saved_on_failure():
             if not collector.acting:
                 collector.begin(counters)
             collector.collect(learner, replay, counters)
@@ -82,7 +83,8 @@ def train_online(  # noqa: PLR0913 - one call for all algorithms; all but four h
         if truncating:
             collector.truncate_episodes(replay, counters)
         if validate and (options.keep_best if done else evaluating):
-            validate()
+            with saved_on_failure():
+                validate()
         if checkpoints and truncating and (options.checkpoint_every if saving else checkpoints.due_by_time()):
             checkpoints.save(_state(counters, learner, replay, best))
     if options.keep_best:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from eva_rl import envs
 from eva_rl.data import Episode
 from eva_rl.data.replay import TrajectoryReplay
-from eva_rl.errors import ActionNotFiniteError, UserError
+from eva_rl.errors import ActionNotFiniteError, EnvironmentFailedError, UserError
 from eva_rl.training.checkpoint import Checkpoints
 from eva_rl.training.collector import OnlineCounters, TaskEnvs
 from eva_rl.training.failures import FAILED_BATCH, NOT_FINITE_FILE, NotFiniteError, failures_kept
@@ -382,3 +382,23 @@ def test_a_dead_worker_is_a_clear_end() -> None:
         train()
     assert killed == [40]
     assert not any(process.is_alive() for process in vec_env.processes)
+
+
+def test_an_environment_that_fails_in_a_validation_costs_nothing_that_was_learned(tmp_path: Path) -> None:
+    def fails(step: int) -> Mapping[str, float]:
+        raise EnvironmentFailedError("bandit", "in reset()", "the server is gone")
+
+    learner = bandit(env_steps=60, steps_per_iteration=10, updates_per_iteration=1, eval_every=20, checkpoint_every=50)
+    checkpoints = Checkpoints(tmp_path)
+    replay, task = TrajectoryReplay(500, 2, 1), make_task(Bandit, 1)
+    with pytest.raises(EnvironmentFailedError, match="what was learned before is saved"):
+        train_online(learner, replay, task, log=lambda *_: None, evaluate=fails, checkpoints=checkpoints)
+    state = checkpoints.load()
+    assert state is not None
+    assert state.record["env_steps"] == 20
+    again = bandit(env_steps=60, steps_per_iteration=10, updates_per_iteration=1, eval_every=20, checkpoint_every=50)
+    counters = train_online(
+        again, TrajectoryReplay(500, 2, 1), task, log=lambda *_: None, evaluate=lambda _: {}, checkpoints=checkpoints
+    )
+    assert counters.env_steps == 60
+    assert counters.update == 6

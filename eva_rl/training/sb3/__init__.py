@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from numbers import Real
 from typing import Any
@@ -160,17 +161,16 @@ def train_sb3(
         if isinstance(model, OffPolicyAlgorithm):
             assert isinstance(model.replay_buffer, WindowReplayBuffer)
             model.replay_buffer.truncate_episodes()
-        if failure is not None and checkpoints is not None:
-            checkpoints.save(_state(model, played))
-            raise failure.saved() from failure
         if failure is not None:
-            raise failure
+            with _saved_on_failure(model, played, checkpoints):
+                raise failure
         _check_finite(model)
         if model.logger.name_to_value:  # recorded since Stable-Baselines3 wrote a row
             model.logger.dump(model.num_timesteps)
         model.policy.set_training_mode(False)
         if evaluate is not None and model.num_timesteps < options.env_steps:
-            metrics = evaluate(model.num_timesteps)
+            with _saved_on_failure(model, played, checkpoints):
+                metrics = evaluate(model.num_timesteps)
             played.validated(metrics)
             log(metrics, model.num_timesteps + played.validation_steps)
         if checkpoints is not None:
@@ -181,6 +181,20 @@ def train_sb3(
         "env_steps": steps,
         "env_steps_played": steps + played.validation_steps,
     }
+
+
+@contextmanager
+def _saved_on_failure(model: Model, played: OnlineCounters, checkpoints: Checkpoints | None) -> Iterator[None]:
+    """Save what was learned before an environment failed."""
+    try:
+        yield
+    except ActionNotFiniteError:  # the policy itself has diverged: the last checkpoint is better
+        raise
+    except EnvironmentFailedError as failure:
+        if checkpoints is None:
+            raise
+        checkpoints.save(_state(model, played))
+        raise failure.saved() from failure
 
 
 def _stretch(options: SB3Options, whole: int) -> int:
