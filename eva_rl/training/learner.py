@@ -108,8 +108,14 @@ class Learner(ABC):
         """
         return replay.num_complete > 0
 
-    def begin_iteration(self, replay: TrajectoryReplay) -> int:
-        """How many gradient steps are taken from here on until the policy acts again."""
+    def begin_iteration(self, replay: TrajectoryReplay, *, env_steps: int = 0, updates: int = 0) -> int:
+        """How many gradient steps are taken from here on until the policy acts again.
+
+        Args:
+            replay: What was played.
+            env_steps: Played so far.
+            updates: Gradient steps taken so far.
+        """
         return self.options.updates_per_iteration
 
     @abstractmethod

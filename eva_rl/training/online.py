@@ -158,7 +158,7 @@ def _learn(learner: Learner, replay: TrajectoryReplay, counters: OnlineCounters)
     if counters.env_steps < learner.options.learning_starts or not learner.can_learn(replay, failures):
         return metrics
     learner.policy.network.train()
-    for _ in range(learner.begin_iteration(replay)):
+    for _ in range(learner.begin_iteration(replay, env_steps=counters.env_steps, updates=counters.update)):
         metrics |= learner.update(replay, counters.update)
         counters.update += 1
     counters.failures_learned = counters.failures

@@ -250,7 +250,11 @@ class ResidualOptions(ReplayOptions):
     def total_updates(self) -> int:
         """Gradient steps of the actor, at most."""
         before = max(0, self.learning_starts - self.steps_per_iteration)
-        of_critics = -(-max(0, self.env_steps - before) // self.steps_per_iteration) * self.updates_per_iteration
+        iterations = -(-max(0, self.env_steps - before) // self.steps_per_iteration)
+        return self.actor_updates(iterations * self.updates_per_iteration)
+
+    def actor_updates(self, of_critics: int) -> int:
+        """Gradient steps of the actor among so many of the critics."""
         return max(0, -(-of_critics // self.policy_delay) - -(-self.critic_warmup // self.policy_delay))
 
 

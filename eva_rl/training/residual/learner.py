@@ -65,6 +65,7 @@ class ResidualLearner(Learner):
         self.add("critics", named(self.critics), self._critic_optimizer)
         self.demonstrations = self._stored(demonstrations, env_id)
         self._reward_scale = self._solved_value = 0.0
+        self._actor_steps_planned = options.total_updates
 
     def _stored(self, episodes: Sequence[Episode], env_id: str) -> TrajectoryReplay:
         if self._residual.stop_at_success:
@@ -104,10 +105,17 @@ class ResidualLearner(Learner):
 
         return choose
 
+    def begin_iteration(self, replay: TrajectoryReplay, *, env_steps: int = 0, updates: int = 0) -> int:
+        """As the parent; learning may begin late, with the first whole episode: see how much is still to come."""
+        options, per_iteration = self._residual, super().begin_iteration(replay)
+        iterations = 1 + -(-max(0, options.env_steps - env_steps) // options.steps_per_iteration)
+        self._actor_steps_planned = options.actor_updates(updates + iterations * per_iteration)
+        return per_iteration
+
     def schedule(self, update: int) -> float:
         """As the parent does, and to zero over the last part: a policy that follows its critics does not settle."""
-        last = self._residual.decay * self._residual.total_updates
-        left = self._residual.total_updates - update
+        last = self._residual.decay * self._actor_steps_planned
+        left = self._actor_steps_planned - update
         return super().schedule(update) * (min(1.0, max(0.0, left / last)) if last else 1.0)
 
     def update(self, replay: TrajectoryReplay, update: int) -> dict[str, float]:

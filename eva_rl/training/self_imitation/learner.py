@@ -57,7 +57,7 @@ class SelfImitation(Learner):
         """
         return failures > 0 and bool(replay.imitation_weights(*self._weights).any())
 
-    def begin_iteration(self, replay: TrajectoryReplay) -> int:
+    def begin_iteration(self, replay: TrajectoryReplay, *, env_steps: int = 0, updates: int = 0) -> int:
         """More gradient steps where there is more to clone, if all of it is cloned anew."""
         in_proportion = math.ceil(self._updates_per_episode * len(replay.imitated_lengths))
         self._begun, self._updates = self._actor_steps, max(self.options.updates_per_iteration, in_proportion)

@@ -52,6 +52,17 @@ def test_the_actor_settles_at_the_end() -> None:
     assert learner.schedule(steps - 1) == 1
 
 
+@pytest.mark.parametrize(("begins", "expected"), [(160, 280), (480, 160)])
+def test_it_settles_at_the_end_however_late_it_begins(begins: int, expected: int) -> None:
+    """Learning waits for a first whole episode, which may be later than ``learning_starts``."""
+    learner = ResidualLearner(make_learner(), ResidualOptions(**QUICK), env_id="problem")
+    assert learner.options.total_updates == 280
+    for index, env_steps in enumerate(range(begins, 961, 80)):
+        assert learner.begin_iteration(learner.new_replay(10), env_steps=env_steps, updates=60 * index) == 60
+        assert learner._actor_steps_planned == expected, "on time, and in a resumed run, too"
+    assert [learner.schedule(update) for update in (0, expected)] == [1, 0]
+
+
 def episode(length: int, *, terminated: bool, solved: bool = False) -> Episode:
     """Rewards 1, 2, 3, ...; observations, features and proposals tell the env step."""
     steps = np.arange(length, dtype=np.float32)
