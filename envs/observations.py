@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cache
 from typing import Any
 
 import gymnasium as gym
 from gymnasium import spaces
 
-from eva_rl.envs.registry import make_env, registration
+from eva_rl.envs.registry import cache_while_registered, make_env
 
 
 def observation_keys(name: str) -> tuple[str, ...]:
@@ -21,11 +20,12 @@ def observation_keys(name: str) -> tuple[str, ...]:
     Args:
         name: Any name that :func:`eva_rl.envs.canonical_id` takes.
     """
-    return _observation_keys(name, registration(name))
+    found: tuple[str, ...] = _observation_keys(name)
+    return found
 
 
-@cache
-def _observation_keys(name: str, _registration: int) -> tuple[str, ...]:
+@cache_while_registered
+def _observation_keys(name: str) -> tuple[str, ...]:
     env: gym.Env[Any, Any] = make_env(name)
     try:
         inner = env

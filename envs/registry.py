@@ -6,7 +6,7 @@ import importlib
 import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
-from functools import cache, partial
+from functools import cache, partial, wraps
 from typing import Any
 
 import gymnasium as gym
@@ -253,18 +253,28 @@ def _parts(space: gym.Space[Any]) -> Iterator[gym.Space[Any]]:
         yield space
 
 
+def cache_while_registered(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Cache what a function of a task's name returns, until the task is registered anew, as in a notebook."""
+    found: dict[tuple[Any, ...], tuple[object, Any]] = {}
+
+    @wraps(function)
+    def cached(name: str, *others: Any) -> Any:
+        registered = gym.registry.get(split_options(canonical_id(name))[0].rpartition(":")[2])
+        if (name, *others) not in found or found[name, *others][0] is not registered:
+            found[name, *others] = registered, function(name, *others)
+        return found[name, *others][1]
+
+    return cached
+
+
 def env_spec(name: str, horizon: int | None = None) -> EnvSpec:
     """Describe a task: dimensions, action bounds, horizon, evaluation protocol."""
-    return _env_spec(name, horizon, registration(name))
+    found: EnvSpec = _env_spec(name, horizon)
+    return found
 
 
-def registration(name: str) -> int:
-    """Identity of what Gymnasium knows of a task: another one where it is registered anew, as in a notebook."""
-    return id(gym.registry.get(split_options(canonical_id(name))[0].rpartition(":")[2]))
-
-
-@cache
-def _env_spec(name: str, horizon: int | None, _registration: int) -> EnvSpec:
+@cache_while_registered
+def _env_spec(name: str, horizon: int | None) -> EnvSpec:
     env_id = canonical_id(name)
     base, options = split_options(env_id)
     if base.startswith(METAWORLD_PREFIX):

@@ -32,9 +32,8 @@ class OnnxPolicy:  # acts in one environment: start() before each episode, act()
         return self.action
 
 
-if len(sys.argv) != 2:
-    sys.exit("Usage: python act_with_onnx.py POLICY.onnx, which `python -m eva_rl.export to=onnx` makes.")
-policy, generator = OnnxPolicy(sys.argv[1]), np.random.default_rng(0)
+path = sys.argv[1] if sys.argv[1:] else sys.exit(__doc__)
+policy, generator = OnnxPolicy(path), np.random.default_rng(0)
 policy.start()
 for step in range(30):
     print(step, policy.act(generator.normal(policy.about["observation_mean"], policy.about["observation_std"])))
