@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -130,7 +130,7 @@ def report(config: ReportConfig) -> None:
     runs = [run for run in found if run.tuning is None]
     if not runs:
         raise UserError(nothing_to_compare(config.runs, found, problems))
-    config = as_decided(config, runs)
+    config.endpoint, config.margin = as_decided(config, runs)
     resampling = Resampling(config.replicates, config.confidence, config.seed)
     groups = [analyse(group, resampling) for group in group_tasks(runs)]
     curves = [curves_of(analysis.group, resampling) for analysis in groups]
@@ -154,12 +154,12 @@ def report(config: ReportConfig) -> None:
     show(out, groups, problems, config)
 
 
-def as_decided(config: ReportConfig, runs: Sequence[Run]) -> ReportConfig:
-    """The config with the endpoint and margin that the runs' study decided on, where none is typed."""
+def as_decided(config: ReportConfig, runs: Sequence[Run]) -> tuple[str, float | None]:
+    """Endpoint and margin: those that are typed, else those that the runs' study decided on."""
     endpoint, margin = decision(runs) or (FINAL, None)
     if config.endpoint not in {AUTO, endpoint}:
         endpoint, margin = config.endpoint, None  # the study's is in the unit of its own
-    return replace(config, endpoint=endpoint, margin=margin if config.margin is None else config.margin)
+    return endpoint, margin if config.margin is None else config.margin
 
 
 def nothing_to_compare(places: Sequence[str], tuned: Sequence[Run], problems: Sequence[Problem]) -> str:

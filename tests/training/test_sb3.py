@@ -318,7 +318,7 @@ def test_ppo_compares_the_policy_with_itself_whatever_its_dropout() -> None:
     chosen = options("ppo", 80, learning_rate=1e-12, batch_size=10, epochs=2)
     found = train_sb3(make_model(policy, task, chosen), task, chosen, log=lambda metrics, _: rows.append(metrics))
     divergences = [row["train/approx_kl"] for row in rows if "train/approx_kl" in row]
-    assert len(divergences) == 2, "of both updates, the last included"
+    assert len(divergences) == 1, "Stable-Baselines3 writes those of an update with the rollout after it"
     assert max(map(abs, divergences)) < 1e-6
     assert found["updates"] == 16, "two rollouts, two epochs each of 40 env steps in batches of 10"
 

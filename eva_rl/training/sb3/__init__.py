@@ -165,8 +165,6 @@ def train_sb3(
             with _saved_on_failure(model, played, checkpoints):
                 raise failure
         _check_finite(model)
-        if model.logger.name_to_value:  # recorded since Stable-Baselines3 wrote a row
-            model.logger.dump(model.num_timesteps)
         model.policy.set_training_mode(False)
         if evaluate is not None and model.num_timesteps < options.env_steps:
             with _saved_on_failure(model, played, checkpoints):
