@@ -11,6 +11,7 @@ from gymnasium import spaces
 from eva_rl.envs.registry import cache_while_registered, make_env
 
 
+@cache_while_registered
 def observation_keys(name: str) -> tuple[str, ...]:
     """Names of the parts of a task's flat observations in their order; none where they are one Box from the start.
 
@@ -20,12 +21,6 @@ def observation_keys(name: str) -> tuple[str, ...]:
     Args:
         name: Any name that :func:`eva_rl.envs.canonical_id` takes.
     """
-    found: tuple[str, ...] = _observation_keys(name)
-    return found
-
-
-@cache_while_registered
-def _observation_keys(name: str) -> tuple[str, ...]:
     env: gym.Env[Any, Any] = make_env(name)
     try:
         inner = env

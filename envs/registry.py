@@ -7,7 +7,7 @@ import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache, partial, wraps
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import gymnasium as gym
 import numpy as np
@@ -37,6 +37,8 @@ from eva_rl.errors import EnvironmentFailedError, UnknownNameError, UserError
 log = logging.getLogger(__name__)
 
 DEFAULT_HORIZON = 1000
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 def task_ids(names: str) -> list[str]:
@@ -253,28 +255,24 @@ def _parts(space: gym.Space[Any]) -> Iterator[gym.Space[Any]]:
         yield space
 
 
-def cache_while_registered(function: Callable[..., Any]) -> Callable[..., Any]:
+def cache_while_registered(function: Callable[Concatenate[str, P], T]) -> Callable[Concatenate[str, P], T]:
     """Cache what a function of a task's name returns, until the task is registered anew, as in a notebook."""
-    found: dict[tuple[Any, ...], tuple[object, Any]] = {}
+    found: dict[tuple[Any, ...], tuple[object, T]] = {}
 
     @wraps(function)
-    def cached(name: str, *others: Any) -> Any:
+    def cached(name: str, /, *args: P.args, **kwargs: P.kwargs) -> T:
         registered = gym.registry.get(split_options(canonical_id(name))[0].rpartition(":")[2])
-        if (name, *others) not in found or found[name, *others][0] is not registered:
-            found[name, *others] = registered, function(name, *others)
-        return found[name, *others][1]
+        key = (name, args, tuple(sorted(kwargs.items())))
+        if key not in found or found[key][0] is not registered:
+            found[key] = registered, function(name, *args, **kwargs)
+        return found[key][1]
 
     return cached
 
 
+@cache_while_registered
 def env_spec(name: str, horizon: int | None = None) -> EnvSpec:
     """Describe a task: dimensions, action bounds, horizon, evaluation protocol."""
-    found: EnvSpec = _env_spec(name, horizon)
-    return found
-
-
-@cache_while_registered
-def _env_spec(name: str, horizon: int | None) -> EnvSpec:
     env_id = canonical_id(name)
     base, options = split_options(env_id)
     if base.startswith(METAWORLD_PREFIX):

@@ -5,14 +5,14 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from eva_rl.adapters import find_method
 from eva_rl.benchmark.grid import Cell, Place, check, comparison_cells, setting_name, tuning_cells
 from eva_rl.benchmark.plan import plan_table, read_pilot
-from eva_rl.benchmark.study import METHOD, Study, names_of, read_study, seeds_of, tasks_of
+from eva_rl.benchmark.study import KEYS, METHOD, Study, names_of, read_study, seeds_of, tasks_of
 from eva_rl.benchmark.tuning import Chosen, choose
 from eva_rl.cli.command import run_command
 from eva_rl.cli.console import console, say
@@ -147,7 +147,7 @@ def elsewhere(key: str, text: str) -> str:
     """What to type in place of a key of finetune or of a study file."""
     if key in OWN_KEYS:
         return f"A benchmark sets that through {OWN_KEYS[key]}."
-    if key in {field.name for field in fields(Study)}:
+    if key in KEYS:
         return f"Write {key}: {text} in a study file, and type study=FILE."
     groups = {known.partition(".")[0] for known in known_keys("finetune", first_options("finetune"))}
     return f"Type {PASSED}{key}={text}." if key.partition(".")[0] in groups else ""

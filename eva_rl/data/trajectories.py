@@ -295,10 +295,10 @@ class Trajectories:
             UserError: Lengths or shapes disagree, values are not finite numbers, flags neither 0 nor 1.
         """
         where = Source(source)
-        columns: dict[str, Any] = {  # copies: the caller's arrays may change
-            "observations": (where / "observations").floats(observations).copy(),
-            "actions": (where / "actions").floats(actions).copy(),
-            "rewards": (where / "rewards").vector(rewards).copy(),
+        columns: dict[str, Any] = {
+            "observations": _own((where / "observations").floats(observations), observations),
+            "actions": _own((where / "actions").floats(actions), actions),
+            "rewards": _own((where / "rewards").vector(rewards), rewards),
         }
         steps = len(columns["rewards"])
         flags = {"terminations": terminations, "truncations": truncations, "successes": successes}
@@ -319,6 +319,11 @@ class Trajectories:
             source=source,
             metadata=dict(metadata or {}),
         )
+
+
+def _own(array: Floats, given: NDArray[Any]) -> Floats:
+    """A copy of what is the caller's, whose arrays may change."""
+    return array.copy() if np.may_share_memory(array, np.asarray(given)) else array
 
 
 def _following(where: Source, observations: Floats, raw: NDArray[Any] | None) -> Floats:

@@ -6,13 +6,13 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, TypeAlias
 
-from eva_rl.errors import ActionNotFiniteError, TerminatedError, UserError
+from eva_rl.errors import ActionNotFiniteError, EnvironmentFailedError, TerminatedError, UserError
 from eva_rl.files import write_file, write_json
 
 if TYPE_CHECKING:
@@ -137,6 +137,27 @@ def interrupts_deferred() -> Iterator[DeferredInterrupt]:
             signal.signal(number, handler)
     if deferred.requested:
         raise deferred.interruption
+
+
+@contextmanager
+def saved_on_failure(save: Callable[[], None] | None) -> Iterator[None]:
+    """Save what was learned before an environment failed, and say so in the error.
+
+    Args:
+        save: Does it; None where nothing is saved.
+
+    Raises:
+        EnvironmentFailedError: It was raised inside.
+    """
+    try:
+        yield
+    except ActionNotFiniteError:  # the policy itself has diverged: the last checkpoint is better
+        raise
+    except EnvironmentFailedError as failure:
+        if save is None:
+            raise
+        save()
+        raise failure.saved() from failure
 
 
 def warn_untrained(steps: int, name: str) -> None:

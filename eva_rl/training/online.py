@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 
@@ -12,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from eva_rl.data.replay import TrajectoryReplay
-from eva_rl.errors import ActionNotFiniteError, EnvironmentFailedError
 from eva_rl.seeding import random_state, restore_random_state
 from eva_rl.training.bc import Log
 from eva_rl.training.checkpoint import Checkpoints, TrainState, below
 from eva_rl.training.collector import Collector, EpisodeCollector, OnlineCounters, TaskEnvs
+from eva_rl.training.failures import saved_on_failure
 from eva_rl.training.learner import Learner
 from eva_rl.training.optimizer import copy_of
 
@@ -62,12 +61,18 @@ def train_online(  # noqa: PLR0913 - one call for all algorithms; all but four h
     counters = _resume(checkpoints, learner, replay, best) or OnlineCounters(next_seed=task.first_episode)
     collector = collector or Collector(learner.policy, task)
     validate = partial(evaluate_and_keep_best, evaluate, log, best, counters, learner) if evaluate else None
-    saved_on_failure = partial(_saved_on_failure, collector, learner, replay, counters, checkpoints, best)
+
+    def save_unfinished() -> None:  # a resumed run begins with the episodes after it
+        assert checkpoints is not None
+        collector.truncate_episodes(replay, counters)
+        checkpoints.save(_state(counters, learner, replay, best))
+
+    keeping = partial(saved_on_failure, save_unfinished if checkpoints else None)
     if validate and options.keep_best and counters.best_step < 0:
         validate()
     while counters.env_steps < options.env_steps:
         began, before = time.perf_counter(), counters.env_steps
-        with saved_on_failure():
+        with keeping():
             if not collector.acting:
                 collector.begin(counters)
             collector.collect(learner, replay, counters)
@@ -83,35 +88,13 @@ def train_online(  # noqa: PLR0913 - one call for all algorithms; all but four h
         if truncating:
             collector.truncate_episodes(replay, counters)
         if validate and (options.keep_best if done else evaluating):
-            with saved_on_failure():
+            with keeping():
                 validate()
         if checkpoints and truncating and (options.checkpoint_every if saving else checkpoints.due_by_time()):
             checkpoints.save(_state(counters, learner, replay, best))
     if options.keep_best:
         best.restore(learner.acting_parameters)
     return counters
-
-
-@contextmanager
-def _saved_on_failure(
-    collector: EpisodeCollector,
-    learner: Learner,
-    replay: TrajectoryReplay,
-    counters: OnlineCounters,
-    checkpoints: Checkpoints | None,
-    best: _Best,
-) -> Iterator[None]:
-    """Save what was learned before an environment failed; a resumed run begins with the episodes after it."""
-    try:
-        yield
-    except ActionNotFiniteError:  # the policy itself has diverged: the last checkpoint is better
-        raise
-    except EnvironmentFailedError as error:
-        if checkpoints is None:
-            raise
-        collector.truncate_episodes(replay, counters)
-        checkpoints.save(_state(counters, learner, replay, best))
-        raise error.saved() from error
 
 
 @dataclass

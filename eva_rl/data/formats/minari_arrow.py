@@ -12,7 +12,7 @@ import numpy as np
 from eva_rl.data.formats.checks import Source, check_regular_file
 from eva_rl.data.formats.episode_folder import Read
 from eva_rl.data.formats.episodes import Arrays
-from eva_rl.data.formats.minari_file import OTHER_INFOS, REQUIRED
+from eva_rl.data.formats.minari_file import READ_INFOS, REQUIRED
 from eva_rl.data.formats.spaces import INDEX, Layout, Spaces, Tree, flattened
 from eva_rl.errors import UserError, counted
 from eva_rl.files import read_json
@@ -62,7 +62,7 @@ def _episode(source: Source, folder: Path, kind: str, spaces: Spaces, keys: tupl
     for key, layout, wanted in (("observations", spaces.observations, keys), ("actions", spaces.actions, ())):
         raw[key] = flattened(source / key, _as_in_hdf5(trees[key], layout), layout, wanted)
     raw["actions"] = raw["actions"][:steps]
-    for key, name in OTHER_INFOS.items():
+    for key, name in READ_INFOS.items():
         found = infos.get(key) if isinstance(infos, Mapping) else None
         if isinstance(found, np.ndarray):
             raw[name] = found[len(found) - steps :]

@@ -27,7 +27,7 @@ from eva_rl.files import write_file
 
 REQUIRED = ("observations", "actions", "rewards", "terminations", "truncations")
 INFOS = {"success": "successes", "target_actions": "target_actions"}
-OTHER_INFOS = {"is_success": "successes"} | INFOS
+READ_INFOS = {"is_success": "successes"} | INFOS
 """What is read; of two names of one the latter wins."""
 PART_ROWS = 1 << 16
 """Env steps after which the episodes read so far are handed on."""
@@ -189,10 +189,10 @@ def _raw_episode(
     if not file.is_group(name):
         raise UserError(f"{source} is not a group. Expected one with {', '.join(REQUIRED)}.")
     trees: dict[str, Tree] = {key: read_tree(file, f"{name}/{key}", REQUIRED) for key in REQUIRED}
-    infos = [key for key in OTHER_INFOS if key in file.names(f"{name}/infos")]
+    infos = [key for key in READ_INFOS if key in file.names(f"{name}/infos")]
     trees |= {key: file.read(f"{name}/infos/{key}") for key in infos}
     digest.arrays(trees)
-    raw: dict[str, Any] = {OTHER_INFOS.get(key, key): value for key, value in trees.items()}
+    raw: dict[str, Any] = {READ_INFOS.get(key, key): value for key, value in trees.items()}
     raw["observations"] = flattened(source / "observations", raw["observations"], spaces.observations, keys)
     raw["actions"] = flattened(source / "actions", raw["actions"], spaces.actions)
     return raw

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import partial
 from numbers import Real
 from typing import Any
@@ -25,7 +24,7 @@ from eva_rl.seeding import random_state, restore_random_state
 from eva_rl.training.bc import Log
 from eva_rl.training.checkpoint import Checkpoints, TrainState, below
 from eva_rl.training.collector import OnlineCounters, TaskEnvs
-from eva_rl.training.failures import NotFiniteError
+from eva_rl.training.failures import NotFiniteError, saved_on_failure
 from eva_rl.training.optimizer import optimizer_tensors, restore_optimizer
 from eva_rl.training.options import (
     OffPolicyOptions,
@@ -149,6 +148,12 @@ def train_sb3(
     env = model.get_env()
     assert env is not None
     stretch = _stretch(options, env.num_envs * task.horizon)
+
+    def save() -> None:
+        assert checkpoints is not None
+        checkpoints.save(_state(model, played))
+
+    keeping = partial(saved_on_failure, save if checkpoints else None)
     if isinstance(model, PPO):
         model.policy.optimizer.register_step_post_hook(partial(_count_step, played))
     while model.num_timesteps < options.env_steps:
@@ -162,12 +167,12 @@ def train_sb3(
             assert isinstance(model.replay_buffer, WindowReplayBuffer)
             model.replay_buffer.truncate_episodes()
         if failure is not None:
-            with _saved_on_failure(model, played, checkpoints):
+            with keeping():
                 raise failure
         _check_finite(model)
         model.policy.set_training_mode(False)
         if evaluate is not None and model.num_timesteps < options.env_steps:
-            with _saved_on_failure(model, played, checkpoints):
+            with keeping():
                 metrics = evaluate(model.num_timesteps)
             played.validated(metrics)
             log(metrics, model.num_timesteps + played.validation_steps)
@@ -179,20 +184,6 @@ def train_sb3(
         "env_steps": steps,
         "env_steps_played": steps + played.validation_steps,
     }
-
-
-@contextmanager
-def _saved_on_failure(model: Model, played: OnlineCounters, checkpoints: Checkpoints | None) -> Iterator[None]:
-    """Save what was learned before an environment failed."""
-    try:
-        yield
-    except ActionNotFiniteError:  # the policy itself has diverged: the last checkpoint is better
-        raise
-    except EnvironmentFailedError as failure:
-        if checkpoints is None:
-            raise
-        checkpoints.save(_state(model, played))
-        raise failure.saved() from failure
 
 
 def _stretch(options: SB3Options, whole: int) -> int:
