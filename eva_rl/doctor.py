@@ -58,7 +58,7 @@ def doctor(config: DoctorConfig) -> None:
 
     from eva_rl.cli.console import console, say
     from eva_rl.cli.machine import choose_device, versions
-    from eva_rl.cli.threads import thread_limits
+    from eva_rl.limits.threads import thread_limits
 
     device, limits = choose_device(config.device), thread_limits()
     threads = config.threads or limits.threads

@@ -20,7 +20,7 @@ FOLDERS = {
 }
 LAYERS = [
     {"errors", "lazy", "_version"},
-    {"batch", "files", "schema", "seeding", "options", "distributed"},
+    {"batch", "files", "schema", "seeding", "options", "distributed", "limits"},
     {"agents", "envs", "data", "eva", "tracking"},
     {"adapters", "rollouts"},
     {"training"},

@@ -11,12 +11,12 @@ import torch
 
 from eva_rl._version import __version__
 from eva_rl.cli.console import say
-from eva_rl.cli.threads import thread_limits
 from eva_rl.configs.groups import MachineOptions
 from eva_rl.distributed import init_distributed, is_torchrun, local_rank, local_world_size
 from eva_rl.envs.deadline import limit_calls
 from eva_rl.envs.names import TIMEOUT
 from eva_rl.errors import UserError, counted
+from eva_rl.limits.threads import thread_limits
 from eva_rl.seeding import seed_everything
 
 

@@ -25,6 +25,7 @@ from eva_rl.data.formats.store import FORMAT, is_store, read_store, write_store
 from eva_rl.data.trajectories import Trajectories, concatenate
 from eva_rl.errors import UnknownNameError, UserError
 from eva_rl.files import alone, expanded
+from eva_rl.limits.memory import memory_limit
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +40,7 @@ OPTIONS = ("actions", "horizon", "keys")
 CHECK_ROWS = 1 << 18
 """Rows of a mapped array that are looked at at a time."""
 MEMORY_FRACTION = 0.25
-"""Data are mapped instead of read when their files are larger than this part of the machine's memory."""
+"""Data are mapped instead of read when their files are larger than this part of the memory that the process may use."""
 
 
 @dataclass(frozen=True)
@@ -271,8 +272,7 @@ def _d4rl_parts(source: ParsedSource, path: Path, options: ReadOptions) -> Itera
 
 
 def _too_large(path: Path) -> bool:
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return sum(file.stat().st_size for file in _files(path)) > MEMORY_FRACTION * memory
+    return sum(file.stat().st_size for file in _files(path)) > MEMORY_FRACTION * memory_limit()
 
 
 def _files(path: Path) -> list[Path]:

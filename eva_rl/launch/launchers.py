@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from eva_rl.cli.threads import thread_limits
 from eva_rl.errors import UserError
 from eva_rl.launch.jobs import RAY, SLURM, Job, Launcher, LaunchOptions, Running
 from eva_rl.launch.processes import PATIENCE_SECONDS
+from eva_rl.limits.threads import thread_limits
 
 
 class RayLauncher:

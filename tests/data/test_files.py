@@ -114,6 +114,15 @@ def test_mapped_data_are_what_is_read(tmp_path: Path, cache: Path) -> None:
     assert load_dataset(f"d4rl:{path}", memory_map=True).returns.tolist() == [0, 0, 0]  # a changed file is converted
 
 
+def test_data_that_are_large_for_this_memory_are_mapped_unasked(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_h5(tmp_path / "a.hdf5", table())
+    assert not is_mapped(load_dataset(f"d4rl:{path}").observations)
+    monkeypatch.setattr(sources, "memory_limit", lambda: path.stat().st_size * 2)
+    assert is_mapped(load_dataset(f"d4rl:{path}").observations)
+
+
 def test_what_lies_beside_the_data_counts_as_well(tmp_path: Path, cache: Path) -> None:
     """A map was taken for that of other lengths, or of metadata that said something else."""
     np.savez(tmp_path / "0.npz", observations=np.zeros((4, 2)), actions=np.zeros((4, 1)), rewards=np.zeros(4))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from eva_rl.cli.threads import ThreadLimits, thread_limits
+from eva_rl.limits.threads import ThreadLimits, thread_limits
 
 
 def limits(root: Path, groups: str, **environment: str) -> ThreadLimits:

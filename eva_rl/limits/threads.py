@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from eva_rl.errors import counted
+from eva_rl.limits import cgroups
 
-CGROUP, PROCESS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 VARIABLE = "OMP_NUM_THREADS"
 
 
@@ -47,7 +47,7 @@ class ThreadLimits:
 
 
 def thread_limits(
-    environment: Mapping[str, str] = os.environ, root: Path = CGROUP, process: Path = PROCESS
+    environment: Mapping[str, str] = os.environ, root: Path = cgroups.MOUNTED, process: Path = cgroups.PROCESS
 ) -> ThreadLimits:
     """The limits of this process.
 
@@ -63,32 +63,10 @@ def thread_limits(
 
 def _quotas(root: Path, process: Path) -> Iterator[float]:
     """CPUs granted by each control group around the process, version 2 (cpu.max) and 1 (cpu.cfs_quota_us)."""
-    for folder in _folders(root, process):
-        found = _numbers(folder / "cpu.max")
+    for folder in cgroups.folders("cpu", root, process):
+        found = cgroups.numbers(folder / "cpu.max")
         if len(found) == 2 and found[1] > 0:
             yield found[0] / found[1]
-        quota, period = _numbers(folder / "cpu.cfs_quota_us"), _numbers(folder / "cpu.cfs_period_us")
+        quota, period = (cgroups.numbers(folder / f"cpu.cfs_{name}_us") for name in ("quota", "period"))
         if quota and period and quota[0] > 0 and period[0] > 0:
             yield quota[0] / period[0]
-
-
-def _folders(root: Path, process: Path) -> Iterator[Path]:
-    try:
-        lines = process.read_text().splitlines()
-    except OSError:
-        lines = []
-    for line in lines:
-        _, controllers, place = [*line.split(":", 2), "", ""][:3]
-        if controllers == "" or "cpu" in controllers.split(","):
-            mounted = root if controllers == "" else root / "cpu"
-            group = mounted / place.strip("/")
-            yield from (group, *(parent for parent in group.parents if parent.is_relative_to(mounted)))
-    yield from (root, root / "cpu")  # of a container that sees its own group as the root
-
-
-def _numbers(path: Path) -> list[float]:
-    """Numbers of a file; none where it is not there, or where it says ``max``."""
-    try:
-        return [float(word) for word in path.read_text().split()]
-    except (OSError, ValueError):
-        return []
