@@ -1,24 +1,27 @@
 """CW10 from two demonstrations, at equal env steps: after cloning, after online learning, and SAC from scratch.
 
     python benchmarks/online_cw10.py run push-v3 --algo self_imitation --seed 1 --out runs/cw10
-    python benchmarks/online_cw10.py table runs/cw10 --out docs/results/online-cw10.json --page docs/online.md
+    python benchmarks/online_cw10.py table runs/cw10 --out docs/results/online-cw10.json --page docs/online_results.md
 
 ``run`` does one task, one seed and one algorithm on one thread, and leaves ``OUT/ALGO-TASK-SEED.json``. Everything that
 begins with the shipped policy ``mt40`` clones the same two demonstrations first (``--seed`` chooses them, the goals of
 training and the held-out goals). ``sac`` is Stable-Baselines3's with its MLP, from scratch, with the demonstrations in
-its replay. Settings were chosen on seed 100; see docs/online.md.
+its replay. Settings were chosen on seed 100; see docs/online_results.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import online_runs
+import pages
+import pictures
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from eva_rl.report.tables import Table
@@ -39,6 +42,7 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "odt_td3": ("algo.updates_per_iteration=50", "algo.batch_size=16", "algo.critic_warmup=200", "algo.eval_every=0"),
 }
 """Of each algorithm besides the shared ones; gradient steps of the Transformer are as many as fit into minutes."""
+ALGORITHMS = (*SETTINGS, "sac")
 BATCH, UPDATES_PER_STEP = 128, 2
 """Of Stable-Baselines3's SAC: those of ``algo=residual``."""
 
@@ -138,8 +142,10 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def table(arguments: argparse.Namespace) -> None:
-    """Success by task, means over seeds; written where asked to."""
+    """Success by task and algorithm; written and drawn where asked to."""
     online_runs.publish(arguments, success_table, around(arguments.part))
+    if arguments.figure:
+        draw(pages.json_records(arguments.folder), arguments.figure)
 
 
 def around(part: str) -> tuple[str, str]:
@@ -147,52 +153,94 @@ def around(part: str) -> tuple[str, str]:
     return f"<!-- {part}, written by benchmarks/online_cw10.py table -->", f"<!-- end of {part} -->"
 
 
-HEAD = ("task", "algo", "seeds", "before", "after cloning", "at the end", "each seed, after cloning and at the end")
+class Cell(NamedTuple):
+    """Success of one task: its mean over seeds, the lowest and the highest."""
+
+    mean: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, records: Iterable[online_runs.Record], key: str) -> Cell | None:
+        """What the records of a task say under a key; None where they say nothing."""
+        values = [record[key] for record in records if record.get(key) is not None]
+        return cls(float(np.mean(values)), min(values), max(values)) if values else None
+
+    def __str__(self) -> str:
+        return f"{self.mean:.2f}" + (f" ({self.low:.2f} to {self.high:.2f})" if self.low < self.high else "")
 
 
-def success_table(records: Sequence[dict[str, Any]]) -> Table:
-    """A row for each task and algorithm, and one for all tasks of an algorithm."""
-    return Table("", HEAD, list(_rows(records)))
+def cells(records: Sequence[online_runs.Record]) -> dict[str, dict[str, Cell]]:
+    """Columns, each by task: before, after cloning (both from the first algorithm), and the end of each algorithm."""
+    algos = [algo for algo in ALGORITHMS if any(record["algo"] == algo for record in records)]
+    columns = {"before": (algos[0], "before"), "after cloning": (algos[0], "cloned")}
+    columns |= {algo: (algo, "after") for algo in algos}
+    found: dict[str, dict[str, Cell]] = {}
+    for name, (algo, key) in columns.items():
+        by_task = {task: [r for r in records if (r["task"], r["algo"]) == (task, algo)] for task in TASKS}
+        found[name] = {task: cell for task, mine in by_task.items() if (cell := Cell.of(mine, key)) is not None}
+    return found
 
 
-def _rows(records: Sequence[dict[str, Any]]) -> Iterator[tuple[str, ...]]:
-    for algo in (*SETTINGS, "sac"):
-        mine = [record for record in records if record["algo"] == algo]
-        for task in TASKS:
-            if one := sorted((r for r in mine if r["task"] == task), key=lambda r: r["seed"]):
-                yield (task, algo, ",".join(str(r["seed"]) for r in one), *_means(one), _each(one))
-        if mine:
-            yield ("all", algo, str(len(mine)), *_means(mine), "")
+def success_table(records: Sequence[online_runs.Record]) -> Table:
+    """A row for each task, and means of the tasks that a column has."""
+    columns = cells(records)
+    rows = [
+        (task, *(str(column.get(task, "-")) for column in columns.values()))
+        for task in TASKS
+        if any(task in column for column in columns.values())
+    ]
+    return Table("", ("task", *columns), [*rows, *_means(columns)])
 
 
-def _each(records: Sequence[dict[str, Any]]) -> str:
-    return ", ".join(f"{_shown(r.get('cloned'))} to {_shown(r['after'])}" for r in records)
+def _means(columns: Mapping[str, Mapping[str, Cell]]) -> Iterator[tuple[str, ...]]:
+    """Means over tasks: all that cloning was measured on, and those that every column has, where these are fewer."""
+    whole = list(columns["after cloning"])
+    shared = [task for task in whole if all(task in column for column in columns.values())]
+    for tasks in [whole] if shared == whole else [whole, shared]:
+        means = (
+            f"{np.mean([column[task].mean for task in tasks]):.2f}" if column.keys() >= set(tasks) else "-"
+            for column in columns.values()
+        )
+        yield (f"mean of {len(tasks)}", *means)
 
 
-def _means(records: Sequence[dict[str, Any]]) -> list[str]:
-    """Means over tasks of the means over seeds, before, after cloning and at the end."""
-    by_task = [[r for r in records if r["task"] == task] for task in TASKS]
-    means = []
-    for key in ("before", "cloned", "after"):
-        values = [[r[key] for r in mine if r.get(key) is not None] for mine in by_task]
-        means.append(_shown(float(np.mean([np.mean(v) for v in values if v])) if any(values) else None))
-    return means
-
-
-def _shown(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
+def draw(records: Sequence[online_runs.Record], path: Path) -> None:
+    """By task, from cloning to the end of the first algorithm, with every seed, and where the others end."""
+    columns = cells(records)
+    first, *others = list(columns)[2:]
+    order = sorted(columns["after cloning"], key=lambda task: columns["after cloning"][task].mean)
+    figure = Figure(figsize=(7.2, 3.9), layout="constrained")
+    axes = figure.subplots()
+    for row, task in enumerate(order):
+        start, end = columns["after cloning"][task].mean, columns[first][task].mean
+        axes.plot([start, end], [row, row], color="C0", lw=2, alpha=0.5, zorder=2)
+        seeds = [record["after"] for record in records if (record["task"], record["algo"]) == (task, first)]
+        axes.plot(seeds, [row] * len(seeds), "|", color="C0", ms=9, zorder=3)
+    rows = range(len(order))
+    starts = [columns["after cloning"][task].mean for task in order]
+    axes.plot(starts, rows, "o", color="C0", mfc="none", ms=7, zorder=4, label="after cloning 2 demonstrations")
+    axes.plot([columns[first][task].mean for task in order], rows, "o", color="C0", ms=7, zorder=5, label=first)
+    for marker, colour, name in zip("s^DX", ("C1", "C2", "C4", "C3"), others, strict=False):
+        there = [(columns[name][task].mean, row) for row, task in enumerate(order) if task in columns[name]]
+        axes.plot(*zip(*there, strict=True), marker, color=colour, ms=5, alpha=0.8, zorder=1, label=name)
+    axes.set(yticks=rows, yticklabels=order, xlim=(-0.03, 1.03), xlabel="success on 100 held-out goals, mean of seeds")
+    axes.grid(axis="x", alpha=0.3)
+    figure.legend(loc="outside upper center", ncols=3, frameon=False)
+    pictures.save(figure, path)
 
 
 def main() -> None:
     """Run, or show."""
     parser, one, everything = online_runs.parsers(__doc__)
     one.add_argument("task")
-    one.add_argument("--algo", choices=[*SETTINGS, "sac"], default="self_imitation")
+    one.add_argument("--algo", choices=ALGORITHMS, default="self_imitation")
     one.add_argument("--env-steps", type=int, default=20_000)
     one.add_argument("--episodes", type=int, default=100, help="held-out goals")
     one.add_argument("--out", type=Path, default=Path("runs/cw10"))
     one.set_defaults(call=run)
     everything.add_argument("--part", default="CW10", help="which table of the page")
+    everything.add_argument("--figure", type=Path, help="draw it")
     everything.set_defaults(call=table)
     arguments = parser.parse_args()
     arguments.call(arguments)

@@ -1,11 +1,11 @@
 """MuJoCo from a medium policy: residual learning in the environment, distilled into the adapter, without any data.
 
     python benchmarks/online_mujoco.py run Hopper-v5 --seed 2 --out runs/mujoco
-    python benchmarks/online_mujoco.py table runs/mujoco --out docs/results/online-mujoco.json --page docs/online.md
+    python benchmarks/online_mujoco.py table runs/mujoco --page docs/online_results.md
 
 ``run`` does one task and one seed on one thread, with the shipped policy of that task, and leaves
 ``OUT/TASK-SEED.json``. All env steps count, those of validation and distillation included. Settings were chosen on
-Hopper's seeds 1 and 100 to 102; see docs/online.md.
+Hopper's seeds 1 and 100 to 102; see docs/online_results.md.
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ def film(run_dir: Path) -> None:
 def figures() -> None:
     """Draw the figures of docs/results anew."""
     import learning_rates_report
-    import online_report
+    import online_cw10
     import pictures
     import verdict
 
@@ -68,8 +68,7 @@ def figures() -> None:
     rates = [json.loads(line) for line in (RESULTS / "learning_rates.jsonl").read_text().splitlines()]
     curves = learning_rates_report.curves(rates, "loss")
     pictures.save(learning_rates_report.draw(curves, "loss"), RESULTS / "learning_rates.png", dpi=120)
-    for name in ("online-faucet-close", "online-hopper"):
-        online_report.draw(json.loads((RESULTS / f"{name}.json").read_text()), RESULTS / f"{name}.png")
+    online_cw10.draw(json.loads((RESULTS / "online-cw10.json").read_text()), RESULTS / "online-cw10.png")
     without_background(RESULTS / "mt40-curve.png", pictures.INK)
 
 

@@ -35,8 +35,8 @@ def test_the_tables_of_cw10_come_from_their_records(part: str, records: str, mon
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     module, path = script(ROOT / "benchmarks/online_cw10.py"), DOCS / "results" / records
     begin, end = module.around(part)
-    found = (DOCS / "online.md").read_text().partition(begin)[2].partition(end)[0].strip()
-    again = f"run: python benchmarks/online_cw10.py table {path} --page docs/online.md --part {part}"
+    found = (DOCS / "online_results.md").read_text().partition(begin)[2].partition(end)[0].strip()
+    again = f"run: python benchmarks/online_cw10.py table {path} --page docs/online_results.md --part {part}"
     assert found == markdown_table(module.success_table(json.loads(path.read_text()))), again
 
 
@@ -44,8 +44,8 @@ def test_the_table_of_mujoco_comes_from_its_records(monkeypatch: pytest.MonkeyPa
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     module, path = script(ROOT / "benchmarks/online_mujoco.py"), DOCS / "results/online-mujoco.json"
     begin, end = module.MARKS
-    found = (DOCS / "online.md").read_text().partition(begin)[2].partition(end)[0].strip()
-    again = f"run: python benchmarks/online_mujoco.py table {path} --page docs/online.md"
+    found = (DOCS / "online_results.md").read_text().partition(begin)[2].partition(end)[0].strip()
+    again = f"run: python benchmarks/online_mujoco.py table {path} --page docs/online_results.md"
     assert found == markdown_table(module.score_table(json.loads(path.read_text()))), again
 
 
