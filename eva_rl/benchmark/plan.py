@@ -14,7 +14,7 @@ from eva_rl.errors import UserError, counted
 from eva_rl.report.methods import TaskGroup, group_tasks
 from eva_rl.report.reading import find_runs
 from eva_rl.report.runs import Run, read_runs
-from eva_rl.report.stats.equivalence import smallest_difference
+from eva_rl.report.stats.equivalence import equivalence_power, smallest_difference
 from eva_rl.report.tables import Table, number
 from eva_rl.report.verdicts import AREA, FINAL, paired_differences
 
@@ -88,7 +88,7 @@ def _seconds(runs: Sequence[Run]) -> float:
 
 
 def plan_table(study: Study, pilot: Pilot, tuning_runs: int, test_runs: int, threads: int) -> Table:
-    """Runs, core-hours and the smallest difference that can be detected, for the study's seeds and for others."""
+    """Runs, core-hours and what can be found out, for the study's seeds and for others."""
     tasks, methods = len(study.tasks), len(study.methods)
     comparisons = methods * (methods - 1) // 2
     rows = []
@@ -97,24 +97,28 @@ def plan_table(study: Study, pilot: Pilot, tuning_runs: int, test_runs: int, thr
         hours = runs * pilot.seconds * threads / 3600
         found = smallest_difference(pilot.spread, tasks, seeds, max(1, comparisons))
         mark = " (this study)" if seeds == len(study.seeds) else ""
-        rows.append([f"{seeds}{mark}", str(runs), f"{hours:.1f}" if np.isfinite(hours) else "-", number(found)])
+        row = [f"{seeds}{mark}", str(runs), f"{hours:.1f}" if np.isfinite(hours) else "-", number(found)]
+        if study.margin is not None:
+            row.append(number(equivalence_power(pilot.spread, study.margin, tasks, seeds, max(1, comparisons)), 2))
+        rows.append(row)
     return Table(
         f"{counted(tasks, 'task')}, {counted(methods, 'method')}, {counted(tuning_runs, 'tuning run')}",
-        ["seeds", "runs", "core-hours", "smallest difference"],
+        ["seeds", "runs", "core-hours", "smallest difference", *([] if study.margin is None else ["equivalent"])],
         rows,
-        _note(pilot, comparisons),
+        _note(pilot, comparisons, study.margin),
     )
 
 
-def _note(pilot: Pilot, comparisons: int) -> str:
+def _note(pilot: Pilot, comparisons: int, margin: float | None) -> str:
     """What the smallest difference is, and how it can be known better."""
     if not np.isfinite(pilot.spread):
         return (
             f"The smallest difference is not known ({pilot.source}). Name finished runs of tasks that are judged by "
             "one score, and measured by the study's endpoint: pilot=FOLDER."
         )
+    equivalent = "" if margin is None else f"Equivalent: how likely two equal methods are found so, within {margin:g}. "
     return (
         f"Smallest difference: found with probability 0.8 by a paired test at level 0.05, corrected for {comparisons} "
         f"pairs of methods; spread of a paired difference {pilot.spread:.3f} ({pilot.source}); - where so few pairs "
-        "cannot reach the level at all. Name finished runs with pilot=FOLDER for a better estimate."
+        f"cannot reach the level at all. {equivalent}Name finished runs with pilot=FOLDER for a better estimate."
     )

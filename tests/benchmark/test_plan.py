@@ -69,3 +69,14 @@ def test_the_tuning_runs_of_a_pilot_are_not_compared() -> None:
     pilot = read_pilot(str(ROOT / "docs" / "results" / "cw10_a"), study)
     assert np.isfinite([pilot.spread, pilot.seconds]).all()
     assert pilot.source.startswith("from 160 runs in ")
+
+
+def test_a_margin_adds_how_likely_equivalence_is_found() -> None:
+    study = Study(["metaworld/push-v3"] * 4, METHODS, list(range(40)), endpoint="final", margin=0.15)
+    table = plan_table(study, read_pilot("", study), 0, 10, 1)
+    shown = [float(row[-1]) for row in table.rows]
+    assert table.columns[-1] == "equivalent"
+    assert shown == sorted(shown)
+    assert shown[0] == 0
+    assert shown[-1] > 0.99
+    assert "within 0.15" in table.note

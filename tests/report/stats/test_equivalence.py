@@ -9,7 +9,7 @@ from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.weightstats import ttost_paired
 
 from eva_rl.report.stats import holm, sign_flip_test
-from eva_rl.report.stats.equivalence import paired_mean, smallest_difference
+from eva_rl.report.stats.equivalence import equivalence_power, paired_mean, smallest_difference
 
 RNG = np.random.default_rng
 
@@ -90,3 +90,22 @@ def test_few_pairs_can_find_nothing() -> None:
     assert smallest_difference(0.2, 1, 6) < np.inf
     assert smallest_difference(0.2, 1, 6, comparisons=3) == np.inf
     assert smallest_difference(0.2, 1, 20) < smallest_difference(0.2, 1, 10)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("tasks", "seeds", "margin"), [(1, 10, 0.25), (2, 8, 0.2), (4, 10, 0.1), (4, 3, 0.1)])
+def test_equal_methods_are_found_equivalent_as_often_as_is_said(tasks: int, seeds: int, margin: float) -> None:
+    spread, rng, found = 0.25, RNG(7), 0
+    for _ in range(2000):
+        mean = paired_mean([rng.normal(0, spread, seeds) for _ in range(tasks)])
+        assert mean is not None
+        found += mean.equivalence_p(margin) < 0.05
+    assert equivalence_power(spread, margin, tasks, seeds) == pytest.approx(found / 2000, abs=0.06)
+
+
+def test_equivalence_takes_seeds_and_a_margin() -> None:
+    assert equivalence_power(0.2, 0.03, 4, 5) == 0
+    assert equivalence_power(0.2, 0.03, 4, 400) > 0.99
+    assert equivalence_power(0.1, 0.1, 4, 10, comparisons=6) < equivalence_power(0.1, 0.1, 4, 10)
+    assert np.isnan(equivalence_power(0.2, 0.1, 1, 1))
+    assert np.isnan(equivalence_power(np.nan, 0.1, 4, 10))
