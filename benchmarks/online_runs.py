@@ -44,7 +44,7 @@ def publish(arguments: argparse.Namespace, show: Callable[[Sequence[Record]], Ta
     """Show the table of a folder's records; write them to one file, and the table to a page, where asked to."""
     records = pages.json_records(arguments.folder)
     shown = show(records)
-    Console(width=140).print(terminal_table(shown))
+    Console(width=140).print(terminal_table(shown, 140))
     if arguments.out:
         arguments.out.write_text(json.dumps(records, indent=1) + "\n")
     if arguments.page:

@@ -235,7 +235,7 @@ def keep_study(path: Path, out: Path) -> None:
 def show_plan(config: BenchmarkConfig, study: Study, tuning_runs: int, test_runs: int) -> None:
     """Print what the study costs and what it can detect."""
     table = plan_table(study, read_pilot(config.pilot, study), tuning_runs, test_runs, config.threads)
-    console.print(terminal_table(table))
+    console.print(terminal_table(table, console.width))
     say(table.note)
 
 

@@ -346,7 +346,7 @@ def show(out: Path, groups: Sequence[Analysis], problems: Sequence[Problem], con
     """The tables at the end, and where everything lies."""
     for analysis in groups:
         table = aggregate_table(analysis) if analysis.aggregates else task_table(analysis)
-        console.print(terminal_table(table))
+        console.print(terminal_table(table, console.width))
         for warning in warnings_of(analysis, problems, config.endpoint, config.margin):
             colour = "bold red" if warning.severe else "yellow"
             kind = "Warning" if warning.severe else "Note"

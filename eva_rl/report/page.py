@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from html import escape
 
 from matplotlib.figure import Figure
+from rich.cells import cell_len
 from rich.table import Table as RichTable
 from rich.text import Text
 
@@ -140,11 +141,27 @@ def _html_table(table: Table, titled: bool = True) -> str:
     return f'{heading}<div class="scroll"><table class="{kind}">\n{body}\n</table></div>{note}'
 
 
-def terminal_table(table: Table) -> RichTable:
-    """A table for the terminal."""
+NAME = 10
+"""Columns of the terminal that a folded name has at least."""
+
+
+def terminal_table(table: Table, width: int) -> RichTable:
+    """A table for a terminal so wide; in a narrow one intervals get lines of their own, then names are folded."""
+    rows = [list(row) for row in table.rows]
+    if _widths(table.columns, rows)[1] > width:
+        rows = [[cell.replace(" [", "\n[") for cell in row] for row in rows]
+    first, whole = _widths(table.columns, rows)
     shown = RichTable(title=Text(table.title))
     for index, column in enumerate(table.columns):
-        shown.add_column(Text(column), justify="right" if index else "left")
-    for row in table.rows:
+        keep = index > 0 and whole - first + NAME <= width
+        shown.add_column(Text(column), justify="right" if index else "left", overflow="fold", no_wrap=keep)
+    for row in rows:
         shown.add_row(*map(Text, row))
     return shown
+
+
+def _widths(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> tuple[int, int]:
+    """Columns of the terminal that the first column needs, and all of them with their lines."""
+    cells = zip(columns, *rows, strict=True)
+    needed = [max(cell_len(line) for cell in column for line in cell.split("\n")) for column in cells]
+    return needed[0], sum(needed) + 3 * len(needed) + 1

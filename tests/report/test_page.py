@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 from html.parser import HTMLParser
 from xml.etree import ElementTree
@@ -10,9 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
+from rich.console import Console
 
 from eva_rl.report.figures import aggregate_figure, style
-from eva_rl.report.page import Picture, Section, markdown, markdown_table, page
+from eva_rl.report.page import Picture, Section, markdown, markdown_table, page, terminal_table
 from eva_rl.report.reading import one_line
 from eva_rl.report.tables import Table
 from eva_rl.report.warnings import ReportWarning
@@ -97,3 +99,20 @@ def test_figures_of_hostile_names_are_sound() -> None:
     assert set(Seen(found).tags).isdisjoint({"script", "img", "b"})
     assert found.count('aria-label="a &lt;b&gt; &amp; c"') == 2
     assert "#0a0b0c" not in found, "in the page's own text colour"
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 120])
+def test_a_narrow_terminal_shows_every_character(width: int) -> None:
+    """Names had ended in an ellipsis, so that two of them could look alike."""
+    interval = "0.827 [0.777, 0.868]"
+    table = Table("", ["method", "rank", "IQM", "mean"], [("eva_whiten_gain_at_rank_8", "8", interval, interval)])
+    console = Console(width=width, file=io.StringIO())
+    with console.capture() as captured:
+        console.print(terminal_table(table, width))
+    shown = captured.get()
+    assert max(map(len, shown.splitlines())) <= width
+    cells = zip(*(line.split("│")[1:-1] for line in shown.splitlines() if line.startswith("│")), strict=True)
+    found = ["".join(column).replace(" ", "") for column in cells]
+    assert found == [cell.replace(" ", "") for cell in table.rows[0]]
+    if width >= 80:
+        assert "[0.777, 0.868]" in shown
