@@ -81,6 +81,16 @@ class Broken(Reach):
         return float("nan")
 
 
+class Wandering(Reach):
+    """Has another goal at each reset, whatever the seed."""
+
+    resets = 0
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[NDArray[np.float32], dict[str, Any]]:
+        Wandering.resets += 1
+        return super().reset(seed=Wandering.resets)
+
+
 def make_task(kind: type[Reach] = Reach, n: int = 6, first: int = 100) -> TaskEnvs:
     vec_env = TaskVecEnv([kind] * n, ["reach"] * n, BOX, range(first, first + n), n)
     return TaskEnvs(vec_env, "reach", kind.reports, first_episode=first)
@@ -178,6 +188,14 @@ def test_only_failed_starts_are_retried_and_only_solved_episodes_kept() -> None:
     goals = [episode.observations[0, 1] for episode in kept]
     assert len(set(goals)) == len(goals), "a start that is solved is not tried again"
     assert all(episode.terminations[-1] for episode in kept)
+
+
+def test_an_environment_that_ignores_the_seed_is_refused_unless_nothing_is_retried() -> None:
+    """Retries played other starts than those that had failed, and nobody noticed."""
+    with pytest.raises(UserError, match=r"reach starts elsewhere when it is reset with the same seed.*algo\.retries=0"):
+        collect(options(steps_per_iteration=1, retries=1), make_task(Wandering))
+    _, _, counters = collect(options(steps_per_iteration=1, retries=0), make_task(Wandering))
+    assert counters.episodes == 6
 
 
 def test_retries_count_as_retries_whatever_their_noise() -> None:

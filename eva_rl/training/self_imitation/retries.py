@@ -23,6 +23,9 @@ from eva_rl.training.learner import Learner, collection_generator
 from eva_rl.training.options import SelfImitationOptions
 from eva_rl.training.self_imitation.snapshot import acting_as
 
+SAME_START = 1e-4
+"""Largest difference of observations that counts as rounding."""
+
 
 class RetryingCollector:
     """Rounds of one episode an environment, with retries of those that failed; solved episodes are kept.
@@ -50,6 +53,7 @@ class RetryingCollector:
         assert isinstance(task.vec_env, TaskVecEnv)
         self._snapshot = snapshot
         self._policy, self._env_id, self._vec_env, self._options = policy, task.env_id, task.vec_env, options
+        self._starts: dict[int, NDArray[np.float32]] = {}
 
     def begin(self, counters: OnlineCounters) -> None:
         """Nothing to start."""
@@ -68,7 +72,7 @@ class RetryingCollector:
         An episode that the end of the env steps cuts off is dropped.
 
         Raises:
-            UserError: The environment reports no success.
+            UserError: The environment reports no success, or starts elsewhere when it is given the same seed again.
             NotFiniteError: An environment gave a number that is not finite.
         """
         options, n = self._options, self._vec_env.num_envs
@@ -111,6 +115,7 @@ class RetryingCollector:
         if left <= 0:
             return []
         attempts = Attempts(self._vec_env, seeds, self._longest(replay))
+        self._compare_starts(seeds, attempts.observations, retried)
         self._policy.reset([self._env_id] * len(seeds))
         while attempts.alive.any() and attempts.env_steps < left:
             attempts.step(self._policy, noise)
@@ -122,6 +127,19 @@ class RetryingCollector:
                 "success. Use algo=odt_td3."
             )
         return self._count_and_keep(attempts.finished(), retried, replay, counters)
+
+    def _compare_starts(self, seeds: Sequence[int], observations: NDArray[np.float32], retried: bool) -> None:
+        """Remember where first attempts start; retries have to start there, too."""
+        if not retried:
+            self._starts = dict(zip(seeds, observations, strict=True))
+            return
+        apart = max(float(abs(self._starts[s] - row).max()) for s, row in zip(seeds, observations, strict=True))
+        if apart > SAME_START:
+            raise UserError(
+                f"algo=self_imitation tries failed starts again, and {self._env_id} starts elsewhere when it is reset "
+                f"with the same seed: its first observations differ by up to {apart:.2g}. Draw the start in "
+                "reset(seed=...) from self.np_random, after super().reset(seed=seed), or set algo.retries=0."
+            )
 
     def _longest(self, replay: TrajectoryReplay) -> float:
         """Env steps after which an attempt is given up: what was solved was solved in fewer."""
