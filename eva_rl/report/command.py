@@ -44,6 +44,8 @@ from eva_rl.report.tables import (
     aggregate_table,
     comparison_table,
     cost_table,
+    endpoint_records,
+    endpoint_table,
     heading,
     records,
     run_table,
@@ -53,7 +55,7 @@ from eva_rl.report.tables import (
     write_csv,
 )
 from eva_rl.report.tuning import tuning_sections
-from eva_rl.report.verdicts import ENDPOINTS, FINAL, verdicts
+from eva_rl.report.verdicts import ENDPOINTS, FINAL, endpoint_means, verdicts
 from eva_rl.report.warnings import warnings_of
 from eva_rl.seeding import MAX_SEED
 
@@ -143,9 +145,10 @@ def report(config: ReportConfig) -> None:
             write(folder, config.title, lead(runs, config), sections)
             rows = [row for analysis in groups for row in records(analysis)]
             for analysis in groups:
-                rows += verdict_records(analysis.group, config.endpoint, config.margin, config.confidence)
-                for further in [name for name in ENDPOINTS if name != config.endpoint]:
-                    rows += verdict_records(analysis.group, further, None, config.confidence)
+                for name in ENDPOINTS:
+                    margin = config.margin if name == config.endpoint else None
+                    rows += endpoint_records(analysis.group, name, config.confidence)
+                    rows += verdict_records(analysis.group, name, margin, config.confidence)
             write_csv(folder / CSV, CSV_COLUMNS, rows)
             write_csv(folder / RUNS_CSV, RUN_COLUMNS, [row for analysis in groups for row in run_records(analysis)])
             write_csv(folder / CURVES_CSV, CURVE_COLUMNS, list(curve_records(groups, curves)))
@@ -268,7 +271,7 @@ def sections_of(
             tables=[aggregate_table(analysis)] if compared else [],
             pictures=summary,
         ),
-        *([Section("Verdicts", tables=verdict_tables(analysis.group, config))] if several else []),
+        *([Section("Verdicts", tables=list(verdict_tables(analysis.group, config)))] if several else []),
         Section("Comparisons", tables=[comparison_table(analysis)] if several else [], pictures=[*pairs, *profile]),
         Section("Tasks", tables=[task_table(analysis)], pictures=[by_task]),
         Section("Learning curves", text=without_curve(analysis.group, curves), pictures=learned),
@@ -332,21 +335,27 @@ def curve_records(groups: Sequence[Analysis], curves: Sequence[dict[str, list[Cu
                     yield named | {"place": place, "value": value, "low": low, "high": high}
 
 
-def verdict_tables(group: TaskGroup, config: ReportConfig) -> list[Table]:
-    """The verdicts by the endpoint that was decided on, and by the others that were measured."""
+def verdict_tables(group: TaskGroup, config: ReportConfig) -> Iterator[Table]:
+    """Means and verdicts by the endpoint that was decided on, and by the others that were measured."""
     margins = {config.endpoint: config.margin} | {name: None for name in ENDPOINTS if name != config.endpoint}
-    return [
-        verdict_table(found, name, margin, config.confidence, decided=name == config.endpoint)
-        for name, margin in margins.items()
-        if (found := verdicts(group, name, margin))
-    ]
+    for name, margin in margins.items():
+        if found := verdicts(group, name, margin):
+            yield from endpoint_tables(group, name, config.confidence)
+            yield verdict_table(found, name, margin, config.confidence, decided=name == config.endpoint)
+
+
+def endpoint_tables(group: TaskGroup, endpoint: str, confidence: float) -> Iterator[Table]:
+    """The methods by an endpoint that other tables do not show, where it was measured."""
+    if endpoint != FINAL and (means := endpoint_means(group, endpoint)):
+        yield endpoint_table(means, endpoint, confidence)
 
 
 def show(out: Path, groups: Sequence[Analysis], problems: Sequence[Problem], config: ReportConfig) -> None:
     """The tables at the end, and where everything lies."""
     for analysis in groups:
         table = aggregate_table(analysis) if analysis.aggregates else task_table(analysis)
-        console.print(terminal_table(table, console.width))
+        for shown in (table, *endpoint_tables(analysis.group, config.endpoint, config.confidence)):
+            console.print(terminal_table(shown, console.width))
         for warning in warnings_of(analysis, problems, config.endpoint, config.margin):
             colour = "bold red" if warning.severe else "yellow"
             kind = "Warning" if warning.severe else "Note"

@@ -18,7 +18,7 @@ from eva_rl.report.comparison import Analysis, Comparison
 from eva_rl.report.methods import Method, TaskGroup
 from eva_rl.report.runs import Run
 from eva_rl.report.stats.equivalence import PairedMean
-from eva_rl.report.verdicts import ENDPOINTS, Verdict, verdicts
+from eva_rl.report.verdicts import ENDPOINTS, EndpointMean, Verdict, endpoint_means, verdicts
 
 CSV_COLUMNS = ("score", "table", "method", "versus", "task", "statistic", "value", "low", "high", "runs")
 COSTS = {
@@ -127,6 +127,16 @@ def _comparison_row(c: Comparison) -> list[str]:
     ]
 
 
+def endpoint_table(means: Sequence[EndpointMean], endpoint: str, confidence: float) -> Table:
+    """Each method by an endpoint; ``confidence`` is that of the intervals."""
+    rows = [
+        [m.label, number(m.value) if m.spread is None else _mean_with_interval(m.spread, confidence)] for m in means
+    ]
+    title = ENDPOINTS[endpoint].title
+    note = "Mean over tasks, Student's interval over seeds. Paired runs may tell methods apart whose intervals overlap."
+    return Table(f"{title[0].upper()}{title[1:]}", ["method", "mean"], rows, note)
+
+
 def verdict_table(
     found: Sequence[Verdict], endpoint: str, margin: float | None, confidence: float, *, decided: bool
 ) -> Table:
@@ -164,6 +174,16 @@ def verdict_table(
 def _mean_with_interval(mean: PairedMean, confidence: float) -> str:
     low, high = mean.interval(confidence)
     return f"{number(mean.mean)} [{number(low)}, {number(high)}]"
+
+
+def endpoint_records(group: TaskGroup, endpoint: str, confidence: float) -> Iterator[dict[str, Any]]:
+    """Rows of ``report.csv`` on each method by an endpoint; ``confidence`` is that of the intervals."""
+    for mean in endpoint_means(group, endpoint):
+        named = {"score": group.title, "table": f"by {endpoint}", "method": mean.label, "statistic": "mean over tasks"}
+        bounds = (
+            {} if mean.spread is None else dict(zip(("low", "high"), mean.spread.interval(confidence), strict=True))
+        )
+        yield named | {"value": mean.value} | bounds
 
 
 def verdict_records(

@@ -123,6 +123,33 @@ def endpoint_values(method: Method, task: str, endpoint: str, key: str) -> dict[
     return {which: value for which, value in values.items() if np.isfinite(value)}
 
 
+@dataclass(frozen=True)
+class EndpointMean:
+    """What was measured of a method.
+
+    Attributes:
+        label: Of the method.
+        value: Mean over the common tasks of the means over seeds.
+        spread: The same with its interval; None where no seeds vary, or a task has only one.
+    """
+
+    label: str
+    value: float
+    spread: PairedMean | None
+
+
+def endpoint_means(group: TaskGroup, endpoint: str) -> list[EndpointMean]:
+    """Of each method that was measured on all common tasks, the best first."""
+    found = []
+    for method in group.methods:
+        by_task = [list(endpoint_values(method, task, endpoint, group.key).values()) for task in group.tasks]
+        if by_task and all(by_task):
+            arrays = [np.array(values) for values in by_task]
+            value = float(np.mean([task.mean() for task in arrays]))
+            found.append(EndpointMean(method.label, value, paired_mean(arrays, _resolution(group, endpoint))))
+    return sorted(found, key=lambda mean: -ENDPOINTS[endpoint].sign * mean.value)
+
+
 def paired_differences(group: TaskGroup, endpoint: str, first: Method, second: Method) -> list[Floats]:
     """First minus second for each pair of runs, for each common task with such pairs."""
     value = ENDPOINTS[endpoint].value

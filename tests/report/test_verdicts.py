@@ -12,7 +12,7 @@ from scipy import stats as scipy
 from eva_rl.report.comparison import Resampling, analyse
 from eva_rl.report.methods import Method, TaskGroup
 from eva_rl.report.runs import Run
-from eva_rl.report.verdicts import area, held_out, updates_to_90, verdicts
+from eva_rl.report.verdicts import area, endpoint_means, held_out, updates_to_90, verdicts
 from eva_rl.report.warnings import warnings_of
 from tests.report.making_groups import analysis_of, make_group
 
@@ -67,6 +67,27 @@ def test_verdicts_are_those_of_a_plain_computation() -> None:
         assert v.p_equivalence == pytest.approx(max(side.pvalue for side in sides))
     assert [found[pair].text for pair in (("a", "b"), ("b", "c"), ("a", "c"))] == ["a better", "c better", "equivalent"]
     assert {v.text for v in verdicts(group(scores))} == {"a better", "c better", "undecided"}
+
+
+def test_each_method_has_its_mean_by_an_endpoint_the_best_first() -> None:
+    """Endpoints other than the final score were shown as differences of pairs alone."""
+    curves = {"slow": (0.0, 0.2, 0.9), "fast": (0.0, 0.8, 0.9)}
+    methods = [
+        Method(m, m, {}, {"t": [run(m, "t", s, {0: a, 10: b + s / 10, 20: c}) for s in range(3)]})
+        for m, (a, b, c) in curves.items()
+    ]
+    methods.append(Method("once", "once", {}, {"t": [run("once", "t", 0, {0: 0.0, 10: 0.5, 20: 0.9})]}))
+    own = TaskGroup("success rate", KEY, ["t"], [], methods)
+    fast, once, slow = endpoint_means(own, "area")
+    areas = [(0.8 + s / 10) / 2 + 0.9 / 4 for s in range(3)]
+    expected = scipy.ttest_1samp(areas, 0).confidence_interval()
+    assert (fast.label, once.label, slow.label) == ("fast", "once", "slow")
+    assert fast.value == pytest.approx(np.mean(areas))
+    assert fast.spread is not None
+    assert fast.spread.interval() == pytest.approx((expected.low, expected.high))
+    assert once.spread is None
+    assert next(m.label for m in endpoint_means(own, "updates_to_90")) == "fast", "less is better"
+    assert endpoint_means(own, "cloning_loss") == []
 
 
 def test_the_winner_is_the_one_that_the_test_found() -> None:
