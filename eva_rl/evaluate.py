@@ -8,7 +8,7 @@ from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 
-from rich.table import Table
+from rich.table import Column, Table
 
 from eva_rl.adapters import ADAPTER_NAME, AdaptedPolicy
 from eva_rl.agents import DecisionTransformerPolicy
@@ -259,27 +259,39 @@ def show(results: Sequence[EvaluationResult], without: Sequence[EvaluationResult
 
 
 def _table(results: Sequence[EvaluationResult]) -> Table:
-    table = Table("task", "episodes", "success rate", "95% interval", "mean return")
-    scores = [result.metrics("").get("/normalized_score") for result in results]
-    scored = any(score is not None for score in scores)
-    if scored:
-        table.add_column("normalised score (0-100)")
-    for result, score in zip(results, scores, strict=True):
-        success, interval = "-", "-"
-        if result.reports_success:
-            success = f"{result.success_rate:.2f}"
-            interval = "[{:.2f}, {:.2f}]".format(*result.success_interval())
-        row = [result.env_id, str(len(result.episodes)), success, interval, described_return(result)]
-        table.add_row(*row, *(["-" if score is None else f"{score:.1f}"] if scored else []))
+    """One row a task, with the columns that some task fills."""
+    columns = {
+        "task": [result.env_id for result in results],
+        "episodes": [str(len(result.episodes)) for result in results],
+        "success rate": [f"{r.success_rate:.2f}" if r.reports_success else "-" for r in results],
+        "95% interval": [_interval(result) if result.reports_success else "-" for result in results],
+        "mean return": [described_return(result) for result in results],
+        "normalised score (0-100)": [_score(result) for result in results],
+    }
     mean = _mean_success(results)
+    table = Table()
+    kept = [name for name, cells in columns.items() if set(cells) != {"-"}]
+    for name in kept:
+        table.add_column(name, overflow="fold")
+    for row in zip(*(columns[name] for name in kept), strict=True):
+        table.add_row(*row)
     if len(results) > 1 and mean is not None:
-        table.add_row("mean", "", f"{mean:.3f}", "", "")
+        table.add_row("mean", "", f"{mean:.3f}")
     return table
+
+
+def _interval(result: EvaluationResult) -> str:
+    return "[{:.2f}, {:.2f}]".format(*result.success_interval())
+
+
+def _score(result: EvaluationResult) -> str:
+    score = result.metrics("").get("/normalized_score")
+    return "-" if score is None else f"{score:.1f}"
 
 
 def comparison(results: Sequence[EvaluationResult], without: Sequence[EvaluationResult]) -> Table:
     """With and without the adapter, and what it changes: success rates, and returns."""
-    table = Table("task", "success on", "off", "change", "return on", "off", "change")
+    table = Table(Column("task", overflow="fold"), "success on", "off", "change", "return on", "off", "change")
     for on, off in zip(results, without, strict=True):
         success = ["-"] * 3
         if on.reports_success:

@@ -46,6 +46,7 @@ def test_the_table_of_evaluate_shows_normalised_scores(capfd: pytest.CaptureFixt
     shown = capfd.readouterr().err
     assert "normalised" in shown
     assert " 50.0 " in shown
+    assert "success" not in shown, "a column of dashes"
     show([result([True, False])])
     assert "normalised" not in capfd.readouterr().err
 
