@@ -35,11 +35,16 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "residual": ("algo.distill.env_steps=1000",),
     "odt": (
         "algo.steps_per_iteration=1000",
-        "algo.updates_per_iteration=20",
+        "algo.updates_per_iteration=100",
         "algo.batch_size=16",
         "algo.eval_every=0",
     ),
-    "odt_td3": ("algo.updates_per_iteration=50", "algo.batch_size=16", "algo.critic_warmup=200", "algo.eval_every=0"),
+    "odt_td3": (
+        "algo.updates_per_iteration=200",
+        "algo.batch_size=16",
+        "algo.critic_warmup=1000",
+        "algo.eval_every=0",
+    ),
 }
 """Of each algorithm besides the shared ones; gradient steps of the Transformer are as many as fit into minutes."""
 ALGORITHMS = (*SETTINGS, "sac")

@@ -20,7 +20,7 @@ import online_runs
 
 from eva_rl.report.tables import Table
 
-POLICIES = {"Hopper-v5": "hopper", "Walker2d-v5": "walker2d"}
+POLICIES = {"Hopper-v5": "hopper", "Walker2d-v5": "walker2d", "HalfCheetah-v5": "halfcheetah"}
 SCORE = "normalized_score"
 PHASES = {"before": "eval_before", "residual": "eval_residual", "after": "eval"}
 MARKS = ("<!-- MuJoCo, written by benchmarks/online_mujoco.py table -->", "<!-- end of MuJoCo -->")

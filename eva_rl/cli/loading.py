@@ -24,7 +24,8 @@ from eva_rl.rollouts.experts import check_scripted
 
 log = logging.getLogger(__name__)
 
-SHIPPED_FOR = {f"{task}-{version}": task.lower() for task in ("Hopper", "Walker2d") for version in ("v4", "v5")}
+MUJOCO = "Hopper", "Walker2d", "HalfCheetah"
+SHIPPED_FOR = {f"{task}-{version}": task.lower() for task in MUJOCO for version in ("v4", "v5")}
 DEFAULT = "mt40"
 
 
