@@ -58,6 +58,7 @@ def doctor(config: DoctorConfig) -> None:
 
     from eva_rl.cli.console import console, say
     from eva_rl.cli.machine import choose_device, versions
+    from eva_rl.limits.memory import memory_limit
     from eva_rl.limits.threads import thread_limits
 
     device, limits = choose_device(config.device), thread_limits()
@@ -70,6 +71,7 @@ def doctor(config: DoctorConfig) -> None:
     table.add_row("device", describe(device))
     table.add_row("renderer", renderer() or "none")
     table.add_row("threads", f"{threads} ({limits})")
+    table.add_row("memory", f"{memory_limit() / 2**30:.1f} GiB")
     for name, speed in speeds.items():
         table.add_row(name, f"{speed.per_second:,.0f} a second ({speed.cpu_share:.0%} of the time on a CPU)")
     console.print(table)
