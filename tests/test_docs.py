@@ -40,6 +40,25 @@ def test_the_tables_of_cw10_come_from_their_records(part: str, records: str, mon
     assert found == markdown_table(module.success_table(json.loads(path.read_text()))), again
 
 
+def test_a_column_of_cw10_has_the_mean_of_the_tasks_that_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    module = script(ROOT / "benchmarks/online_cw10.py")
+    own = [
+        {"task": task, "algo": "self_imitation", "seed": seed, "before": 0.0, "cloned": 0.5, "after": after}
+        for task, ends in (("push-v3", (0.8, 1.0)), ("hammer-v3", (0.7, 0.7)))
+        for seed, after in enumerate(ends)
+    ]
+    sac = [{"task": "push-v3", "algo": "sac", "seed": 0, "after": 0.1}]
+    table = module.success_table([*own, *sac])
+    assert table.columns == ("task", "before", "after cloning", "self_imitation", "sac")
+    assert table.rows == [
+        ("hammer-v3", "0.00", "0.50", "0.70", "-"),
+        ("push-v3", "0.00", "0.50", "0.90 (0.80 to 1.00)", "0.10"),
+        ("mean of 2", "0.00", "0.50", "0.80", "-"),
+        ("mean of 1", "0.00", "0.50", "0.90", "0.10"),
+    ]
+
+
 def test_the_table_of_mujoco_comes_from_its_records(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     module, path = script(ROOT / "benchmarks/online_mujoco.py"), DOCS / "results/online-mujoco.json"
