@@ -159,17 +159,18 @@ def around(part: str) -> tuple[str, str]:
 
 
 class Cell(NamedTuple):
-    """Success of one task: its mean over seeds, the lowest and the highest."""
+    """Success of one task: its mean over seeds, the lowest and the highest, and how many seeds."""
 
     mean: float
     low: float
     high: float
+    seeds: int
 
     @classmethod
     def of(cls, records: Iterable[online_runs.Record], key: str) -> Cell | None:
         """What the records of a task say under a key; None where they say nothing."""
         values = [record[key] for record in records if record.get(key) is not None]
-        return cls(float(np.mean(values)), min(values), max(values)) if values else None
+        return cls(float(np.mean(values)), min(values), max(values), len(values)) if values else None
 
     def __str__(self) -> str:
         return f"{self.mean:.2f}" + (f" ({self.low:.2f} to {self.high:.2f})" if self.low < self.high else "")
@@ -195,19 +196,29 @@ def success_table(records: Sequence[online_runs.Record]) -> Table:
         for task in TASKS
         if any(task in column for column in columns.values())
     ]
-    return Table("", ("task", *columns), [*rows, *_means(columns)])
+    heads = (f"{name}{_seeds(column.values()) if name in ALGORITHMS else ''}" for name, column in columns.items())
+    return Table("", ("task", *heads), [*rows, *_means(columns)])
+
+
+def _seeds(column: Iterable[Cell]) -> str:
+    """How many seeds each task has."""
+    counts = sorted({cell.seeds for cell in column})
+    return f", {' or '.join(map(str, counts))} {'seed' if counts == [1] else 'seeds'}"
 
 
 def _means(columns: Mapping[str, Mapping[str, Cell]]) -> Iterator[tuple[str, ...]]:
     """Means over tasks: all that cloning was measured on, and those that every column has, where these are fewer."""
     whole = list(columns["after cloning"])
     shared = [task for task in whole if all(task in column for column in columns.values())]
-    for tasks in [whole] if shared == whole else [whole, shared]:
+    named = {f"mean of {len(whole)}": whole} | (
+        {} if shared == whole else {f"mean of the {len(shared)} without a dash": shared}
+    )
+    for name, tasks in named.items():
         means = (
             f"{np.mean([column[task].mean for task in tasks]):.2f}" if column.keys() >= set(tasks) else "-"
             for column in columns.values()
         )
-        yield (f"mean of {len(tasks)}", *means)
+        yield (name, *means)
 
 
 def draw(records: Sequence[online_runs.Record], path: Path) -> None:

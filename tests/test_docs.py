@@ -50,12 +50,12 @@ def test_a_column_of_cw10_has_the_mean_of_the_tasks_that_it_has(monkeypatch: pyt
     ]
     sac = [{"task": "push-v3", "algo": "sac", "seed": 0, "after": 0.1}]
     table = module.success_table([*own, *sac])
-    assert table.columns == ("task", "before", "after cloning", "self_imitation", "sac")
+    assert table.columns == ("task", "before", "after cloning", "self_imitation, 2 seeds", "sac, 1 seed")
     assert table.rows == [
         ("hammer-v3", "0.00", "0.50", "0.70", "-"),
         ("push-v3", "0.00", "0.50", "0.90 (0.80 to 1.00)", "0.10"),
         ("mean of 2", "0.00", "0.50", "0.80", "-"),
-        ("mean of 1", "0.00", "0.50", "0.90", "0.10"),
+        ("mean of the 1 without a dash", "0.00", "0.50", "0.90", "0.10"),
     ]
 
 
