@@ -61,9 +61,13 @@ EPISODES = {
     "NaN": ("observations", np.full((2, 3), np.nan), "episode_1/observations, row 0: nan"),
     "T observations": ("observations", np.zeros((1, 3)), "episode_1/observations has 1 row, expected 2"),
     "zero length": ("rewards", np.zeros(0), "episode_1/rewards is empty"),
-    "other width": ("actions", np.zeros((1, 5)), "episode_1/actions has 5 numbers a row, expected 2"),
+    "other width": (
+        "actions",
+        np.zeros((1, 5)),
+        r"episode_1/actions has shape \(1, 5\), expected \(1, 2\), as wide",
+    ),
     "text": ("actions", np.array([[b"a", b"b"]]), "episode_1/actions holds .S1"),
-    "target width": ("infos/target_actions", np.zeros((1, 3)), r"episode_1/infos/target_actions has shape \(1, 3\)"),
+    "target width": ("infos/target_actions", np.zeros((1, 3)), r"episode_1/target_actions has shape \(1, 3\)"),
     "success length": ("infos/success", np.zeros(9), "episode_1/successes has 9 rows, expected 1"),
 }
 

@@ -436,14 +436,15 @@ def test_an_array_that_changes_later_changes_no_data() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"observations": np.zeros((3, 2), np.float32)}, "episode 1/observations has 3 rows, expected 4: .* led to"),
         (
-            {"observations": np.zeros((3, 2), np.float32)},
-            r"episode 1/observations has shape \(3, 2\), expected \(4, 2\), one row",
+            {"actions": np.zeros((3, 2), np.float32)},
+            r"episode 1/actions has shape \(3, 2\), expected \(3, 1\), as wide",
         ),
-        ({"actions": np.zeros((3, 2), np.float32)}, r"episode 1/actions has shape \(3, 2\), expected \(3, 1\)\."),
+        ({"rewards": np.zeros((3, 1), np.float32)}, r"episode 1/rewards has shape \(3, 1\), expected \(3,\)"),
         ({"rewards": np.array([0, np.nan, 0], np.float32)}, "episode 1/rewards, row 1 is not finite"),
-        ({"terminations": np.array([False, True, False])}, "episode 1 ends in row 1 and goes on.*last row, 2"),
-        ({"rewards": np.zeros(0, np.float32)}, "episode 1 has no reward"),
+        ({"terminations": np.array([False, True, False])}, "episode 1/terminations, row 1: .* goes on to row 2"),
+        ({"rewards": np.zeros(0, np.float32)}, "episode 1/rewards is empty"),
     ],
 )
 def test_episodes_made_by_hand_are_checked(changes: dict[str, Any], message: str) -> None:

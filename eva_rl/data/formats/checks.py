@@ -305,7 +305,7 @@ def check_episode(where: Source, episode: Any, first: Any) -> None:
     """
     steps = len(episode.rewards)
     if not steps:
-        raise UserError(f"{where} has no reward: an episode needs at least one env step.")
+        raise UserError(f"{where / 'rewards'} is empty: an episode needs at least one env step.")
     expected = {
         "observations": (steps + 1, *first.observations.shape[1:]),
         "actions": (steps, *first.actions.shape[1:]),
@@ -316,13 +316,20 @@ def check_episode(where: Source, episode: Any, first: Any) -> None:
         array = getattr(episode, name)
         if array is None:
             continue
-        if np.shape(array) != shape:
-            more = (
-                ", one row more than rewards: the last is what the last action led to" if name == "observations" else ""
+        because = f"the episode has {counted(steps, 'reward')}"
+        if name == "observations":
+            because += ", and the last row is what the last action led to"
+        (where / name).check_rows(len(array), shape[0], because)
+        if array.shape != shape:
+            raise UserError(
+                f"{where / name} has shape {array.shape}, expected {shape}, as wide as the first episode's."
             )
-            raise UserError(f"{where / name} has shape {np.shape(array)}, expected {shape}{more}.")
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             row = int(np.argwhere(~np.isfinite(array))[0][0])
             raise UserError(f"{(where / name).at(row)} is not finite. Repair or leave out that episode.")
-    if early := np.flatnonzero((episode.terminations | episode.truncations)[:-1]).tolist():
-        raise UserError(f"{where} ends in row {early[0]} and goes on. Expected its end in the last row, {steps - 1}.")
+    early = np.flatnonzero((episode.terminations | episode.truncations)[:-1])
+    if len(early):
+        raise UserError(
+            f"{(where / 'terminations').at(int(early[0]))}: the episode is terminated or truncated there and "
+            f"goes on to row {steps - 1}. Expected one episode, with its end in the last row."
+        )

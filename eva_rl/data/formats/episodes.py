@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from eva_rl.data.formats.checks import ActionBounds, LayoutError, Source
+from eva_rl.data.formats.checks import ActionBounds, LayoutError, Source, check_episode
 from eva_rl.data.trajectories import Episode
-from eva_rl.errors import UserError, counted
+from eva_rl.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -127,53 +127,24 @@ class EpisodeChecker:
     def _checked(self, source: Source, raw: Arrays) -> Episode:
         rewards = (source / "rewards").vector(raw["rewards"])
         steps = len(rewards)
-        if steps == 0:
-            raise UserError(f"{source / 'rewards'} is empty: an episode needs at least one env step.")
-        arrays: dict[str, Any] = {key: (source / key).floats(raw[key]) for key in ("observations", "actions")}
+        arrays: dict[str, Any] = {
+            name: (source / name).floats(raw[name])
+            for name in ("observations", "actions", "target_actions")
+            if name in raw
+        }
         none = np.zeros(steps, bool)
-        for key in ("terminations", "truncations"):
-            arrays[key] = (source / key).flags(raw[key]) if key in raw else none.copy()
+        for name in ("terminations", "truncations"):
+            arrays[name] = (source / name).flags(raw[name]) if name in raw else none.copy()
         if "successes" in raw:
-            successes = (source / "infos/success").flags(_by_step(raw["successes"], steps))
+            successes = (source / "successes").flags(_by_step(raw["successes"], steps))
             successes = successes[1:] if len(successes) == steps + 1 else successes
             arrays["successes"] = np.logical_or.accumulate(successes)  # some say it of each env step alone
-        if "target_actions" in raw:
-            arrays["target_actions"] = (source / "infos/target_actions").floats(raw["target_actions"])
-        for name, array in arrays.items():
-            (source / name).check_rows(
-                len(array), steps + (name == "observations"), f"the episode has {counted(steps, 'reward')}"
-            )
-        self._check_ends(source, arrays)
         episode = Episode(rewards=rewards, **arrays)
-        self._check_dims(source, episode)
-        return episode
-
-    def _check_ends(self, source: Source, arrays: dict[str, Any]) -> None:
-        """Refuse ends before the last row; without any, the last row is a truncation."""
-        ends = arrays["terminations"] | arrays["truncations"]
-        early = np.flatnonzero(ends[:-1])
-        if len(early):
-            raise UserError(
-                f"{(source / 'terminations').at(int(early[0]))}: the episode is terminated or truncated there and "
-                f"goes on to row {len(ends) - 1}. Expected one episode, with its end in the last row."
-            )
-        if not ends[-1]:
+        check_episode(source, episode, self._first or episode)
+        if not (episode.terminations[-1] or episode.truncations[-1]):
             self._endless += 1
-            arrays["truncations"][-1] = True
-
-    def _check_dims(self, source: Source, episode: Episode) -> None:
-        """Refuse other dimensions than the first episode's."""
-        for name in ("observations", "actions"):
-            own, expected = (getattr(each, name).shape[1] for each in (episode, self._first or episode))
-            if own != expected:
-                raise UserError(
-                    f"{source / name} has {counted(own, 'number')} a row, expected {expected} as in the first episode."
-                )
-        if episode.target_actions is not None and episode.target_actions.shape != episode.actions.shape:
-            raise UserError(
-                f"{source / 'infos/target_actions'} has shape {episode.target_actions.shape}, expected "
-                f"{episode.actions.shape} as the actions."
-            )
+            episode.truncations[-1] = True
+        return episode
 
 
 def _by_step(success: NDArray[Any], steps: int) -> NDArray[Any]:
