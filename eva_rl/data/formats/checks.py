@@ -321,9 +321,8 @@ def check_episode(where: Source, episode: Any, first: Any) -> None:
             because += ", and the last row is what the last action led to"
         (where / name).check_rows(len(array), shape[0], because)
         if array.shape != shape:
-            raise UserError(
-                f"{where / name} has shape {array.shape}, expected {shape}, as wide as the first episode's."
-            )
+            wide = ", as wide as the first episode's" if shape[1:] else ""
+            raise UserError(f"{where / name} has shape {array.shape}, expected {shape}{wide}.")
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             row = int(np.argwhere(~np.isfinite(array))[0][0])
             raise UserError(f"{(where / name).at(row)} is not finite. Repair or leave out that episode.")
