@@ -92,6 +92,7 @@ def _train(session: Session, adapter: AttachedAdapter, tracker: Tracker) -> Trai
     anew = isinstance(algo, SelfImitationAlgo) and algo.restart
     start = copy_of(trainable_parameters(session.policy.network)) if anew else None
     first = _clone_first(session, adapter, algo, tracker) if algo.bc.updates else Training({})
+    session = replace(session, validation_steps=int(first.costs.get(f"{CLONED}validation_env_steps", 0)))
     if isinstance(algo, PPOAlgo | TD3Algo):
         return replace(first, costs={**first.costs, **learn_sb3(session, algo, tracker)})
     if isinstance(algo, ResidualAlgo):
@@ -154,6 +155,7 @@ def clone(session: Session, adapter: AttachedAdapter, algo: BCAlgo, log: Log, sn
         )
         bar.at(counters.update)
     costs = {"updates": counters.update, "seconds_per_update": counters.seconds / max(1, counters.update)}
+    costs["validation_env_steps"] = counters.validation_steps
     if algo.precision == AUTO:
         say(f"Precision: {counters.precision}, as timed when training began")
         costs["bfloat16"] = float(counters.precision == BFLOAT16)

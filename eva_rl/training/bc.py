@@ -38,6 +38,8 @@ from eva_rl.training.precision import choose_precision
 
 Log = Callable[[Mapping[str, float], int], None]
 EXTENSION, AVERAGE, LOSS = "extension/", "average/", "loss_since_point"
+VALIDATION_STEPS = "validation/env_steps"
+"""The metric in which a validation tells how many env steps it played."""
 
 
 class Extension(Protocol):
@@ -61,12 +63,21 @@ class Extension(Protocol):
 
 @dataclass
 class Counters:
-    """What a checkpoint holds besides tensors; ``precision`` is what ``auto`` came to when training began."""
+    """What a checkpoint holds besides tensors.
+
+    Attributes:
+        update: Gradient steps done.
+        windows: Windows seen.
+        seconds: Of the gradient steps.
+        precision: What ``auto`` came to when training began.
+        validation_steps: Env steps played to validate.
+    """
 
     update: int = 0
     windows: int = 0
     seconds: float = 0.0
     precision: str = ""
+    validation_steps: int = 0
 
     def count(self, windows: int, seconds: float) -> None:
         """Count a gradient step."""
@@ -155,6 +166,7 @@ def train_bc(  # noqa: PLR0913 - three values, what it reports to, and what othe
             policy.network.eval()
             with run.average.applied() if run.average else nullcontext():
                 metrics = evaluate(counters.update)
+            counters.validation_steps += int(metrics.get(VALIDATION_STEPS, 0))
             if process_group.is_main:
                 log(metrics, counters.update)
         if saves and saves.due(counters.update, last):

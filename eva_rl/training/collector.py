@@ -16,11 +16,10 @@ from eva_rl.agents.policy import DecisionTransformerPolicy
 from eva_rl.data.replay import TrajectoryReplay
 from eva_rl.data.trajectories import Episode
 from eva_rl.rollouts.recorder import EpisodeRecorder
+from eva_rl.training.bc import VALIDATION_STEPS
 from eva_rl.training.failures import NotFiniteError
 from eva_rl.training.learner import Explore, Learner, collection_generator
 
-VALIDATION_STEPS = "validation/env_steps"
-"""The metric in which a validation tells how many env steps it played."""
 RECENT = 100
 """Episodes over which the metrics of rollouts are averaged."""
 
@@ -35,6 +34,7 @@ class TaskEnvs:
         reports_success: Whether they report success.
         first_episode: Seed of the first episode.
         horizon: Env steps of an episode at most; 0 where that is not known.
+        played_before: Env steps that were played before the first one here, to validate while the policy cloned.
     """
 
     vec_env: VecEnv
@@ -42,6 +42,7 @@ class TaskEnvs:
     reports_success: bool
     first_episode: int = 0
     horizon: int = 0
+    played_before: int = 0
 
 
 @dataclass
@@ -50,7 +51,7 @@ class OnlineCounters:
 
     Attributes:
         env_steps: Env steps taken to learn from.
-        validation_steps: Env steps played to validate.
+        validation_steps: Env steps played to validate, those before learning in the environment included.
         update: Gradient steps done.
         episodes: Episodes finished.
         next_seed: Seed of the next episode.
@@ -83,6 +84,11 @@ class OnlineCounters:
     failures: int = 0
     failures_learned: int = 0
     truncated_at: int = 0
+
+    @classmethod
+    def of(cls, task: TaskEnvs) -> OnlineCounters:
+        """Those of a run that begins."""
+        return cls(next_seed=task.first_episode, validation_steps=task.played_before)
 
     def finished(self, episode: Episode) -> None:
         """Count an episode."""

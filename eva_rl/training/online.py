@@ -47,7 +47,7 @@ def train_online(  # noqa: PLR0913 - one call for all algorithms; all but four h
         task: Where the policy acts.
         log: Takes metrics and the env step they belong to; the env steps of validations count, too.
         evaluate: Returns validation metrics, which are logged, of a policy with histories of its own; how many env
-            steps it played stands under :data:`eva_rl.training.collector.VALIDATION_STEPS`.
+            steps it played stands under :data:`eva_rl.training.bc.VALIDATION_STEPS`.
         refresh: Called with the gradient steps done every ``refresh_every`` env steps; what it returns is logged.
         checkpoints: Where to save, besides every ``checkpoint_every`` env steps at validations when the time has come;
             None keeps no checkpoint.
@@ -58,7 +58,7 @@ def train_online(  # noqa: PLR0913 - one call for all algorithms; all but four h
         EnvironmentFailedError: An environment failed; what was learned before is saved.
     """
     options, best = learner.options, _Best()
-    counters = _resume(checkpoints, learner, replay, best) or OnlineCounters(next_seed=task.first_episode)
+    counters = _resume(checkpoints, learner, replay, best) or OnlineCounters.of(task)
     collector = collector or Collector(learner.policy, task)
     validate = partial(evaluate_and_keep_best, evaluate, log, best, counters, learner) if evaluate else None
 

@@ -109,19 +109,17 @@ def test_a_policy_learns_without_demonstrations(algo: str, policy_folder: Path, 
 
 def test_a_residual_is_learned_and_distilled(policy_folder: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    command_line = command(
-        policy_folder, run_dir, "bc_then_residual", "algo.bc.updates=2", "eval.stop_at_success=false"
-    )
-    assert main(command_line) == 0
+    others = ["algo.bc.updates=2", "eval.every=1", "eval.stop_at_success=false"]
+    assert main(command(policy_folder, run_dir, "bc_then_residual", *others)) == 0
     found = summary(run_dir)
     assert list(json.loads((run_dir / "evaluation.json").read_text())) == ["before", "cloned", "residual", "after"]
     assert found["updates"] == 6  # in the three iterations of 60 env steps before distillation
     assert found["distill/updates"] == 4
     assert found["env_steps"] == 240
-    assert found["env_steps_played"] == 240 + 2 * 30  # one validation of two episodes
+    assert found["env_steps_played"] == 60 + 240 + 60  # two validations of two episodes, the first while cloning
     rows = read_metrics(run_dir)
-    assert [row["step"] for row in rows if "distill/loss" in row] == [240 + 60]
-    assert [row["time/env_steps_played"] for row in rows if "rollout/ep_rew_mean" in row] == [60, 120, 240]
+    assert [row["step"] for row in rows if "distill/loss" in row] == [60 + 240 + 60]
+    assert [row["time/env_steps_played"] for row in rows if "rollout/ep_rew_mean" in row] == [120, 180, 300]
     policy = load_policy(run_dir)  # the ordinary folder
     played = evaluate_policy(policy, "reach-v3", episodes=2, seed=0, horizon=30)
     assert played.mean_reward == pytest.approx(found["eval/mean_reward"])
@@ -149,7 +147,7 @@ def test_rounds_of_distillation_are_one_training_to_the_adapter(
 def test_cloning_comes_first(algo: str, policy_folder: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     first = f"bc_then_{algo}"
-    assert main(command(policy_folder, run_dir, first, "algo.bc.updates=3", "adapter=eva_dora")) == 0
+    assert main(command(policy_folder, run_dir, first, "algo.bc.updates=3", "eval.every=2", "adapter=eva_dora")) == 0
     found = summary(run_dir)
     assert found["bc/updates"] == 3
     assert found["env_steps"] == 240
@@ -160,6 +158,9 @@ def test_cloning_comes_first(algo: str, policy_folder: Path, tmp_path: Path) -> 
     assert found["data"]["episodes"] == 2
     rows = read_metrics(run_dir)
     assert [row["step"] for row in rows if "bc/train/loss" in row] == [1, 3]
+    (cloning,) = [row["bc/validation/env_steps"] for row in rows if "bc/validation/env_steps" in row]
+    validated = sum(row["validation/env_steps"] for row in rows if "validation/env_steps" in row)
+    assert found["env_steps_played"] == 240 + cloning + validated
 
 
 @pytest.mark.slow

@@ -142,7 +142,7 @@ def train_sb3(
         NotFiniteError: A parameter is not finite after a stretch, or ended it; the checkpoint before is as it was.
         EnvironmentFailedError: An environment failed; what was learned before is saved.
     """
-    played = OnlineCounters(next_seed=task.first_episode)
+    played = OnlineCounters.of(task)
     _resume(model, played, checkpoints)
     model.set_logger(Logger(None, [_Forward(lambda metrics, step: log(metrics, step + played.validation_steps))]))
     env = model.get_env()
