@@ -102,8 +102,8 @@ def equivalence_power(
         level: Of the family of tests.
 
     Returns:
-        Between 0 and 1; the standard error counts as known to the tests' degrees of freedom (Chow, Shao and Wang 2008,
-        section 3.2.2), a little less than it is where seeds are few.
+        Between 0 and 1; the standard error counts as known (Chow, Shao and Wang 2008, chapter 3), which errs a little
+        where seeds are few. NaN where the spread is not known, or one seed is all.
     """
     degrees = tasks * (seeds - 1)
     if degrees < 1 or not spread > 0:
