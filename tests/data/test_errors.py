@@ -89,6 +89,13 @@ def test_episodes(tmp_path: Path, case: str) -> None:
         load_dataset(str(path))
 
 
+def test_an_episode_without_steps_that_reports_one_success(tmp_path: Path) -> None:
+    nothing = {"observations": np.zeros((1, 3)), "actions": np.zeros((0, 2)), "rewards": np.zeros(0)}
+    np.savez(tmp_path / "0.npz", **nothing, success=np.array(True))
+    with pytest.raises(UserError, match="rewards is empty: an episode needs at least one env step"):
+        load_dataset(f"trajectories:{tmp_path}")
+
+
 def test_ends_inside_an_episode(tmp_path: Path) -> None:
     path = tmp_path / "a.h5"
     write_episodes(path, random_trajectories())

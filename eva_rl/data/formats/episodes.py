@@ -151,7 +151,7 @@ def _by_step(success: NDArray[Any], steps: int) -> NDArray[Any]:
     """What is said of a whole episode, of its last env step."""
     if np.ndim(success):
         return success
-    return np.concatenate([np.zeros(steps - 1), np.reshape(success, 1)])
+    return np.concatenate([np.zeros(max(0, steps - 1)), np.reshape(success, 1)])
 
 
 def standard_names(source: Source, arrays: Arrays) -> dict[str, NDArray[Any]]:
