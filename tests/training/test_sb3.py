@@ -232,9 +232,13 @@ def run(
 
 @pytest.mark.parametrize("name", SAC_FIRST)
 def test_a_resumed_run_ends_with_the_same_weights(name: str, tmp_path: Path) -> None:
-    expected, _ = run(name, None)
+    expected, rows = run(name, None)
     run(name, tmp_path, stop=True)
-    found, _ = run(name, tmp_path)
+    found, later = run(name, tmp_path)
+    assert later
+    for (step, metrics), (expected_step, like) in zip(later, rows[-len(later) :], strict=True):
+        assert step == expected_step
+        assert metrics == pytest.approx(like, rel=1e-6), "over the same recent episodes"
     assert found.num_timesteps == expected.num_timesteps == 160
     assert getattr(found, "_episode_num", 0) == getattr(expected, "_episode_num", 0), "they decide when it logs"
     for key, value in expected.policy.state_dict().items():

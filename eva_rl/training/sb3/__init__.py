@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Callable, Mapping
 from functools import partial
 from numbers import Real
@@ -293,6 +294,8 @@ def _state(model: Model, played: OnlineCounters) -> TrainState:
         "validation_steps": played.validation_steps,
         "numpy": [str(kind), int(position), int(has_gauss), float(cached)],
         "action_space": model.action_space.np_random.bit_generator.state,  # draws the first, random actions
+        "recent": [{key: float(value) for key, value in one.items()} for one in model.ep_info_buffer or ()],
+        "recent_successes": [float(success) for success in model.ep_success_buffer or ()],
     }
     return TrainState(int(model.num_timesteps) + played.validation_steps, tensors, record)
 
@@ -327,5 +330,8 @@ def _restore(model: Model, played: OnlineCounters, state: TrainState) -> None:
     model.num_timesteps, model._n_updates = record["num_timesteps"], record["updates"]
     if isinstance(model, OffPolicyAlgorithm):
         model._episode_num = record.get("episodes", 0)
+    if "recent" in record:  # nor these, over which metrics of rollouts are averaged
+        model.ep_info_buffer = deque(record["recent"], maxlen=model._stats_window_size)
+        model.ep_success_buffer = deque(record["recent_successes"], maxlen=model._stats_window_size)
     played.next_seed, played.validation_steps = int(record["next_episode"]), int(record.get("validation_steps", 0))
     played.update = int(record.get("gradient_steps", record["updates"]))
