@@ -124,7 +124,8 @@ class RetryingCollector:
         if not self._vec_env.arrays.reports_success.any():
             raise UserError(
                 f"algo=self_imitation learns from episodes in which the task is solved, and {self._env_id} reports no "
-                "success. Use algo=odt_td3."
+                "success, not even in episodes that fail. Put is_success, true or false, into the info of every env "
+                "step, or use algo=residual."
             )
         return self._count_and_keep(attempts.finished(), retried, replay, counters)
 
