@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -148,7 +149,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def table(arguments: argparse.Namespace) -> None:
     """Success by task and algorithm; written and drawn where asked to."""
-    online_runs.publish(arguments, success_table, around(arguments.part))
+    online_runs.publish(arguments, partial(success_table, seeds=arguments.seeds), around(arguments.part))
     if arguments.figure:
         draw(pages.json_records(arguments.folder), arguments.figure)
 
@@ -188,9 +189,9 @@ def cells(records: Sequence[online_runs.Record]) -> dict[str, dict[str, Cell]]:
     return found
 
 
-def success_table(records: Sequence[online_runs.Record]) -> Table:
-    """A row for each task, and means of the tasks that a column has."""
-    columns = cells(records)
+def success_table(records: Sequence[online_runs.Record], seeds: Sequence[int] = ()) -> Table:
+    """A row for each task, and means of the tasks that a column has; of some seeds alone where they are named."""
+    columns = cells([record for record in records if not seeds or record["seed"] in seeds])
     rows = [
         (task, *(str(column.get(task, "-")) for column in columns.values()))
         for task in TASKS
@@ -256,6 +257,7 @@ def main() -> None:
     one.add_argument("--out", type=Path, default=Path("runs/cw10"))
     one.set_defaults(call=run)
     everything.add_argument("--part", default="CW10", help="which table of the page")
+    everything.add_argument("--seeds", type=int, nargs="*", help="of the table, not all that there are")
     everything.add_argument("--figure", type=Path, help="draw it")
     everything.set_defaults(call=table)
     arguments = parser.parse_args()

@@ -30,14 +30,25 @@ def test_every_key_is_up_to_date() -> None:
     assert (DOCS / "config.md").read_text() == script(DOCS / "make_config.py").page(), "run: python docs/make_config.py"
 
 
-@pytest.mark.parametrize(("part", "records"), [("CW10", "online-cw10.json"), ("sparse", "online-sparse.json")])
-def test_the_tables_of_cw10_come_from_their_records(part: str, records: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("part", "records", "seeds"),
+    [
+        ("CW10", "online-cw10.json", []),
+        ("all algorithms", "online-cw10-others.json", [1]),
+        ("sparse", "online-sparse.json", []),
+    ],
+)
+def test_the_tables_of_cw10_come_from_their_records(
+    part: str, records: str, seeds: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     module, path = script(ROOT / "benchmarks/online_cw10.py"), DOCS / "results" / records
     begin, end = module.around(part)
     found = (DOCS / "online_results.md").read_text().partition(begin)[2].partition(end)[0].strip()
-    again = f"run: python benchmarks/online_cw10.py table {path} --page docs/online_results.md --part {part}"
-    assert found == markdown_table(module.success_table(json.loads(path.read_text()))), again
+    again = f"run: python benchmarks/online_cw10.py table {path} --page docs/online_results.md --part '{part}'"
+    assert found == markdown_table(module.success_table(json.loads(path.read_text()), seeds)), (
+        f"{again} --seeds {seeds}"
+    )
 
 
 def test_a_column_of_cw10_has_the_mean_of_the_tasks_that_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
