@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
 # How the shipped policy `hopper` was made, from nothing: an agent that has begun to hop (SAC, stopped at a mean return of 1,200),
-# of whose episodes those below 1,500 are cloned. About an hour on one core. `benchmarks/online_mujoco.py` says what online
-# fine-tuning makes of it.
+# of whose episodes those below 1,500 are cloned. `benchmarks/online_mujoco.py` says what online fine-tuning makes of it.
 set -euo pipefail
 runs=${1:-runs/hopper}
 mkdir -p "$runs"

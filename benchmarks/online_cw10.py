@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import online_runs
-import pages
 import pictures
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
@@ -149,9 +148,10 @@ def run(arguments: argparse.Namespace) -> None:
 
 def table(arguments: argparse.Namespace) -> None:
     """Success by task and algorithm; written and drawn where asked to."""
-    online_runs.publish(arguments, partial(success_table, seeds=arguments.seeds), around(arguments.part))
+    show = partial(success_table, seeds=arguments.seeds)
+    records = online_runs.publish(arguments, show, around(arguments.part))
     if arguments.figure:
-        draw(pages.json_records(arguments.folder), arguments.figure)
+        draw(records, arguments.figure)
 
 
 def around(part: str) -> tuple[str, str]:

@@ -40,7 +40,9 @@ def keep_record(arguments: argparse.Namespace, name: str, make: Callable[[Path],
         shutil.rmtree(run_dir, ignore_errors=True)
 
 
-def publish(arguments: argparse.Namespace, show: Callable[[Sequence[Record]], Table], marks: tuple[str, str]) -> None:
+def publish(
+    arguments: argparse.Namespace, show: Callable[[Sequence[Record]], Table], marks: tuple[str, str]
+) -> Sequence[Record]:
     """Show the table of a folder's records; write them to one file, and the table to a page, where asked to."""
     records = pages.json_records(arguments.folder)
     shown = show(records)
@@ -49,6 +51,7 @@ def publish(arguments: argparse.Namespace, show: Callable[[Sequence[Record]], Ta
         arguments.out.write_text(json.dumps(records, indent=1) + "\n")
     if arguments.page:
         pages.write_between(arguments.page, *marks, markdown_table(shown))
+    return records
 
 
 def parsers(about: str) -> tuple[argparse.ArgumentParser, argparse.ArgumentParser, argparse.ArgumentParser]:
