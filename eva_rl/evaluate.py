@@ -256,6 +256,8 @@ def show(results: Sequence[EvaluationResult], without: Sequence[EvaluationResult
         console.print(_table(results))
     for protocol in dict.fromkeys(result.protocol for result in results):
         say(f"Protocol: {protocol}.")
+    for caveat in dict.fromkeys(result.caveat for result in results if result.caveat):
+        say(caveat)
 
 
 def _table(results: Sequence[EvaluationResult]) -> Table:

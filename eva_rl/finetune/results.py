@@ -284,6 +284,8 @@ def show(run_dir: Path, summary: dict[str, Any], evaluations: Mapping[str, Evalu
             f"{summary['eva/effective_rank']:.1f}."
         )
     say(f"Protocol: {summary['protocol']}.")
+    if after.caveat:
+        say(after.caveat)
     say(
         f"Policy:      {run_dir / 'policy'}\n"
         f"TensorBoard: tensorboard --logdir {run_dir / 'tb'}, then http://localhost:6006/{DASHBOARD}",

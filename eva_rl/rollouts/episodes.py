@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +31,7 @@ class EpisodeRecord:
         first_success: Env step (from 0) of the first success, -1 where none.
         reports_success: Whether the environment tells of success.
         stopped: Ended at its first success, so that return, length and success at the end are not measured.
+        start: CRC-32 of the first observation, (obs,) float32; None where it is not known.
     """
 
     env_id: str
@@ -41,6 +43,7 @@ class EpisodeRecord:
     first_success: int
     reports_success: bool = True
     stopped: bool = False
+    start: int | None = None
 
 
 def play_episodes(
@@ -142,8 +145,10 @@ class _Group:
         return [self._record(int(index)) for index in np.flatnonzero(ended)]
 
     def _act(self) -> None:
-        starts = np.full(len(self.alive), not self._started)
-        actions = self._policy.act(self._rows("observations"), self._rewards, starts)
+        starts, observations = np.full(len(self.alive), not self._started), self._rows("observations")
+        if not self._started:
+            self._starts = [crc32(observation) for observation in observations]
+        actions = self._policy.act(observations, self._rewards, starts)
         self._block.begin_step(actions, self.alive)
         if self._on_actions is not None:
             self._on_actions(actions[self.alive])
@@ -185,4 +190,5 @@ class _Group:
             first_success=first,
             reports_success=bool(arrays.reports_success[row]),
             stopped=bool(self._stopped[index]),
+            start=self._starts[index],
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
@@ -61,9 +62,25 @@ class EvaluationResult:
             return float("nan")
         return float(np.mean([e.episode_return for e in self.episodes]))
 
+    @property
+    def alike(self) -> bool:
+        """Whether all of several episodes had the same first observation, success, length and return."""
+        first, *others = self.episodes
+        return bool(others) and first.start is not None and all(_are_alike(first, other) for other in others)
+
+    @property
+    def caveat(self) -> str:
+        """What to know before reading the interval; empty where there is nothing."""
+        if not self.alike:
+            return ""
+        return (
+            f"All {len(self.episodes)} episodes of {self.env_id} began with the same observation and ended alike: they "
+            "count as one. Either env.goal is fixed, or the environment does not use reset(seed=...)."
+        )
+
     def success_interval(self) -> tuple[float, float]:
-        """95% Wilson score interval of the success rate (Wilson 1927)."""
-        n, p, z = len(self.episodes), self.success_rate, 1.959964
+        """95% Wilson score interval of the success rate (Wilson 1927); episodes that are all alike count as one."""
+        n, p, z = 1 if self.alike else len(self.episodes), self.success_rate, 1.959964
         center = (p + z**2 / (2 * n)) / (1 + z**2 / n)
         half = z / (1 + z**2 / n) * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
         return float(max(0.0, center - half)), float(min(1.0, center + half))
@@ -94,12 +111,19 @@ class EvaluationResult:
         record: dict[str, Any] = {"env": self.env_id, "protocol": self.protocol, "metrics": self.metrics()}
         if self.reports_success:
             record["success_interval_95"] = self.success_interval()
+        if self.alike:
+            record["alike"] = True
         return record | {"episodes": [_measured(episode) for episode in self.episodes]}
 
 
 def described_return(result: EvaluationResult) -> str:
     """The mean return as a table shows it."""
     return "not measured" if result.stopped_at_success else f"{result.mean_reward:.1f}"
+
+
+def _are_alike(first: EpisodeRecord, second: EpisodeRecord) -> bool:
+    same = (first.start, first.success, first.length) == (second.start, second.success, second.length)
+    return same and math.isclose(first.episode_return, second.episode_return, rel_tol=1e-3, abs_tol=1e-6)
 
 
 def _measured(episode: EpisodeRecord) -> dict[str, Any]:

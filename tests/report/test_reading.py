@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,12 @@ def test_episodes_that_were_stopped_at_success_count() -> None:
     """They have no return. Every run of a benchmark is stopped so: none of its goals was once read."""
     found = episodes_by_seed(evaluation(episode(7, False), episode(8, True, stopped=True)), "t")
     assert found == {7: {"success": 0.0, "episode_return": 12.5}, 8: {"success": 1.0}}
+
+
+def test_of_episodes_that_are_all_alike_one_counts() -> None:
+    """They would be taken for independent goals."""
+    alike = (replace(episode(seed, False), start=1) for seed in (7, 8, 9))
+    assert episodes_by_seed(evaluation(*alike), "t") == {7: {"success": 0.0, "episode_return": 12.5}}
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@ from __future__ import annotations
 import itertools
 import json
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -66,6 +67,25 @@ def test_wilson_interval_is_that_of_statsmodels(solved: int, episodes: int) -> N
     expected = proportion_confint(solved, episodes, method="wilson")
     assert found.success_interval() == pytest.approx(expected, abs=1e-7)
     assert 0 <= found.success_interval()[0] <= found.success_rate <= found.success_interval()[1] <= 1
+
+
+def test_episodes_of_one_start_count_as_one() -> None:
+    """One goal for all: five times the same episode says nothing about other goals."""
+    own, one = (evaluate_policy(make_policy(), env, episodes=5, horizon=3) for env in ("push-v3", "push-v3?goal=3"))
+    assert (own.alike, own.caveat, "alike" in own.record()) == (False, "", False)
+    assert one.alike
+    assert one.record()["alike"]
+    assert one.success_interval() == result([False]).success_interval()
+    assert "All 5 episodes of metaworld/push-v3?goal=3 began with the same observation" in one.caveat
+
+
+@pytest.mark.parametrize("change", [{"start": 2}, {"success": True}, {"length": 3}, {"episode_return": 1.6}])
+def test_episodes_that_differ_are_not_alike(change: dict[str, Any]) -> None:
+    episode = EpisodeRecord("x", 3, 1.5, 4, False, False, -1, start=1)
+    other = replace(episode, episode_seed=4)
+    assert EvaluationResult("x", (episode, other), "", True).alike
+    assert not EvaluationResult("x", (episode, other, replace(other, **change)), "", True).alike
+    assert not EvaluationResult("x", (episode,), "", True).alike
 
 
 def test_what_is_not_measured_is_null_in_strict_json() -> None:
