@@ -61,7 +61,7 @@ def attach_adapter(  # noqa: PLR0913 - PEFT's names for what a user may set
     policy: DecisionTransformerPolicy,
     method: str = "eva",
     *,
-    rank: int = EvaOptions.rank,
+    rank: int | None = None,
     alpha: float | None = None,
     dropout: float = 0.0,
     targets: Sequence[str] = PROJECTIONS,
@@ -82,9 +82,10 @@ def attach_adapter(  # noqa: PLR0913 - PEFT's names for what a user may set
     Args:
         policy: Changed in place.
         method: A name in :data:`eva_rl.adapters.METHODS`.
-        rank: Rank of each target layer; EVA's result brings its own ranks. No layer gets more than its weight has.
-        alpha: LoRA's alpha; None takes the rank, so that the update is not scaled. Ignored for EVA, whose result
-            brings its own, and for MiSS, which has none.
+        rank: Rank of each target layer, 8 by default; EVA's result brings its own ranks. No layer gets more than its
+            weight has.
+        alpha: LoRA's alpha; None takes the rank, so that the update is not scaled. EVA's result brings its own; MiSS
+            has none.
         dropout: LoRA's dropout.
         targets: Names, or endings of names, of layers.
         rank_caps: Highest rank of some of them, by name or ending; the scale of the update stays that of ``rank``.
@@ -94,15 +95,18 @@ def attach_adapter(  # noqa: PLR0913 - PEFT's names for what a user may set
         total_updates: Gradient steps to come, for AdaLoRA's schedule; other methods do without.
 
     Raises:
-        UserError: Unknown method or target, a rank or layer that the method cannot do, data that it lacks, or a policy
-            that has an adapter already.
+        UserError: Unknown method or target, a rank or layer that the method cannot do, data that it lacks, a rank or
+            an alpha other than those of EVA's result, or a policy that has an adapter already.
     """
     chosen = find_method(method)
     network = policy.network
     if has_adapter(network):
         raise UserError("This policy has an adapter already. Merge it first, or start from the policy without it.")
-    _check_sizes(rank, alpha, dropout)
     _check_data(chosen, {DIRECTIONS: eva, MOMENTS: moments, GRADIENTS: backward})
+    if eva is not None and not chosen.adalora:  # AdaLoRA's own ranks are what is left of EVA's
+        rank, alpha = _of_result(eva.options, rank, alpha)
+    rank = EvaOptions.rank if rank is None else rank
+    _check_sizes(rank, alpha, dropout)
     if not chosen.adapter:
         for name, parameter in network.named_parameters():
             parameter.requires_grad_(method == "full" or name.startswith(HEAD))
@@ -127,6 +131,18 @@ def attach_adapter(  # noqa: PLR0913 - PEFT's names for what a user may set
     if dropout:
         log.warning("adapter.dropout=%g: the low-rank layers train as PEFT computes them, which takes longer.", dropout)
     return AttachedAdapter(chosen, model, eva, extension)
+
+
+def _of_result(options: EvaOptions, rank: int | None, alpha: float | None) -> tuple[int, float]:
+    """Rank and alpha that EVA was computed with, which must not be contradicted."""
+    own = {"rank": options.rank, "alpha": options.lora_alpha(options.rank)}
+    for name, given in {"rank": rank, "alpha": alpha}.items():
+        if given is not None and given != own[name]:
+            raise UserError(
+                f"{name}={given:g}, and eva= was computed with {name}={own[name]:g}. Give it to eva_rl.eva.compute, or "
+                "leave it out here."
+            )
+    return options.rank, own["alpha"]
 
 
 def _check_sizes(rank: int, alpha: float | None, dropout: float) -> None:
@@ -222,7 +238,6 @@ def _lora_config(
     scale = (rank if alpha is None else alpha) / rank
     ranks: Mapping[str, int] = {name: min(rank, limit) for name, limit in limits.items()}
     if eva is not None:
-        rank, scale = eva.options.rank, eva.options.alpha / eva.options.rank
         ranks = {name: r for name, r in eva.ranks.items() if name in limits}
     alphas: Mapping[str, float] = {name: scale * r for name, r in ranks.items()}
     if eva is not None:

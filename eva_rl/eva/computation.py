@@ -44,7 +44,7 @@ def compute(  # noqa: PLR0913 - the one call that most users make; the names are
     method: Method | Literal["auto"] = "auto",
     score: Score = EvaOptions.score,
     variant: Variant | None = EvaOptions.variant,
-    alpha: float = EvaOptions.alpha,
+    alpha: float | None = EvaOptions.alpha,
     keep_scale: bool = EvaOptions.keep_scale,
     criterion: Criterion = EvaOptions.criterion,
     memory_budget: int = StorageOptions.budget,
@@ -75,7 +75,7 @@ def compute(  # noqa: PLR0913 - the one call that most users make; the names are
         method: How second moments are kept.
         score: What components of different layers are compared by.
         variant: An ablation of the paper.
-        alpha: LoRA's alpha of a layer that gets `rank` components.
+        alpha: LoRA's alpha of a layer that gets `rank` components; None takes the rank.
         keep_scale: Scale alpha with the rank.
         criterion: What has to agree.
         memory_budget: Bytes for exact moments.

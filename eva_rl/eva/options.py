@@ -29,7 +29,8 @@ class EvaOptions:
         center: Components of the covariance (True) or of the raw second moment (False).
         score: "ratio" or "paper", see `redistribution.scores`.
         variant: One of the paper's ablations, see `estimator.apply_variant`.
-        alpha: LoRA's alpha of a layer that gets `rank` components.
+        alpha: LoRA's alpha of a layer that gets `rank` components; None takes the rank: the
+            update is not scaled.
         keep_scale: Scale alpha with a layer's rank, so that alpha / rank is the same everywhere.
         criterion: "capture" or "directions", see `agreement`.
         seed: Of the variants' random matrices.
@@ -44,7 +45,7 @@ class EvaOptions:
     center: bool = False
     score: Score = "ratio"
     variant: Variant | None = None
-    alpha: float = 1.0
+    alpha: float | None = None
     keep_scale: bool = True
     criterion: Criterion = "capture"
     seed: int = 0
@@ -54,8 +55,8 @@ class EvaOptions:
         finite_rho = math.isfinite(self.rho) and self.rho >= 1
         _require(finite_rho, f"rho={self.rho}: expected a number of at least 1; 1 keeps the ranks uniform.")
         _require(0 < self.tau <= 1, f"tau={self.tau}: expected more than 0 and at most 1.")
-        finite_alpha = math.isfinite(self.alpha) and self.alpha > 0
-        _require(finite_alpha, f"alpha={self.alpha}: expected a number above 0.")
+        finite_alpha = self.alpha is None or (math.isfinite(self.alpha) and self.alpha > 0)
+        _require(finite_alpha, f"alpha={self.alpha}: expected a number above 0, or None for that of the rank.")
         _require(self.seed >= 0, f"seed={self.seed}: expected at least 0.")
         one_of(get_args(Score), score=self.score)
         one_of(get_args(Criterion), criterion=self.criterion)
@@ -68,7 +69,8 @@ class EvaOptions:
 
     def lora_alpha(self, rank: int) -> float:
         """Alpha of a layer of this rank."""
-        return self.alpha * rank / self.rank if self.keep_scale else self.alpha
+        alpha = float(self.rank) if self.alpha is None else self.alpha
+        return alpha * rank / self.rank if self.keep_scale else alpha
 
 
 @dataclass(frozen=True)

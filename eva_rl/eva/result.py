@@ -255,7 +255,8 @@ LAYER = Record(
 OPTIONS = Record(
     {"rank": Integer(1)},
     {
-        **dict.fromkeys(("rho", "tau", "alpha"), Number()),
+        **dict.fromkeys(("rho", "tau"), Number()),
+        "alpha": Optional(Number()),
         **dict.fromkeys(("center", "keep_scale"), Boolean()),
         **dict.fromkeys(("score", "criterion"), Text()),
         "variant": Optional(Text()),

@@ -164,7 +164,7 @@ def _compute_eva(policy: DecisionTransformerPolicy, sampler: WindowSampler | Non
             center=options.center,
             score=options.score,
             variant=options.variant,
-            alpha=options.rank if options.alpha is None else options.alpha,
+            alpha=options.alpha,
             seed=config.seed,
             keep_moments=True,
         )

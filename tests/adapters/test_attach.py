@@ -191,6 +191,31 @@ def test_sizes_with_which_nothing_is_learned_are_refused(wrong: dict[str, Any], 
         attach_adapter(make_policy(), "lora", **wrong)
 
 
+def test_eva_scales_its_update_as_lora_does(reach_demonstrations: Trajectories) -> None:
+    """Without an alpha, alpha is the rank; EVA's was 1, an eighth of LoRA's scale at rank 8."""
+    for rank in (4, 8):
+        found = measure(make_policy(), reach_demonstrations, rank=rank, alpha=None)
+        scales = []
+        for method, eva in (("eva", found), ("lora", None)):
+            policy = make_policy()
+            attach_adapter(policy, method, eva=eva)
+            scales += [m.scaling["default"] for m in policy.network.modules() if hasattr(m, "scaling")]
+        assert set(scales) == {1.0}
+
+
+@pytest.mark.parametrize(
+    ("other", "said"), [({"rank": 8}, "rank=8, and .* rank=4"), ({"alpha": 2.0}, "alpha=2, and .*=4")]
+)
+def test_sizes_that_contradict_evas_result_are_refused(
+    other: dict[str, Any], said: str, reach_demonstrations: Trajectories
+) -> None:
+    policy = make_policy()
+    found = measure(policy, reach_demonstrations, rank=4, alpha=4.0)
+    with pytest.raises(UserError, match=said):
+        attach_adapter(policy, "eva", eva=found, **other)
+    attach_adapter(policy, "eva", eva=found, rank=4, alpha=4.0)
+
+
 def test_unknown_targets_are_an_error_with_the_names_that_exist() -> None:
     with pytest.raises(UserError, match=r"'query' matches no layer.*q_proj"):
         attach_adapter(make_policy(), "lora", targets=["q_proj", "query"])

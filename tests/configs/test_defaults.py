@@ -133,7 +133,8 @@ def test_an_adapter_has_the_defaults_of_python(method: str) -> None:
     options = parse("finetune", [f"adapter={method}"]).adapter
     assert options == AdapterOptions(method=method)
     called = inspect.signature(attach_adapter).parameters
-    for name in ("rank", "alpha", "dropout", "targets"):
+    assert options.rank == EvaOptions.rank, "which attach_adapter takes where neither it nor EVA's result is given"
+    for name in ("alpha", "dropout", "targets"):
         default = called[name].default
         assert getattr(options, name) == (list(default) if name == "targets" else default), name
     assert options.rank_caps == (called["rank_caps"].default or {})
@@ -141,7 +142,7 @@ def test_an_adapter_has_the_defaults_of_python(method: str) -> None:
 
 def test_eva_has_one_set_of_defaults() -> None:
     called, own = inspect.signature(compute).parameters, EvaOptions()
-    for name in ("rank", "rho", "tau", "center", "score", "variant"):
+    for name in ("rank", "rho", "tau", "center", "score", "variant", "alpha"):
         assert getattr(AdapterOptions(), name) == getattr(own, name) == called[name].default, name
     assert EvaSourceOptions().max_batches == called["max_batches"].default
 

@@ -40,7 +40,7 @@ def data(count: int = 3) -> list[Tensor]:
 def test_rho_one_keeps_ranks_uniform_but_for_narrow_layers() -> None:
     result = eva.compute(Three(), data(), rank=4)
     assert result.ranks == {"steep": 4, "flat": 4, "narrow": 2}
-    assert result.alphas == {"steep": 1.0, "flat": 1.0, "narrow": 0.5}
+    assert result.alphas == {"steep": 4.0, "flat": 4.0, "narrow": 2.0}
     assert result.trainable_parameters == 4 * 25 + 4 * 26 + 2 * 9
 
 
