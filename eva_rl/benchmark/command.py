@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ from eva_rl.benchmark.tuning import Chosen, choose
 from eva_rl.cli.command import run_command
 from eva_rl.cli.console import console, say
 from eva_rl.cli.parsing import SHORT_KEYS, first_options, known_keys, register
-from eva_rl.cli.values import unquoted
+from eva_rl.cli.values import quoted, split_list, unquoted
 from eva_rl.errors import UserError, counted
 from eva_rl.files import check_folder, expanded
 from eva_rl.launch.jobs import Job, LaunchOptions
@@ -112,13 +111,12 @@ def arguments(typed: Sequence[str]) -> list[str]:
     rest = []
     for word in typed:
         if word.startswith("set="):
-            gathered += split_list(word.removeprefix("set="))
+            gathered += map(unquoted, split_list(word.removeprefix("set=")))
         elif word.startswith(PASSED):
             gathered.append(word.removeprefix(PASSED))
         else:
             rest.append(word)
-    quoted = ",".join("'" + word.replace("\\", "\\\\").replace("'", "\\'") + "'" for word in gathered)
-    return [*rest, f"set=[{quoted}]"] if gathered else rest
+    return [*rest, f"set=[{','.join(map(quoted, gathered))}]"] if gathered else rest
 
 
 def check_one_source(typed: Sequence[str]) -> None:
@@ -134,13 +132,6 @@ def check_one_source(typed: Sequence[str]) -> None:
             f"study={values['study']} comes with {both}, which the study file decides on. Change it there, or leave "
             f"{both} out."
         )
-
-
-def split_list(text: str) -> list[str]:
-    """Entries of ``[a=1,b=[2,3]]``: commas inside of brackets or quotes do not separate."""
-    inner = text[1:-1] if text.startswith("[") and text.endswith("]") else text
-    found = re.findall(r"(?:'[^']*'|\"[^\"]*\"|\[[^\]]*\]|\{[^}]*\}|[^,])+", inner)
-    return [re.sub(r"""^(['"])(.*)\1$""", r"\2", entry.strip()) for entry in found]
 
 
 def elsewhere(key: str, text: str) -> str:

@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 
 from eva_rl.cli.keys import Key, defaults_of, groups_of
-from eva_rl.cli.values import is_number, literal, value_of
+from eva_rl.cli.values import is_number, literal, unquoted, value_of
 from eva_rl.errors import UserError, close_matches
 from eva_rl.files import expanded, read_yaml
 
@@ -122,7 +122,7 @@ def parse(name: str, words: Sequence[str]) -> Any:
     """
     everything = [_key_and_value(name, word) for word in COMMANDS[name].arguments(without_dashes(name, words))]
     typed = [(key, value) for key, value in everything if key != CONFIG]
-    stored = stored_settings(name, [Path(value) for key, value in everything if key == CONFIG])
+    stored = stored_settings(name, [Path(unquoted(value)) for key, value in everything if key == CONFIG])
     chosen = chosen_options(name, typed, stored)
     values = [*_stored_values(name, stored, chosen), *_typed_values(name, typed, chosen)]
     try:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin
 
@@ -20,6 +21,7 @@ EXPECTED = {
 }
 INTERPOLATION = "${"
 QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""", re.DOTALL)
+PAIR = re.compile(rf"(?P<name>{QUOTED.pattern}|[^:]*)\s*:(?P<value>.*)", re.DOTALL)
 ENTRY = re.compile(r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|\[[^\]]*\]|\{[^}]*\}|[^,])+""")
 
 
@@ -103,6 +105,28 @@ def quoted(text: str) -> str:
     return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
+def as_word(value: Any) -> str:
+    """A Python value as the text that :func:`value_of` makes the same value of: text is quoted where it has to be."""
+    if isinstance(value, str | Path):
+        text = str(value)
+        mistaken = text in ("", "null") or INTERPOLATION in text or QUOTED.fullmatch(text)
+        return quoted(literal(text)) if mistaken else text
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{quoted(str(name))}:{_as_entry(entry)}" for name, entry in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ",".join(_as_entry(entry) for entry in value) + "]"
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _as_entry(value: Any) -> str:
+    """As :func:`as_word`, of a list's or a table's entry: text is quoted where it might be taken apart."""
+    if isinstance(value, str | Path) and re.search(r"""[\s,:'"\[\]{}\\]""", str(value)):
+        return quoted(literal(str(value)))
+    return as_word(value)
+
+
 def split_list(text: str) -> list[str]:
     """Entries of ``[a=1,b=[2,3]]`` or ``a,b``: commas inside of brackets or quotes do not separate."""
     inner = text[1:-1] if text.startswith("[") and text.endswith("]") else text
@@ -112,10 +136,10 @@ def split_list(text: str) -> list[str]:
 def _pairs(text: str) -> list[tuple[str, str]]:
     if not (text.startswith("{") and text.endswith("}")):
         raise ValueError(text)
-    found = [entry.partition(":") for entry in split_list(f"[{text[1:-1]}]")]
-    if not all(colon for _, colon, _ in found):
+    found = [PAIR.fullmatch(entry) for entry in split_list(f"[{text[1:-1]}]")]
+    if not all(found):
         raise ValueError(text)
-    return [(unquoted(name.strip()), value.strip()) for name, _, value in found]
+    return [(unquoted(pair["name"].strip()), pair["value"].strip()) for pair in found if pair]
 
 
 def literal(value: Any) -> Any:

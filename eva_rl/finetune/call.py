@@ -11,9 +11,9 @@ from typing import Any
 from eva_rl.adapters import AdaptedPolicy, load_policy
 from eva_rl.agents import DecisionTransformerPolicy, save_policy
 from eva_rl.agents.policy_folder import policy_record, weights_digest
-from eva_rl.cli.keys import as_typed
 from eva_rl.cli.parsing import parse
 from eva_rl.cli.run_dir import INPUTS, check_run_dir, read_summary
+from eva_rl.cli.values import as_word
 from eva_rl.data import load_dataset, write_episodes
 from eva_rl.data.sources import GivenData
 from eva_rl.data.trajectories import COLUMNS
@@ -75,7 +75,7 @@ def finetune_policy(
         "adapter": adapter,
         "run_dir": str(run_dir),
     }
-    finetune(parse("finetune", [f"{key}={as_typed(value)}" for key, value in {**own, **(settings or {})}.items()]))
+    finetune(parse("finetune", [f"{key}={as_word(value)}" for key, value in {**own, **(settings or {})}.items()]))
     return FinetuneResult(load_policy(place), read_summary(place), place)
 
 

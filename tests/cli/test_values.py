@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from eva_rl.cli.values import is_number, literal, quoted, split_list, unquoted, value_of
+from eva_rl.cli.values import as_word, is_number, literal, quoted, split_list, unquoted, value_of
 from eva_rl.errors import UserError
 
 
@@ -117,3 +117,44 @@ def test_text_stays_text_in_omegaconf(text: str) -> None:
     config = OmegaConf.create({"a": literal(text), "b": literal([{"c": text}])})
     assert config.a == text
     assert config.b[0].c == text
+
+
+def read_back(kind: Any, value: Any) -> Any:
+    """What a command makes of a Python value."""
+    made = OmegaConf.create({"key": None})
+    OmegaConf.update(made, "key", value_of("key", kind, as_word(value)))
+    found = OmegaConf.to_container(made, resolve=True)
+    assert isinstance(found, dict)
+    return found["key"]
+
+
+ODD = st.text(alphabet="ab ,:'\"[]{}$\\é1")
+
+
+@given(st.one_of(ODD, st.text()))
+def test_text_given_in_python_comes_back(text: str) -> None:
+    """None of it is taken for quotes or for another key: ``'q'`` became ``q``, and ``runs/${x}`` an error."""
+    assert read_back(str, text) == text
+    assert read_back(str | None, text) == text
+
+
+@given(st.lists(ODD), st.dictionaries(ODD, ODD))
+def test_lists_and_tables_of_text_given_in_python_come_back(entries: list[str], table: dict[str, str]) -> None:
+    assert read_back(list[str], entries) == entries
+    assert read_back(dict[str, str], table) == table
+
+
+@pytest.mark.parametrize(
+    ("kind", "value"),
+    [
+        (int, 1),
+        (bool, True),
+        (bool, False),
+        (float, 1e-4),
+        (int | None, None),
+        (list[int], [0, 1]),
+        (dict[str, int], {"a": 1}),
+    ],
+)
+def test_other_values_given_in_python_come_back(kind: Any, value: Any) -> None:
+    assert read_back(kind, value) == value
