@@ -30,7 +30,7 @@ __all__ = [
     "shipped_policies",
 ]
 
-__getattr__ = lazy_names(
+__getattr__, __dir__ = lazy_names(
     __name__,
     {
         "Conditioning": "eva_rl.agents.policy",

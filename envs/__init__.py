@@ -37,7 +37,7 @@ __all__ = [
     "with_options",
 ]
 
-__getattr__ = lazy_names(
+__getattr__, __dir__ = lazy_names(
     __name__,
     {
         "AUTO": "eva_rl.envs.vector",

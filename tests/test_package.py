@@ -14,12 +14,14 @@ import pytest
 
 import eva_rl
 from eva_rl.__main__ import COMMANDS, command_module
+from eva_rl.cli.parsing import COMMANDS as PARSED
 from eva_rl.cli.parsing import parse
 from eva_rl.configs.groups import RunOptions
 from eva_rl.launch.multirun import combinations
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+LAZY = ("adapters", "agents", "data", "envs", "eva", "tracking", "training")
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -28,7 +30,7 @@ def test_every_config_composes(path: Path) -> None:
     first = path.read_text().splitlines()[0]
     assert first.startswith(f"# python -m eva_rl.{path.stem} ")
     config = parse(path.stem, first.split()[4:])
-    assert config is not None
+    assert isinstance(config, PARSED[path.stem].schema)
     if isinstance(config, RunOptions):
         assert config.device == "auto"
 
@@ -55,6 +57,14 @@ def test_public_names() -> None:
 def test_import_is_light() -> None:
     code = "import sys, eva_rl; print([m for m in ('torch', 'peft', 'metaworld') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+@pytest.mark.parametrize("package", ["", *(f".{name}" for name in LAZY)])
+def test_packages_show_their_names(package: str) -> None:
+    """To tab completion, before any of them is used."""
+    code = f"import eva_rl{package} as p; print(set(p.__all__) - set(dir(p)), [n for n in dir(p) if not hasattr(p, n)])"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert shown.split() == ["set()", "[]"]
 
 
 def test_every_package_is_in_the_wheel() -> None:

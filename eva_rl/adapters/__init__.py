@@ -68,7 +68,7 @@ __all__ = [
     "targeted_layers",
 ]
 
-__getattr__ = lazy_names(
+__getattr__, __dir__ = lazy_names(
     __name__,
     {
         "ADAPTER_NAME": "eva_rl.adapters.extensions",

@@ -33,7 +33,7 @@ __all__ = [
     "write_store",
 ]
 
-__getattr__ = lazy_names(
+__getattr__, __dir__ = lazy_names(
     __name__,
     {
         "Episode": "eva_rl.data.trajectories",

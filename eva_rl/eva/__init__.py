@@ -33,8 +33,7 @@ __all__ = [
     "listen",
 ]
 
-
-_own = lazy_names(
+_own, __dir__ = lazy_names(
     __name__,
     {
         "ActivationStatistics": "eva_rl.eva.statistics",

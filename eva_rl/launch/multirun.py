@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, ValueType
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -97,17 +97,19 @@ def combinations(words: Sequence[str]) -> list[tuple[list[str], list[str]]]:
     parsed = [(word, _parsed(word)) for word in words]
     sweeps = [override for _, override in parsed if override is not None and override.is_sweep_override()]
     fixed = [word for word, override in parsed if override is None or not override.is_sweep_override()]
-    if any(override.value_type is ValueType.GLOB_CHOICE_SWEEP for override in sweeps):
-        raise UserError("--multirun: glob() is not supported here. List the values: env=push-v3,reach-v3.")
-    try:
-        (batch,) = BasicSweeper.split_arguments(sweeps, None)
-    except HydraException as error:
-        raise UserError(f"--multirun: {error}. List the values: seed=0,1,2 or seed=range(0,3).") from error
-    return [(fixed, [_as_typed(word) for word in swept]) for swept in batch]
+    values: dict[str, list[str]] = {}
+    for override in sweeps:
+        if not override.is_discrete_sweep():
+            raise UserError(
+                f"--multirun: {override.input_line} is no list of values. List the values: seed=0,1,2 or seed=range(0,3)."
+            )
+        key = override.get_key_element()
+        values[key] = [_without_escapes(f"{key}={value}") for value in override.sweep_string_iterator()]
+    return [(fixed, list(swept)) for swept in itertools.product(*values.values())]
 
 
-def _as_typed(word: str) -> str:
-    """An override as a user types it, ``env=module:Env-v0``; the sweeper puts a backslash before the colon."""
+def _without_escapes(word: str) -> str:
+    """An override as a user types it, ``env=module:Env-v0``; Hydra puts a backslash before the colon."""
     return re.sub(r"\\([:=])", r"\1", word) if re.fullmatch(r"[\w.]+=[\w\\:=./@%+-]*", word) else word
 
 

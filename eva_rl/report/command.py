@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -132,7 +132,8 @@ def report(config: ReportConfig) -> None:
     runs = [run for run in found if run.tuning is None]
     if not runs:
         raise UserError(nothing_to_compare(config.runs, found, problems))
-    config.endpoint, config.margin = as_decided(config, runs)
+    endpoint, margin = as_decided(config, runs)
+    config = replace(config, endpoint=endpoint, margin=margin)
     resampling = Resampling(config.replicates, config.confidence, config.seed)
     groups = [analyse(group, resampling) for group in group_tasks(runs)]
     curves = [curves_of(analysis.group, resampling) for analysis in groups]

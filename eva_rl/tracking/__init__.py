@@ -17,7 +17,7 @@ __all__ = [
     "check_trackers",
 ]
 
-__getattr__ = lazy_names(
+__getattr__, __dir__ = lazy_names(
     __name__,
     {
         "Resume": "eva_rl.tracking.tracker",

@@ -19,7 +19,7 @@ __all__ = [
     "train_bc",
 ]
 
-__getattr__ = lazy_names(
+__getattr__, __dir__ = lazy_names(
     __name__,
     {
         "BCOptions": "eva_rl.training.options",

@@ -263,9 +263,10 @@ def test_a_suspended_process_is_not_late(workers: int, tmp_path: Path, monkeypat
 @pytest.mark.parametrize("workers", [0, 1])
 def test_what_fails_at_the_close_spoils_nothing(workers: int, caplog: pytest.LogCaptureFixture) -> None:
     vec_env = envs.make_vec_env("Unclosing-v0?fault=none", 2, workers=workers)
+    caplog.clear()  # of the environment that was looked at for its spaces
     play(vec_env, 2)
     vec_env.close()
-    assert workers or caplog.text.count("close() raises OSError: device lost") == 2 or "device lost" in caplog.text
+    assert caplog.text.count("device lost") == (0 if workers else 2)
 
 
 def test_slow_environments_of_one_worker_are_not_ended(monkeypatch: pytest.MonkeyPatch) -> None:
