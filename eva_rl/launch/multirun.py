@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, ValueType
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -99,9 +99,9 @@ def combinations(words: Sequence[str]) -> list[tuple[list[str], list[str]]]:
     fixed = [word for word, override in parsed if override is None or not override.is_sweep_override()]
     values: dict[str, list[str]] = {}
     for override in sweeps:
-        if not override.is_discrete_sweep():
+        if not override.is_discrete_sweep() or override.value_type is ValueType.GLOB_CHOICE_SWEEP:
             raise UserError(
-                f"--multirun: {override.input_line} is no list of values. List the values: seed=0,1,2 or seed=range(0,3)."
+                f"--multirun: {override.input_line} is no list. List the values: seed=0,1,2 or seed=range(0,3)."
             )
         key = override.get_key_element()
         values[key] = [_without_escapes(f"{key}={value}") for value in override.sweep_string_iterator()]
