@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
@@ -23,8 +23,8 @@ SHOWN = {
     "eval/success_rate": "success {:.2f}",
     "validation/success_rate": "success {:.2f}",
 }
-
-
+OF_ENV_STEPS = ("time/env_steps", "time/total_timesteps")
+"""Env steps taken to learn from, validation's not among them: ours, and Stable-Baselines3's."""
 LINE_SECONDS = 30.0
 """Between two lines where the output is no terminal."""
 
@@ -52,10 +52,15 @@ class Bar(Protocol):
 
 
 class TrainingProgress:
-    """How far training is, fed by the metrics that are logged anyway."""
+    """How far training is, fed by the metrics that are logged anyway.
 
-    def __init__(self, bar: Bar) -> None:
-        self._bar = bar
+    Args:
+        bar: What shows it.
+        counts: Metrics one of which says how many steps are done; none takes the step that metrics belong to.
+    """
+
+    def __init__(self, bar: Bar, counts: Sequence[str] = ()) -> None:
+        self._bar, self._counts, self._done = bar, counts, 0
         self._shown: dict[str, str] = {}
 
     def also(self, log: Log) -> Log:
@@ -64,7 +69,8 @@ class TrainingProgress:
         def log_and_show(metrics: Mapping[str, float], step: int) -> None:
             log(metrics, step)
             self._shown |= {key: form.format(metrics[key]) for key, form in SHOWN.items() if key in metrics}
-            self._bar.show(step, "  ".join(self._shown.values()))
+            self._done = next((int(metrics[key]) for key in self._counts if key in metrics), self._done)
+            self._bar.show(self._done if self._counts else step, "  ".join(self._shown.values()))
 
         return log_and_show
 
@@ -75,9 +81,9 @@ class TrainingProgress:
 
 @contextmanager
 def training_progress(steps: int, unit: str = "gradient steps") -> Iterator[TrainingProgress]:
-    """Show how many of ``steps`` are done."""
+    """Show how many of ``steps`` are done; of env steps those of training alone."""
     with progress(f"Training ({unit})", steps) as bar:
-        yield TrainingProgress(bar)
+        yield TrainingProgress(bar, OF_ENV_STEPS if unit == "env steps" else ())
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +34,8 @@ class TrajectoryReplay:
         folder: Where the arrays lie, mapped into memory; None keeps them in memory.
         discount: gamma, of the discounted returns that critics begin with.
         extras: Widths of what else is kept of each env step, by name; episodes bring it with them.
+        at_end: Called with a truncated episode and the return it was asked for; gives what else is kept of the
+            observation after its end, (width,) by name. None keeps zeros.
 
     Raises:
         UserError: The folder cannot be written.
@@ -48,8 +50,9 @@ class TrajectoryReplay:
         *,
         discount: float = 0.99,
         extras: Mapping[str, int] | None = None,
+        at_end: Callable[[Episode, float], Mapping[str, NDArray[np.float32]]] | None = None,
     ) -> None:
-        self.capacity, self._discount = capacity, discount
+        self.capacity, self._discount, self._at_end = capacity, discount, at_end
         shapes = {"observations": (observation_dim,), "actions": (action_dim,)}
         arrays = {name: new_array(name, (capacity, *shapes.get(name, ())), folder) for name in COLUMNS}
         self.observations, self.actions = arrays["observations"], arrays["actions"]
@@ -148,6 +151,9 @@ class TrajectoryReplay:
         self.returns_to_go[last], self.discounted_returns[last], self.asked[last] = 0, 0, asked - to_go[0]
         for name, rows_of in self.extras.items():
             rows_of[rows], rows_of[last] = episode.extras[name], 0
+        if self._at_end is not None and not episode.terminations[-1]:
+            for name, row in self._at_end(episode, asked).items():
+                self.extras[name][last] = row
         self._starts = np.append(self._starts, begin)
         self._lengths = np.append(self._lengths, length)
         self._terminated = np.append(self._terminated, bool(episode.terminations[-1]))
@@ -201,7 +207,7 @@ class TrajectoryReplay:
             UserError: No complete episode is kept.
         """
         weights = self._complete * (self._above_worst() if by_return and self.num_complete else 1.0)
-        rows, episodes = self._draw(batch_size, rng, self._shared_out(weights, demonstration_share, 0), extra=0)
+        rows, episodes = self._draw(batch_size, rng, self._shared_out(weights, demonstration_share, 0))
         return gather_windows(self, rows, self._starts[episodes], context_length, scaling)
 
     def sample_as_asked(
@@ -221,7 +227,7 @@ class TrajectoryReplay:
             scaling: How raw numbers become what the network sees; on the CPU.
             weights: (E,), relative probability of each env step of an episode to be the last of a window.
         """
-        rows, episodes = self._draw(batch_size, rng, weights, extra=0)
+        rows, episodes = self._draw(batch_size, rng, weights)
         return gather_windows(self, rows, self._starts[episodes], context_length, scaling, self.asked)
 
     def sample_transitions(
@@ -270,8 +276,7 @@ class TrajectoryReplay:
     ) -> NStepBatch:
         """Transitions of n env steps, fewer at an episode's end; every env step alike as the first of one.
 
-        After a termination nothing is to come. A truncated episode's transitions end at the last observation in which
-        an action was chosen: what was noted there is part of what its value depends on.
+        After a termination nothing is to come; after a truncation, what its last observation is worth.
 
         Args:
             batch_size: B.
@@ -281,9 +286,8 @@ class TrajectoryReplay:
             discount: gamma.
             solved_value: What follows after an episode that terminated because the task was solved, unscaled.
         """
-        unusable = -(~self._terminated).astype(np.int64)
-        rows, episodes = self._draw(batch_size, rng, np.ones(self.num_episodes), extra=unusable)
-        end = (self._starts + self._lengths + unusable)[episodes]
+        rows, episodes = self._draw(batch_size, rng, np.ones(self.num_episodes))
+        end = (self._starts + self._lengths)[episodes]
         steps = np.minimum(n, end - rows)
         later = np.arange(n)
         between = np.where(later < steps[:, None], rows[:, None] + later, rows[:, None])
@@ -335,7 +339,7 @@ class TrajectoryReplay:
         return np.asarray(np.clip((returns - low) / max(high - low, 1e-12), 0.01, 1))
 
     def _draw(
-        self, batch_size: int, rng: np.random.Generator, weights: NDArray[np.float64], extra: int | NDArray[np.int64]
+        self, batch_size: int, rng: np.random.Generator, weights: NDArray[np.float64], extra: int = 0
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Rows, and the episode of each, given the relative probability of its rows, (E,).
 

@@ -77,6 +77,16 @@ def activation_source(config: FinetuneConfig, has_data: bool) -> str:
     return source
 
 
+def activation_env_steps(config: FinetuneConfig, has_data: bool) -> int:
+    """Env steps that the policy plays before training to measure its activations; 0 where trajectories serve."""
+    options, method = config.adapter, find_method(config.adapter.method)
+    rescaled = method.adapter and options.gain != "own" and method.needs != DIRECTIONS  # EVA's pass serves both
+    passes = (method.needs in {DIRECTIONS, MOMENTS}) + rescaled
+    if not passes or activation_source(config, has_data) == "trajectories":
+        return 0
+    return passes * options.eva.rollout_envs * options.eva.rollout_steps
+
+
 def attach(
     policy: DecisionTransformerPolicy,
     sampler: WindowSampler | None,

@@ -31,7 +31,7 @@ from eva_rl.data.selection import until_success
 from eva_rl.envs import make_vec_env
 from eva_rl.errors import counted
 from eva_rl.files import write_file
-from eva_rl.finetune.adapter import attach
+from eva_rl.finetune.adapter import activation_env_steps, attach
 from eva_rl.finetune.residual import learn_residual
 from eva_rl.finetune.session import Session
 from eva_rl.finetune.shared import shared_eva
@@ -78,10 +78,11 @@ class Training:
 def train(session: Session, adapter: AttachedAdapter, tracker: Tracker) -> Training:
     """Train the policy's trainable parameters; the batch of a failure is kept."""
     with failures_kept(session.run_dir), peak_memory(session.policy.device) as memory:
-        training = _train(session, adapter, tracker)
+        played = activation_env_steps(session.config, session.data is not None)
+        training = _train(replace(session, played_before=played), adapter, tracker)
     session.phases.end("train")
-    processes = {"processes": session.process_group.world_size}
-    return replace(training, costs={**training.costs, **memory, **processes})
+    further = {"processes": session.process_group.world_size} | ({"activation_env_steps": played} if played else {})
+    return replace(training, costs={**training.costs, **memory, **further})
 
 
 def _train(session: Session, adapter: AttachedAdapter, tracker: Tracker) -> Training:
@@ -92,7 +93,8 @@ def _train(session: Session, adapter: AttachedAdapter, tracker: Tracker) -> Trai
     anew = isinstance(algo, SelfImitationAlgo) and algo.restart
     start = copy_of(trainable_parameters(session.policy.network)) if anew else None
     first = _clone_first(session, adapter, algo, tracker) if algo.bc.updates else Training({})
-    session = replace(session, validation_steps=int(first.costs.get(f"{CLONED}validation_env_steps", 0)))
+    validated = int(first.costs.get(f"{CLONED}validation_env_steps", 0))
+    session = replace(session, played_before=session.played_before + validated)
     if isinstance(algo, PPOAlgo | TD3Algo):
         return replace(first, costs={**first.costs, **learn_sb3(session, algo, tracker)})
     if isinstance(algo, ResidualAlgo):

@@ -121,8 +121,9 @@ def distill(
     (windows, task), updates = material, 0
     for number in range(1 + options.rounds):
         if number:
-            first = task.first_episode + number * options.env_steps  # an episode has one env step at least
-            windows.add(roll_out(session.policy, replace(task, first_episode=first), options.env_steps), of_clone=True)
+            episodes, next_seed = roll_out(session.policy, task, options.env_steps)
+            windows.add(episodes, of_clone=True)
+            task = replace(task, first_episode=next_seed)
         with prefetching(windows, session.policy.device) as ahead:
             counters = train_bc(
                 session.policy,

@@ -76,7 +76,8 @@ class Session:
         phases: Seconds spent.
         held_out: Windows of demonstrations that are not trained on, or None.
         shared: Keys of the work that was shared with other runs of a study.
-        validation_steps: Env steps that were played to validate while the policy cloned.
+        played_before: Env steps before learning in the environment: to measure activations, and to validate while the
+            policy cloned.
     """
 
     config: FinetuneConfig
@@ -91,7 +92,7 @@ class Session:
     phases: Phases
     held_out: WindowSampler | None = None
     shared: dict[str, str] = field(default_factory=dict)
-    validation_steps: int = 0
+    played_before: int = 0
 
     def __enter__(self) -> Session:
         return self
@@ -132,7 +133,7 @@ class Session:
         """The task in environments to learn in, with the goals that belong to the run's seed."""
         spec = self.spec
         first, horizon = episode_seeds(ONLINE, self.config.seed), self.config.env.horizon or spec.horizon or 0
-        return TaskEnvs(vec_env, spec.env_id, spec.reports_success, first, horizon, self.validation_steps)
+        return TaskEnvs(vec_env, spec.env_id, spec.reports_success, first, horizon, self.played_before)
 
     def play(self, policy: Policy | None = None, **arguments: Any) -> EvaluationResult:
         """Evaluate the policy, or another one, on this run's task; see :func:`evaluate_policy`."""

@@ -34,7 +34,7 @@ class TaskEnvs:
         reports_success: Whether they report success.
         first_episode: Seed of the first episode.
         horizon: Env steps of an episode at most; 0 where that is not known.
-        played_before: Env steps that were played before the first one here, to validate while the policy cloned.
+        played_before: Env steps that were played before the first one here, for any purpose.
     """
 
     vec_env: VecEnv
@@ -51,7 +51,7 @@ class OnlineCounters:
 
     Attributes:
         env_steps: Env steps taken to learn from.
-        validation_steps: Env steps played to validate, those before learning in the environment included.
+        validation_steps: Env steps played to validate, and all those before learning in the environment.
         update: Gradient steps done.
         episodes: Episodes finished.
         next_seed: Seed of the next episode.

@@ -14,7 +14,15 @@ from rich.console import Console
 from eva_rl import doctor
 from eva_rl.cli import console as console_module
 from eva_rl.cli.command import run_command
-from eva_rl.cli.console import LINE_SECONDS, LineProgress, counting_progress, say, training_progress
+from eva_rl.cli.console import (
+    LINE_SECONDS,
+    OF_ENV_STEPS,
+    LineProgress,
+    TrainingProgress,
+    counting_progress,
+    say,
+    training_progress,
+)
 from eva_rl.finetune import command  # noqa: F401 - registers the command
 
 
@@ -99,3 +107,18 @@ def test_an_interruption_says_how_to_continue(
         assert (tmp_path / f"mine{number}").is_dir()
     assert interrupted(signal.SIGINT) == 130
     assert capsys.readouterr().err == "Interrupted.\n"
+
+
+def test_a_bar_of_env_steps_leaves_validation_out() -> None:
+    """The axis counts it, so that the bar ended at 460 of 240."""
+    shown: list[int] = []
+
+    class Bar:
+        def show(self, completed: int, shown_text: str = "") -> None:
+            shown.append(completed)
+
+    log = TrainingProgress(Bar(), OF_ENV_STEPS).also(lambda *_: None)
+    log({"time/env_steps": 60, "time/env_steps_played": 100}, 100)
+    log({"validation/success_rate": 0.5}, 160)
+    log({"time/total_timesteps": 120}, 220)
+    assert shown == [60, 60, 120]

@@ -98,7 +98,10 @@ def test_a_policy_learns_without_demonstrations(algo: str, policy_folder: Path, 
     assert found["updates"] > 0
     rows = read_metrics(run_dir)
     looks = [row["step"] for row in rows if "validation/mean_reward" in row]
-    assert looks == ([120 + 60] if algo == "ppo" else [60, 120 + 120, 240 + 180])  # every env step that was played
+    measured = found["activation_env_steps"]
+    assert measured == 2 * 20, "the rollouts that EVA's directions come from"
+    played = [120 + 60] if algo == "ppo" else [60, 120 + 120, 240 + 180]
+    assert looks == [measured + steps for steps in played], "every env step that was played"
     assert {row["step"] for row in rows if "eval/mean_reward" in row} == {0, found["env_steps_played"]}
     assert found["env_steps_played"] == looks[-1] + (120 if algo == "ppo" else 0)
     assert any("rollout/ep_rew_mean" in row for row in rows)
@@ -168,7 +171,7 @@ def test_directions_are_looked_at_again(policy_folder: Path, tmp_path: Path) -> 
     run_dir = tmp_path / "run"
     assert main(command(policy_folder, run_dir, "odt", "algo.refresh_every=60", "algo.refresh_below=1")) == 0
     rows = [row for row in read_metrics(run_dir) if "eva/overlap_mean" in row]
-    assert [row["step"] for row in rows] == [60, 120, 240, 300], "60 env steps of validation come after 120"
+    assert [row["step"] - 40 for row in rows] == [60, 120, 240, 300], "40 for EVA before, 60 of validation after 120"
     assert all(0 < row["eva/overlap_min"] <= row["eva/overlap_mean"] <= 1 for row in rows)
 
 

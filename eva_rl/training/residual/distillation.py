@@ -122,17 +122,22 @@ class LabelledWindows:
         return np.concatenate([rng.integers(others, size=batch_size - own), rng.integers(others, total, size=own)])
 
 
-def roll_out(policy: DecisionTransformerPolicy, task: TaskEnvs, env_steps: int) -> list[Episode]:
-    """Episodes of a policy's deterministic actions, of about ``env_steps`` env steps; the last ones are cut off."""
+def roll_out(policy: DecisionTransformerPolicy, task: TaskEnvs, env_steps: int) -> tuple[list[Episode], int]:
+    """Episodes of a policy's deterministic actions, of about ``env_steps`` env steps; the last ones are truncated.
+
+    Returns:
+        The episodes, and the seed of the first one after them.
+    """
     vec_env, n = task.vec_env, task.vec_env.num_envs
     vec_env.seed(task.first_episode)
     policy.reset([task.env_id] * n)
     observations = np.asarray(vec_env.reset(), np.float32)
     rewards, starts = np.zeros(n, np.float32), np.ones(n, bool)
-    recorder, episodes = EpisodeRecorder(observations, task.reports_success), list[Episode]()
+    recorder, episodes, ended = EpisodeRecorder(observations, task.reports_success), list[Episode](), np.zeros(n, int)
     for _ in range(max(1, env_steps // n)):
         actions = policy.act(observations, rewards, starts)
         stepped, rewards, starts, infos = vec_env.step(actions)
         observations = np.asarray(stepped, np.float32)
         episodes += [e for _, e in recorder.step(actions, observations, rewards, starts, infos)]
-    return [*episodes, *recorder.unfinished()]
+        ended += starts
+    return [*episodes, *recorder.unfinished()], task.first_episode + n * (1 + int(ended.max()))

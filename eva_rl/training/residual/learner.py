@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,7 +26,7 @@ from eva_rl.training.learner import Choice, Explore, Learner, named, noise_level
 from eva_rl.training.optimizer import restore_parameters
 from eva_rl.training.options import ResidualOptions
 from eva_rl.training.residual.actor import ResidualActor, ResidualPolicy
-from eva_rl.training.residual.playback import FEATURES, PROPOSALS, TARGETS, extra_widths, played_through
+from eva_rl.training.residual.playback import FEATURES, PROPOSALS, TARGETS, after_end, extra_widths, played_through
 
 
 class ResidualLearner(Learner):
@@ -79,7 +80,13 @@ class ResidualLearner(Learner):
         """An empty replay that keeps what this learner needs of each env step."""
         policy, discount = self.policy, self._residual.discount
         return TrajectoryReplay(
-            capacity, policy.observation_dim, policy.action_dim, folder, discount=discount, extras=extra_widths(policy)
+            capacity,
+            policy.observation_dim,
+            policy.action_dim,
+            folder,
+            discount=discount,
+            extras=extra_widths(policy),
+            at_end=partial(after_end, policy),
         )
 
     @property

@@ -10,13 +10,16 @@ import torch
 
 from eva_rl.data import Episode
 from eva_rl.data.selection import until_success
+from eva_rl.envs import make_vec_env
 from eva_rl.training.bc import train_bc
+from eva_rl.training.collector import TaskEnvs
 from eva_rl.training.online import train_online
 from eva_rl.training.options import DistillOptions, ResidualOptions
 from eva_rl.training.residual.actor import frozen_copy
 from eva_rl.training.residual.distillation import LabelledWindows, roll_out
 from eva_rl.training.residual.learner import ResidualLearner
 from eva_rl.training.residual.playback import FEATURES, PROPOSALS, played_through
+from tests.conftest import make_policy
 from tests.training.problems import LinearQuadratic, make_learner, make_task
 from tests.training.residual.test_learner import QUICK
 
@@ -87,16 +90,27 @@ def test_the_clone_does_what_the_residual_policy_does() -> None:
 
     def error() -> float:
         own = LabelledWindows(learner.acting, "problem", 4, seed=1)
-        own.add(roll_out(student, task, 160))
+        own.add(roll_out(student, task, 160)[0])
         found = [episode.target_actions - episode.actions for episode in own._episodes]
         return float(np.abs(np.concatenate(found)).mean())
 
     before = error()
     train_bc(student, windows, options, log=lambda *_: None)
-    windows.add(roll_out(student, task, 160))
+    windows.add(roll_out(student, task, 160)[0])
     train_bc(student, windows, options, log=lambda *_: None)
     assert before > 0.3
     assert error() < 0.05
+
+
+@pytest.mark.parametrize("env_steps", [1, 16, 40])
+def test_a_round_begins_after_the_episodes_of_the_one_before(env_steps: int) -> None:
+    """A run's rounds skipped so many that they came into the episodes of other seeds."""
+    vec_env = make_vec_env("push-v3", 2, horizon=5)
+    task = TaskEnvs(vec_env, "metaworld/push-v3", reports_success=True, first_episode=700)
+    _, after = roll_out(make_policy(), task, env_steps)
+    begun = 1 + max(1, env_steps // 2) // 5  # in each environment
+    assert after == 700 + 2 * begun == vec_env.arrays.next_seeds.min()
+    vec_env.close()
 
 
 def test_a_demonstration_ends_at_its_first_success() -> None:

@@ -14,8 +14,8 @@ from eva_rl.data import Episode
 from eva_rl.training.online import train_online
 from eva_rl.training.options import ResidualOptions
 from eva_rl.training.residual.learner import ResidualLearner
-from eva_rl.training.residual.playback import FEATURES, PROPOSALS, TARGETS
-from tests.training.problems import LinearQuadratic, TwoSteps, make_learner, make_task
+from eva_rl.training.residual.playback import FEATURES, PROPOSALS, TARGETS, played_through
+from tests.training.problems import Bandit, LinearQuadratic, TwoSteps, make_learner, make_task
 
 QUICK: dict[str, Any] = {
     "learning_rate": 3e-3,
@@ -95,7 +95,7 @@ def all_transitions(kept: Episode, n: int, solved_value: float = 0.0) -> dict[in
         first, last = int(batch.observations[i, 0]), float(batch.next_observations[i, 0])
         assert batch.extras[FEATURES][i, 0] == first
         assert batch.actions[i, 0] == pytest.approx(first / 100)
-        if batch.discounts[i] > 0:
+        if batch.discounts[i] > 0 and last < len(kept.rewards):
             assert batch.next_extras[PROPOSALS][i, 0] == pytest.approx(last / 10)
         found[first] = (batch.returns[i].item(), batch.discounts[i].item(), last)
     return found
@@ -111,13 +111,34 @@ def test_n_steps_end_at_a_termination_and_nothing_follows() -> None:
     }
 
 
-def test_n_steps_end_before_a_truncation_and_the_value_goes_on() -> None:
-    """The observation after the last step was never shown to the policy: nothing is known of what it would propose."""
+def test_n_steps_end_at_a_truncation_and_the_value_goes_on() -> None:
     assert all_transitions(episode(4, terminated=False), n=3) == {
         0: (1 + 2 / 2 + 3 / 4, 1 / 8, 3.0),
-        1: (2 + 3 / 2, 1 / 4, 3.0),
-        2: (3.0, 1 / 2, 3.0),
+        1: (2 + 3 / 2 + 4 / 4, 1 / 8, 4.0),
+        2: (3 + 4 / 2, 1 / 4, 4.0),
+        3: (4.0, 1 / 2, 4.0),
     }
+
+
+@pytest.mark.parametrize("length", [1, 3, 6])
+def test_what_the_policy_would_propose_after_a_truncation_is_kept(length: int) -> None:
+    """It is what it proposes there when it plays on, with contexts shorter and longer than its own (4)."""
+    learner = ResidualLearner(make_learner(), ResidualOptions(**QUICK), env_id="problem")
+    cut = episode(length, terminated=False)
+    longer = replace(
+        cut,
+        observations=np.concatenate([cut.observations, np.ones((1, 2), np.float32)]),
+        actions=np.concatenate([cut.actions, [[0.5]]]).astype(np.float32),
+        rewards=np.append(cut.rewards, np.float32(1)),
+        terminations=np.zeros(length + 1, bool),
+        truncations=np.arange(length + 1) == length,
+        extras={},
+    )
+    (played,) = played_through(learner.policy, "problem", [longer])
+    replay = learner.new_replay(100)
+    replay.add(cut, asked=learner.policy.conditioning.of("problem"))
+    for name in (FEATURES, PROPOSALS):
+        np.testing.assert_allclose(replay.extras[name][length], played.extras[name][length], atol=1e-5)
 
 
 def test_a_success_is_worth_what_is_said() -> None:
@@ -226,6 +247,29 @@ def learned(kind: type[gym.Env[Any, Any]], **others: Any) -> ResidualLearner:
 def test_credit_goes_to_what_earned_it(n_step: int) -> None:
     """What decides pays one env step later; the greedy action earns a fifth."""
     assert mean_return(learned(TwoSteps, discount=0.9, n_step=n_step), TwoSteps, steps=2) > 0.95 * TwoSteps.best
+
+
+class LateTwoSteps(TwoSteps):
+    """A time limit ends it, with the step that pays."""
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        observation, reward, terminated, _, info = super().step(action)
+        return observation, reward, False, terminated, info
+
+
+class LateBandit(Bandit):
+    """A time limit ends it after one env step."""
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        observation, reward, _, _, info = super().step(action)
+        return observation, reward, False, True, info
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "steps"), [(LateTwoSteps, 2), (LateBandit, 1)])
+def test_the_step_that_a_time_limit_ends_counts(kind: type[gym.Env[Any, Any]], steps: int) -> None:
+    """Its reward was never seen, which is all there is here; episodes of one such step were refused."""
+    assert mean_return(learned(kind, discount=0.9), kind, steps) > 0.9
 
 
 @pytest.mark.slow
