@@ -17,6 +17,13 @@ from eva_rl.data.windows import discounted_returns, gather_windows, window_rows
 from eva_rl.errors import UserError
 
 COLUMNS = ("observations", "actions", "rewards", "returns_to_go", "discounted_returns", "asked")
+EPISODE = np.dtype(
+    [
+        ("length", np.int64), ("terminated", bool), ("complete", bool), ("start", np.int64), ("solved", bool),
+        ("demonstrated", bool), ("retried", bool),
+    ]
+)  # fmt: skip
+"""What is known of each episode, in the order in which checkpoints keep it; ``start`` is its first row."""
 TARGETS, _EPISODES, _EXTRAS = "target_actions", "episodes", "extras/"
 
 
@@ -62,36 +69,34 @@ class TrajectoryReplay:
         self.extras = {name: new_array(f"extras_{name}", (capacity, width), folder) for name, width in widths.items()}
         self.target_actions: NDArray[np.float32] | None = None
         self._folder = folder
-        self._starts = np.zeros(0, np.int64)
-        self._lengths = np.zeros(0, np.int64)
-        self._terminated = np.zeros(0, bool)
-        self._complete = np.zeros(0, bool)
-        self._solved, self._demonstrated, self._retried = np.zeros(0, bool), np.zeros(0, bool), np.zeros(0, bool)
+        self._table = np.zeros(0, EPISODE)
         self._next_row = 0
 
     @property
     def num_episodes(self) -> int:
         """Episodes kept."""
-        return len(self._starts)
+        return len(self._table)
 
     @property
     def num_complete(self) -> int:
         """Episodes kept that were not broken off."""
-        return int(self._complete.sum())
+        return int(self._table["complete"].sum())
 
     @property
     def num_solved(self) -> int:
         """Episodes kept in which the task was solved."""
-        return int(self._solved.sum())
+        return int(self._table["solved"].sum())
 
     @property
     def imitated_lengths(self) -> NDArray[np.int64]:
         """Env steps of each demonstration and each solved episode."""
-        return self._lengths[self._imitated]
+        lengths: NDArray[np.int64] = self._table["length"][self._imitated]
+        return lengths
 
     @property
     def _imitated(self) -> NDArray[np.bool_]:
-        return self._complete & (self._demonstrated | self._solved)
+        imitated: NDArray[np.bool_] = self._table["complete"] & (self._table["demonstrated"] | self._table["solved"])
+        return imitated
 
     @property
     def highest_reward(self) -> float:
@@ -101,7 +106,7 @@ class TrajectoryReplay:
     @property
     def num_steps(self) -> int:
         """Env steps kept."""
-        return int(self._lengths.sum())
+        return int(self._table["length"].sum())
 
     @property
     def mean_discounted_return(self) -> float:
@@ -154,13 +159,9 @@ class TrajectoryReplay:
         if self._at_end is not None and not episode.terminations[-1]:
             for name, row in self._at_end(episode, asked).items():
                 self.extras[name][last] = row
-        self._starts = np.append(self._starts, begin)
-        self._lengths = np.append(self._lengths, length)
-        self._terminated = np.append(self._terminated, bool(episode.terminations[-1]))
-        self._complete = np.append(self._complete, complete)
-        self._demonstrated = np.append(self._demonstrated, demonstrated)
-        self._retried = np.append(self._retried, retried)
-        self._solved = np.append(self._solved, episode.successes is not None and bool(episode.successes.any()))
+        solved = episode.successes is not None and bool(episode.successes.any())
+        row = (length, bool(episode.terminations[-1]), complete, begin, solved, demonstrated, retried)
+        self._table = np.append(self._table, np.array([row], EPISODE))
         self._next_row = last + 1
 
     def _with_targets(self) -> NDArray[np.float32]:
@@ -173,14 +174,11 @@ class TrajectoryReplay:
     def _make_room(self, rows: int) -> int:
         """First of ``rows`` free rows; the episodes that lie there are forgotten, all of which are the oldest."""
         begin = self._next_row if self._next_row + rows <= self.capacity else 0
-        ends = self._starts + self._lengths + 1
-        keep = (ends <= begin) | (self._starts >= begin + rows)
+        starts, ends = self._table["start"], self._table["start"] + self._table["length"] + 1
+        keep = (ends <= begin) | (starts >= begin + rows)
         if begin == 0 and self._next_row:  # what lies between the end of the ring and its wrap is older still
-            keep &= self._starts < self._next_row
-        self._starts, self._lengths = self._starts[keep], self._lengths[keep]
-        self._terminated, self._complete = self._terminated[keep], self._complete[keep]
-        self._solved, self._demonstrated = self._solved[keep], self._demonstrated[keep]
-        self._retried = self._retried[keep]
+            keep &= starts < self._next_row
+        self._table = self._table[keep]
         return begin
 
     def sample(
@@ -206,9 +204,9 @@ class TrajectoryReplay:
         Raises:
             UserError: No complete episode is kept.
         """
-        weights = self._complete * (self._above_worst() if by_return and self.num_complete else 1.0)
+        weights = self._table["complete"] * (self._above_worst() if by_return and self.num_complete else 1.0)
         rows, episodes = self._draw(batch_size, rng, self._shared_out(weights, demonstration_share, 0))
-        return gather_windows(self, rows, self._starts[episodes], context_length, scaling)
+        return gather_windows(self, rows, self._table["start"][episodes], context_length, scaling)
 
     def sample_as_asked(
         self,
@@ -228,7 +226,7 @@ class TrajectoryReplay:
             weights: (E,), relative probability of each env step of an episode to be the last of a window.
         """
         rows, episodes = self._draw(batch_size, rng, weights)
-        return gather_windows(self, rows, self._starts[episodes], context_length, scaling, self.asked)
+        return gather_windows(self, rows, self._table["start"][episodes], context_length, scaling, self.asked)
 
     def sample_transitions(
         self,
@@ -250,18 +248,18 @@ class TrajectoryReplay:
         """
         weights = self._shared_out(np.ones(self.num_episodes), demonstration_share, 1)
         rows, episodes = self._draw(batch_size, rng, weights, extra=1)
-        starts = self._starts[episodes]
+        starts = self._table["start"][episodes]
         windows = gather_windows(self, rows, starts, context_length, scaling)
         span, real = window_rows(rows, starts, context_length)
-        last_step = (starts + self._lengths[episodes] - 1)[:, None]
+        last_step = (starts + self._table["length"][episodes] - 1)[:, None]
         return TransitionWindows(
             windows=windows,
             rewards=torch.from_numpy(self.rewards[span] * real),
-            terminated=torch.from_numpy(self._terminated[episodes][:, None] & (span == last_step)),
+            terminated=torch.from_numpy(self._table["terminated"][episodes][:, None] & (span == last_step)),
             returns=torch.from_numpy(self.discounted_returns[span] * real),
             acted=torch.from_numpy(real & (span <= last_step)),
             valid=torch.from_numpy(real[:, :-1]),
-            complete=torch.from_numpy(self._complete[episodes][:, None]),
+            complete=torch.from_numpy(self._table["complete"][episodes][:, None]),
         )
 
     def sample_n_step(
@@ -287,13 +285,15 @@ class TrajectoryReplay:
             solved_value: What follows after an episode that terminated because the task was solved, unscaled.
         """
         rows, episodes = self._draw(batch_size, rng, np.ones(self.num_episodes))
-        end = (self._starts + self._lengths)[episodes]
+        end = (self._table["start"] + self._table["length"])[episodes]
         steps = np.minimum(n, end - rows)
         later = np.arange(n)
         between = np.where(later < steps[:, None], rows[:, None] + later, rows[:, None])
         weights = np.where(later < steps[:, None], discount**later, 0.0)
-        over, powers = self._terminated[episodes] & (rows + steps == end), discount**steps
-        returns = (self.rewards[between] * weights).sum(1) + powers * (over & self._solved[episodes]) * solved_value
+        over, powers = self._table["terminated"][episodes] & (rows + steps == end), discount**steps
+        returns = (self.rewards[between] * weights).sum(1) + powers * (
+            over & self._table["solved"][episodes]
+        ) * solved_value
         return NStepBatch(
             observations=scaling.observations(torch.from_numpy(self.observations[rows])),
             actions=scaling.actions(torch.from_numpy(self.actions[rows])),
@@ -302,7 +302,7 @@ class TrajectoryReplay:
             discounts=torch.from_numpy((powers * ~over).astype(np.float32)),
             next_observations=scaling.observations(torch.from_numpy(self.observations[rows + steps])),
             next_extras=self._extras_of(rows + steps),
-            solved=torch.from_numpy(self._solved[episodes]),
+            solved=torch.from_numpy(self._table["solved"][episodes]),
         )
 
     def _extras_of(self, rows: NDArray[np.int64]) -> dict[str, Tensor]:
@@ -310,10 +310,10 @@ class TrajectoryReplay:
 
     def _shared_out(self, weights: NDArray[np.float64], share: float, extra: int) -> NDArray[np.float64]:
         """Weights with which demonstrations are drawn as often as asked for, where there is both."""
-        mass = (self._lengths + extra) * weights
-        given, played = mass[self._demonstrated].sum(), mass[~self._demonstrated].sum()
+        mass = (self._table["length"] + extra) * weights
+        given, played = mass[self._table["demonstrated"]].sum(), mass[~self._table["demonstrated"]].sum()
         if share and given and played:
-            weights = weights * np.where(self._demonstrated, share / given, (1 - share) / played)
+            weights = weights * np.where(self._table["demonstrated"], share / given, (1 - share) / played)
         return weights
 
     def imitation_weights(self, demonstrations: float, retries: float) -> NDArray[np.float64]:
@@ -325,17 +325,17 @@ class TrajectoryReplay:
             retries: How many times as often as others env steps are drawn of solved episodes that began where one had
                 failed before.
         """
-        weights = np.where(self._retried, retries, 1.0) * self._imitated
-        mass = weights * self._lengths
-        given, played = float(mass[self._demonstrated].sum()), float(mass[~self._demonstrated].sum())
+        weights = np.where(self._table["retried"], retries, 1.0) * self._imitated
+        mass = weights * self._table["length"]
+        given, played = float(mass[self._table["demonstrated"]].sum()), float(mass[~self._table["demonstrated"]].sum())
         if given and played:
-            weights *= np.where(self._demonstrated, demonstrations / given, (1 - demonstrations) / played)
+            weights *= np.where(self._table["demonstrated"], demonstrations / given, (1 - demonstrations) / played)
         return weights
 
     def _above_worst(self) -> NDArray[np.float64]:
         """Return of each episode between the worst complete one's, 0.01, and the best one's, 1."""
-        returns = self.returns_to_go[self._starts].astype(np.float64)
-        low, high = returns[self._complete].min(), returns[self._complete].max()
+        returns = self.returns_to_go[self._table["start"]].astype(np.float64)
+        low, high = returns[self._table["complete"]].min(), returns[self._table["complete"]].max()
         return np.asarray(np.clip((returns - low) / max(high - low, 1e-12), 0.01, 1))
 
     def _draw(
@@ -345,12 +345,12 @@ class TrajectoryReplay:
 
         ``extra`` rows after an episode's last env step may be drawn, too.
         """
-        lengths = self._lengths + extra
+        lengths = self._table["length"] + extra
         cumulative = np.cumsum(lengths * weights)
         if not len(cumulative) or cumulative[-1] <= 0:
             raise UserError("The replay holds no complete episode yet. Raise algo.steps_per_iteration.")
         episodes = np.searchsorted(cumulative, rng.random(batch_size) * cumulative[-1], side="right")
-        return self._starts[episodes] + rng.integers(lengths[episodes]), episodes
+        return self._table["start"][episodes] + rng.integers(lengths[episodes]), episodes
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything kept, for a checkpoint; rows that no episode owns are left out."""
@@ -359,17 +359,15 @@ class TrajectoryReplay:
         state |= {_EXTRAS + name: torch.from_numpy(np.array(array[rows])) for name, array in self.extras.items()}
         if self.target_actions is not None:
             state[TARGETS] = torch.from_numpy(np.array(self.target_actions[rows]))
-        flags = (self._terminated, self._complete, self._starts, self._solved, self._demonstrated, self._retried)
-        episodes = np.stack([self._lengths, *flags]).astype(np.int64)
+        episodes = np.stack([self._table[name] for name in EPISODE.names or ()]).astype(np.int64)
         return state | {_EPISODES: torch.from_numpy(episodes), "next": torch.tensor(self._next_row)}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Put back what :meth:`tensors` gave."""
-        lengths, terminated, complete, starts, *later = state[_EPISODES].numpy()
-        self._starts, self._lengths = starts.copy(), lengths.copy()
-        self._terminated, self._complete = terminated.astype(bool), complete.astype(bool)
-        unknown = [np.zeros(len(starts), np.int64)] * (3 - len(later))  # in older ones
-        self._solved, self._demonstrated, self._retried = (flag.astype(bool) for flag in [*later, *unknown])
+        columns = state[_EPISODES].numpy()
+        self._table = np.zeros(columns.shape[1], EPISODE)
+        for name, column in zip(EPISODE.names or (), columns, strict=False):  # older checkpoints lack the last ones
+            self._table[name] = column
         self._next_row = int(state["next"])
         rows = self._rows()
         for name in COLUMNS:
@@ -380,12 +378,12 @@ class TrajectoryReplay:
             self._with_targets()[rows] = state[TARGETS].numpy()
 
     def _rows(self) -> NDArray[np.int64]:
-        spans = (np.arange(s, s + n + 1) for s, n in zip(self._starts, self._lengths, strict=True))
+        spans = (np.arange(s, s + n + 1) for s, n in self._table[["start", "length"]].tolist())
         return np.concatenate([np.zeros(0, np.int64), *spans])
 
     def episodes(self) -> Iterator[Episode]:
         """The episodes kept, oldest first, with their extras; steps of success are not kept."""
-        for start, length, terminated in zip(self._starts, self._lengths, self._terminated, strict=True):
+        for length, terminated, _, start, *_ in self._table.tolist():
             rows, last = slice(start, start + length), np.arange(length) == length - 1
             yield Episode(
                 observations=self.observations[start : start + length + 1],

@@ -140,7 +140,7 @@ def test_the_oldest_episodes_make_room() -> None:
     replay = make(20)
     for start in range(12):
         replay.add(episode(3 + start % 4, start), asked=0.0)
-        kept = [int(replay.observations[row, 0]) for row in replay._starts]
+        kept = [int(replay.observations[row, 0]) for row in replay._table["start"]]
         assert kept == list(range(kept[0], start + 1))  # the newest, without a gap
         assert replay.num_steps + replay.num_episodes <= 20
         batch = replay.sample(200, np.random.default_rng(start), 3, SCALING)

@@ -84,7 +84,7 @@ def test_data_are_what_they_were(name: str) -> None:
 def test_a_result_of_eva_is_what_it_was() -> None:
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.ReLU(), torch.nn.Linear(4, 3))
-    expected = eva.compute(model, [torch.randn(20, 5) for _ in range(3)], rank=2)
+    expected = eva.compute(model, [torch.randn(20, 5) for _ in range(3)], rank=2, alpha=1.0)  # the default then
     found = eva.EvaResult.load(FILES / "eva_result")
     assert (found.ranks, found.alphas, found.rows) == (expected.ranks, expected.alphas, expected.rows)
     for name, layer in expected.layers.items():
