@@ -16,19 +16,22 @@ ACTION_LIMIT = 1 - 1e-6
 """Largest magnitude of an executed action whose likelihood is asked for: the inverse of tanh ends at 1."""
 
 
-def make_stochastic(policy: DecisionTransformerPolicy, std: float) -> None:
+def make_stochastic(policy: DecisionTransformerPolicy, std: float) -> bool:
     """Give a deterministic policy a log-standard-deviation head, in place; one that has it stays as it is.
 
     Args:
         policy: Without an adapter; its deterministic actions do not change.
         std: Standard deviation, before the tanh, in every state at first.
 
+    Returns:
+        Whether it was given one.
+
     Raises:
         UserError: The policy's actions do not pass through a tanh, or ``std`` is out of range.
     """
     network = policy.network
     if network.config.stochastic:
-        return
+        return False
     low, high = LOG_STD_RANGE
     if not math.exp(low) < std < math.exp(high):
         raise UserError(
@@ -46,6 +49,13 @@ def make_stochastic(policy: DecisionTransformerPolicy, std: float) -> None:
     nn.init.constant_(head.bias, math.atanh(2 * share - 1))
     weights = network.state_dict() | {f"log_std_head.{name}": value for name, value in head.state_dict().items()}
     policy.network = DecisionTransformer.with_weights(config, weights).to(policy.device)
+    return True
+
+
+def make_deterministic(policy: DecisionTransformerPolicy) -> None:
+    """Take the log-standard-deviation head from a policy, in place; its deterministic actions do not change."""
+    policy.network.log_std_head = None
+    policy.network.config = replace(policy.network.config, stochastic=False)
 
 
 def gaussian_log_prob(actions: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:

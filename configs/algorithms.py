@@ -96,6 +96,11 @@ class OnlineAlgo(OnlineOptions, AlgoOptions):
     bc: BCFirst = group(BCFirst, "behaviour cloning before; algo.bc.updates=0 for none")
 
     @property
+    def adapter_updates(self) -> int:
+        """All gradient steps that the adapter will see."""
+        return self.bc.updates + self.total_updates
+
+    @property
     def final_step(self) -> int:
         """Where the record ends, in env steps."""
         return self.env_steps
@@ -174,7 +179,7 @@ class ResidualAlgo(ResidualOptions, ReplayAlgo):
 
     @property
     def total_updates(self) -> int:
-        """Gradient steps of distillation, the only ones that the adapter sees."""
+        """Gradient steps of distillation; residual learning takes none on the adapter."""
         return self.distill.updates * (1 + self.distill.rounds)
 
     @property

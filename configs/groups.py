@@ -160,8 +160,13 @@ class AlgoOptions(Options):
 
     @property
     def total_updates(self) -> int:
-        """Gradient steps that the adapter will see."""
+        """Gradient steps that the adapter will see, without those of a cloning before."""
         raise NotImplementedError
+
+    @property
+    def adapter_updates(self) -> int:
+        """All gradient steps that the adapter will see."""
+        return self.total_updates
 
     @property
     def final_step(self) -> int:

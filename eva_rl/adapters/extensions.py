@@ -22,7 +22,7 @@ ADAPTER_PARTS = (".lora_", ".miss_", ".ranknum.")
 LORA_PLUS_RATIO = 16.0
 """Learning rate of B over that of A, lambda (arXiv 2402.12354, section 5)."""
 ORTHOGONALITY = 0.1
-"""Weight of AdaLoRA's regulariser, gamma in the paper's equation 4 (arXiv 2303.10512)."""
+"""Weight of AdaLoRA's regulariser in PEFT's form; the paper's gamma (equation 4) weights squared distances."""
 _STATISTICS = ("ipt", "exp_avg_ipt", "exp_avg_unc")
 
 
@@ -187,7 +187,10 @@ class AdaLoraExtension:
         self._model = model
 
     def penalty(self) -> Tensor:
-        """ORTHOGONALITY times the mean squared distance of A A^T and B^T B from the identity, over all layers."""
+        """ORTHOGONALITY times the mean distance of A A^T and B^T B from the identity, as PEFT has it (AdaLoraModel).
+
+        The paper has squared distances and their sum (arXiv 2303.10512, equation 4).
+        """
         distances = []
         for name, parameter in self._model.named_parameters():
             if f"lora_A.{ADAPTER_NAME}" in name or f"lora_B.{ADAPTER_NAME}" in name:

@@ -116,7 +116,7 @@ def attach(
         eva=found,
         moments=_moments(policy, sampler, config) if method.needs == MOMENTS else None,
         backward=_backward(policy, sampler, config) if method.needs == GRADIENTS else None,
-        total_updates=config.algo.total_updates,
+        total_updates=config.algo.adapter_updates,
     )
     return adapter if adapter.model is None else _with_start(adapter, moments, config)
 

@@ -13,6 +13,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
 from eva_rl.adapters import AttachedAdapter, compute_eva, refresh_directions
+from eva_rl.agents.stochastic import make_deterministic
 from eva_rl.cli.console import say, training_progress
 from eva_rl.cli.profiling import peak_memory
 from eva_rl.configs.algorithms import (
@@ -38,7 +39,7 @@ from eva_rl.finetune.shared import shared_eva
 from eva_rl.rollouts.evaluation import EvaluationResult
 from eva_rl.tracking import Tracker
 from eva_rl.tracking.tracker import CLONING as CLONED
-from eva_rl.training.bc import Log, train_bc
+from eva_rl.training.bc import Continued, Log, train_bc
 from eva_rl.training.checkpoint import Checkpoints
 from eva_rl.training.failures import failures_kept, warn_untrained
 from eva_rl.training.learner import Learner, step_generators
@@ -169,8 +170,8 @@ def learn(
 ) -> dict[str, float]:
     """Alternate rollouts and gradient updates; ``start`` has what every iteration begins with, if anything."""
     policy = session.policy
-    if policy.network.log_std_head is not None:
-        policy.network.log_std_head.requires_grad_(True)
+    head = policy.network.log_std_head
+    own_head = {} if head is None else copy_of(dict(head.requires_grad_(True).named_parameters()))
     replay = make_replay(session, algo)
     algorithm = make_algorithm(session, adapter, algo, start)
     vec_env = online_envs(session, algo, stop_at_success=isinstance(algo, SelfImitationAlgo))
@@ -193,6 +194,11 @@ def learn(
             )
     finally:
         vec_env.close()
+    if head is not None and adapter.model is not None:  # the head is no part of the adapter: the base stays what it was
+        if session.made_stochastic:
+            make_deterministic(policy)
+        else:
+            head.load_state_dict(own_head)
     if not isinstance(algo, SelfImitationAlgo):  # which has nothing to learn where the policy never fails
         warn_untrained(algorithm.actor_steps, algo.name)
     best = {"best_step": counters.best_step} if algo.keep_best else {}
@@ -251,7 +257,8 @@ def make_algorithm(
     session: Session, adapter: AttachedAdapter, algo: Replayed, start: Mapping[str, Tensor] | None
 ) -> Learner:
     """The algorithm of the options, on the session's policy."""
-    policy, seed, extension = session.policy, session.config.seed, adapter.extension
+    policy, seed = session.policy, session.config.seed
+    extension = adapter.extension and Continued(adapter.extension, algo.bc.updates)
     if isinstance(algo, ODTTD3Algo):
         return TD3DecisionTransformer(policy, algo, seed=seed, extension=extension)
     if isinstance(algo, SelfImitationAlgo):

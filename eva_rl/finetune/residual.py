@@ -8,17 +8,16 @@ from functools import partial
 
 import torch
 from stable_baselines3.common.vec_env import VecEnv
-from torch import Tensor
 
 from eva_rl.adapters import AttachedAdapter
 from eva_rl.cli.console import training_progress
-from eva_rl.configs.algorithms import ResidualAlgo
+from eva_rl.configs.algorithms import OnlineAlgo, ResidualAlgo
 from eva_rl.data.samplers import prefetching
 from eva_rl.errors import EnvironmentFailedError
 from eva_rl.finetune.session import Session
 from eva_rl.rollouts.evaluation import EvaluationResult
 from eva_rl.tracking import Tracker
-from eva_rl.training.bc import Extension, Log, train_bc
+from eva_rl.training.bc import Continued, Log, train_bc
 from eva_rl.training.checkpoint import Checkpoints
 from eva_rl.training.collector import OnlineCounters, TaskEnvs
 from eva_rl.training.failures import warn_untrained
@@ -118,7 +117,8 @@ def distill(
     log: Log,
 ) -> int:
     """Clone the residual policy, then again in rounds with env steps of the clone; returns the gradient steps."""
-    (windows, task), updates = material, 0
+    (windows, task), updates, algo = material, 0, session.config.algo
+    cloned = algo.bc.updates if isinstance(algo, OnlineAlgo) else 0
     for number in range(1 + options.rounds):
         if number:
             episodes, next_seed = roll_out(session.policy, task, options.env_steps)
@@ -131,45 +131,12 @@ def distill(
                 options,
                 log=lambda *_: None,
                 checkpoints=Checkpoints(session.checkpoint_dir / f"distill_{number}", session.config.checkpoint.every),
-                extension=adapter.extension and Continued(adapter.extension, updates),
+                extension=adapter.extension and Continued(adapter.extension, cloned + updates),
             )
         updates += counters.update
         if number:
             log({"distill/loss": cloning_error(session, windows)}, number * options.env_steps)
     return updates
-
-
-@dataclass(frozen=True)
-class Continued:
-    """A method's extension in one of several trainings, whose gradient steps it counts together.
-
-    Attributes:
-        extension: What the method adds.
-        before: Gradient steps of the trainings before.
-    """
-
-    extension: Extension
-    before: int
-
-    def penalty(self) -> Tensor:
-        """As the extension's."""
-        return self.extension.penalty()
-
-    def after_step(self, update: int) -> None:
-        """Tell the extension of the step among all."""
-        self.extension.after_step(self.before + update)
-
-    def learning_rate_factor(self, name: str) -> float:
-        """As the extension's."""
-        return self.extension.learning_rate_factor(name)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """As the extension's."""
-        return self.extension.tensors()
-
-    def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """As the extension's."""
-        self.extension.restore(tensors)
 
 
 def logged_after(log: Log, counters: OnlineCounters) -> Log:

@@ -78,6 +78,7 @@ class Session:
         shared: Keys of the work that was shared with other runs of a study.
         played_before: Env steps before learning in the environment: to measure activations, and to validate while the
             policy cloned.
+        made_stochastic: Whether the policy was given its log-standard-deviation head by this run.
     """
 
     config: FinetuneConfig
@@ -93,6 +94,7 @@ class Session:
     held_out: WindowSampler | None = None
     shared: dict[str, str] = field(default_factory=dict)
     played_before: int = 0
+    made_stochastic: bool = False
 
     def __enter__(self) -> Session:
         return self
@@ -207,8 +209,7 @@ def open_session(config: FinetuneConfig) -> Session:
     policy.check_dimensions(spec.observation_dim, spec.action_dim, spec.env_id)
     policy.check_action_bounds(spec.action_low, spec.action_high, spec.env_id)
     check_adapter(policy, config.adapter)
-    if isinstance(config.algo, ODTAlgo):
-        make_stochastic(policy, config.algo.initial_std)
+    made_stochastic = isinstance(config.algo, ODTAlgo) and make_stochastic(policy, config.algo.initial_std)
     source = data_source(config)
     if source == NONE and config.policy.observations_from == FROM_DEMONSTRATIONS:
         raise UserError("policy.observations_from=data, but data=none. Name a source of data instead.")
@@ -231,7 +232,8 @@ def open_session(config: FinetuneConfig) -> Session:
         held_out = _held_out(policy, config, spec.env_id, run_dir)
     vec_env = shared_envs(process_group, spec.env_id, config.eval.episodes, config.env.horizon)  # last: it has workers
     phases.end("data")
-    return Session(config, spec, policy, named.path, run_dir, data, sampler, vec_env, process_group, phases, held_out)
+    found = (config, spec, policy, named.path, run_dir, data, sampler, vec_env, process_group, phases, held_out)
+    return Session(*found, made_stochastic=made_stochastic)
 
 
 def _check_algorithm(policy: DecisionTransformerPolicy, config: FinetuneConfig) -> None:

@@ -61,6 +61,39 @@ class Extension(Protocol):
         """Put back what ``tensors`` gave."""
 
 
+@dataclass(frozen=True)
+class Continued:
+    """A method's extension in one of several trainings, whose gradient steps it counts together.
+
+    Attributes:
+        extension: What the method adds.
+        before: Gradient steps of the trainings before.
+    """
+
+    extension: Extension
+    before: int
+
+    def penalty(self) -> Tensor:
+        """As the extension's."""
+        return self.extension.penalty()
+
+    def after_step(self, update: int) -> None:
+        """Tell the extension of the step among all."""
+        self.extension.after_step(self.before + update)
+
+    def learning_rate_factor(self, name: str) -> float:
+        """As the extension's."""
+        return self.extension.learning_rate_factor(name)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """As the extension's."""
+        return self.extension.tensors()
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """As the extension's."""
+        self.extension.restore(tensors)
+
+
 @dataclass
 class Counters:
     """What a checkpoint holds besides tensors.

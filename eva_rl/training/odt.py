@@ -115,7 +115,8 @@ class OnlineDecisionTransformer(Learner):
     def _loss(self, batch: WindowBatch, generator: torch.Generator) -> ODTLoss:
         network = self.policy.network
         distribution = network.distribution(network.features(batch))
-        return odt_loss(distribution, batch.actions, batch.attention_mask, generator)
+        wanted = batch.actions if batch.target_actions is None else batch.target_actions
+        return odt_loss(distribution, wanted, batch.attention_mask, generator)
 
     def _step_temperature(self, loss: Tensor) -> None:
         self._temperature_optimizer.zero_grad(set_to_none=True)

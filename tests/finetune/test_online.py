@@ -146,6 +146,24 @@ def test_rounds_of_distillation_are_one_training_to_the_adapter(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("algo", ["bc_then_odt", "bc_then_residual"])
+def test_cloning_before_is_part_of_the_adapters_training(
+    algo: str, policy_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """AdaLoRA's schedule began anew after it: what had been pruned came back."""
+    told, prune = [], AdaLoraExtension.after_step
+
+    def after_step(self: AdaLoraExtension, update: int) -> None:
+        told.append((update, self._model.peft_config["default"].total_step))
+        prune(self, update)
+
+    monkeypatch.setattr(AdaLoraExtension, "after_step", after_step)
+    assert main(command(policy_folder, tmp_path / "run", algo, "adapter=adalora", "algo.bc.updates=3")) == 0
+    assert told == [(update, told[-1][0]) for update in range(1, len(told) + 1)]
+    assert len(told) > 3
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("algo", sorted(SHORT))
 def test_cloning_comes_first(algo: str, policy_folder: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
@@ -164,6 +182,22 @@ def test_cloning_comes_first(algo: str, policy_folder: Path, tmp_path: Path) -> 
     (cloning,) = [row["bc/validation/env_steps"] for row in rows if "bc/validation/env_steps" in row]
     validated = sum(row["validation/env_steps"] for row in rows if "validation/env_steps" in row)
     assert found["env_steps_played"] == 240 + cloning + validated
+
+
+def test_adapters_of_odt_share_their_base(policy_folder: Path, tmp_path: Path) -> None:
+    """The head that draws their actions was trained as part of the base: no two runs had the same."""
+    for seed in (0, 1):
+        assert main(command(policy_folder, tmp_path / f"{seed}", "odt", "adapter=lora", f"seed={seed}")) == 0
+    both = load_policy(policy_folder, adapters={f"{seed}": tmp_path / f"{seed}" for seed in (0, 1)})
+    assert set(both.adapters.names) == {"0", "1"}
+    base, expected = (load_file(folder / "model.safetensors") for folder in (tmp_path / "0" / "policy", policy_folder))
+    assert base.keys() == expected.keys()
+    assert all(torch.equal(base[name], value.to(base[name].dtype)) for name, value in expected.items())
+
+
+def test_a_policy_that_odt_trained_as_a_whole_keeps_its_head(policy_folder: Path, tmp_path: Path) -> None:
+    assert main(command(policy_folder, tmp_path / "run", "odt", "adapter=full")) == 0
+    assert load_policy(tmp_path / "run").network.config.stochastic
 
 
 @pytest.mark.slow

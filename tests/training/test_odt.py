@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from eva_rl.data import Episode
 from eva_rl.data.replay import TrajectoryReplay
 from eva_rl.training.odt import OnlineDecisionTransformer, odt_loss
 from eva_rl.training.online import train_online
@@ -85,3 +86,25 @@ def test_draws_depend_on_the_step_alone() -> None:
         learner.update(replay, 5)
     for first, second in zip(*(p.network.parameters() for p in policies), strict=True):
         assert torch.equal(first, second)
+
+
+def test_labels_are_cloned_rather_than_disturbed_actions() -> None:
+    """Demonstrations with noise on their actions say what the expert wanted."""
+    steps = np.zeros(8, np.float32)
+    last = np.arange(8) == 7
+    noisy = Episode(
+        observations=np.zeros((9, 2), np.float32),
+        actions=steps[:, None] - 0.6,
+        rewards=steps + 1,
+        terminations=last & False,
+        truncations=last,
+        target_actions=steps[:, None] + 0.6,
+    )
+    policy = make_learner(stochastic=True)
+    learner = OnlineDecisionTransformer(policy, ODTOptions(batch_size=8, warmup_steps=1, learning_rate=3e-3))
+    replay = TrajectoryReplay(100, 2, 1)
+    replay.extend([noisy], 8.0)
+    for update in range(60):
+        learner.update(replay, update)
+    batch = replay.sample(8, np.random.default_rng(0), 4, policy.scaling)
+    assert policy.network.eval()(batch).mean().item() > 0.4
