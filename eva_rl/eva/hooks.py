@@ -39,12 +39,13 @@ _GIVEN_STATES = ("encoder_hidden_states", "encoder_outputs", "memory")
 
 @dataclass(frozen=True)
 class _Input:
-    """A tensor as a layer received it: later changes in place make another version of it."""
+    """A tensor as a layer received it, perhaps (T, B, D): later changes in place make another version of it."""
 
     tensor: Tensor
     address: int
     version: Version
     keep: Tensor | None
+    time_first: bool = False
 
     def same(self, other: _Input) -> bool:
         """Whether both are the same rows of the same values."""
@@ -131,6 +132,7 @@ class Listener:
         self._inside = False
         self._asks_calls = False
         self._undo = ExitStack()
+        self._time_first = batch_first(model) is False
 
     @property
     def mask(self) -> Mask:
@@ -274,7 +276,7 @@ class Listener:
             self.finish_forward()
         self._called.add(layer.name)
         keep = None if self._mask is None else self._mask.rows(layer, x)
-        given = _Input(x, _address(x), _version(x), keep)
+        given = _Input(x, _address(x), _version(x), keep, self._time_first and x.dim() == 3 and not x.is_nested)
         group = self.group_of.get(layer.name)
         if group is None:
             self._discover(layer, given)
@@ -320,7 +322,7 @@ def _given_states(fields: Mapping[str, Any]) -> list[Tensor]:
 def _feed(accumulator: Accumulator, given: _Input, turn: int) -> None:
     x = given.tensor.detach()
     flat = torch.cat(x.unbind()) if x.is_nested else x.reshape(-1, x.shape[-1])
-    for half, rows in _halves(x, turn):
+    for half, rows in _halves(x, turn, given.time_first):
         if given.keep is None:
             accumulator.update(half, flat[rows])
         elif x.device.type == "cpu":
@@ -332,8 +334,11 @@ def _feed(accumulator: Accumulator, given: _Input, turn: int) -> None:
             accumulator.update(half, flat[rows], given.keep.to(x.device)[rows])
 
 
-def _halves(x: Tensor, turn: int) -> list[tuple[int, slice]]:
+def _halves(x: Tensor, turn: int, time_first: bool) -> list[tuple[int, slice | Tensor]]:
     """Cut the rows of an activation between samples; a lone sample goes to the halves by turns."""
+    if time_first and x.shape[1] > 1:
+        first = torch.arange(x.shape[1], device=x.device).repeat(len(x)) < (x.shape[1] + turn % 2) // 2
+        return [(0, first), (1, ~first)]
     if x.is_nested:
         lengths = [len(part) for part in x.unbind()]
         rows, samples = sum(lengths), len(lengths)

@@ -73,6 +73,20 @@ def test_one_row() -> None:
     assert math.isnan(layer.split_half_agreement), "there is one half only"
 
 
+def test_halves_have_no_sample_in_common_where_time_comes_first() -> None:
+    """Six samples whose steps are all alike: three rows against three agree as little, whichever dimension is first."""
+    torch.manual_seed(0)
+    x, agreements = torch.randn(1, 6, 16).expand(10, 6, 16).contiguous(), []
+    for first in (False, True):
+        torch.manual_seed(1)
+        layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=first)
+        given = x.transpose(0, 1).contiguous() if first else x
+        result = eva.compute(layer, [given], targets=["linear1"], rank=2).layers["linear1"]
+        agreements.append(result.split_half_agreement)
+    assert agreements[0] == pytest.approx(agreements[1], abs=1e-4)
+    assert agreements[0] < 0.5
+
+
 def test_constant_activations() -> None:
     data = [torch.ones(10, 6)] * 3
     assert eva.compute(nn.Linear(6, 2), data, rank=2, center=False).layers[""].rank == 1
