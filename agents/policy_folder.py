@@ -49,6 +49,11 @@ def find_policy(name_or_path: str) -> Path:
                 return folder
         if path.is_file():
             return path
+        if (path / "config.yaml").is_file():
+            raise UserError(
+                f"{path} is a run that has not ended: it holds no policy yet. Continue it with run_dir={path}, then "
+                "name it again."
+            )
     shipped = shipped_policies()
     if name_or_path in shipped:
         return shipped[name_or_path]

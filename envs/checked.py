@@ -171,6 +171,9 @@ def success_of(info: dict[str, Any]) -> bool | None:
     """
     value = info.get("is_success")
     value = info.get("success") if value is None else value
-    if value is None or np.asarray(value).dtype.kind not in "biuf" or np.isnan(value).any():
+    if value is None:
         return None
-    return bool(np.any(value))
+    value = np.asarray(value.cpu() if hasattr(value, "cpu") else value)  # tensors of simulators on a GPU
+    if value.dtype.kind not in "biuf" or np.isnan(value).any():
+        return None
+    return bool(value.any())

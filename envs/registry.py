@@ -79,6 +79,11 @@ def canonical_id(name: str) -> str:
         UnknownNameError: No such task; the message lists close matches.
         UserError: The module cannot be imported, or an option makes no sense for the task.
     """
+    if not isinstance(name, str):
+        raise UserError(
+            f"env is a {type(name).__name__}, expected the name of a task. Register yours with gymnasium.register and "
+            "name it, or name MODULE:ID of the module that registers it."
+        )
     base, options = split_options(name.strip())
     resolved = _resolve(base)
     goal = options.pop(GOAL, None) if resolved.startswith(METAWORLD_PREFIX) else None

@@ -11,6 +11,7 @@ import pytest
 from minari.data_collector import EpisodeBuffer
 
 from eva_rl.cli.loading import expert_source, load_task_data
+from eva_rl.cli.saving import check_output
 from eva_rl.configs.groups import DataOptions
 from eva_rl.data import load_dataset, write_episodes, write_store
 from eva_rl.data.selection import sampling_weights
@@ -169,3 +170,19 @@ def test_converting_imports_no_module_that_the_file_names(tmp_path: Path) -> Non
     assert main(["action=convert", "data=evil.h5", "out=minari:mine/some-v0"]) == 0
     assert not (tmp_path / "ran").exists()
     assert differences(load_dataset("minari:mine/some-v0"), data) == []
+
+
+@pytest.mark.parametrize(
+    ("out", "said"),
+    [
+        ("minari:rev/reach", "expected an id such as minari:mine/push-v0"),
+        ("minari:my robot/reach-v0", "expected an id"),
+        ("minari:/abs/x-v0", "expected an id"),
+        ("d4rl:conv/y.hdf5", "d4rl: names how data are read. Type out=FILE.h5"),
+        ("trajectories:z.h5", "trajectories: names how data are read"),
+    ],
+)
+def test_outputs_that_cannot_be_are_refused_before_anything_is_collected(out: str, said: str) -> None:
+    """Whatever was collected was lost at the end; or lay in a folder of that name."""
+    with pytest.raises(UserError, match=said):
+        check_output(out)

@@ -14,12 +14,13 @@ from eva_rl.adapters import AdaptedPolicy, load_policy
 from eva_rl.agents import DecisionTransformerPolicy
 from eva_rl.agents.huggingface.options import ImportOptions
 from eva_rl.cli.collecting import collect_shown
+from eva_rl.cli.console import say
 from eva_rl.configs.groups import DataOptions, PolicyOptions
 from eva_rl.data import Trajectories, concatenate, load_dataset, read_episodes, select_episodes, write_episodes
 from eva_rl.data.selection import target_return
 from eva_rl.envs import EnvSpec, canonical_id, env_spec
 from eva_rl.envs.observations import observation_keys
-from eva_rl.errors import UserError
+from eva_rl.errors import UserError, counted
 from eva_rl.rollouts.experts import check_scripted
 
 log = logging.getLogger(__name__)
@@ -27,9 +28,9 @@ log = logging.getLogger(__name__)
 MUJOCO = "Hopper", "Walker2d", "HalfCheetah"
 SHIPPED_FOR = {f"{task}-{version}": task.lower() for task in MUJOCO for version in ("v4", "v5")}
 DEFAULT = "mt40"
-
-
 EXPERT, AUTO, NONE = "expert", "auto", "none"
+LARGEST_RETURN = 50.0
+"""Magnitude of scaled returns above which a policy is warned of: those of the shipped ones are below 10."""
 
 
 def resolve_policy(options: PolicyOptions, env_id: str) -> PolicyOptions:
@@ -216,6 +217,30 @@ def check_fit(data: Trajectories, spec: EnvSpec) -> None:
     _check_order(data, spec)
     if data.env_id and _registered(data.env_id) != _registered(spec.env_id):
         log.warning("%s: demonstrations of %s are used for %s.", data.source, data.env_id, spec.env_id)
+
+
+def describe_demonstrations(data: Trajectories, policy: DecisionTransformerPolicy, spec: EnvSpec) -> None:
+    """Say what there is to clone, and warn where numbers are unlike what the task or the policy knows."""
+    low, high, target = float(data.returns.min()), float(data.returns.max()), policy.conditioning.of(spec.env_id)
+    episodes = counted(data.num_episodes, "episode")
+    say(f"Demonstrations: {episodes}, returns from {low:.4g} to {high:.4g}; target return {target:.4g}.")
+    if (longest := int(data.lengths.max())) > spec.horizon > 0:
+        log.warning(
+            "%s: an episode has %d env steps, and %s ends after %d. Were several joined? Flags that end them, or "
+            "?horizon=%d behind a d4rl: source, tell them apart; for a longer task: env.horizon=%d.",
+            data.source, longest, spec.env_id, spec.horizon, spec.horizon, longest,
+        )  # fmt: skip
+    if not low - (high - low) <= target <= high + (high - low) and data.num_episodes > 1:
+        log.warning(
+            "The target return %.4g lies far from what the demonstrations return: policy.target_return=%.4g asks for "
+            "the best of them.", target, high,
+        )  # fmt: skip
+    if (shown := max(abs(low), abs(high), abs(target)) / policy.scaling.return_scale) > LARGEST_RETURN:
+        log.warning(
+            "The policy divides returns by %.4g: it would see numbers up to %.0f, and knows those of its own tasks. "
+            "Scale the rewards of the data and of the environment, or pretrain a policy on this task.",
+            policy.scaling.return_scale, shown,
+        )  # fmt: skip
 
 
 def check_expert(source: str, spec: EnvSpec) -> None:

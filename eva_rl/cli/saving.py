@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +18,7 @@ from eva_rl.files import check_new, expanded
 
 FILE_SUFFIXES = {".h5", ".hdf5"}
 MINARI = "minari:"
+MINARI_ID = re.compile(r"([\w-]+/)*[\w-]+-v\d+", re.ASCII)
 
 
 def check_output(out: str) -> None:
@@ -31,6 +33,10 @@ def check_output(out: str) -> None:
     if not out or out == MINARI:
         raise UserError("out= is missing: name a FILE.h5, a minari:NAMESPACE/NAME-v0, or a folder for a store.")
     in_minari = out.startswith(MINARI)
+    if in_minari and not MINARI_ID.fullmatch(out.removeprefix(MINARI)):
+        raise UserError(f"out={out}: expected an id such as minari:mine/push-v0, of letters, digits, _ and -.")
+    if kind := next((kind for kind in ("d4rl:", "trajectories:") if out.startswith(kind)), ""):
+        raise UserError(f"out={out}: {kind} names how data are read. Type out=FILE.h5, with a name of your own.")
     path = minari_root() / out.removeprefix(MINARI) if in_minari else expanded(out)
     check_new(path)
     if path.suffix and path.suffix not in FILE_SUFFIXES and not in_minari:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from eva_rl.data.formats.checks import Source, check_episode
+from eva_rl.data.formats.checks import Source, check_episode, warn_of_repeated_ends
 from eva_rl.errors import UserError, counted
 
 log = logging.getLogger(__name__)
@@ -345,7 +345,9 @@ def _ends(where: Source, columns: dict[str, Any]) -> NDArray[np.int64]:
     if not columns["terminations"][-1] and not columns["truncations"][-1]:
         log.warning("%s: the last episode has no end flag that is true. Its last row counts as a truncation.", where)
         columns["truncations"][-1] = True
-    return np.flatnonzero(columns["terminations"] | columns["truncations"])
+    ends: NDArray[np.bool_] = columns["terminations"] | columns["truncations"]
+    warn_of_repeated_ends(where, ends)
+    return np.flatnonzero(ends)
 
 
 def _or(value: NDArray[Any] | None, default: NDArray[Any]) -> NDArray[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -250,9 +251,9 @@ def _about(data: Trajectories) -> dict[str, Any]:
 
 def warn_of_worse_data(data: Trajectories | None, before: EvaluationResult) -> None:
     """Warn where cloning the demonstrations would make a policy that is better than they are worse."""
-    if data is None or before.stopped_at_success or before.mean_reward <= 0:
+    if data is None or before.stopped_at_success:
         return
-    if data.returns.max() < WORSE * before.mean_reward:
+    if data.returns.max() < before.mean_reward - (1 - WORSE) * abs(before.mean_reward):
         say(
             f"[bold yellow]Warning:[/] the best demonstration has a return of {data.returns.max():.0f}, "
             f"the policy {before.mean_reward:.0f} on average: cloning will make it worse. Use better data (data=), "
@@ -288,7 +289,7 @@ def show(run_dir: Path, summary: dict[str, Any], evaluations: Mapping[str, Evalu
         say(after.caveat)
     say(
         f"Policy:      {run_dir / 'policy'}\n"
-        f"TensorBoard: tensorboard --logdir {run_dir / 'tb'}, then http://localhost:6006/{DASHBOARD}",
+        f"TensorBoard: tensorboard --logdir {shlex.quote(str(run_dir / 'tb'))}, then http://localhost:6006/{DASHBOARD}",
     )
 
 

@@ -23,6 +23,7 @@ from eva_rl.cli.loading import (
     FROM_DEMONSTRATIONS,
     NONE,
     check_expert,
+    describe_demonstrations,
     load_task_data,
     normalise_by,
     open_policy,
@@ -226,6 +227,8 @@ def open_session(config: FinetuneConfig) -> Session:
         if config.policy.observations_from == FROM_DEMONSTRATIONS:
             normalise_by(policy, data, config.policy)
     set_target_return(policy, config, data, spec.env_id)
+    if data is not None and process_group.is_main:
+        describe_demonstrations(data, policy, spec)
     sampler = None if data is None else make_sampler(policy, data, config, spec.env_id)
     process_group.broadcast_object(lambda: check_origin(run_dir, policy, data))
     with process_group.main_process_first():

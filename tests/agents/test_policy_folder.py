@@ -137,6 +137,12 @@ def test_an_environment_of_other_dimensions_is_refused() -> None:
         evaluate_policy(make_policy(27, 8), "Ant-v5", episodes=1)
 
 
+def test_a_run_that_has_not_ended_is_told_from_an_unknown_policy(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").touch()
+    with pytest.raises(UserError, match=r"is a run that has not ended.*Continue it with run_dir="):
+        load_base_policy(tmp_path)
+
+
 def test_an_unknown_name_lists_what_there_is() -> None:
     with pytest.raises(UserError, match=r"Unknown policy 'nothing-like-it'.*policy\.json"):
         load_base_policy("nothing-like-it")

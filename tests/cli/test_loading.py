@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from eva_rl.agents import export_huggingface, load_base_policy, save_policy
-from eva_rl.cli.loading import open_policy
+from eva_rl.cli.loading import describe_demonstrations, open_policy
 from eva_rl.configs.groups import PolicyOptions
 from eva_rl.data import Trajectories, write_episodes
+from eva_rl.envs import env_spec
 from eva_rl.errors import UserError
 from eva_rl.evaluate import main as evaluate
 from eva_rl.finetune.command import main as finetune
@@ -55,6 +56,29 @@ def test_statistics_of_data(foreign: Path, file: Path, reach_demonstrations: Tra
     expected = torch.tensor(reach_demonstrations.observations)
     torch.testing.assert_close(policy.scaling.observation_mean, expected.mean(0), atol=1e-5, rtol=0)
     torch.testing.assert_close(policy.scaling.observation_std, expected.std(0, correction=0) + 1e-6, atol=1e-5, rtol=0)
+
+
+def test_demonstrations_are_described_and_odd_ones_warned_of(
+    reach_demonstrations: Trajectories, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    policy, spec = make_policy(), env_spec("reach-v3")
+    high = float(reach_demonstrations.returns.max())
+    policy.with_target(high, spec.env_id)
+    policy.scaling = replace(policy.scaling, return_scale=high)
+    describe_demonstrations(reach_demonstrations, policy, spec)
+    number = reach_demonstrations.num_episodes
+    assert f"Demonstrations: {number} episodes, returns from" in " ".join(capsys.readouterr().err.split())
+    assert caplog.text == ""
+    describe_demonstrations(reach_demonstrations, policy, env_spec("reach-v3", 10))
+    assert (
+        f"an episode has {reach_demonstrations.lengths.max()} env steps, and metaworld/reach-v3 ends after 10"
+        in caplog.text
+    )
+    policy.with_target(-high, spec.env_id)
+    policy.scaling = replace(policy.scaling, return_scale=high / 1000)
+    describe_demonstrations(reach_demonstrations, policy, spec)
+    assert "lies far from what the demonstrations return" in caplog.text
+    assert "it would see numbers up to 1000" in caplog.text
 
 
 def test_own_policies_have_their_own(tmp_path: Path) -> None:

@@ -91,6 +91,17 @@ def test_without_timeouts_the_horizon_counts_from_the_last_end(tmp_path: Path) -
     assert np.flatnonzero(data.terminations).tolist() == [3]
 
 
+@pytest.mark.parametrize("name", ["dones", "done", "truncations", "truncated", "episode_terminals"])
+def test_ends_under_other_names_count_where_there_are_no_timeouts(tmp_path: Path, name: str) -> None:
+    """They were not looked at: several episodes were read as one, or cut across their ends."""
+    whole = table()
+    noted = whole["terminals"] | whole["timeouts"] if name in {"dones", "done"} else whole["timeouts"]
+    data = load_dataset(f"d4rl:{write_h5(tmp_path / 'mine.hdf5', table(timeouts=None, **{name: noted}))}")
+    assert data.lengths.tolist() == [4, 3, 5]
+    assert np.flatnonzero(data.terminations).tolist() == [3]
+    assert np.flatnonzero(data.truncations).tolist() == [6, 11]
+
+
 def endless(rows: int = 12, **changes: np.ndarray | None) -> dict[str, np.ndarray]:
     """A table whose flags are never true."""
     none = np.zeros(12, bool)

@@ -281,6 +281,25 @@ def test_data_in_memory(form: str) -> None:
     assert data.final_observations[:, 0].tolist() == [3.0, 6.0, 11.0]
 
 
+@pytest.mark.parametrize("missing", ["terminals", "success"])
+def test_none_in_a_dict_is_an_array_that_is_not_there(missing: str) -> None:
+    arrays = table() | {"success": np.zeros(12)}
+    expected = load_dataset({name: value for name, value in arrays.items() if name != missing})
+    found = load_dataset(arrays | {missing: None})
+    assert found.lengths.tolist() == expected.lengths.tolist()
+    assert (found.successes is None) == (expected.successes is None)
+
+
+def test_flags_that_stay_true_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    """Each row after the first was an episode of its own, without a word."""
+    stays = np.arange(12) >= 8
+    assert load_dataset(table(terminals=stays, timeouts=None)).lengths.tolist() == [9, 1, 1, 1]
+    assert "arrays: 3 episodes of one env step, each right after an end: a flag stays true there" in caplog.text
+    caplog.clear()
+    load_dataset(table(terminals=np.ones(12), timeouts=None))
+    assert caplog.text == "", "env steps that are episodes"
+
+
 def test_the_last_steps_of_flat_arrays_are_an_episode(caplog: pytest.LogCaptureFixture) -> None:
     data = Trajectories.from_arrays(np.zeros((5, 2)), np.zeros(5), np.zeros(5), [False, True, False, False, False])
     assert data.lengths.tolist() == [2, 3]

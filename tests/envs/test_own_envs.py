@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import pytest
+import torch
 
 from eva_rl import envs, pretrain
 from eva_rl.agents.policy_folder import save_policy
 from eva_rl.cli.parsing import parse
 from eva_rl.configs.groups import EnvOptions
 from eva_rl.data import Episode, Trajectories, write_episodes
+from eva_rl.envs.checked import success_of
 from eva_rl.envs.names import split_options, with_options
-from eva_rl.envs.registry import DEFAULT_HORIZON, task_ids
+from eva_rl.envs.registry import DEFAULT_HORIZON, canonical_id, task_ids
 from eva_rl.errors import UnknownNameError, UserError
 from eva_rl.evaluate import main as evaluate_main
 from eva_rl.finetune.command import finetune
@@ -221,3 +225,14 @@ def test_pretraining_knows_success_from_returns(tmp_path: Path, caplog: pytest.L
     assert "validation/success_rate" in summary
     assert "validation/mean_reward" not in summary, "it was a success rate"
     assert "demonstrations of" not in caplog.text, "they are this very environment's, named without its module"
+
+
+@pytest.mark.parametrize("value", [torch.tensor(True), np.array([True]), 1, np.float32(1)])
+def test_success_in_other_types_is_read(value: Any) -> None:
+    """Simulators on PyTorch give tensors, which numpy's any() does not take."""
+    assert success_of({"success": value}) is True
+
+
+def test_an_environment_in_place_of_its_name_is_refused() -> None:
+    with pytest.raises(UserError, match=r"env is a TimeLimit, expected the name of a task\. Register yours"):
+        canonical_id(gym.make("Pendulum-v1"))  # type: ignore[arg-type]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,12 @@ def test_data_that_are_worse_than_the_policy_are_said(
     warn_of_worse_data(data_of(before.mean_reward), before)
     warn_of_worse_data(None, before)
     assert capsys.readouterr().err == ""
+    (episode,) = before.episodes
+    negative = replace(before, episodes=(replace(episode, episode_return=-8.0),))
+    warn_of_worse_data(data_of(-7.0 / 4), negative)
+    assert capsys.readouterr().err == ""
+    warn_of_worse_data(data_of(-38.0 / 4), negative)
+    assert "cloning will make it worse" in " ".join(capsys.readouterr().err.split())
 
 
 def test_an_interrupted_call_with_objects_is_continued(

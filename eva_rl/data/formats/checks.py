@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import stat
 import struct
 import zipfile
@@ -16,6 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eva_rl.errors import UserError, counted
+
+log = logging.getLogger(__name__)
 
 READ_ERRORS = (
     OSError,
@@ -220,6 +223,18 @@ class Source:
         listed = listed.encode(errors="replace").decode()
         text = f"{self / key} is missing; expected {expected}. {self} holds {listed or 'nothing'}."
         return UserError(f"{text} {reader_for(held, self.path, key)}".rstrip())
+
+
+def warn_of_repeated_ends(source: Source, ends: NDArray[np.bool_]) -> None:
+    """Warn of flags that stay true after an episode's end, which make an episode of each further row."""
+    repeated = int((ends[1:] & ends[:-1]).sum())
+    if repeated > 1 and not ends.all():  # else every episode has one env step
+        log.warning(
+            "%s: %s of one env step, each right after an end: a flag stays true there. Keep the first of them alone, "
+            "and leave out what follows it.",
+            source,
+            counted(repeated, "episode"),
+        )
 
 
 ENDS = {"terminals", "timeouts", "terminations", "truncations"}

@@ -20,7 +20,9 @@ from eva_rl.errors import UserError, counted
 log = logging.getLogger(__name__)
 
 REQUIRED = ("observations", "actions", "rewards", "terminals")
-OPTIONAL = ("timeouts", "next_observations", "episode_terminals")
+TIMEOUTS = ("timeouts", "truncations", "truncated", "dones", "done", "episode_terminals")
+"""Names under which files note ends of episodes besides ``terminals``; the first that is there counts."""
+OPTIONAL = (*TIMEOUTS, "next_observations")
 PART_ROWS = 1 << 18
 """Rows that are read at a time, and the episode that they end in."""
 
@@ -68,8 +70,9 @@ def read_d4rl(
     steps. What follows the last end is an unfinished episode and is left out, as D4RL's own ``sequence_dataset`` does.
     A file without any end is one episode, truncated at its last row, which a warning says.
     The observation after the last env step is that of ``next_observations``; where the file has none, the last
-    observation is repeated, since the next row belongs to another episode. ``episode_terminals`` of d3rlpy's version 1
-    count as timeouts where they are no terminals.
+    observation is repeated, since the next row belongs to another episode. Where there are no ``timeouts``,
+    ``truncations``, ``dones`` or the ``episode_terminals`` of d3rlpy's version 1 count as such where they are no
+    terminals.
 
     Args:
         path: The file.
@@ -138,8 +141,8 @@ def _episodes(table: _Table, rules: Conventions) -> tuple[Rows, Rows, Flags, Fla
         timeouts = _counted_timeouts(table, terminals, rules)
     if not rules.goal_ends and (repeated := int((terminals[1:] & terminals[:-1]).sum())):
         log.warning(
-            "%s: %s of one env step, each after a terminal. AntMaze repeats terminals while the ant is near its goal, "
-            "and is known by the name of its file: call it as D4RL does, antmaze-....hdf5.",
+            "%s: %s of one env step, each after a terminal: keep only the first of several. AntMaze repeats "
+            "them while the ant is near its goal, and is known by the name of its file: antmaze-....hdf5.",
             table.file.source(table.group),
             counted(repeated, "episode"),
         )
@@ -169,9 +172,10 @@ def _one_episode(table: _Table, rules: Conventions) -> tuple[Rows, Rows, Flags, 
 
 
 def _noted_timeouts(table: _Table, terminals: Flags) -> Flags | None:
-    if "timeouts" in table.arrays:
-        return table.flags("timeouts")
-    return table.flags("episode_terminals") & ~terminals if "episode_terminals" in table.arrays else None
+    name = next((name for name in TIMEOUTS if name in table.arrays), None)
+    if name is None:
+        return None
+    return table.flags(name) if name == "timeouts" else table.flags(name) & ~terminals
 
 
 def _counted_timeouts(table: _Table, terminals: Flags, rules: Conventions) -> Flags:
@@ -201,7 +205,8 @@ def _cut_at_goals(starts: Rows, stops: Rows, terminals: Flags) -> tuple[Rows, Ro
 
 def _report_left_out(table: _Table, kept: int) -> None:
     if kept < table.rows:
-        log.info(
+        log.log(
+            logging.INFO if kept >= 0.9 * table.rows else logging.WARNING,
             "%s: %d of %d rows belong to an unfinished last episode or follow a goal, and are left out.",
             table.file.source(table.group),
             table.rows - kept,

@@ -15,7 +15,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from eva_rl.data.formats.checks import IN_MEMORY, LayoutError, Source, check_regular_file, kind_of_file, reader_for
+from eva_rl.data.formats.checks import (
+    IN_MEMORY,
+    LayoutError,
+    Source,
+    check_regular_file,
+    kind_of_file,
+    reader_for,
+    warn_of_repeated_ends,
+)
 from eva_rl.data.formats.episodes import KNOWN, Arrays, EpisodeChecker, ReadOptions, standard_names
 from eva_rl.data.formats.episodes import with_final_observation as with_final
 from eva_rl.data.formats.hdf5 import HdfFile
@@ -182,6 +190,7 @@ def _one_of_list(source: Source, episode: Mapping[Any, Any]) -> Arrays:
 
 def _known_arrays(source: Source, content: Mapping[Any, Any]) -> Arrays:
     """The arrays of a dict that have a usual name; all of them where one is missing, for the message."""
+    content = {name: value for name, value in content.items() if value is not None}
     known = {name: content[name] for name in content if name in KNOWN}
     standard_names(source, dict.fromkeys(map(str, content), np.zeros(0)))
     arrays = {}
@@ -217,7 +226,9 @@ def split(source: Source, arrays: Arrays) -> Iterator[tuple[Source, Read]]:
     for name, column in raw.items():
         (source / name).check_rows(len(column), rows, f"there are {rows} rewards")
     flags = [(source / name).flags(raw[name]) for name in ("terminations", "truncations") if name in raw]
-    stops = [int(row) + 1 for row in np.flatnonzero(np.logical_or.reduce(flags))]
+    ends = np.logical_or.reduce(flags)
+    warn_of_repeated_ends(source, ends)
+    stops = [int(row) + 1 for row in np.flatnonzero(ends)]
     stops += [rows] if stops[-1] < rows else []
     for index, (first, last) in enumerate(pairwise([0, *stops])):
         own = {name: column[first:last] for name, column in raw.items()}

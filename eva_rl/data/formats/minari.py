@@ -193,7 +193,7 @@ def save_minari(
                 **(defaults | about),
             )
             dataset.storage.update_metadata(_extra_metadata(trajectories, references))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:
         shutil.rmtree(folder, ignore_errors=True)
         raise UserError(f"minari:{dataset_id} could not be saved: {error}. Ids look like mine/push-v0.") from error
     except BaseException:  # an interruption too leaves nothing behind
