@@ -160,8 +160,8 @@ class TrajectoryReplay:
             for name, row in self._at_end(episode, asked).items():
                 self.extras[name][last] = row
         solved = episode.successes is not None and bool(episode.successes.any())
-        row = (length, bool(episode.terminations[-1]), complete, begin, solved, demonstrated, retried)
-        self._table = np.append(self._table, np.array([row], EPISODE))
+        known = (length, bool(episode.terminations[-1]), complete, begin, solved, demonstrated, retried)
+        self._table = np.append(self._table, np.array([known], EPISODE))
         self._next_row = last + 1
 
     def _with_targets(self) -> NDArray[np.float32]:
