@@ -145,7 +145,7 @@ class DecisionTransformerPolicy:
         self._context = None
         return self
 
-    def with_target(self, target_return: float, env_id: str) -> None:
+    def set_target_return(self, target_return: float, env_id: str) -> None:
         """Ask for this return on this task from now on."""
         per_env = {**self.conditioning.per_env, env_id: float(target_return)}
         self.conditioning = replace(self.conditioning, per_env=per_env)
@@ -168,7 +168,7 @@ class DecisionTransformerPolicy:
         center, half = (x.cpu().numpy() for x in (self.scaling.action_center, self.scaling.action_half_range))
         return center - half, center + half
 
-    def with_action_bounds(self, low: ArrayLike, high: ArrayLike) -> None:
+    def set_action_bounds(self, low: ArrayLike, high: ArrayLike) -> None:
         """Stretch the actions over other bounds, one number for all or (act,), from now on.
 
         Raises:
@@ -195,7 +195,7 @@ class DecisionTransformerPolicy:
         given, asked = (f"{_numbers(pair[0])} to {_numbers(pair[1])}" for pair in (own, expected))
         uniform = all(len(set(bound.tolist())) == 1 for bound in expected)
         pair = f"[{_numbers(expected[0])},{_numbers(expected[1])}]"
-        how = f"add policy.action_bounds={pair} (in Python: policy.with_action_bounds)" if uniform else BY_DIMENSION
+        how = f"add policy.action_bounds={pair} (in Python: policy.set_action_bounds)" if uniform else BY_DIMENSION
         raise UserError(
             f"{what} takes actions from {asked}, the policy acts from {given}. If its actions are meant to span the "
             f"task's, {how}; else name another policy= or env=."
@@ -300,7 +300,7 @@ def frozen(network: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-BY_DIMENSION = "call policy.with_action_bounds(LOW, HIGH) in Python, with a number for each of them"
+BY_DIMENSION = "call policy.set_action_bounds(LOW, HIGH) in Python, with a number for each of them"
 """What to do where the bounds of a task differ from action to action; the command line takes one pair."""
 
 

@@ -116,7 +116,7 @@ def evaluate(config: EvaluateConfig) -> None:
     tasks = chosen_tasks(config, policy)
     if config.policy.target_return is not None:
         for task in tasks:
-            policy.with_target(config.policy.target_return, task)
+            policy.set_target_return(config.policy.target_return, task)
     for task in tasks if config.targets else ():
         activate_adapter(policy, task, config.adapter != "off")
         choose_target(policy, task, config)
@@ -194,7 +194,7 @@ def choose_target(policy: DecisionTransformerPolicy, task: str, config: Evaluate
     """Set the target return that does best on the validation episodes, which no report sees."""
 
     def validation_score(target: float) -> tuple[float, float]:
-        policy.with_target(target, task)
+        policy.set_target_return(target, task)
         found = evaluate_policy(
             policy,
             task,
@@ -207,7 +207,7 @@ def choose_target(policy: DecisionTransformerPolicy, task: str, config: Evaluate
 
     scores = {target: validation_score(target) for target in config.targets}
     best = max(scores, key=lambda target: scores[target])
-    policy.with_target(best, task)
+    policy.set_target_return(best, task)
     tried = ", ".join(f"{target:g}: {success:.2f}/{mean:.0f}" for target, (success, mean) in scores.items())
     say(f"{task}: target return {best:g} (validation success/return by target: {tried})")
 

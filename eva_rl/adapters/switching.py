@@ -104,7 +104,7 @@ class Adapters:
         if origin.get("target_return") is not None:
             env_id = origin.get("env_id", "")
             self._asked[env_id] = origin["target_return"]
-            self._policy.with_target(origin["target_return"], env_id)
+            self._policy.set_target_return(origin["target_return"], env_id)
         self.use(name)
 
     def _read(self, name: str, folder: Path, is_trainable: bool) -> None:
@@ -172,7 +172,7 @@ class Adapters:
         env_id = origin.get("env_id", "")
         if origin.get("target_return") is not None and self._policy.conditioning.of(env_id) == self._asked[env_id]:
             self._asked[env_id] = origin["target_return"]
-            self._policy.with_target(origin["target_return"], env_id)
+            self._policy.set_target_return(origin["target_return"], env_id)
 
     @contextmanager
     def off(self) -> Iterator[None]:

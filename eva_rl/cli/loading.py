@@ -75,13 +75,13 @@ def open_policy(
     if options.action_bounds is not None:
         if len(options.action_bounds) != 2:
             raise UserError(f"policy.action_bounds={options.action_bounds}: expected two numbers, [LOW,HIGH].")
-        policy.with_action_bounds(*options.action_bounds)
+        policy.set_action_bounds(*options.action_bounds)
     return policy
 
 
 FROM_DEMONSTRATIONS = "data"
 """Of ``policy.observations_from``: the run's own demonstrations."""
-MIN_STD = 1e-6
+STD_EPSILON = 1e-6
 """Added to standard deviations, as the original Decision Transformer does."""
 
 
@@ -102,7 +102,7 @@ def _normalisation(options: PolicyOptions) -> tuple[Sequence[float] | None, Sequ
 
 def _statistics(data: Trajectories) -> tuple[list[float], list[float]]:
     mean, std = (getattr(data.observations, name)(0, dtype=np.float64) for name in ("mean", "std"))
-    return mean.tolist(), (std + MIN_STD).tolist()
+    return mean.tolist(), (std + STD_EPSILON).tolist()
 
 
 def normalise_by(policy: DecisionTransformerPolicy, data: Trajectories, options: PolicyOptions) -> None:

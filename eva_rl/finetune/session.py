@@ -51,6 +51,7 @@ from eva_rl.finetune.origin import check_origin
 from eva_rl.rollouts.evaluation import EvaluationResult, evaluate_distributed, evaluate_policy, shared_envs
 from eva_rl.seeding import MAX_SEED, ONLINE, VALIDATION, episode_seeds
 from eva_rl.tracking import Resume
+from eva_rl.training.bc import VALIDATION_STEPS
 from eva_rl.training.checkpoint import Checkpoints, latest_step
 from eva_rl.training.collector import TaskEnvs
 from eva_rl.training.losses import clone_loss
@@ -180,7 +181,7 @@ class Session:
                 stop_at_success=options.stop_at_success is not False,
             )
             metrics |= found.metrics("validation")
-            metrics["validation/env_steps"] = float(sum(episode.length for episode in found.episodes))
+            metrics[VALIDATION_STEPS] = float(sum(episode.length for episode in found.episodes))
         return metrics
 
     def cloning_loss(self) -> dict[str, float]:
@@ -226,7 +227,7 @@ def open_session(config: FinetuneConfig) -> Session:
         policy.check_dimensions(data.observation_dim, data.action_dim, data.source)
         if config.policy.observations_from == FROM_DEMONSTRATIONS:
             normalise_by(policy, data, config.policy)
-    set_target_return(policy, config, data, spec.env_id)
+    choose_target_return(policy, config, data, spec.env_id)
     if data is not None and process_group.is_main:
         describe_demonstrations(data, policy, spec)
     sampler = None if data is None else make_sampler(policy, data, config, spec.env_id)
@@ -336,7 +337,7 @@ def check_demonstrations(config: FinetuneConfig, spec: EnvSpec) -> None:
         check_file(sources[0])
 
 
-def set_target_return(
+def choose_target_return(
     policy: DecisionTransformerPolicy, config: FinetuneConfig, data: Trajectories | None, env_id: str
 ) -> None:
     """Set the target return: the user's, the demonstrations', or the policy's own."""
@@ -346,7 +347,7 @@ def set_target_return(
     own = policy.conditioning.of(env_id)
     if data is not None and config.policy.target_return is None and split_options(env_id)[1].get(REWARD) == SPARSE:
         _keep_scaled_target(policy, own, target_return(data))
-    policy.with_target(own if target is None else target, env_id)
+    policy.set_target_return(own if target is None else target, env_id)
 
 
 def _keep_scaled_target(policy: DecisionTransformerPolicy, own: float, target: float) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from eva_rl.data.replay import TrajectoryReplay
 from eva_rl.seeding import random_state, restore_random_state
-from eva_rl.training.bc import Log
+from eva_rl.training.bc import VALIDATION_STEPS, Log
 from eva_rl.training.checkpoint import Checkpoints, TrainState, below
 from eva_rl.training.collector import Collector, EpisodeCollector, OnlineCounters, TaskEnvs
 from eva_rl.training.failures import saved_on_failure
@@ -130,7 +130,7 @@ def evaluate_and_keep_best(
 
 def _score(metrics: Mapping[str, float]) -> list[float]:
     rates, returns = ([v for k, v in metrics.items() if k.endswith(ending)] for ending in SCORES)
-    steps = metrics.get("validation/env_steps", 0.0)
+    steps = metrics.get(VALIDATION_STEPS, 0.0)
     return [max(rates, default=0.0), max(returns, default=-steps)]
 
 

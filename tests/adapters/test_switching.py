@@ -199,7 +199,7 @@ def test_what_cannot_go_together(tmp_path: Path, reach_demonstrations: Trajector
 
 def test_the_target_return_comes_with_the_adapter(tmp_path: Path, reach_demonstrations: Trajectories) -> None:
     policy, adapter = attached("lora", reach_demonstrations)
-    policy.with_target(1234.0, "metaworld/reach-v3")
+    policy.set_target_return(1234.0, "metaworld/reach-v3")
     save_adapted_policy(tmp_path / "reach", policy, adapter, "card")
     save_policy(tmp_path / "base", make_policy())
     loaded = load_policy(tmp_path / "base", adapters={"reach": tmp_path / "reach" / "adapter"})
@@ -209,7 +209,7 @@ def test_the_target_return_comes_with_the_adapter(tmp_path: Path, reach_demonstr
 def test_each_adapter_of_a_task_has_its_own_target_return(tmp_path: Path, reach_demonstrations: Trajectories) -> None:
     for name, target in (("a", 10.0), ("b", 20.0)):
         policy, adapter = attached("lora", reach_demonstrations)
-        policy.with_target(target, "metaworld/reach-v3")
+        policy.set_target_return(target, "metaworld/reach-v3")
         save_adapted_policy(tmp_path / name, policy, adapter, "card")
     save_policy(tmp_path / "base", make_policy())
     loaded = load_policy(tmp_path / "base", adapters={name: tmp_path / name / "adapter" for name in "ab"})
@@ -218,7 +218,7 @@ def test_each_adapter_of_a_task_has_its_own_target_return(tmp_path: Path, reach_
         loaded.adapters.use(name)
         asked.append(loaded.conditioning.of("metaworld/reach-v3"))
     assert asked == [10.0, 20.0, 20.0, 10.0]
-    loaded.with_target(7.0, "metaworld/reach-v3")
+    loaded.set_target_return(7.0, "metaworld/reach-v3")
     loaded.adapters.use("b")
     assert loaded.conditioning.of("metaworld/reach-v3") == 7.0, "set by the user since"
 

@@ -28,7 +28,7 @@ def test_the_highest_action_lies_within_the_bounds(make: Any) -> None:
     for low, high in ((-1.0, 0.7), (-1.0, 0.2), (-0.3, 0.1), (0.0, 0.9), (-2.0, 2.0), (-1.0, 1.0)):
         policy = make_policy(3, 1)
         if make is None:
-            policy.with_action_bounds(low, high)
+            policy.set_action_bounds(low, high)
         else:
             policy.scaling = make([0.0] * 3, [1.0] * 3, 1.0, [low], [high])
         ends = policy.scaling.raw_actions(torch.tensor([[-1.0], [1.0]])).numpy()
@@ -39,7 +39,7 @@ def test_the_highest_action_lies_within_the_bounds(make: Any) -> None:
 def test_uneven_bounds_are_saved_as_they_are(tmp_path: Path) -> None:
     policy = make_policy(3, 1)
     for high in (0.1, 0.2, 0.3, 0.7):
-        policy.with_action_bounds(-1, high)
+        policy.set_action_bounds(-1, high)
         save_policy(tmp_path / str(high), policy)
         again = load_policy(tmp_path / str(high)).scaling
         assert torch.equal(again.action_center, policy.scaling.action_center)
@@ -55,12 +55,12 @@ def test_bounds_are_compared_in_every_dimension() -> None:
     for bounds in (((-1.0, -2.0), (1.0, 1.0)), ((-0.4, -0.4), (0.4, 0.4)), ((0.0, 0.0), (1.0, 1.0))):
         with pytest.raises(UserError, match="x takes actions from"):
             policy.check_action_bounds(*bounds, "x")
-        policy.with_action_bounds(*bounds)
+        policy.set_action_bounds(*bounds)
         policy.check_action_bounds(*bounds, "x")
-        policy.with_action_bounds(-1, 1)
+        policy.set_action_bounds(-1, 1)
     for wrong in ((1, -1), (0, 0), (-np.inf, 1), (np.nan, 1)):
         with pytest.raises(UserError, match="low below high"):
-            policy.with_action_bounds(*wrong)
+            policy.set_action_bounds(*wrong)
 
 
 def test_python_and_commands_refuse_and_stretch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -79,7 +79,7 @@ def test_python_and_commands_refuse_and_stretch(tmp_path: Path, capsys: pytest.C
     assert evaluate.main([*typed, "policy.action_bounds=[-2]"]) == 2
     assert "expected two numbers" in " ".join(capsys.readouterr().err.split())
     actions: list[np.ndarray] = []
-    policy.with_action_bounds(-2, 2)
+    policy.set_action_bounds(-2, 2)
     evaluate_policy(policy, "Pendulum-v1", episodes=1, horizon=20, on_actions=actions.append)
     assert np.abs(np.concatenate(actions)).max() <= 2
 

@@ -292,7 +292,7 @@ def test_two_groups_have_histories_of_their_own() -> None:
         second.act(np.zeros((2, OBS), np.float32), np.zeros(2, np.float32), np.full(2, step == 0))
         np.testing.assert_array_equal(found, alone.act(observation, np.ones(1, np.float32), start))
     assert policy.with_own_history() is second
-    policy.with_target(7.0, "x")
+    policy.set_target_return(7.0, "x")
     assert policy.with_own_history().conditioning.of("x") == 7
 
 

@@ -118,7 +118,7 @@ def test_export_loads_in_transformers_and_comes_back_identical(tmp_path: Path, s
 def _policy(stochastic: bool) -> DecisionTransformerPolicy:
     policy = make_policy(OBS, ACT, stochastic=stochastic)
     policy.scaling = replace(policy.scaling, observation_mean=torch.rand(OBS), observation_std=torch.rand(OBS) + 0.1)
-    policy.with_target(123.0, "Hopper-v5")
+    policy.set_target_return(123.0, "Hopper-v5")
     policy.metadata = {"data": "mine"}
     return policy
 

@@ -50,7 +50,7 @@ def scaled(policy: DecisionTransformerPolicy, dim: int, act: int) -> DecisionTra
         low.tolist(),
         (low + np.array([1, 2, 5])).tolist(),
     )
-    policy.with_target(30.0, "metaworld/reach-v3")
+    policy.set_target_return(30.0, "metaworld/reach-v3")
     return policy
 
 
@@ -65,10 +65,10 @@ def test_actions_equal_torchs(tmp_path: Path, shape: dict[str, Any]) -> None:
 
 def test_a_task_with_options_asks_for_the_same_return(tmp_path: Path) -> None:
     policy = scaled(make_policy(11, 3), 11, 3)
-    policy.with_target(-30.0, "metaworld/reach-v3")
+    policy.set_target_return(-30.0, "metaworld/reach-v3")
     policy.env_id = "metaworld/reach-v3?fixed"
     assert export_onnx(policy, tmp_path / "policy.onnx") < 1e-5
-    policy.with_target(300.0, "metaworld/reach-v3?fixed")
+    policy.set_target_return(300.0, "metaworld/reach-v3?fixed")
     assert largest_difference(policy, tmp_path / "policy.onnx", steps=5) > 1e-4, "the target return matters"
 
 

@@ -63,7 +63,7 @@ def test_demonstrations_are_described_and_odd_ones_warned_of(
 ) -> None:
     policy, spec = make_policy(), env_spec("reach-v3")
     high = float(reach_demonstrations.returns.max())
-    policy.with_target(high, spec.env_id)
+    policy.set_target_return(high, spec.env_id)
     policy.scaling = replace(policy.scaling, return_scale=high)
     describe_demonstrations(reach_demonstrations, policy, spec)
     number = reach_demonstrations.num_episodes
@@ -74,7 +74,7 @@ def test_demonstrations_are_described_and_odd_ones_warned_of(
         f"an episode has {reach_demonstrations.lengths.max()} env steps, and metaworld/reach-v3 ends after 10"
         in caplog.text
     )
-    policy.with_target(-high, spec.env_id)
+    policy.set_target_return(-high, spec.env_id)
     policy.scaling = replace(policy.scaling, return_scale=high / 1000)
     describe_demonstrations(reach_demonstrations, policy, spec)
     assert "lies far from what the demonstrations return" in caplog.text

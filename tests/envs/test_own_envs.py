@@ -114,7 +114,7 @@ def test_success_in_the_infos_gives_a_success_rate(options: str) -> None:
 
 def test_the_mean_success_is_that_of_tasks_that_report_it(tmp_path: Path) -> None:
     policy = make_policy(2, 1)
-    policy.with_action_bounds(-2, 2)
+    policy.set_action_bounds(-2, 2)
     save_policy(tmp_path / "policy", policy)
     tasks = f"{OWN}Point-v2?key=another+{OWN}Point-v2"
     words = [f"policy={tmp_path}/policy", f"env={tasks}", "eval.episodes=2", "threads=1", f"out={tmp_path}/out.json"]
@@ -146,7 +146,7 @@ def test_the_result_is_written_before_the_film(
     """An environment that draws nothing took the result of the evaluation with it."""
     monkeypatch.chdir(tmp_path)
     policy = make_policy(2, 1)
-    policy.with_action_bounds(-2, 2)
+    policy.set_action_bounds(-2, 2)
     save_policy(tmp_path / "base", policy)
     words = [f"policy={tmp_path / 'base'}", f"env={OWN}Blind-v0", "eval.episodes=1", "env.horizon=5", "out=found.json"]
     assert evaluate_main([*words, "video=true"]) == 2

@@ -41,7 +41,7 @@ def test_every_key_that_takes_a_path(name: str, tmp_path: Path, capsys: pytest.C
     folder = tmp_path / name
     folder.mkdir()
     policy = make_policy(2, 1, hidden_size=16, num_layers=1, context_length=4, max_timestep=40)
-    policy.with_action_bounds([-2.0], [2.0])
+    policy.set_action_bounds([-2.0], [2.0])
     save_policy(folder / f"base {name}", policy)
     write_episodes(folder / f"own {name}.h5", episodes())
     data, run = f"data={folder}/own {name}.h5", f"{folder}/run {name}"

@@ -14,7 +14,7 @@ from eva_rl.data.selection import target_return
 from eva_rl.errors import UserError
 from eva_rl.finetune import command  # noqa: F401 - registers its config
 from eva_rl.finetune.origin import ORIGIN_FILE, check_origin
-from eva_rl.finetune.session import open_session, set_target_return
+from eva_rl.finetune.session import choose_target_return, open_session
 from eva_rl.seeding import MAX_SEED
 from eva_rl.tracking import Resume
 from eva_rl.training.checkpoint import TrainState, save_checkpoint
@@ -26,9 +26,9 @@ from tests.finetune.test_call import data_of
 def test_with_sparse_rewards_the_network_sees_the_target_that_it_knows(own: float) -> None:
     """Where it knows one that is above zero; else the unit of returns stays."""
     policy, data, env_id = make_policy(), data_of(1.0), "metaworld/reach-v3?reward=sparse"
-    policy.with_target(own, env_id)
+    policy.set_target_return(own, env_id)
     unit = policy.scaling.return_scale
-    set_target_return(policy, parse("finetune", ["env=reach-v3", "env.reward=sparse"]), data, env_id)
+    choose_target_return(policy, parse("finetune", ["env=reach-v3", "env.reward=sparse"]), data, env_id)
     found = policy.conditioning.of(env_id)
     assert found == target_return(data) == 4
     if own > 0:

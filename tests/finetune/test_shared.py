@@ -52,37 +52,37 @@ def test_each_part_of_a_policy_has_its_part_in_the_key(key: Callable[[Session], 
         with_scaling(0.0, return_scale=100.0),
     ]
     for policy in policies:
-        policy.with_target(1000.0, session.spec.env_id)
+        policy.set_target_return(1000.0, session.spec.env_id)
     keys = [key(replace(session, policy=policy)) for policy in policies]
     assert len(set(keys)) == len(policies)
-    assert with_target(session, key, 1000.0) == keys[0]
+    assert keyed(session, key, 1000.0) == keys[0]
 
 
-def with_target(session: Session, key: Callable[[Session], str], target_return: float, source: str = "auto") -> str:
+def keyed(session: Session, key: Callable[[Session], str], target_return: float, source: str = "auto") -> str:
     policy = make_policy()
-    policy.with_target(target_return, session.spec.env_id)
+    policy.set_target_return(target_return, session.spec.env_id)
     adapter = replace(session.config.adapter, eva=replace(session.config.adapter.eva, source=source))
     return key(replace(session, policy=policy, config=replace(session.config, adapter=adapter)))
 
 
 def test_the_target_return_counts_where_the_policy_acts(session: Session) -> None:
-    assert with_target(session, before_key, 1.0) != with_target(session, before_key, 2.0)
+    assert keyed(session, before_key, 1.0) != keyed(session, before_key, 2.0)
     for source in ("rollouts", "mixed"):
-        assert with_target(session, eva_key, 1.0, source) != with_target(session, eva_key, 2.0, source)
-    assert with_target(session, eva_key, 1.0) == with_target(session, eva_key, 2.0), "the data's returns are seen"
+        assert keyed(session, eva_key, 1.0, source) != keyed(session, eva_key, 2.0, source)
+    assert keyed(session, eva_key, 1.0) == keyed(session, eva_key, 2.0), "the data's returns are seen"
 
 
 def test_what_is_asked_for_counts_where_windows_show_it(session: Session) -> None:
     shown = replace(session.config, data=replace(session.config.data, returns_to_go="asked"))
     asking = replace(session, config=shown)
-    assert with_target(asking, eva_key, 1.0) != with_target(asking, eva_key, 2.0)
+    assert keyed(asking, eva_key, 1.0) != keyed(asking, eva_key, 2.0)
     assert eva_key(asking) != eva_key(session)
     both = [replace(config, shared="shared") for config in (session.config, shown)]
     folders = {data_folder(config, config.data, "a", Path("run")) for config in both}
     assert len(folders) == 1, "the same demonstrations are collected once"
     assert session.data is not None
     policy, first = make_policy(), session.data.offsets[:1]
-    policy.with_target(3.0, session.spec.env_id)
+    policy.set_target_return(3.0, session.spec.env_id)
     for config, expected in ((shown, 3.0), (session.config, float(session.data.returns[0]))):
         windows = make_sampler(policy, session.data, config, session.spec.env_id).windows(first)
         assert float(windows.returns_to_go[0, -1]) == pytest.approx(expected / policy.scaling.return_scale)
@@ -91,8 +91,8 @@ def test_what_is_asked_for_counts_where_windows_show_it(session: Session) -> Non
 def test_tasks_are_told_apart_where_nothing_else_does(session: Session) -> None:
     """Meta-World's tasks have one protocol, and a policy asks the same of those that it does not know."""
     other = replace(session, spec=replace(session.spec, env_id="metaworld/push-v3"))
-    other.policy.with_target(1.0, session.spec.env_id)
-    other.policy.with_target(1.0, "metaworld/push-v3")
+    other.policy.set_target_return(1.0, session.spec.env_id)
+    other.policy.set_target_return(1.0, "metaworld/push-v3")
     assert before_key(other) != before_key(session)
 
 

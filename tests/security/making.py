@@ -22,7 +22,7 @@ OBS, ACT = 3, 2
 
 def small_policy(seed: int = 0) -> DecisionTransformerPolicy:
     policy = make_policy(OBS, ACT, seed, hidden_size=8, num_layers=1, num_heads=1, context_length=2, max_timestep=4)
-    policy.with_target(7.0, "metaworld/reach-v3")
+    policy.set_target_return(7.0, "metaworld/reach-v3")
     return policy
 
 
