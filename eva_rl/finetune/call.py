@@ -17,6 +17,7 @@ from eva_rl.cli.values import as_word
 from eva_rl.data import load_dataset, write_episodes
 from eva_rl.data.sources import GivenData
 from eva_rl.data.trajectories import COLUMNS
+from eva_rl.envs import env_spec
 from eva_rl.errors import UserError
 from eva_rl.files import alone, expanded
 from eva_rl.finetune.command import finetune
@@ -71,7 +72,7 @@ def finetune_policy(
     own = {
         "policy": _policy_path(policy, place / INPUTS),
         "env": env,
-        "data": _data_path(data, place / INPUTS),
+        "data": _data_path(data, place / INPUTS, env),
         "adapter": adapter,
         "run_dir": str(run_dir),
     }
@@ -114,11 +115,12 @@ def _without_adapter(policy: DecisionTransformerPolicy) -> DecisionTransformerPo
     return copied
 
 
-def _data_path(data: GivenData | None, folder: Path) -> str:
+def _data_path(data: GivenData | None, folder: Path, env: str) -> str:
     """As :func:`_policy_path`; ``auto`` where there are none."""
     if data is None or isinstance(data, str | Path):
         return "auto" if data is None else str(data)
-    data = load_dataset(data)
+    spec = env_spec(env)
+    data = load_dataset(data, action_bounds=(spec.action_low, spec.action_high))
     arrays = {name: digest_of(getattr(data, name)) for name in ("offsets", *COLUMNS)}
     key = key_of(arrays=arrays, env_id=data.env_id, source=data.source, metadata=data.metadata)
     return _written(folder / f"data-{key}.h5", lambda path: write_episodes(path, data))

@@ -170,7 +170,7 @@ def evaluate_policy(  # noqa: PLR0913 - one call for users and for training; all
         UserError: No such task, the policy does not fit it, an environment failed, or ``episodes`` is not positive.
     """
     if episodes < 1:
-        raise UserError(f"eval.episodes={episodes}: expected at least 1.")
+        raise UserError(f"episodes={episodes}: expected at least 1.")
     spec = env_spec(env, horizon)
     _check_fit(policy, spec)
     first, end, _ = (share or slice(None)).indices(episodes)

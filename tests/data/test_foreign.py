@@ -12,6 +12,7 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
+import torch
 
 from eva_rl.data import Trajectories, load_dataset, write_episodes, write_store
 from eva_rl.data.formats import minari_file
@@ -338,6 +339,20 @@ def test_advice_fits_data_in_memory() -> None:
     del steps["rewards"]
     with pytest.raises(UserError, match=r"episode_0 holds actions, dones, observations\. Or leave .*skip_damaged=True"):
         load_dataset([{**steps, "dones": np.ones(4)}])
+
+
+def test_what_is_no_array_is_not_called_a_damaged_file() -> None:
+    with pytest.raises(UserError, match=r"arrays: observations: not readable: .*Give an array of numbers") as caught:
+        load_dataset(table() | {"observations": torch.zeros(12, 2, requires_grad=True)})
+    assert "download" not in str(caught.value)
+
+
+def test_most_episodes_are_not_left_out_as_damaged() -> None:
+    """The first one, of another width, was kept alone."""
+    steps = {"actions": np.zeros((4, 1)), "rewards": np.zeros(4), "terminals": np.arange(4) == 3}
+    wide, narrow = (steps | {"observations": np.zeros((5, width))} for width in (3, 2))
+    with pytest.raises(UserError, match=r"3 of 4 episodes are damaged.*Most are unlike the first one"):
+        load_dataset([wide, narrow, narrow, narrow], skip_damaged=True)
 
 
 def test_faults_of_all_episodes_are_not_left_out() -> None:

@@ -42,6 +42,7 @@ BOUND_TOLERANCE = 1e-3
 """How far an action may lie outside its bounds, in units of their distance: rounding, not another scale."""
 IN_MEMORY = "arrays"
 """What data are called that come from no file."""
+AS_WIDE = ", as wide as the first episode's"
 LISTED = 12
 """Names that a message lists at most."""
 
@@ -100,10 +101,13 @@ class Source:
             yield
         except READ_ERRORS as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise UserError(
-                f"{self}: not readable: {reason}. The file is damaged, cut short, of another format or not "
-                "yours to read; download or write it again, or name another."
-            ) from error
+            advice = (
+                "Give an array of numbers, or what numpy.asarray makes one of."
+                if self.path == IN_MEMORY
+                else "The file is damaged, cut short, of another format or not yours to read; download or write it "
+                "again, or name another."
+            )
+            raise UserError(f"{self}: not readable: {reason}. {advice}") from error
 
     def floats(self, raw: NDArray[Any]) -> NDArray[np.float32]:
         """Numbers as (T, dim) float32, all finite.
@@ -336,7 +340,7 @@ def check_episode(where: Source, episode: Any, first: Any) -> None:
             because += ", and the last row is what the last action led to"
         (where / name).check_rows(len(array), shape[0], because)
         if array.shape != shape:
-            wide = ", as wide as the first episode's" if shape[1:] else ""
+            wide = AS_WIDE if shape[1:] else ""
             raise UserError(f"{where / name} has shape {array.shape}, expected {shape}{wide}.")
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             row = int(np.argwhere(~np.isfinite(array))[0][0])

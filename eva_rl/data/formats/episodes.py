@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from eva_rl.data.formats.checks import ActionBounds, LayoutError, Source, check_episode
+from eva_rl.data.formats.checks import AS_WIDE, ActionBounds, LayoutError, Source, check_episode
 from eva_rl.data.trajectories import Episode
 from eva_rl.errors import UserError
 
@@ -109,12 +109,14 @@ class EpisodeChecker:
         """Say how many episodes were left out, and how many ends were assumed.
 
         Raises:
-            UserError: Every episode was damaged.
+            UserError: Every episode was damaged, or most are of another width than the first.
         """
         if self._damaged:
             text = f"{self._path}: {len(self._damaged)} of {self._seen} episodes are damaged; the first: "
             if self._first is None:
                 raise UserError(text + self._damaged[0])
+            if sum(AS_WIDE in fault for fault in self._damaged) > self._seen - len(self._damaged):
+                raise UserError(f"{text}{self._damaged[0]} Most are unlike the first one: leave that out instead.")
             log.warning("%s%s They are left out.", text, self._damaged[0])
         if self._endless:
             log.warning(
