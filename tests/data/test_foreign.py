@@ -436,6 +436,27 @@ def test_success_by_its_other_name_and_of_a_whole_episode() -> None:
         assert whole.successes.tolist() == [False] * 9 + [solved]
 
 
+@pytest.mark.parametrize("form", ["dict", "list", "file"])
+@pytest.mark.parametrize("name", ["success", "is_success"])
+def test_success_in_infos_is_read(tmp_path: Path, form: str, name: str) -> None:
+    """It was ignored without a word."""
+    arrays: dict[str, Any] = {
+        "observations": np.zeros((5, 2)),
+        "actions": np.zeros((4, 1)),
+        "rewards": np.zeros(4),
+        "truncations": np.arange(4) == 3,
+    }
+    told = np.array([0, 0, 1, 1])
+    source: Any = [arrays | {"infos": {name: told} if form == "dict" else [{name: bool(value)} for value in told]}]
+    if form == "file":
+        (tmp_path / "episodes").mkdir()
+        write_h5(tmp_path / "episodes" / "0.hdf5", arrays | {f"infos/{name}": told})
+        source = tmp_path / "episodes"
+    found = load_dataset(source).successes
+    assert found is not None
+    assert found.tolist() == [False, False, True, True]
+
+
 def test_a_damaged_episode_of_a_table_can_be_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     rewards = np.arange(10.0)
     rewards[7] = np.nan

@@ -35,6 +35,8 @@ from eva_rl.errors import UserError
 LENGTHS = "episode_lengths.json"
 """Beside files of episodes, where something says how many env steps each has."""
 SUFFIXES = {".npz", ".hdf5", ".h5", ".pkl", ".pickle"}
+SUCCESS = ("success", "is_success")
+"""What infos call success."""
 PART_EPISODES = 256
 MAX_COMPRESSION = 1100
 """An array is at most so many times larger than its part of a zip archive: deflate reaches 1032."""
@@ -192,6 +194,8 @@ def _known_arrays(source: Source, content: Mapping[Any, Any]) -> Arrays:
     """The arrays of a dict that have a usual name; all of them where one is missing, for the message."""
     content = {name: value for name, value in content.items() if value is not None}
     known = {name: content[name] for name in content if name in KNOWN}
+    if not known.keys() & SUCCESS and (told := _success_in(content.get("infos"))) is not None:
+        known["success"] = told
     standard_names(source, dict.fromkeys(map(str, content), np.zeros(0)))
     arrays = {}
     for name, value in known.items():
@@ -203,6 +207,16 @@ def _known_arrays(source: Source, content: Mapping[Any, Any]) -> Arrays:
         with (source / name).reading():
             arrays[name] = value if isinstance(value, np.ndarray) else np.asarray(value, np.float64)
     return arrays
+
+
+def _success_in(infos: Any) -> Any:
+    """What Gymnasium's infos, a dict of arrays or one dict an env step, tell of success; None where they do not."""
+    for name in SUCCESS:
+        if isinstance(infos, Mapping) and infos.get(name) is not None:
+            return infos[name]
+        if isinstance(infos, Sequence) and any(isinstance(info, Mapping) and name in info for info in infos):
+            return [info.get(name, False) for info in infos]
+    return None
 
 
 def split(source: Source, arrays: Arrays) -> Iterator[tuple[Source, Read]]:
@@ -269,4 +283,6 @@ def _checked_member(source: Source, arrays: Any, info: zipfile.ZipInfo) -> NDArr
 def _read_hdf5(file: Path) -> Arrays:
     with HdfFile(file) as root:
         standard_names(root.source(), dict.fromkeys(root.names(), np.zeros(0)))
-        return {name: root.read(name) for name in root.names() if name in KNOWN}
+        found = {name: root.read(name) for name in root.names() if name in KNOWN}
+        told = [name for name in SUCCESS if name in root.names("infos")]
+        return found if found.keys() & SUCCESS or not told else found | {"success": root.read(f"infos/{told[0]}")}
