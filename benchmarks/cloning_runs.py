@@ -32,7 +32,7 @@ from eva_rl.finetune.adapter import attach
 from eva_rl.finetune.session import set_target_return
 from eva_rl.rollouts.evaluation import evaluate_policy, shared_envs
 from eva_rl.rollouts.experts import collect_expert
-from eva_rl.seeding import MAX_SEED, VALIDATION
+from eva_rl.seeding import MAX_SEED
 from eva_rl.training.bc import train_bc
 from eva_rl.training.failures import NotFiniteError
 from eva_rl.training.losses import clone_loss
@@ -185,7 +185,7 @@ class TaskRuns:
         if not self.setting.goals:
             return None
         seed = self.seed if goals_seed is None else goals_seed
-        options: Any = {"purpose": VALIDATION, "vec_env": self.envs, "stop_at_success": True}
+        options: Any = {"validation": True, "vec_env": self.envs, "stop_at_success": True}
         env_id, horizon = self.config("lora").env.id, self.setting.horizon or None
         found = evaluate_policy(policy, env_id, episodes=self.setting.goals, seed=seed, horizon=horizon, **options)
         return found.success_rate

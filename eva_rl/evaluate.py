@@ -27,7 +27,6 @@ from eva_rl.files import check_folder, check_new, expanded, write_json
 from eva_rl.options import group, one_of, option
 from eva_rl.rollouts.evaluation import EvaluationResult, described_return, evaluate_distributed, evaluate_policy
 from eva_rl.rollouts.video import record_episode
-from eva_rl.seeding import EVALUATION, VALIDATION
 from eva_rl.training.compiling import check_compiler
 from eva_rl.training.options import COMPILE_MODES, PRECISIONS
 
@@ -165,7 +164,7 @@ def play(
                     episodes=config.eval.episodes,
                     seed=config.eval.seed,
                     horizon=config.env.horizon,
-                    purpose=VALIDATION if config.validation else EVALUATION,
+                    validation=config.validation,
                     on_episode=advance,
                     stop_at_success=bool(config.eval.stop_at_success),
                 )
@@ -201,7 +200,7 @@ def choose_target(policy: DecisionTransformerPolicy, task: str, config: Evaluate
             episodes=config.eval.episodes,
             seed=config.eval.seed,
             horizon=config.env.horizon,
-            purpose=VALIDATION,
+            validation=True,
         )
         return (found.success_rate if found.reports_success else 0.0, found.mean_reward)
 

@@ -49,7 +49,7 @@ from eva_rl.finetune.adapter import activation_source, check_adapter
 from eva_rl.finetune.locations import data_folder, place_key
 from eva_rl.finetune.origin import check_origin
 from eva_rl.rollouts.evaluation import EvaluationResult, evaluate_distributed, evaluate_policy, shared_envs
-from eva_rl.seeding import MAX_SEED, ONLINE, VALIDATION, episode_seeds
+from eva_rl.seeding import MAX_SEED, ONLINE, episode_seeds
 from eva_rl.tracking import Resume
 from eva_rl.training.bc import VALIDATION_STEPS
 from eva_rl.training.checkpoint import Checkpoints, latest_step
@@ -177,7 +177,7 @@ class Session:
             found = self.play(
                 policy,
                 episodes=options.quick_episodes,
-                purpose=VALIDATION,
+                validation=True,
                 stop_at_success=options.stop_at_success is not False,
             )
             metrics |= found.metrics("validation")

@@ -16,7 +16,7 @@ from eva_rl.envs import EnvSpec, env_spec, reference_scores, score_between
 from eva_rl.envs.vector import AUTO, TaskVecEnv, make_task_vec_env, make_vec_env
 from eva_rl.errors import UserError, counted
 from eva_rl.rollouts.episodes import EpisodeRecord, play_episodes
-from eva_rl.seeding import EVALUATION, episode_seeds
+from eva_rl.seeding import EVALUATION, VALIDATION, episode_seeds
 
 MOST_ENVS = 50
 """Environments that are played at once at most: the larger the batch, the less a policy's step costs an environment."""
@@ -138,7 +138,7 @@ def evaluate_policy(  # noqa: PLR0913 - one call for users and for training; all
     episodes: int = 50,
     seed: int = 0,
     horizon: int | None = None,
-    purpose: int = EVALUATION,
+    validation: bool = False,
     references: tuple[float, float] | None = None,
     vec_env: TaskVecEnv | None = None,
     on_episode: Callable[[EpisodeRecord], None] | None = None,
@@ -148,8 +148,8 @@ def evaluate_policy(  # noqa: PLR0913 - one call for users and for training; all
 ) -> EvaluationResult:
     """Play whole episodes with the policy's deterministic actions.
 
-    Episode k is seeded by ``purpose``, ``seed`` and k: the goals are distinct, the same for every policy, and none of
-    them is a demonstration's.
+    Episode k is seeded by ``seed``, k and ``validation``: the goals are distinct, the same for every policy, and none
+    of them is a demonstration's.
 
     Args:
         policy: What to evaluate.
@@ -157,7 +157,7 @@ def evaluate_policy(  # noqa: PLR0913 - one call for users and for training; all
         episodes: Episodes to count.
         seed: Chooses the episodes.
         horizon: Env steps an episode; None takes the task's own.
-        purpose: Which family of seeds; ``eva_rl.seeding.VALIDATION`` for choices that a report must not see.
+        validation: Play validation episodes, for choices that a report must not see, rather than held-out ones.
         references: Returns that score 0 and 100, where the data bring their own.
         vec_env: Environments to use again, as :func:`evaluation_envs` makes them; made and closed here when None.
         on_episode: Called after each episode.
@@ -176,7 +176,7 @@ def evaluate_policy(  # noqa: PLR0913 - one call for users and for training; all
     first, end, _ = (share or slice(None)).indices(episodes)
     made = vec_env or evaluation_envs(env, max(1, end - first), horizon)
     try:
-        made.seed(episode_seeds(purpose, seed) + first)
+        made.seed(episode_seeds(VALIDATION if validation else EVALUATION, seed) + first)
         records = play_episodes(
             policy,
             made,

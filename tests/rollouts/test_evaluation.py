@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import itertools
 import json
 from dataclasses import replace
 from typing import Any
@@ -15,7 +14,6 @@ from eva_rl.errors import UserError
 from eva_rl.evaluate import show
 from eva_rl.rollouts.episodes import EpisodeRecord, play_episodes
 from eva_rl.rollouts.evaluation import EvaluationResult, described_return, evaluate_policy, evaluation_envs
-from eva_rl.seeding import DEMONSTRATIONS, EVALUATION, MAX_SEED, ROLLOUTS, VALIDATION, episode_seeds
 from tests.conftest import make_policy
 
 
@@ -176,11 +174,3 @@ def test_a_policy_that_does_not_fit() -> None:
         evaluate_policy(make_policy(27, 8), "mujoco/ant", episodes=1)
     with pytest.raises(UserError, match=r"^episodes=0: expected at least 1"):
         evaluate_policy(make_policy(), "push-v3", episodes=0)
-
-
-def test_no_two_purposes_share_an_episode() -> None:
-    purposes = sorted((DEMONSTRATIONS, VALIDATION, EVALUATION, ROLLOUTS))
-    for purpose, following in itertools.pairwise(purposes):
-        assert episode_seeds(purpose, MAX_SEED) < following
-        assert episode_seeds(purpose, 1) - episode_seeds(purpose, 0) >= 10_000
-    assert episode_seeds(purposes[-1], MAX_SEED) + 10_000 < 2**31
