@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -57,43 +57,28 @@ def train_online(  # noqa: PLR0913 - one call for all algorithms; all but four h
         NotFiniteError: A loss or a gradient is not finite.
         EnvironmentFailedError: An environment failed; what was learned before is saved.
     """
-    options, best = learner.options, _Best()
-    counters = _resume(checkpoints, learner, replay, best) or OnlineCounters.of(task)
-    collector = collector or Collector(learner.policy, task)
-    validate = partial(evaluate_and_keep_best, evaluate, log, best, counters, learner) if evaluate else None
-
-    def save_unfinished() -> None:  # a resumed run begins with the episodes after it
-        assert checkpoints is not None
-        collector.truncate_episodes(replay, counters)
-        checkpoints.save(_state(counters, learner, replay, best))
-
-    keeping = partial(saved_on_failure, save_unfinished if checkpoints else None)
-    if validate and options.keep_best and counters.best_step < 0:
-        validate()
+    options = learner.options
+    run = _Run.begin(learner, replay, task, checkpoints, collector)
+    counters = run.counters
+    if evaluate is not None and options.keep_best and counters.best_step < 0:
+        run.validate(evaluate, log)
     while counters.env_steps < options.env_steps:
         began, before = time.perf_counter(), counters.env_steps
-        with keeping():
-            if not collector.acting:
-                collector.begin(counters)
-            collector.collect(learner, replay, counters)
-        metrics = _learn(learner, replay, counters)
+        run.collect()
+        metrics = run.learn()
         if refresh is not None and _due(counters, options.refresh_every, before):
             metrics |= refresh(counters.update)
         counters.seconds += time.perf_counter() - began
-        done = counters.env_steps >= options.env_steps
-        evaluating = _due(counters, options.eval_every, before)
-        saving = done or _due(counters, options.checkpoint_every, counters.truncated_at)
         log(metrics | counters.metrics(), counters.env_steps_played)
-        truncating = done or ((evaluating or saving) and collector.may_truncate(counters))
-        if truncating:
-            collector.truncate_episodes(replay, counters)
-        if validate and (options.keep_best if done else evaluating):
-            with keeping():
-                validate()
-        if checkpoints and truncating and (options.checkpoint_every if saving else checkpoints.due_by_time()):
-            checkpoints.save(_state(counters, learner, replay, best))
+        due = run.due(before)
+        if due.truncate:
+            run.collector.truncate_episodes(replay, counters)
+        if evaluate is not None and due.validate:
+            with run.saving_on_failure():
+                run.validate(evaluate, log)
+        run.save_if(due)
     if options.keep_best:
-        best.restore(learner.acting_parameters)
+        run.best.restore(learner.acting_parameters)
     return counters
 
 
@@ -112,41 +97,113 @@ class _Best:
                 parameters[name].copy_(value)
 
 
-def evaluate_and_keep_best(
-    evaluate: Callable[[int], Mapping[str, float]], log: Log, best: _Best, counters: OnlineCounters, learner: Learner
-) -> None:
-    """Validate, and keep a copy if this is the best score so far.
+@dataclass(frozen=True)
+class _Due:
+    """What comes after an iteration.
 
-    That is the success rate, ties broken by return, or by fewer env steps where episodes end at success.
+    Attributes:
+        truncate: Whether episodes are truncated, so that something can be saved.
+        validate: Whether the policy is validated, where it is at all.
+        save: Whether so many env steps have passed; else the time since the last checkpoint decides.
     """
-    metrics = evaluate(counters.env_steps)
-    counters.validated(metrics)
-    log(metrics, counters.env_steps_played)
-    score = _score(metrics)
-    if counters.best_step < 0 or score > counters.best_score:
-        counters.best_step, counters.best_score = counters.env_steps, score
-        best.keep(learner.acting_parameters)
+
+    truncate: bool
+    validate: bool
+    save: bool
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What learns, how far it has come, and where that is saved."""
+
+    learner: Learner
+    replay: TrajectoryReplay
+    collector: EpisodeCollector
+    counters: OnlineCounters
+    best: _Best
+    checkpoints: Checkpoints | None
+
+    @classmethod
+    def begin(
+        cls,
+        learner: Learner,
+        replay: TrajectoryReplay,
+        task: TaskEnvs,
+        checkpoints: Checkpoints | None,
+        collector: EpisodeCollector | None,
+    ) -> _Run:
+        """Begin, or resume from the latest checkpoint."""
+        best = _Best()
+        counters = _resume(checkpoints, learner, replay, best) or OnlineCounters.of(task)
+        return cls(learner, replay, collector or Collector(learner.policy, task), counters, best, checkpoints)
+
+    def _save(self) -> None:
+        assert self.checkpoints is not None
+        self.checkpoints.save(_state(self.counters, self.learner, self.replay, self.best))
+
+    def saving_on_failure(self) -> AbstractContextManager[None]:
+        """Save what was learned where an environment fails inside; a resumed run begins with the episodes after it."""
+        return saved_on_failure(self._save_unfinished if self.checkpoints else None)
+
+    def _save_unfinished(self) -> None:
+        self.collector.truncate_episodes(self.replay, self.counters)
+        self._save()
+
+    def collect(self) -> None:
+        """Act for an iteration."""
+        with self.saving_on_failure():
+            if not self.collector.acting:
+                self.collector.begin(self.counters)
+            self.collector.collect(self.learner, self.replay, self.counters)
+
+    def learn(self) -> dict[str, float]:
+        """The gradient steps of an iteration, once there is something to learn from; returns the last metrics."""
+        learner, replay, counters, metrics = self.learner, self.replay, self.counters, dict[str, float]()
+        failures = counters.failures - counters.failures_learned
+        if counters.env_steps < learner.options.learning_starts or not learner.can_learn(replay, failures):
+            return metrics
+        learner.policy.network.train()
+        for _ in range(learner.begin_iteration(replay, env_steps=counters.env_steps, updates=counters.update)):
+            metrics |= learner.update(replay, counters.update)
+            counters.update += 1
+        counters.failures_learned = counters.failures
+        learner.policy.network.eval()
+        return metrics
+
+    def due(self, before: int) -> _Due:
+        """What comes after an iteration that began after ``before`` env steps."""
+        options, counters = self.learner.options, self.counters
+        done = counters.env_steps >= options.env_steps
+        validating = _due(counters, options.eval_every, before)
+        saving = done or _due(counters, options.checkpoint_every, counters.truncated_at)
+        truncating = done or ((validating or saving) and self.collector.may_truncate(counters))
+        return _Due(truncating, options.keep_best if done else validating, saving)
+
+    def save_if(self, due: _Due) -> None:
+        """Save, where episodes were truncated and it is time."""
+        if self.checkpoints is None or not due.truncate:
+            return
+        if self.learner.options.checkpoint_every if due.save else self.checkpoints.due_by_time():
+            self._save()
+
+    def validate(self, evaluate: Callable[[int], Mapping[str, float]], log: Log) -> None:
+        """Validate, and keep a copy if this is the best score so far.
+
+        That is the success rate, ties broken by return, or by fewer env steps where episodes end at success.
+        """
+        counters, metrics = self.counters, evaluate(self.counters.env_steps)
+        counters.validated(metrics)
+        log(metrics, counters.env_steps_played)
+        score = _score(metrics)
+        if counters.best_step < 0 or score > counters.best_score:
+            counters.best_step, counters.best_score = counters.env_steps, score
+            self.best.keep(self.learner.acting_parameters)
 
 
 def _score(metrics: Mapping[str, float]) -> list[float]:
     rates, returns = ([v for k, v in metrics.items() if k.endswith(ending)] for ending in SCORES)
     steps = metrics.get(VALIDATION_STEPS, 0.0)
     return [max(rates, default=0.0), max(returns, default=-steps)]
-
-
-def _learn(learner: Learner, replay: TrajectoryReplay, counters: OnlineCounters) -> dict[str, float]:
-    """The gradient steps of an iteration, once there is something to learn from; returns the last metrics."""
-    metrics: dict[str, float] = {}
-    failures = counters.failures - counters.failures_learned
-    if counters.env_steps < learner.options.learning_starts or not learner.can_learn(replay, failures):
-        return metrics
-    learner.policy.network.train()
-    for _ in range(learner.begin_iteration(replay, env_steps=counters.env_steps, updates=counters.update)):
-        metrics |= learner.update(replay, counters.update)
-        counters.update += 1
-    counters.failures_learned = counters.failures
-    learner.policy.network.eval()
-    return metrics
 
 
 def _due(counters: OnlineCounters, every: int, before: int) -> bool:
