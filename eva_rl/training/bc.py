@@ -171,37 +171,27 @@ def train_bc(  # noqa: PLR0913 - three values, what it reports to, and what othe
     """
     process_group, seed = process_group or ProcessGroup.current(), torch.initial_seed()
     run = _Run.begin(policy, options, checkpoints, extension, process_group)
-    counters = run.counters
+    counters, log = run.counters, log if process_group.is_main else _log_nothing
     if not counters.precision:
         draw = partial(sampler.sample, options.batch_size, counters.update, policy.device)
         decide = partial(choose_precision, options.precision, policy.network, draw)
         counters.precision = process_group.broadcast_object(decide)
-    step = _Step(compiled(policy.network, options.compile), run, options, process_group, seed)
+    step = _Step(policy, compiled(policy.network, options.compile), run, options, process_group, seed)
     saves = checkpoints if process_group.is_main and checkpoints and checkpoints.enabled else None
     while counters.update < options.updates:
         with interrupts_deferred() as interrupt:
-            began = time.perf_counter()
-            policy.network.train()
-            batch = sampler.sample(options.batch_size, counters.update, policy.device)
-            loss, norm = step.take(batch, counters.update)
-            counters.count(options.batch_size, time.perf_counter() - began)
+            norm = step.advance(sampler)
             if after and counters.update in after:
                 after[counters.update]()
-            run.loss_since_point.add_(torch.stack([loss, torch.ones_like(loss)]))
             last = counters.update == options.updates
             due = counters.update in eval_at or (eval_every > 0 and counters.update % eval_every == 0)
-            evaluating = evaluate is not None and due and not last
-            if process_group.is_main and (counters.update % options.log_every == 0 or last or counters.update == 1):
+            validating = evaluate is not None and due and not last
+            if counters.update % options.log_every == 0 or last or counters.update == 1:
                 log(_metrics(run, norm), counters.update)
-            if saves and interrupt.requested and not evaluating:  # else the resumed run would miss this evaluation
+            if saves and interrupt.requested and not validating:  # else the resumed run would miss this validation
                 saves.save(run.state())
-        if evaluate is not None and evaluating:
-            policy.network.eval()
-            with run.average.applied() if run.average else nullcontext():
-                metrics = evaluate(counters.update)
-            counters.validation_steps += int(metrics.get(VALIDATION_STEPS, 0))
-            if process_group.is_main:
-                log(metrics, counters.update)
+        if evaluate is not None and validating:
+            log(run.validated(policy, evaluate), counters.update)
         if saves and saves.due(counters.update, last):
             saves.save(run.state())
     policy.network.eval()
@@ -209,6 +199,10 @@ def train_bc(  # noqa: PLR0913 - three values, what it reports to, and what othe
         run.average.take()
     run.optimizer.zero_grad(set_to_none=True)  # what follows would record the last gradient as one of its own
     return counters
+
+
+def _log_nothing(metrics: Mapping[str, float], step: int) -> None:
+    """What the processes do that are not the main one."""
 
 
 @dataclass(frozen=True)
@@ -256,6 +250,16 @@ class _Run:
         process_group.broadcast_parameters(policy.network)
         return run
 
+    def validated(
+        self, policy: DecisionTransformerPolicy, evaluate: Callable[[int], Mapping[str, float]]
+    ) -> Mapping[str, float]:
+        """Metrics of the policy, with averaged parameters where there are some."""
+        policy.network.eval()
+        with self.average.applied() if self.average else nullcontext():
+            metrics = evaluate(self.counters.update)
+        self.counters.validation_steps += int(metrics.get(VALIDATION_STEPS, 0))
+        return metrics
+
     def state(self) -> TrainState:
         """Everything that a resumed run needs."""
         names = {id(p): name for name, p in self.parameters.items()}
@@ -288,11 +292,22 @@ class _Run:
 class _Step:
     """One gradient step, of all processes together."""
 
+    policy: DecisionTransformerPolicy
     network: Callable[..., Any]
     run: _Run
     options: BCOptions
     process_group: ProcessGroup
     seed: int
+
+    def advance(self, sampler: Sampler) -> Tensor:
+        """Draw windows, take the step and count it; returns the norm of the gradient before clipping."""
+        run, began = self.run, time.perf_counter()
+        self.policy.network.train()
+        batch = sampler.sample(self.options.batch_size, run.counters.update, self.policy.device)
+        loss, norm = self.take(batch, run.counters.update)
+        run.counters.count(self.options.batch_size, time.perf_counter() - began)
+        run.loss_since_point.add_(torch.stack([loss, torch.ones_like(loss)]))
+        return norm
 
     def take(self, batch: WindowBatch, update: int) -> tuple[Tensor, Tensor]:
         """Change the parameters by this process's windows and everyone else's.
