@@ -29,7 +29,7 @@ from eva_rl.distributed import ProcessGroup
 from eva_rl.eva import EvaResult
 from eva_rl.finetune import command  # noqa: F401 - registers its config
 from eva_rl.finetune.adapter import attach
-from eva_rl.finetune.session import set_target_return
+from eva_rl.finetune.session import choose_target_return
 from eva_rl.rollouts.evaluation import evaluate_policy, shared_envs
 from eva_rl.rollouts.experts import collect_expert
 from eva_rl.seeding import MAX_SEED
@@ -127,7 +127,7 @@ class TaskRuns:
         """The policy before training, with the target return of the demonstrations."""
         policy = load_policy(self.setting.policy, self.setting.device)
         config = self.config("lora")
-        set_target_return(policy, config, self.data, config.env.id)
+        choose_target_return(policy, config, self.data, config.env.id)
         return policy
 
     @cached_property

@@ -230,7 +230,8 @@ def describe_demonstrations(data: Trajectories, policy: DecisionTransformerPolic
             "?horizon=%d behind a d4rl: source, tell them apart; for a longer task: env.horizon=%d.",
             data.source, longest, spec.env_id, spec.horizon, spec.horizon, longest,
         )  # fmt: skip
-    if not low - (high - low) <= target <= high + (high - low) and data.num_episodes > 1:
+    room = max(high - low, abs(low), abs(high))
+    if not low - room <= target <= high + room:
         log.warning(
             "The target return %.4g lies far from what the demonstrations return: policy.target_return=%.4g asks for "
             "the best of them.", target, high,
