@@ -290,10 +290,9 @@ class TrajectoryReplay:
         later = np.arange(n)
         between = np.where(later < steps[:, None], rows[:, None] + later, rows[:, None])
         weights = np.where(later < steps[:, None], discount**later, 0.0)
-        over, powers = self._table["terminated"][episodes] & (rows + steps == end), discount**steps
-        returns = (self.rewards[between] * weights).sum(1) + powers * (
-            over & self._table["solved"][episodes]
-        ) * solved_value
+        solved, powers = self._table["solved"][episodes], discount**steps
+        over = self._table["terminated"][episodes] & (rows + steps == end)
+        returns = (self.rewards[between] * weights).sum(1) + powers * (over & solved) * solved_value
         return NStepBatch(
             observations=scaling.observations(torch.from_numpy(self.observations[rows])),
             actions=scaling.actions(torch.from_numpy(self.actions[rows])),
@@ -302,7 +301,7 @@ class TrajectoryReplay:
             discounts=torch.from_numpy((powers * ~over).astype(np.float32)),
             next_observations=scaling.observations(torch.from_numpy(self.observations[rows + steps])),
             next_extras=self._extras_of(rows + steps),
-            solved=torch.from_numpy(self._table["solved"][episodes]),
+            solved=torch.from_numpy(solved),
         )
 
     def _extras_of(self, rows: NDArray[np.int64]) -> dict[str, Tensor]:
