@@ -77,7 +77,7 @@ def learn_residual(
     windows = LabelledWindows(learner.acting, task.env_id, learner.context_length, seed, share)
     windows.add(replay.episodes())
     windows.add(learner.demonstrations.episodes())
-    task = replace(task, first_episode=counters.next_seed)
+    task = replace(task, first_seed=counters.next_seed)
     try:
         updates = distill(session, adapter, algo.distill, (windows, task), logged_after(tracker.log, counters))
     except EnvironmentFailedError as error:
@@ -123,7 +123,7 @@ def distill(
         if number:
             episodes, next_seed = roll_out(session.policy, task, options.env_steps)
             windows.add(episodes, of_clone=True)
-            task = replace(task, first_episode=next_seed)
+            task = replace(task, first_seed=next_seed)
         with prefetching(windows, session.policy.device) as ahead:
             counters = train_bc(
                 session.policy,

@@ -32,7 +32,7 @@ class TaskEnvs:
         vec_env: n environments whose episodes are numbered (:func:`eva_rl.envs.make_vec_env`).
         env_id: Their task.
         reports_success: Whether they report success.
-        first_episode: Seed of the first episode.
+        first_seed: Seed of the first episode.
         horizon: Env steps of an episode at most; 0 where that is not known.
         played_before: Env steps that were played before the first one here, for any purpose.
     """
@@ -40,7 +40,7 @@ class TaskEnvs:
     vec_env: VecEnv
     env_id: str
     reports_success: bool
-    first_episode: int = 0
+    first_seed: int = 0
     horizon: int = 0
     played_before: int = 0
 
@@ -88,7 +88,7 @@ class OnlineCounters:
     @classmethod
     def of(cls, task: TaskEnvs) -> OnlineCounters:
         """Those of a run that begins."""
-        return cls(next_seed=task.first_episode, validation_steps=task.played_before)
+        return cls(next_seed=task.first_seed, validation_steps=task.played_before)
 
     def finished(self, episode: Episode) -> None:
         """Count an episode."""

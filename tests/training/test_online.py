@@ -91,7 +91,7 @@ def run(
     """Hopper, whose episodes differ in length, from the last checkpoint; stopped inside an iteration if asked to."""
     algorithm, record = make(), []
     replay = replay_of(algorithm)
-    task = TaskEnvs(envs.make_vec_env("mujoco/hopper", 3, horizon=15), "Hopper-v5", False, first_episode=500)
+    task = TaskEnvs(envs.make_vec_env("mujoco/hopper", 3, horizon=15), "Hopper-v5", False, first_seed=500)
     checkpoints = Checkpoints(folder) if folder else None
 
     def log(metrics: Mapping[str, float], step: int) -> None:
@@ -262,7 +262,7 @@ def test_no_episode_is_played_twice() -> None:
     from tests.envs.numbered import NumberedEpisodes
 
     makers = [lambda i=i: Watched(NumberedEpisodes(Bandit(), i, 3)) for i in range(3)]
-    task = TaskEnvs(DummyVecEnv(makers), "problem", False, first_episode=100)
+    task = TaskEnvs(DummyVecEnv(makers), "problem", False, first_seed=100)
     learner = bandit(env_steps=60, steps_per_iteration=15, updates_per_iteration=1, eval_every=15)
     train_online(learner, TrajectoryReplay(500, 2, 1), task, log=lambda *_: None)
     assert len(seeds) == len(set(seeds)) > 60

@@ -93,7 +93,7 @@ class Wandering(Reach):
 
 def make_task(kind: type[Reach] = Reach, n: int = 6, first: int = 100) -> TaskEnvs:
     vec_env = TaskVecEnv([kind] * n, ["reach"] * n, BOX, range(first, first + n), n)
-    return TaskEnvs(vec_env, "reach", kind.reports, first_episode=first)
+    return TaskEnvs(vec_env, "reach", kind.reports, first_seed=first)
 
 
 def envs_of(task: TaskEnvs) -> list[Reach]:
@@ -116,7 +116,7 @@ def collect(
     chosen: SelfImitationOptions, task: TaskEnvs
 ) -> tuple[DecisionTransformerPolicy, TrajectoryReplay, OnlineCounters]:
     policy, replay = make_learner(), TrajectoryReplay(2000, 2, 1)
-    counters = OnlineCounters(next_seed=task.first_episode)
+    counters = OnlineCounters(next_seed=task.first_seed)
     learner = SelfImitation(policy, chosen, seed=3)
     RetryingCollector(policy, task, chosen).collect(learner, replay, counters)
     return policy, replay, counters

@@ -129,7 +129,7 @@ def roll_out(policy: DecisionTransformerPolicy, task: TaskEnvs, env_steps: int) 
         The episodes, and the seed of the first one after them.
     """
     vec_env, n = task.vec_env, task.vec_env.num_envs
-    vec_env.seed(task.first_episode)
+    vec_env.seed(task.first_seed)
     policy.reset([task.env_id] * n)
     observations = np.asarray(vec_env.reset(), np.float32)
     rewards, starts = np.zeros(n, np.float32), np.ones(n, bool)
@@ -140,4 +140,4 @@ def roll_out(policy: DecisionTransformerPolicy, task: TaskEnvs, env_steps: int) 
         observations = np.asarray(stepped, np.float32)
         episodes += [e for _, e in recorder.step(actions, observations, rewards, starts, infos)]
         ended += starts
-    return [*episodes, *recorder.unfinished()], task.first_episode + n * (1 + int(ended.max()))
+    return [*episodes, *recorder.unfinished()], task.first_seed + n * (1 + int(ended.max()))
