@@ -49,16 +49,16 @@ def find_policy(name_or_path: str) -> Path:
                 return folder
         if path.is_file():
             return path
-        if (path / "config.yaml").is_file():
-            raise UserError(
-                f"{path} is a run that has not ended: it holds no policy yet. Continue it with run_dir={path}, then "
-                "name it again."
-            )
     shipped = shipped_policies()
     if name_or_path in shipped:
         return shipped[name_or_path]
     if HUB_ID.fullmatch(name_or_path) and not path.parent.exists():
         return download(name_or_path)
+    if (path / "config.yaml").is_file() and (path / "versions.json").is_file():
+        raise UserError(
+            f"{path} is a run that has not ended: it holds no policy yet. Continue it with run_dir={path}, then name "
+            "it again."
+        )
     raise UnknownNameError(
         "policy",
         name_or_path,

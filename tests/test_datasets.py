@@ -178,6 +178,7 @@ def test_converting_imports_no_module_that_the_file_names(tmp_path: Path) -> Non
         ("minari:rev/reach", "expected an id such as minari:mine/push-v0"),
         ("minari:my robot/reach-v0", "expected an id"),
         ("minari:/abs/x-v0", "expected an id"),
+        ("minari:m/push-v0", "expected an id"),
         ("d4rl:conv/y.hdf5", "d4rl: names how data are read. Type out=FILE.h5"),
         ("trajectories:z.h5", "trajectories: names how data are read"),
     ],

@@ -135,7 +135,7 @@ def attach_adapter(  # noqa: PLR0913 - PEFT's names for what a user may set
 
 def _of_result(options: EvaOptions, rank: int | None, alpha: float | None) -> tuple[int, float]:
     """Rank and alpha that EVA was computed with, which must not be contradicted."""
-    own = {"rank": options.rank, "alpha": options.lora_alpha(options.rank)}
+    own = {"rank": options.rank, "alpha": float(options.rank) if options.alpha is None else options.alpha}
     for name, given in {"rank": rank, "alpha": alpha}.items():
         if given is not None and given != own[name]:
             raise UserError(

@@ -98,7 +98,7 @@ def _join(prefix: str, name: str) -> str:
 
 
 def as_typed(value: Any) -> str:
-    """A value as it is typed on the command line."""
+    """A default as help shows it; :func:`eva_rl.cli.values.as_word` is for values that are read again."""
     if isinstance(value, list | tuple):
         return "[" + ",".join(map(str, value)) + "]"
     if isinstance(value, dict):

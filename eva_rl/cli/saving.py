@@ -18,7 +18,7 @@ from eva_rl.files import check_new, expanded
 
 FILE_SUFFIXES = {".h5", ".hdf5"}
 MINARI = "minari:"
-MINARI_ID = re.compile(r"([\w-]+/)*[\w-]+-v\d+", re.ASCII)
+MINARI_ID = re.compile(r"([\w-][\w/-]*[\w-]/)?[\w-]+-v\d+", re.ASCII)
 
 
 def check_output(out: str) -> None:

@@ -336,7 +336,9 @@ def _feed(accumulator: Accumulator, given: _Input, turn: int) -> None:
 
 def _halves(x: Tensor, turn: int, time_first: bool) -> list[tuple[int, slice | Tensor]]:
     """Cut the rows of an activation between samples; a lone sample goes to the halves by turns."""
-    if time_first and x.shape[1] > 1:
+    if time_first:
+        if x.shape[1] == 1:
+            return [(turn % 2, slice(0, len(x)))]
         first = torch.arange(x.shape[1], device=x.device).repeat(len(x)) < (x.shape[1] + turn % 2) // 2
         return [(0, first), (1, ~first)]
     if x.is_nested:

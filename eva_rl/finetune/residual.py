@@ -11,7 +11,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from eva_rl.adapters import AttachedAdapter
 from eva_rl.cli.console import training_progress
-from eva_rl.configs.algorithms import OnlineAlgo, ResidualAlgo
+from eva_rl.configs.algorithms import ResidualAlgo
 from eva_rl.data.samplers import prefetching
 from eva_rl.errors import EnvironmentFailedError
 from eva_rl.finetune.session import Session
@@ -23,7 +23,7 @@ from eva_rl.training.collector import OnlineCounters, TaskEnvs
 from eva_rl.training.failures import warn_untrained
 from eva_rl.training.losses import clone_loss
 from eva_rl.training.online import train_online
-from eva_rl.training.options import DistillOptions, ResidualOptions
+from eva_rl.training.options import ResidualOptions
 from eva_rl.training.residual.actor import frozen_copy
 from eva_rl.training.residual.distillation import LabelledWindows, roll_out
 from eva_rl.training.residual.learner import ResidualLearner
@@ -60,7 +60,7 @@ def learn_residual(
     task = session.online_task(vec_env)
     learner = make_learner(session, algo)
     replay = learner.new_replay(algo.replay_size, session.run_dir / "replay" if algo.replay_on_disk else None)
-    with training_progress(algo.env_steps, "env steps") as bar:
+    with training_progress(algo.residual_env_steps, "env steps") as bar:
         counters = train_online(
             learner,
             replay,
@@ -79,7 +79,7 @@ def learn_residual(
     windows.add(learner.demonstrations.episodes())
     task = replace(task, first_seed=counters.next_seed)
     try:
-        updates = distill(session, adapter, algo.distill, (windows, task), logged_after(tracker.log, counters))
+        updates = distill(session, adapter, algo, (windows, task), logged_after(tracker.log, counters))
     except EnvironmentFailedError as error:
         if not algo.checkpoint_every:
             raise
@@ -112,13 +112,12 @@ def make_learner(session: Session, algo: ResidualAlgo) -> ResidualLearner:
 def distill(
     session: Session,
     adapter: AttachedAdapter,
-    options: DistillOptions,
+    algo: ResidualAlgo,
     material: tuple[LabelledWindows, TaskEnvs],
     log: Log,
 ) -> int:
     """Clone the residual policy, then again in rounds with env steps of the clone; returns the gradient steps."""
-    (windows, task), updates, algo = material, 0, session.config.algo
-    cloned = algo.bc.updates if isinstance(algo, OnlineAlgo) else 0
+    (windows, task), updates, options = material, 0, algo.distill
     for number in range(1 + options.rounds):
         if number:
             episodes, next_seed = roll_out(session.policy, task, options.env_steps)
@@ -131,7 +130,7 @@ def distill(
                 options,
                 log=lambda *_: None,
                 checkpoints=Checkpoints(session.checkpoint_dir / f"distill_{number}", session.config.checkpoint.every),
-                extension=adapter.extension and Continued(adapter.extension, cloned + updates),
+                extension=adapter.extension and Continued(adapter.extension, algo.bc.updates + updates),
             )
         updates += counters.update
         if number:

@@ -254,7 +254,7 @@ def _row(line: str) -> Row | None:
 def episodes_by_seed(record: Mapping[str, Any], task: str) -> dict[int, Row]:
     """Held-out episodes of ``evaluation.json`` after training, by the seed of the episode: success and return.
 
-    An episode that was ended at its first success has no return. Of episodes that are all alike there is the first.
+    An episode that was ended at its first success has no return. None are returned that are all alike.
 
     Raises:
         ValueError: There are none of this task.
@@ -266,7 +266,7 @@ def episodes_by_seed(record: Mapping[str, Any], task: str) -> dict[int, Row]:
     found = {e["episode_seed"]: _outcome(e) for e in own if isinstance(e.get("episode_seed"), int) and _is_sound(e)}
     if not found or len(found) < len(episodes):
         raise ValueError(f"{len(found)} of {len(episodes)} episodes are sound")
-    return dict([next(iter(found.items()))]) if record["after"].get("alike") else found
+    return {} if record["after"].get("alike") else found
 
 
 def _is_sound(episode: Mapping[str, Any]) -> bool:

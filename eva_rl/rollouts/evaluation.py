@@ -75,7 +75,7 @@ class EvaluationResult:
             return ""
         return (
             f"All {len(self.episodes)} episodes of {self.env_id} began with the same observation and ended alike: they "
-            "count as one. Either env.goal is fixed, or the environment does not use reset(seed=...)."
+            "count as one. Is env.goal fixed, or does the environment not use reset(seed=...)?"
         )
 
     def success_interval(self) -> tuple[float, float]:

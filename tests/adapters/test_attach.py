@@ -214,6 +214,9 @@ def test_sizes_that_contradict_evas_result_are_refused(
     with pytest.raises(UserError, match=said):
         attach_adapter(policy, "eva", eva=found, **other)
     attach_adapter(policy, "eva", eva=found, rank=4, alpha=4.0)
+    policy = make_policy()
+    odd = measure(policy, reach_demonstrations, rank=6, alpha=0.1)  # 0.1 * 6 / 6 is not 0.1
+    attach_adapter(policy, "eva", eva=odd, rank=6, alpha=0.1)
 
 
 def test_unknown_targets_are_an_error_with_the_names_that_exist() -> None:

@@ -139,6 +139,9 @@ def test_an_environment_of_other_dimensions_is_refused() -> None:
 
 def test_a_run_that_has_not_ended_is_told_from_an_unknown_policy(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").touch()
+    with pytest.raises(UserError, match="Unknown policy"):
+        load_base_policy(tmp_path)
+    (tmp_path / "versions.json").touch()
     with pytest.raises(UserError, match=r"is a run that has not ended.*Continue it with run_dir="):
         load_base_policy(tmp_path)
 

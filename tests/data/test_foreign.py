@@ -291,11 +291,15 @@ def test_none_in_a_dict_is_an_array_that_is_not_there(missing: str) -> None:
     assert (found.successes is None) == (expected.successes is None)
 
 
-def test_flags_that_stay_true_are_told(caplog: pytest.LogCaptureFixture) -> None:
+def test_flags_that_stay_true_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Each row after the first was an episode of its own, without a word."""
     stays = np.arange(12) >= 8
     assert load_dataset(table(terminals=stays, timeouts=None)).lengths.tolist() == [9, 1, 1, 1]
     assert "arrays: 3 episodes of one env step, each right after an end: a flag stays true there" in caplog.text
+    caplog.clear()
+    path = write_h5(tmp_path / "mine.hdf5", table(terminals=np.zeros(12), timeouts=stays))
+    assert load_dataset(f"d4rl:{path}").lengths.tolist() == [9, 1, 1, 1]
+    assert "3 episodes of one env step, each right after an end" in caplog.text
     caplog.clear()
     load_dataset(table(terminals=np.ones(12), timeouts=None))
     assert caplog.text == "", "env steps that are episodes"
@@ -455,6 +459,8 @@ def test_success_in_infos_is_read(tmp_path: Path, form: str, name: str) -> None:
     found = load_dataset(source).successes
     assert found is not None
     assert found.tolist() == [False, False, True, True]
+    for nothing in ([{name: None}] * 4, {name: np.full(4, np.nan)}, {name: "no"}, {name: None}, [{}] * 4):
+        assert load_dataset([arrays | {"infos": nothing}]).successes is None
 
 
 def test_a_damaged_episode_of_a_table_can_be_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

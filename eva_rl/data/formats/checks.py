@@ -43,6 +43,7 @@ BOUND_TOLERANCE = 1e-3
 IN_MEMORY = "arrays"
 """What data are called that come from no file."""
 AS_WIDE = ", as wide as the first episode's"
+"""In messages of episodes that are unlike the first one."""
 LISTED = 12
 """Names that a message lists at most."""
 
@@ -218,7 +219,7 @@ class Source:
     @property
     def _how_to_clip(self) -> str:
         if self.path == IN_MEMORY:
-            return "Move such actions to the bound with np.clip, or leave out action_bounds to keep them."
+            return "Move such actions to the bound with np.clip."
         return "Add ?actions=clip to the source to move such actions to the bound, or ?actions=keep to keep them."
 
     def missing(self, key: str, expected: str, held: Collection[str]) -> UserError:

@@ -11,7 +11,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from eva_rl.data.formats.checks import ActionBounds, Source
+from eva_rl.data.formats.checks import ActionBounds, Source, warn_of_repeated_ends
 from eva_rl.data.formats.d4rl_names import Conventions
 from eva_rl.data.formats.hdf5 import HdfFile
 from eva_rl.data.trajectories import Flags, Floats, Trajectories
@@ -92,7 +92,7 @@ def read_d4rl(
         if not any(len(ends) for _, ends, _, _ in episodes):
             episodes = [_one_episode(table, rules) for table in tables]
         for table, (begins, ends, terminations, truncations) in zip(tables, episodes, strict=True):
-            _report_left_out(table, int((ends - begins).sum()))
+            _report_left_out(table, int((ends - begins).sum()), rules)
             for first, last in _parts(begins, ends):
                 part = slice(first, last)
                 yield _read_part(
@@ -146,6 +146,8 @@ def _episodes(table: _Table, rules: Conventions) -> tuple[Rows, Rows, Flags, Fla
             table.file.source(table.group),
             counted(repeated, "episode"),
         )
+    elif not rules.goal_ends:
+        warn_of_repeated_ends(table.file.source(table.group), terminals | timeouts)
     ends = timeouts if rules.goal_ends else terminals | timeouts
     stops: Rows = np.flatnonzero(ends).astype(np.int64) + 1
     starts = np.concatenate([np.zeros(1, np.int64), stops])
@@ -203,10 +205,10 @@ def _cut_at_goals(starts: Rows, stops: Rows, terminals: Flags) -> tuple[Rows, Ro
     return starts[kept], cut[kept]
 
 
-def _report_left_out(table: _Table, kept: int) -> None:
+def _report_left_out(table: _Table, kept: int, rules: Conventions) -> None:
     if kept < table.rows:
         log.log(
-            logging.INFO if kept >= 0.9 * table.rows else logging.WARNING,
+            logging.INFO if rules.goal_ends or kept >= 0.9 * table.rows else logging.WARNING,
             "%s: %d of %d rows belong to an unfinished last episode or follow a goal, and are left out.",
             table.file.source(table.group),
             table.rows - kept,

@@ -212,11 +212,20 @@ def _known_arrays(source: Source, content: Mapping[Any, Any]) -> Arrays:
 def _success_in(infos: Any) -> Any:
     """What Gymnasium's infos, a dict of arrays or one dict an env step, tell of success; None where they do not."""
     for name in SUCCESS:
-        if isinstance(infos, Mapping) and infos.get(name) is not None:
-            return infos[name]
-        if isinstance(infos, Sequence) and any(isinstance(info, Mapping) and name in info for info in infos):
-            return [info.get(name, False) for info in infos]
+        told = None
+        if isinstance(infos, Mapping):
+            told = infos.get(name)
+        elif isinstance(infos, Sequence) and all(isinstance(info, Mapping) for info in infos):
+            told = [info.get(name) for info in infos]
+        if told is not None and _tells(told):
+            return told
     return None
+
+
+def _tells(success: Any) -> bool:
+    """Whether these are numbers: None and NaN tell nothing."""
+    values = np.asarray(success)
+    return values.dtype.kind in "biuf" and not np.isnan(values).any()
 
 
 def split(source: Source, arrays: Arrays) -> Iterator[tuple[Source, Read]]:
@@ -284,5 +293,8 @@ def _read_hdf5(file: Path) -> Arrays:
     with HdfFile(file) as root:
         standard_names(root.source(), dict.fromkeys(root.names(), np.zeros(0)))
         found = {name: root.read(name) for name in root.names() if name in KNOWN}
-        told = [name for name in SUCCESS if name in root.names("infos")]
-        return found if found.keys() & SUCCESS or not told else found | {"success": root.read(f"infos/{told[0]}")}
+        infos = (
+            {} if found.keys() & SUCCESS else {n: root.read(f"infos/{n}") for n in root.names("infos") if n in SUCCESS}
+        )
+        told = _success_in(infos)
+        return found if told is None else found | {"success": told}

@@ -68,7 +68,7 @@ def after_end(policy: DecisionTransformerPolicy, episode: Episode, asked: float)
     """What the policy computes and would propose in the observation after a truncated episode.
 
     Args:
-        policy: One full window; its histories stay as they are.
+        policy: Runs once, on the last window of the episode; its histories stay as they are.
         episode: T env steps.
         asked: Return that the policy was asked for at the start.
 
