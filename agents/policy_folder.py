@@ -42,19 +42,20 @@ def find_policy(name_or_path: str) -> Path:
         UnknownNameError: None of them.
         UserError: The hub id could not be fetched.
     """
-    path = expanded(name_or_path)
+    path, begun = expanded(name_or_path), False
     with suppress(OSError):  # too long a name is no path
         for folder in (path, path / "policy"):
             if (folder / POLICY_FILE).is_file() or (folder / CONFIG_FILE).is_file():
                 return folder
         if path.is_file():
             return path
+        begun = (path / "config.yaml").is_file() and (path / "versions.json").is_file()
     shipped = shipped_policies()
     if name_or_path in shipped:
         return shipped[name_or_path]
     if HUB_ID.fullmatch(name_or_path) and not path.parent.exists():
         return download(name_or_path)
-    if (path / "config.yaml").is_file() and (path / "versions.json").is_file():
+    if begun:
         raise UserError(
             f"{path} is a run that has not ended: it holds no policy yet. Continue it with run_dir={path}, then name "
             "it again."
