@@ -39,8 +39,9 @@ def record(config: Any, monkeypatch: pytest.MonkeyPatch) -> set[str]:
 
     def get(instance: Any, name: str) -> Any:
         caller = sys._getframe(1)
-        if id(instance) in names and not any(part in caller.f_code.co_filename for part in NOT_READING):
-            read.add(names[id(instance)] + name)
+        prefix = "" if type(instance) is type(config) else names.get(id(instance))  # a command may change a copy
+        if prefix is not None and not any(part in caller.f_code.co_filename for part in NOT_READING):
+            read.add(prefix + name)
         return object.__getattribute__(instance, name)
 
     for kind in {type(group) for _, group in groups(config)}:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -59,7 +60,12 @@ def test_every_key_that_takes_a_path(name: str, tmp_path: Path, capsys: pytest.C
         f"found {name}.json",
     }
     said = capsys.readouterr().err
-    for shown in (f"{run}/policy", f"{run}/tb", f"{folder}/exported {name}", f"{folder}/pretrained {name}/policy"):
+    for shown in (
+        f"{run}/policy",
+        shlex.quote(f"{run}/tb"),
+        f"{folder}/exported {name}",
+        f"{folder}/pretrained {name}/policy",
+    ):
         assert shown in said
     assert f"Report: {folder}/report {name}/" in said
 
