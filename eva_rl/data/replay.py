@@ -41,8 +41,8 @@ class TrajectoryReplay:
         folder: Where the arrays lie, mapped into memory; None keeps them in memory.
         discount: gamma, of the discounted returns that critics begin with.
         extras: Widths of what else is kept of each env step, by name; episodes bring it with them.
-        at_end: Called with a truncated episode and the return it was asked for; gives what else is kept of the
-            observation after its end, (width,) by name. None keeps zeros.
+        at_end: Called with the replay and the rows of a truncated episode's first and last observation; gives what else
+            is kept of the last one, (width,) by name. None keeps zeros.
 
     Raises:
         UserError: The folder cannot be written.
@@ -57,7 +57,7 @@ class TrajectoryReplay:
         *,
         discount: float = 0.99,
         extras: Mapping[str, int] | None = None,
-        at_end: Callable[[Episode, float], Mapping[str, NDArray[np.float32]]] | None = None,
+        at_end: Callable[[TrajectoryReplay, int, int], Mapping[str, NDArray[np.float32]]] | None = None,
     ) -> None:
         self.capacity, self._discount, self._at_end = capacity, discount, at_end
         shapes = {"observations": (observation_dim,), "actions": (action_dim,)}
@@ -157,7 +157,7 @@ class TrajectoryReplay:
         for name, rows_of in self.extras.items():
             rows_of[rows], rows_of[last] = episode.extras[name], 0
         if self._at_end is not None and not episode.terminations[-1]:
-            for name, row in self._at_end(episode, asked).items():
+            for name, row in self._at_end(self, begin, last).items():
                 self.extras[name][last] = row
         solved = episode.successes is not None and bool(episode.successes.any())
         known = (length, bool(episode.terminations[-1]), complete, begin, solved, demonstrated, retried)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from eva_rl.agents.policy import DecisionTransformerPolicy, frozen
-from eva_rl.data.trajectories import Episode
+from eva_rl.data.replay import TrajectoryReplay
+from eva_rl.data.trajectories import Episode, Floats
 from eva_rl.data.windows import gather_windows
 
 FEATURES, PROPOSALS, TARGETS = "features", "proposals", "targets"
@@ -64,41 +64,24 @@ def _played(policy: DecisionTransformerPolicy, env_id: str, episodes: Sequence[E
     ]
 
 
-def after_end(policy: DecisionTransformerPolicy, episode: Episode, asked: float) -> dict[str, NDArray[np.float32]]:
+def after_end(policy: DecisionTransformerPolicy, replay: TrajectoryReplay, start: int, end: int) -> dict[str, Floats]:
     """What the policy computes and would propose in the observation after a truncated episode.
 
     Args:
         policy: Runs once, on the last window of the episode; its histories stay as they are.
-        episode: T env steps.
-        asked: Return that the policy was asked for at the start.
+        replay: Holds the episode and the return that it was asked for.
+        start: Row of the first observation.
+        end: Row of the last one.
 
     Returns:
         Hidden state (D,) and scaled action (act,), by name.
     """
-    obtained = np.concatenate([[0.0], np.cumsum(episode.rewards, dtype=np.float64)])
-    columns = _Columns(
-        episode.observations,
-        np.concatenate([episode.actions, np.zeros_like(episode.actions[:1])]),
-        np.append(episode.rewards, np.float32(0)),
-        (asked - obtained).astype(np.float32),
-    )
-    end, context_length = np.array([len(episode.rewards)]), policy.network.config.context_length
-    window = gather_windows(columns, end, np.zeros_like(end), context_length, policy.scaling.to("cpu"))
+    rows, context_length = (np.array([end]), np.array([start])), policy.network.config.context_length
+    window = gather_windows(replay, *rows, context_length, policy.scaling.to("cpu"), replay.asked)
     with frozen(policy.network):
         hidden = policy.network.features(window.to(policy.device), last_only=True)[:, -1]
         proposal = policy.network.actions(hidden).clamp(-1, 1)
     return {FEATURES: hidden[0].cpu().numpy(), PROPOSALS: proposal[0].cpu().numpy()}
-
-
-@dataclass(frozen=True)
-class _Columns:
-    """An episode's T + 1 observations with T actions and rewards, and zeros where there are no more."""
-
-    observations: NDArray[np.float32]
-    actions: NDArray[np.float32]
-    rewards: NDArray[np.float32]
-    returns_to_go: NDArray[np.float32]
-    target_actions: None = None
 
 
 def _padded(arrays: Sequence[np.ndarray], steps: int) -> np.ndarray:
