@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +9,7 @@ import numpy as np
 
 from eva_rl.data import Trajectories, save_minari, write_episodes, write_store
 from eva_rl.data.formats.checks import ActionBounds
-from eva_rl.data.formats.minari import minari_root
+from eva_rl.data.formats.minari import is_minari_id, minari_root
 from eva_rl.envs import env_spec, reference_scores
 from eva_rl.envs.registry import is_known
 from eva_rl.errors import UserError
@@ -18,7 +17,6 @@ from eva_rl.files import check_new, expanded
 
 FILE_SUFFIXES = {".h5", ".hdf5"}
 MINARI = "minari:"
-MINARI_ID = re.compile(r"([\w-][\w/-]*[\w-]/)?[\w-]+-v\d+", re.ASCII)
 
 
 def check_output(out: str) -> None:
@@ -33,7 +31,7 @@ def check_output(out: str) -> None:
     if not out or out == MINARI:
         raise UserError("out= is missing: name a FILE.h5, a minari:NAMESPACE/NAME-v0, or a folder for a store.")
     in_minari = out.startswith(MINARI)
-    if in_minari and not MINARI_ID.fullmatch(out.removeprefix(MINARI)):
+    if in_minari and not is_minari_id(out.removeprefix(MINARI)):
         raise UserError(f"out={out}: expected an id such as minari:mine/push-v0, of letters, digits, _ and -.")
     if kind := next((kind for kind in ("d4rl:", "trajectories:") if out.startswith(kind)), ""):
         raise UserError(f"out={out}: {kind} names how data are read. Type out=FILE.h5, with a name of your own.")

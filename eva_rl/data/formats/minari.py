@@ -36,6 +36,17 @@ def minari_root() -> Path:
     return expanded(os.environ.get("MINARI_DATASETS_PATH") or "~/.minari/datasets")
 
 
+def is_minari_id(dataset_id: str) -> bool:
+    """Whether Minari takes this id, and it names a version."""
+    from minari.dataset.minari_dataset import parse_dataset_id
+
+    try:
+        parse_dataset_id(dataset_id)
+    except (ValueError, TypeError):  # the latter without a version
+        return False
+    return True
+
+
 def local_minari_sets() -> dict[str, dict[str, Any]]:
     """Metadata of each data set below :func:`minari_root`, by id; damaged ones are left out with a warning."""
     root, found = minari_root(), {}
@@ -175,6 +186,8 @@ def save_minari(
     import minari
     from minari.data_collector import EpisodeBuffer
 
+    if not is_minari_id(dataset_id):
+        raise UserError(f"minari:{dataset_id} could not be saved. Ids look like mine/push-v0.")
     folder = minari_root() / dataset_id
     if folder.exists():
         raise UserError(f"{folder} exists and is not overwritten. Name another id, for instance the next version.")
@@ -193,7 +206,7 @@ def save_minari(
                 **(defaults | about),
             )
             dataset.storage.update_metadata(_extra_metadata(trajectories, references))
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError) as error:
         shutil.rmtree(folder, ignore_errors=True)
         raise UserError(f"minari:{dataset_id} could not be saved: {error}. Ids look like mine/push-v0.") from error
     except BaseException:  # an interruption too leaves nothing behind
