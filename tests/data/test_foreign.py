@@ -512,3 +512,12 @@ def test_episodes_made_by_hand_are_checked(changes: dict[str, Any], message: str
     sound = random_trajectories((3,), dims=(2, 1)).episode(0)
     with pytest.raises(UserError, match=message):
         Trajectories.from_episodes([sound, replace(sound, **changes)])
+
+
+def test_what_data_say_of_success_is_not_looked_for_in_their_infos() -> None:
+    """They would be two names of one that differ."""
+    arrays = {"observations": np.zeros((5, 2)), "actions": np.zeros((4, 1)), "rewards": np.zeros(4)}
+    told = {"truncations": np.arange(4) == 3, "successes": np.arange(4) == 2, "infos": {"success": np.zeros(4)}}
+    found = load_dataset([arrays | told]).successes
+    assert found is not None
+    assert found.tolist() == [False, False, True, True]

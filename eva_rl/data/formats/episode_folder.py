@@ -24,7 +24,7 @@ from eva_rl.data.formats.checks import (
     reader_for,
     warn_of_repeated_ends,
 )
-from eva_rl.data.formats.episodes import KNOWN, Arrays, EpisodeChecker, ReadOptions, standard_names
+from eva_rl.data.formats.episodes import KNOWN, NAMES, Arrays, EpisodeChecker, ReadOptions, standard_names
 from eva_rl.data.formats.episodes import with_final_observation as with_final
 from eva_rl.data.formats.hdf5 import HdfFile
 from eva_rl.data.formats.pickles import read_pickle
@@ -194,7 +194,7 @@ def _known_arrays(source: Source, content: Mapping[Any, Any]) -> Arrays:
     """The arrays of a dict that have a usual name; all of them where one is missing, for the message."""
     content = {name: value for name, value in content.items() if value is not None}
     known = {name: content[name] for name in content if name in KNOWN}
-    if not known.keys() & SUCCESS and (told := _success_in(content.get("infos"))) is not None:
+    if not known.keys() & NAMES["successes"] and (told := _success_in(content.get("infos"))) is not None:
         known["success"] = told
     standard_names(source, dict.fromkeys(map(str, content), np.zeros(0)))
     arrays = {}
@@ -293,8 +293,7 @@ def _read_hdf5(file: Path) -> Arrays:
     with HdfFile(file) as root:
         standard_names(root.source(), dict.fromkeys(root.names(), np.zeros(0)))
         found = {name: root.read(name) for name in root.names() if name in KNOWN}
-        infos = (
-            {} if found.keys() & SUCCESS else {n: root.read(f"infos/{n}") for n in root.names("infos") if n in SUCCESS}
-        )
-        told = _success_in(infos)
+        if found.keys() & NAMES["successes"]:
+            return found
+        told = _success_in({name: root.read(f"infos/{name}") for name in root.names("infos") if name in SUCCESS})
         return found if told is None else found | {"success": told}
