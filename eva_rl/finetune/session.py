@@ -236,8 +236,20 @@ def open_session(config: FinetuneConfig) -> Session:
         held_out = _held_out(policy, config, spec.env_id, run_dir)
     vec_env = shared_envs(process_group, spec.env_id, config.eval.episodes, config.env.horizon)  # last: it has workers
     phases.end("data")
-    found = (config, spec, policy, named.path, run_dir, data, sampler, vec_env, process_group, phases, held_out)
-    return Session(*found, made_stochastic=made_stochastic)
+    return Session(
+        config,
+        spec,
+        policy,
+        named.path,
+        run_dir,
+        data,
+        sampler,
+        vec_env,
+        process_group,
+        phases,
+        held_out,
+        made_stochastic=made_stochastic,
+    )
 
 
 def _check_algorithm(policy: DecisionTransformerPolicy, config: FinetuneConfig) -> None:
