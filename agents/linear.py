@@ -2,7 +2,7 @@
 
 PyTorch computes float32 products on x86 processors with MKL, which uses AVX-512 on Intel's processors only. oneDNN,
 which PyTorch has for other kinds of layers, uses it wherever it is: on an AMD EPYC with AVX-512 it does 2.2 times as
-many operations a second (``benchmarks/products.py``). Both compute in float32; the order of their sums differs.
+many operations a second (``benchmarks/speed/products.py``). Both compute in float32; the order of their sums differs.
 """
 
 from __future__ import annotations

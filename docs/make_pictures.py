@@ -3,7 +3,7 @@
 ``film`` is docs/pictures/push-v3.gif, the README's moving picture, from ``--run`` or from a run like the README's first
 command, with smaller batches. Rendering needs EGL or Debian's libosmesa6. ``figures`` are those of docs/results, drawn
 from the records beside them. The metrics of mt40's pretraining are not committed: its figure, which
-benchmarks/mt40_report.py drew, only loses its white background.
+benchmarks/policies/report.py drew, only loses its white background.
 """
 
 from __future__ import annotations

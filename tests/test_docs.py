@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from benchmarks.online import cw10, mujoco
 from eva_rl.__main__ import COMMANDS, command_module, main
 from eva_rl.cli.parsing import parse
 from eva_rl.finetune import command as finetune
@@ -38,29 +39,22 @@ def test_every_key_is_up_to_date() -> None:
         ("sparse", "online-sparse.json", []),
     ],
 )
-def test_the_tables_of_cw10_come_from_their_records(
-    part: str, records: str, seeds: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    module, path = script(ROOT / "benchmarks/online_cw10.py"), DOCS / "results" / records
-    begin, end = module.around(part)
+def test_the_tables_of_cw10_come_from_their_records(part: str, records: str, seeds: list[int]) -> None:
+    path = DOCS / "results" / records
+    begin, end = cw10.around(part)
     found = (DOCS / "online_results.md").read_text().partition(begin)[2].partition(end)[0].strip()
-    again = f"run: python benchmarks/online_cw10.py table {path} --page docs/online_results.md --part '{part}'"
-    assert found == markdown_table(module.success_table(json.loads(path.read_text()), seeds)), (
-        f"{again} --seeds {seeds}"
-    )
+    again = f"run: python -m benchmarks.online.cw10 table {path} --page docs/online_results.md --part '{part}'"
+    assert found == markdown_table(cw10.success_table(json.loads(path.read_text()), seeds)), f"{again} --seeds {seeds}"
 
 
-def test_a_column_of_cw10_has_the_mean_of_the_tasks_that_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    module = script(ROOT / "benchmarks/online_cw10.py")
+def test_a_column_of_cw10_has_the_mean_of_the_tasks_that_it_has() -> None:
     own = [
         {"task": task, "algo": "self_imitation", "seed": seed, "before": 0.0, "cloned": 0.5, "after": after}
         for task, ends in (("push-v3", (0.8, 1.0)), ("hammer-v3", (0.7, 0.7)))
         for seed, after in enumerate(ends)
     ]
     sac = [{"task": "push-v3", "algo": "sac", "seed": 0, "after": 0.1}]
-    table = module.success_table([*own, *sac])
+    table = cw10.success_table([*own, *sac])
     assert table.columns == ("task", "before", "after cloning", "self_imitation, 2 seeds", "sac, 1 seed")
     assert table.rows == [
         ("hammer-v3", "0.00", "0.50", "0.70", "-"),
@@ -70,19 +64,18 @@ def test_a_column_of_cw10_has_the_mean_of_the_tasks_that_it_has(monkeypatch: pyt
     ]
 
 
-def test_the_table_of_mujoco_comes_from_its_records(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    module, path = script(ROOT / "benchmarks/online_mujoco.py"), DOCS / "results/online-mujoco.json"
-    begin, end = module.MARKS
+def test_the_table_of_mujoco_comes_from_its_records() -> None:
+    path = DOCS / "results/online-mujoco.json"
+    begin, end = mujoco.MARKS
     found = (DOCS / "online_results.md").read_text().partition(begin)[2].partition(end)[0].strip()
-    again = f"run: python benchmarks/online_mujoco.py table {path} --page docs/online_results.md"
-    assert found == markdown_table(module.score_table(json.loads(path.read_text()))), again
+    again = f"run: python -m benchmarks.online.mujoco table {path} --page docs/online_results.md"
+    assert found == markdown_table(mujoco.score_table(json.loads(path.read_text()))), again
 
 
 def test_the_shipped_policies_commands_are_those_of_the_scripts() -> None:
     expected = []
     for name in ("mt40", "mt40_small"):
-        lines = (ROOT / f"benchmarks/{name}.sh").read_text().replace("\\\n", "").splitlines()
+        lines = (ROOT / f"benchmarks/policies/{name}.sh").read_text().replace("\\\n", "").splitlines()
         command = next(line for line in lines if line.startswith("python -m eva_rl.pretrain"))
         expected.append(shlex.split(command.replace("$runs", f"runs/{name.replace('_', '-')}")))
     shown = re.findall(r"^python -m eva_rl\.pretrain.*", (DOCS / "mt40.md").read_text(), re.MULTILINE)

@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
-import pytest
 
-from tests.conftest import script
+from benchmarks.comparisons import few_shot
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "few_shot.py"
-
-
-@pytest.fixture
-def few_shot(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(SCRIPT.parent)
-    return script(SCRIPT)
+ROOT = Path(__file__).parents[1]
 
 
-def test_the_study_has_every_method_at_every_number_of_demonstrations(few_shot: ModuleType) -> None:
+def test_the_study_has_every_method_at_every_number_of_demonstrations() -> None:
     study, _ = few_shot.read_half(few_shot.STUDY)
     assert len(study.tasks) == 10
     names = {few_shot.parts(method)[0] for method in study.methods}
@@ -28,7 +20,7 @@ def test_the_study_has_every_method_at_every_number_of_demonstrations(few_shot: 
         assert settings["data.episodes"] == few_shot.parts(method)[1]
 
 
-def test_a_mean_is_over_tasks_and_has_an_interval_from_two_seeds_on(few_shot: ModuleType) -> None:
+def test_a_mean_is_over_tasks_and_has_an_interval_from_two_seeds_on() -> None:
     study, _ = few_shot.read_half(few_shot.STUDY)
 
     def found(seeds: int) -> dict[str, dict[str, dict[int, float]]]:
@@ -44,11 +36,11 @@ def test_a_mean_is_over_tasks_and_has_an_interval_from_two_seeds_on(few_shot: Mo
     assert one.count("`hammer-v3`") == 1
 
 
-def test_the_page_has_the_records_numbers(few_shot: ModuleType) -> None:
+def test_the_page_has_the_records_numbers() -> None:
     study, runs = few_shot.read_half(few_shot.STUDY)
     found = few_shot.scores(study, runs)
     shown = few_shot.PAGE.read_text().partition(few_shot.BEGIN)[2].partition(few_shot.END)[0].strip()
-    assert shown == few_shot.tables(study, found), "run: python benchmarks/few_shot.py --write"
+    assert shown == few_shot.tables(study, found), "run: python -m benchmarks.comparisons.few_shot --write"
     for number, low, high in ((5, "0.88", "0.92"), (10, "0.94", "0.95")):
         means = [
             f"{np.mean([np.mean(list(seeds.values())) for seeds in by_task.values()]):.2f}"

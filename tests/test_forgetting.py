@@ -5,25 +5,18 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 
-from tests.conftest import script
+from benchmarks.comparisons import forgetting
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "forgetting.py"
-
-
-@pytest.fixture
-def forgetting(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(SCRIPT.parent)
-    return script(SCRIPT)
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize(("off", "expected"), [(False, ["eva-5", "full-5"]), (True, ["eva-5"])])
 def test_policies_of_the_asked_runs_are_played_and_only_adapters_turned_off(
-    off: bool, expected: list[str], forgetting: ModuleType, tmp_path: Path
+    off: bool, expected: list[str], tmp_path: Path
 ) -> None:
     for run in ("push-v3/eva-5/seed_0", "push-v3/eva-25/seed_0", "push-v3/full-5/seed_0", "push-v3/eva-5/seed_1"):
         (tmp_path / run / "policy").mkdir(parents=True)
@@ -39,7 +32,7 @@ def test_policies_of_the_asked_runs_are_played_and_only_adapters_turned_off(
     assert [Path(path).parts[-4:] for _, path in found] == [("push-v3", m, "seed_0", "policy") for m in expected]
 
 
-def test_the_table_counts_success_and_what_the_base_plays_again(forgetting: ModuleType) -> None:
+def test_the_table_counts_success_and_what_the_base_plays_again() -> None:
     def record(method: str, *first_success: int, **others: Any) -> dict[str, Any]:
         return {
             "method": method,
@@ -57,12 +50,12 @@ def test_the_table_counts_success_and_what_the_base_plays_again(forgetting: Modu
     assert "With the adapter off, 1 of 2 policies play exactly" in text
 
 
-def test_the_page_has_the_records_numbers(forgetting: ModuleType) -> None:
-    records = json.loads((SCRIPT.parents[1] / "docs" / "results" / "forgetting.json").read_text())
-    page = (SCRIPT.parents[1] / "docs" / "verdict.md").read_text()
+def test_the_page_has_the_records_numbers() -> None:
+    records = json.loads((ROOT / "docs" / "results" / "forgetting.json").read_text())
+    page = (ROOT / "docs" / "verdict.md").read_text()
     shown = page.partition(forgetting.BEGIN)[2].partition(forgetting.END)[0].strip()
     assert shown == forgetting.text(records), (
-        "run: python benchmarks/forgetting.py table docs/results/forgetting.json ..."
+        "run: python -m benchmarks.comparisons.forgetting table docs/results/forgetting.json ..."
     )
     off = [record for record in records if record.get("adapter") == "off"]
     base = next(record for record in records if record["method"] == "mt40")

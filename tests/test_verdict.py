@@ -3,31 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import ModuleType
 
-import pytest
-
-from tests.conftest import script
+from benchmarks.comparisons import verdict
 
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture(scope="module")
-def verdict() -> ModuleType:
-    return script(ROOT / "benchmarks" / "verdict.py")
-
-
-def test_every_number_of_the_page_comes_from_the_records(verdict: ModuleType) -> None:
+def test_every_number_of_the_page_comes_from_the_records() -> None:
     page = verdict.PAGE.read_text()
     for study in verdict.STUDIES:
         begin, end = verdict.around(study)
         _, _, rest = page.partition(begin)
         found, _, _ = rest.partition(end)
-        assert found.strip() == verdict.numbers(study), "run: python benchmarks/verdict.py --write"
+        assert found.strip() == verdict.numbers(study), "run: python -m benchmarks.comparisons.verdict --write"
         assert verdict.figure(study).exists()
 
 
-def test_records_are_of_the_studies_that_were_decided_on(verdict: ModuleType) -> None:
+def test_records_are_of_the_studies_that_were_decided_on() -> None:
     """A run of another file, of a tuning task in the test, or on a test seed in tuning, is none of the study."""
     read = 0
     for name in (half for halves in verdict.STUDIES.values() for half in halves):

@@ -349,7 +349,7 @@ def fuse_where_faster(network: nn.Module) -> int:
 
     There a step of these policies is bound by launching kernels, and PEFT's layers launch fewer: 1.4 to 1.5 of full
     fine-tuning's time where fused ones take 1.6 to 1.9. With DoRA the fused ones launch fewer, 2.0 to 2.3 against 2.5
-    to 2.7 (H100; ``benchmarks/low_rank.py``).
+    to 2.7 (H100; ``benchmarks/speed/low_rank.py``).
 
     Args:
         network: With an adapter of PEFT's; changed in place.

@@ -191,7 +191,7 @@ class Adapters:
 
         The base acts alone for a few steps, or reads demonstrations; the adapter whose input directions (A) capture
         most of the variance of its activations is used. What tasks share at their start, such as a wall that no
-        observation tells of, cannot tell them apart; benchmarks/choose_adapter.py measures the accuracy.
+        observation tells of, cannot tell them apart; benchmarks/comparisons/choose_adapter.py measures the accuracy.
 
         Args:
             where: A task, or demonstrations.

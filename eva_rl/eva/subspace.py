@@ -9,7 +9,7 @@ from eva_rl.eva.gram import Gram
 
 # Below this width a full eigendecomposition costs less than the iteration (measured on CPU: 4 ms at 256 in float64).
 FULL_BELOW = 256
-FULL_BELOW_ON_GPU = 2048  # there an iteration waits for many small factorisations (benchmarks/eva_decompositions.py)
+FULL_BELOW_ON_GPU = 2048  # there an iteration waits for many small factorisations (benchmarks/eva/decompositions.py)
 _KRYLOV_STEPS = 3
 
 

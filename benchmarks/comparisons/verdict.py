@@ -1,0 +1,197 @@
+"""The numbers of docs/verdict.md, from the records of its studies in docs/results.
+
+    python -m benchmarks.comparisons.verdict            # print them
+    python -m benchmarks.comparisons.verdict --write    # put them into the page, and draw its figures
+
+Both halves of a study are judged together: each task's runs have the learning rates that the tuning phase of their
+half chose on other tasks and seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+
+from eva_rl.benchmark.study import Study, read_study
+from eva_rl.report.methods import TaskGroup, group_tasks
+from eva_rl.report.page import markdown_table
+from eva_rl.report.reading import find_runs
+from eva_rl.report.runs import Run, read_runs
+from eva_rl.report.stats.equivalence import smallest_difference
+from eva_rl.report.tables import Table
+from eva_rl.report.verdicts import ENDPOINTS, Verdict, endpoint_values, held_out, paired_differences, verdicts
+
+ROOT = Path(__file__).parents[2]
+PAGE, RESULTS = ROOT / "docs" / "verdict.md", ROOT / "docs" / "results"
+STUDIES = {"cw10": ("cw10_a", "cw10_b"), "small": ("small_a", "small_b")}
+"""The halves of each study; ``docs/results/NAME-study.png`` is its figure."""
+SUCCESS, RATE = "success_rate", "algo.learning_rate"
+MOST_SEEDS = 1_000
+
+
+def read_half(name: str) -> tuple[Study, list[Run]]:
+    """A half of the study, and the records there are of it."""
+    folder = RESULTS / name
+    runs = read_runs(find_runs([str(folder)]))[0] if folder.exists() else []
+    return read_study(ROOT / "benchmarks" / "studies" / f"{name}.yaml"), runs
+
+
+def figure(study: str) -> Path:
+    """Where the figure of a study is."""
+    return RESULTS / f"{study}-study.png"
+
+
+def around(study: str) -> tuple[str, str]:
+    """The lines around the numbers of a study in the page."""
+    return f"<!-- numbers of {study}: benchmarks/comparisons/verdict.py -->", f"<!-- end of the numbers of {study} -->"
+
+
+def area(run: Run) -> float:
+    """Mean success over the updates."""
+    return ENDPOINTS["area"].value(run, SUCCESS)
+
+
+def tuning_table(study: Study, runs: Sequence[Run]) -> str:
+    """Mean success over the updates at each learning rate tried."""
+    found: dict[tuple[str, float], list[float]] = defaultdict(list)
+    for run in runs:
+        if run.tuning:
+            found[run.method, float(run.tuning[RATE])].append(area(run))
+    rows = []
+    for method in study.methods:
+        rates = [float(one[RATE]) for one in study.candidates(method)]
+        cells = [f"{rate:g}: {_mean(found[method, rate])}" for rate in rates]
+        rows.append([method, *cells])
+    columns = [f"rate {number}" for number in range(1, max(map(len, rows)))]
+    return markdown_table(Table("", ["method", *columns], rows))
+
+
+def _mean(values: Sequence[float]) -> str:
+    return f"{np.mean(values):.2f} ({len(values)})" if values else "-"
+
+
+def merged(runs: Sequence[Run]) -> TaskGroup | None:
+    """The test runs with the settings that tuning chose per half left out, so that a method is one row on all tasks."""
+    tested = [
+        replace(run, settings=tuple(pair for pair in run.settings if pair[0] != RATE)) for run in runs if not run.tuning
+    ]
+    groups = group_tasks(tested)
+    return groups[0] if groups else None
+
+
+def methods_table(group: TaskGroup) -> str:
+    """Mean success over the updates, at the end, and held-out cloning loss, by method and task."""
+    rows = []
+    for method in group.methods:
+        for task in sorted(method.runs):
+            areas = list(endpoint_values(method, task, "area", SUCCESS).values())
+            finals = list(endpoint_values(method, task, "final", SUCCESS).values())
+            losses = list(endpoint_values(method, task, "cloning_loss", SUCCESS).values())
+            spread = f"{np.std(areas, ddof=1):.2f}" if len(areas) > 1 else "-"
+            name = task.removeprefix("metaworld/")
+            loss = f"{1e3 * np.mean(losses):.2f}" if losses else "-"
+            scores = f"{np.mean(areas):.2f}", spread, f"{np.mean(finals):.2f}", loss
+            rows.append([method.label, name, str(len(areas)), *scores])
+    columns = ["method", "task", "seeds", "area", "its std", "success at the end", "held-out loss x 1000"]
+    return markdown_table(Table("", columns, rows))
+
+
+def verdict_rows(group: TaskGroup, margin: float | None) -> str:
+    """Every pair of methods, and the seeds that an undecided one would take."""
+    methods = {method.label: method for method in group.methods}
+    rows = []
+    for one in verdicts(group, "area", margin):
+        differences = paired_differences(group, "area", methods[one.first], methods[one.second])
+        mean = "-" if one.mean is None else "{:+.3f} [{:+.3f}, {:+.3f}]".format(one.mean.mean, *one.mean.interval())
+        text = one.text if one.text != "undecided" else f"undecided; {seeds_needed(one, differences, group, margin)}"
+        rows.append([f"{one.first} - {one.second}", mean, str(one.pairs), f"{one.corrected[0]:.2g}", text])
+    return markdown_table(Table("", ["pair", "difference in area", "pairs of runs", "p, corrected", "verdict"], rows))
+
+
+def seeds_needed(verdict: Verdict, differences: Sequence[np.ndarray], group: TaskGroup, margin: float | None) -> str:
+    """How many seeds would find a difference as large as the one seen, or as the margin where that is larger."""
+    spreads = [float(np.var(task, ddof=1)) for task in differences if len(task) > 1]
+    if not spreads or verdict.mean is None:
+        return "one seed has no spread"
+    wanted = max(abs(verdict.mean.mean), margin or 0.0)
+    comparisons = len(group.methods) * (len(group.methods) - 1) // 2
+    for seeds in range(2, MOST_SEEDS):
+        if smallest_difference(float(np.sqrt(np.mean(spreads))), len(differences), seeds, comparisons) <= wanted:
+            return f"{seeds} seeds would find {wanted:.3f}"
+    return f"more than {MOST_SEEDS} seeds"
+
+
+def cost(runs: Sequence[Run]) -> str:
+    """Core-hours and machine of the runs there are."""
+    seconds = [sum(v for v in run.summary["seconds"].values() if isinstance(v, float)) for run in runs]
+    machines = sorted({re.sub(r"\b1 CPUs$", "1 CPU", run.versions.get("machine", "unknown")) for run in runs})
+    return f"{len(runs)} runs, {sum(seconds) / 3600:.1f} hours of one thread ({'; '.join(machines)})"
+
+
+def numbers(study_name: str) -> str:
+    """All that the page says of a study in numbers."""
+    parts, tested, everything, planned = [], [], [], 0
+    margin: float | None = None
+    for name in STUDIES[study_name]:
+        study, runs = read_half(name)
+        margin = study.margin
+        tuned = [run for run in runs if run.tuning]
+        total = len(study.tuning_tasks) * len(study.tuning_seeds) * sum(map(len, map(study.candidates, study.methods)))
+        everything += runs
+        tested += [run for run in runs if not run.tuning]
+        planned += len(list(product(study.tasks, study.methods, study.seeds)))
+        names = ", ".join(task.removeprefix("metaworld/") for task in study.tuning_tasks)
+        parts.append(f"**{name}**, tuned on {names}: {len(tuned)} of {total} runs. Area at each rate (runs):")
+        parts.append(tuning_table(study, tuned))
+    parts.append(f"**Test phase**: {len(tested)} of {planned} runs.")
+    group = merged(tested)
+    if group is not None:
+        parts += [methods_table(group), verdict_rows(group, margin)]
+    if everything:
+        parts.append(f"**Cost**: {cost(everything)}.")
+    return "\n\n".join(parts)
+
+
+def draw(study: str) -> None:
+    """Success against updates, by method, over all test runs; over the tuning runs before there are any."""
+    import pictures
+    from matplotlib.figure import Figure
+
+    runs = [run for name in STUDIES[study] for run in read_half(name)[1]]
+    tested = [run for run in runs if not run.tuning] or runs
+    drawing = Figure(figsize=(6, 3.5), layout="constrained")
+    axes = drawing.subplots()
+    for method in sorted({run.method for run in tested}):
+        curves = [held_out(run, SUCCESS) for run in tested if run.method == method]
+        steps = curves[0][:, 0]
+        scores = np.array([curve[:, 1] for curve in curves])
+        axes.plot(steps, scores.mean(axis=0), marker="o", label=f"{method} ({len(curves)} runs)")
+    axes.set(xlabel="gradient steps", ylabel="success rate, mean over runs", ylim=(0, 1))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    pictures.save(drawing, figure(study))
+
+
+def main() -> None:
+    """Print the numbers, or put them into the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="put them into docs/verdict.md")
+    if not parser.parse_args().write:
+        print("\n\n".join(map(numbers, STUDIES)))
+        return
+    import pages
+
+    for study in STUDIES:
+        pages.write_between(PAGE, *around(study), numbers(study))
+        draw(study)
+
+
+if __name__ == "__main__":
+    main()
