@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image, ImageColor, ImageSequence
 
 DOCS = Path(__file__).parent
-sys.path.append(str(DOCS.parent / "benchmarks"))
+sys.path.append(str(DOCS.parent))
 SETTINGS = ("env=push-v3", "video=true", "algo.updates=150", "algo.batch_size=16", "eval.episodes=4", "eval.every=0")
 OUT, RESULTS = DOCS / "pictures" / "push-v3.gif", DOCS / "results"
 COLOURS, KEEP, MILLISECONDS = 96, 2, 80
@@ -59,16 +59,16 @@ def film(run_dir: Path) -> None:
 
 def figures() -> None:
     """Draw the figures of docs/results anew."""
-    import learning_rates_report
-    import online_cw10
-    import pictures
-    import verdict
+    from benchmarks import pictures
+    from benchmarks.comparisons import learning_rates_report, verdict
+    from benchmarks.online import cw10
 
-    verdict.draw(verdict.FIGURE)
+    for study in verdict.STUDIES:
+        verdict.draw(study)
     rates = [json.loads(line) for line in (RESULTS / "learning_rates.jsonl").read_text().splitlines()]
     curves = learning_rates_report.curves(rates, "loss")
     pictures.save(learning_rates_report.draw(curves, "loss"), RESULTS / "learning_rates.png", dpi=120)
-    online_cw10.draw(json.loads((RESULTS / "online-cw10.json").read_text()), RESULTS / "online-cw10.png")
+    cw10.draw(json.loads((RESULTS / "online-cw10.json").read_text()), RESULTS / "online-cw10.png")
     without_background(RESULTS / "mt40-curve.png", pictures.INK)
 
 

@@ -19,11 +19,12 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks import pages, pictures
 from eva_rl.benchmark.study import Study, read_study
 from eva_rl.report.methods import TaskGroup, group_tasks
 from eva_rl.report.page import markdown_table
 from eva_rl.report.reading import find_runs
-from eva_rl.report.runs import Run, read_runs
+from eva_rl.report.runs import Decision, Run, read_runs
 from eva_rl.report.stats.equivalence import smallest_difference
 from eva_rl.report.tables import Table
 from eva_rl.report.verdicts import ENDPOINTS, Verdict, endpoint_values, held_out, paired_differences, verdicts
@@ -107,7 +108,7 @@ def verdict_rows(group: TaskGroup, margin: float | None) -> str:
     """Every pair of methods, and the seeds that an undecided one would take."""
     methods = {method.label: method for method in group.methods}
     rows = []
-    for one in verdicts(group, "area", margin):
+    for one in verdicts(group, Decision("area", margin)):
         differences = paired_differences(group, "area", methods[one.first], methods[one.second])
         mean = "-" if one.mean is None else "{:+.3f} [{:+.3f}, {:+.3f}]".format(one.mean.mean, *one.mean.interval())
         text = one.text if one.text != "undecided" else f"undecided; {seeds_needed(one, differences, group, margin)}"
@@ -161,7 +162,6 @@ def numbers(study_name: str) -> str:
 
 def draw(study: str) -> None:
     """Success against updates, by method, over all test runs; over the tuning runs before there are any."""
-    import pictures
     from matplotlib.figure import Figure
 
     runs = [run for name in STUDIES[study] for run in read_half(name)[1]]
@@ -186,8 +186,6 @@ def main() -> None:
     if not parser.parse_args().write:
         print("\n\n".join(map(numbers, STUDIES)))
         return
-    import pages
-
     for study in STUDIES:
         pages.write_between(PAGE, *around(study), numbers(study))
         draw(study)

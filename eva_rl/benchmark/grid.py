@@ -103,8 +103,10 @@ class Cell:
         With what the study file decided to compare by.
         """
         study = self.study
-        decided = {"endpoint": study.endpoint, "margin": study.margin} if study.digest else {}
-        return {"method": self.method, "tuning": dict(self.chosen) if self.tuning else None} | decided
+        named = {"method": self.method, "tuning": dict(self.chosen) if self.tuning else None}
+        if study.digest:
+            named |= {"endpoint": study.endpoint, "margin": study.margin, "reference": study.reference}
+        return named
 
     @property
     def divergence(self) -> Path:

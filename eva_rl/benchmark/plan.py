@@ -90,7 +90,7 @@ def _seconds(runs: Sequence[Run]) -> float:
 def plan_table(study: Study, pilot: Pilot, tuning_runs: int, test_runs: int, threads: int) -> Table:
     """Runs, core-hours and what can be found out, for the study's seeds and for others."""
     tasks, methods = len(study.tasks), len(study.methods)
-    comparisons = methods * (methods - 1) // 2
+    comparisons = methods - 1 if study.reference else methods * (methods - 1) // 2
     rows = []
     for seeds in sorted({len(study.seeds), *SEEDS}):
         runs = tuning_runs + test_runs // len(study.seeds) * seeds

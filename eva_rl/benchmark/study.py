@@ -35,6 +35,7 @@ class Study:
         budgets: Numbers of updates at which success is measured within a run; the last one ends it.
         endpoint: What is compared; a key of :data:`eva_rl.report.verdicts.ENDPOINTS`.
         margin: Difference below which methods count as equivalent, in the endpoint's unit; None tests none.
+        reference: Method that each other one is compared with; empty compares each pair.
         tune: By method: the values to choose from, by key.
         tuning_tasks: Canonical names; none of them is a test task.
         tuning_seeds: None of them is a test seed.
@@ -48,6 +49,7 @@ class Study:
     budgets: Sequence[int] = ()
     endpoint: str = FINAL
     margin: float | None = None
+    reference: str = ""
     tune: Mapping[str, Mapping[str, Sequence[Any]]] = field(default_factory=dict)
     tuning_tasks: Sequence[str] = ()
     tuning_seeds: Sequence[int] = ()
@@ -84,6 +86,7 @@ def read_study(path: Path) -> Study:
         budgets=_budgets(raw.get("budgets") or []),
         endpoint=_endpoint(raw.get("endpoint", FINAL)),
         margin=_margin(raw.get("margin")),
+        reference=str(raw.get("reference") or ""),
         tune=_grids(raw.get(TUNE) or {}, methods),
         tuning_tasks=tasks_of(raw.get("tuning_tasks") or []),
         tuning_seeds=seeds_of(raw["tuning_seeds"], "tuning_seeds") if raw.get("tuning_seeds") else [],
@@ -101,6 +104,8 @@ def check_study(study: Study) -> None:
     """
     if study.endpoint not in ENDPOINTS:
         raise UnknownNameError("endpoint", str(study.endpoint), ENDPOINTS)
+    if study.reference and study.reference not in study.methods:
+        raise UnknownNameError("reference", study.reference, study.methods)
     if study.endpoint in {"area", "updates_to_90"} and len(study.budgets) < 2:
         raise UserError(f"endpoint: {study.endpoint} needs budgets, such as budgets: [10, 20, 40, 80].")
     if any(study.tune.values()) and not (study.tuning_tasks and study.tuning_seeds):

@@ -18,7 +18,7 @@ from eva_rl.cli.command import run_command
 from eva_rl.cli.console import console, say
 from eva_rl.cli.parsing import register
 from eva_rl.cli.values import quoted
-from eva_rl.errors import UserError, counted
+from eva_rl.errors import UnknownNameError, UserError, counted
 from eva_rl.files import check_folder, expanded, write_file, write_folder
 from eva_rl.options import between, one_of, option, positive
 from eva_rl.report.comparison import Analysis, Resampling, analyse
@@ -37,7 +37,7 @@ from eva_rl.report.figures import (
 from eva_rl.report.methods import TaskGroup, group_tasks
 from eva_rl.report.page import Picture, Section, markdown, page, terminal_table
 from eva_rl.report.reading import find_runs, one_line
-from eva_rl.report.runs import Problem, Run, decision, read_runs, select
+from eva_rl.report.runs import Decision, Problem, Run, decision, read_runs, select
 from eva_rl.report.tables import (
     CSV_COLUMNS,
     Table,
@@ -55,7 +55,7 @@ from eva_rl.report.tables import (
     write_csv,
 )
 from eva_rl.report.tuning import tuning_sections
-from eva_rl.report.verdicts import ENDPOINTS, FINAL, endpoint_means, verdicts
+from eva_rl.report.verdicts import BY_SCORE, ENDPOINTS, FINAL, endpoint_means, verdicts
 from eva_rl.report.warnings import warnings_of
 from eva_rl.seeding import MAX_SEED
 
@@ -98,6 +98,9 @@ class ReportConfig:
     margin: float | None = option(
         None, "difference below which methods count as equivalent; null takes the study's, else tests none"
     )
+    reference: str = option(
+        "", "method that the others are compared with; empty takes the study's, else compares each pair"
+    )
     replicates: int = option(2_000, "bootstrap resamples")
     confidence: float = option(0.95, "of the intervals")
     seed: int = option(0, "of the resampling")
@@ -132,10 +135,12 @@ def report(config: ReportConfig) -> None:
     runs = [run for run in found if run.tuning is None]
     if not runs:
         raise UserError(nothing_to_compare(config.runs, found, problems))
-    endpoint, margin = as_decided(config, runs)
-    config = replace(config, endpoint=endpoint, margin=margin)
+    by = as_decided(config, runs)
+    config = replace(config, endpoint=by.endpoint, margin=by.margin, reference=by.reference)
     resampling = Resampling(config.replicates, config.confidence, config.seed)
-    groups = [analyse(group, resampling) for group in group_tasks(runs)]
+    tasks = group_tasks(runs)
+    check_reference(config.reference, tasks)
+    groups = [analyse(group, resampling, config.reference) for group in tasks]
     curves = [curves_of(analysis.group, resampling) for analysis in groups]
     with style():
         sections = [s for pair in zip(groups, curves, strict=True) for s in sections_of(*pair, problems, config)]
@@ -146,10 +151,9 @@ def report(config: ReportConfig) -> None:
             write(folder, config.title, lead(runs, config), sections)
             rows = [row for analysis in groups for row in records(analysis)]
             for analysis in groups:
-                for name in ENDPOINTS:
-                    margin = config.margin if name == config.endpoint else None
-                    rows += endpoint_records(analysis.group, name, config.confidence)
-                    rows += verdict_records(analysis.group, name, margin, config.confidence)
+                for further in decisions(config):
+                    rows += endpoint_records(analysis.group, further.endpoint, config.confidence)
+                    rows += verdict_records(analysis.group, further, config.confidence)
             write_csv(folder / CSV, CSV_COLUMNS, rows)
             write_csv(folder / RUNS_CSV, RUN_COLUMNS, [row for analysis in groups for row in run_records(analysis)])
             write_csv(folder / CURVES_CSV, CURVE_COLUMNS, list(curve_records(groups, curves)))
@@ -158,12 +162,30 @@ def report(config: ReportConfig) -> None:
     show(out, groups, problems, config)
 
 
-def as_decided(config: ReportConfig, runs: Sequence[Run]) -> tuple[str, float | None]:
-    """Endpoint and margin: those that are typed, else those that the runs' study decided on."""
-    endpoint, margin = decision(runs) or (FINAL, None)
-    if config.endpoint not in {AUTO, endpoint}:
-        endpoint, margin = config.endpoint, None  # the study's is in the unit of its own
-    return endpoint, margin if config.margin is None else config.margin
+def as_decided(config: ReportConfig, runs: Sequence[Run]) -> Decision:
+    """Endpoint, margin and reference: those that are typed, else those that the runs' study decided on."""
+    by = decision(runs) or BY_SCORE
+    if config.endpoint not in {AUTO, by.endpoint}:
+        by = replace(by, endpoint=config.endpoint, margin=None)  # the study's is in the unit of its own
+    margin = by.margin if config.margin is None else config.margin
+    return replace(by, margin=margin, reference=config.reference or by.reference)
+
+
+def decisions(config: ReportConfig) -> list[Decision]:
+    """What verdicts are given by: the endpoint that was decided on, then the others, without a margin."""
+    others = [Decision(name, None, config.reference) for name in ENDPOINTS if name != config.endpoint]
+    return [Decision(config.endpoint, config.margin, config.reference), *others]
+
+
+def check_reference(reference: str, groups: Sequence[TaskGroup]) -> None:
+    """Raise unless a group has the method that the others are compared with.
+
+    Raises:
+        UnknownNameError: Naming the methods that there are.
+    """
+    if reference and not any(group.called(reference) for group in groups):
+        labels = sorted({method.label for group in groups for method in group.methods})
+        raise UnknownNameError("reference", reference, labels)
 
 
 def nothing_to_compare(places: Sequence[str], tuned: Sequence[Run], problems: Sequence[Problem]) -> str:
@@ -268,7 +290,7 @@ def sections_of(
     found = [
         Section(
             heading(analysis.group.title),
-            warnings=warnings_of(analysis, problems, config.endpoint, config.margin),
+            warnings=warnings_of(analysis, problems, decisions(config)[0]),
             tables=[aggregate_table(analysis)] if compared else [],
             pictures=summary,
         ),
@@ -338,11 +360,10 @@ def curve_records(groups: Sequence[Analysis], curves: Sequence[dict[str, list[Cu
 
 def verdict_tables(group: TaskGroup, config: ReportConfig) -> Iterator[Table]:
     """Means and verdicts by the endpoint that was decided on, and by the others that were measured."""
-    margins = {config.endpoint: config.margin} | {name: None for name in ENDPOINTS if name != config.endpoint}
-    for name, margin in margins.items():
-        if found := verdicts(group, name, margin):
-            yield from endpoint_tables(group, name, config.confidence)
-            yield verdict_table(found, name, margin, config.confidence, decided=name == config.endpoint)
+    for by in decisions(config):
+        if found := verdicts(group, by):
+            yield from endpoint_tables(group, by.endpoint, config.confidence)
+            yield verdict_table(found, by, config.confidence, decided=by.endpoint == config.endpoint)
 
 
 def endpoint_tables(group: TaskGroup, endpoint: str, confidence: float) -> Iterator[Table]:
@@ -357,7 +378,7 @@ def show(out: Path, groups: Sequence[Analysis], problems: Sequence[Problem], con
         table = aggregate_table(analysis) if analysis.aggregates else task_table(analysis)
         for shown in (table, *endpoint_tables(analysis.group, config.endpoint, config.confidence)):
             console.print(terminal_table(shown, console.width))
-        for warning in warnings_of(analysis, problems, config.endpoint, config.margin):
+        for warning in warnings_of(analysis, problems, decisions(config)[0]):
             colour = "bold red" if warning.severe else "yellow"
             kind = "Warning" if warning.severe else "Note"
             say(f"[{colour}]{kind}:[/] {escape(warning.text)}", markup=True)

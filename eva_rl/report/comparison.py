@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from itertools import combinations, pairwise
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -97,15 +97,15 @@ class Analysis:
     before: Mapping[str, float]
 
 
-def analyse(group: TaskGroup, resampling: Resampling) -> Analysis:
-    """Compute it all."""
+def analyse(group: TaskGroup, resampling: Resampling, reference: str = "") -> Analysis:
+    """Compute it all; with a reference, methods are compared with it alone."""
     strata = {method.label: group.strata(method) for method in group.methods} if group.tasks else {}
     thresholds = _thresholds(group, strata)
     profile = partial(stats.performance_profile, thresholds=thresholds)
     return Analysis(
         group,
         {label: {name: resampling(s, own) for name, s in STATISTICS.items()} for label, own in strata.items()},
-        compare_all(group, resampling) if strata else [],
+        compare_all(group, resampling, reference) if strata else [],
         thresholds,
         {label: resampling(profile, own) for label, own in strata.items()},
         {task: _task_means(group, task, resampling) for task in [*group.tasks, *group.partial]},
@@ -131,10 +131,11 @@ def _before(group: TaskGroup, task: str) -> float:
     return float(np.mean(known)) if known else float("nan")
 
 
-def compare_all(group: TaskGroup, resampling: Resampling) -> list[Comparison]:
-    """Compare each pair of methods, the better IQM first; p values are corrected for the number of pairs."""
+def compare_all(group: TaskGroup, resampling: Resampling, reference: str = "") -> list[Comparison]:
+    """Compare the pairs of methods, the better IQM first; p values are corrected for the number of pairs."""
     ordered = sorted(group.methods, key=lambda method: -float(stats.interquartile_mean(group.strata(method))))
-    found = [_compare(group, first, second, resampling) for first, second in combinations(ordered, 2)]
+    pairs = replace(group, methods=ordered).compared(reference)
+    found = [_compare(group, first, second, resampling) for first, second in pairs]
     corrected = stats.holm([parts["p_runs"] for parts in found])
     return [Comparison(**parts, p_corrected=p) for parts, p in zip(found, corrected, strict=True)]
 

@@ -6,7 +6,7 @@ import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import count
+from itertools import combinations, count
 from typing import Any
 
 import numpy as np
@@ -72,6 +72,18 @@ class TaskGroup:
     def bounded(self) -> bool:
         """Whether scores lie between 0 and 1."""
         return self.key == "success_rate"
+
+    def compared(self, reference: str = "") -> list[tuple[Method, Method]]:
+        """Each pair of methods; with a reference, each other method with it, and none where it has no runs."""
+        if not reference:
+            return list(combinations(self.methods, 2))
+        own = self.called(reference)
+        return [(method, own) for method in self.methods if method is not own] if own is not None else []
+
+    def called(self, name: str) -> Method | None:
+        """The method of that label, or the only one of that name."""
+        found = [m for m in self.methods if m.label == name] or [m for m in self.methods if m.name == name]
+        return found[0] if len(found) == 1 else None
 
 
 def group_tasks(runs: Sequence[Run]) -> list[TaskGroup]:

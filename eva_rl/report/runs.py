@@ -42,6 +42,26 @@ SCORES = {"success_rate": "success rate", "normalized_score": "normalised score"
 
 
 @dataclass(frozen=True)
+class Decision:
+    """What methods are compared by, which a study decides before its runs.
+
+    Attributes:
+        endpoint: A key of :data:`eva_rl.report.verdicts.ENDPOINTS`.
+        margin: Difference below which methods count as equivalent, in the endpoint's unit; None tests none.
+        reference: Method that each other one is compared with; empty compares each pair.
+    """
+
+    endpoint: str
+    margin: float | None = None
+    reference: str = ""
+
+    def __str__(self) -> str:
+        """As it is typed."""
+        reference = f" reference={self.reference}" if self.reference else ""
+        return f"endpoint={self.endpoint} margin={self.margin}{reference}"
+
+
+@dataclass(frozen=True)
 class Run:
     """A finished fine-tuning run.
 
@@ -57,7 +77,7 @@ class Run:
         versions: Of the libraries, and the machine.
         study: SHA-256 of the study file that it belongs to; empty for none.
         tuning: The settings that were tried, of a run of a tuning phase; None for a run that is compared.
-        decided: Endpoint and margin that its study file decided on; None for no study, or where the run does not say.
+        decided: What its study file decided on; None for no study, or where the run does not say.
     """
 
     folder: Path
@@ -71,7 +91,7 @@ class Run:
     versions: Mapping[str, str] = field(default_factory=dict)
     study: str = ""
     tuning: Mapping[str, Any] | None = None
-    decided: tuple[str, float | None] | None = None
+    decided: Decision | None = None
 
     @property
     def place(self) -> str:
@@ -177,14 +197,19 @@ def _named(run: Run, about: Mapping[str, Any]) -> Run:
     tuning = None if about["tuning"] is None else {one_line(k): _as_typed(v) for k, v in about["tuning"].items()}
     method, adapter = one_line(about["method"]), run.summary.get("method")
     own = () if adapter in {None, method} else ((ADAPTER, json.dumps(adapter)),)
-    margin = about.get("margin")
-    decided = (str(about["endpoint"]), None if margin is None else float(margin)) if "endpoint" in about else None
+    decided = _decided(about) if "endpoint" in about else None
     settings = tuple(sorted((*run.settings, *own)))
     return replace(run, method=method, tuning=tuning, settings=settings, decided=decided)
 
 
-def decision(runs: Iterable[Run]) -> tuple[str, float | None] | None:
-    """The endpoint and margin that all runs' studies decided on; None where there is none, or several."""
+def _decided(about: Mapping[str, Any]) -> Decision:
+    margin = about.get("margin")
+    reference = one_line(str(about.get("reference") or ""))
+    return Decision(str(about["endpoint"]), None if margin is None else float(margin), reference)
+
+
+def decision(runs: Iterable[Run]) -> Decision | None:
+    """What all runs' studies decided on; None where there is none, or several."""
     found = {run.decided for run in runs}
     return found.pop() if len(found) == 1 else None
 

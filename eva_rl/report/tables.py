@@ -16,7 +16,7 @@ from eva_rl.files import write_file
 from eva_rl.report import stats
 from eva_rl.report.comparison import Analysis, Comparison
 from eva_rl.report.methods import Method, TaskGroup
-from eva_rl.report.runs import Run
+from eva_rl.report.runs import Decision, Run
 from eva_rl.report.stats.equivalence import PairedMean
 from eva_rl.report.verdicts import ENDPOINTS, EndpointMean, Verdict, endpoint_means, verdicts
 
@@ -137,10 +137,9 @@ def endpoint_table(means: Sequence[EndpointMean], endpoint: str, confidence: flo
     return Table(f"{title[0].upper()}{title[1:]}", ["method", "mean"], rows, note)
 
 
-def verdict_table(
-    found: Sequence[Verdict], endpoint: str, margin: float | None, confidence: float, *, decided: bool
-) -> Table:
+def verdict_table(found: Sequence[Verdict], decision: Decision, confidence: float, *, decided: bool) -> Table:
     """What is concluded about each pair by an endpoint; ``confidence`` is that of the intervals."""
+    endpoint, margin = decision.endpoint, decision.margin
     columns = ["pair", "difference", "pairs of runs", "p of a difference", "corrected"]
     tested = margin is not None
     rows = [
@@ -186,12 +185,10 @@ def endpoint_records(group: TaskGroup, endpoint: str, confidence: float) -> Iter
         yield named | {"value": mean.value} | bounds
 
 
-def verdict_records(
-    group: TaskGroup, endpoint: str, margin: float | None, confidence: float
-) -> Iterator[dict[str, Any]]:
+def verdict_records(group: TaskGroup, decision: Decision, confidence: float) -> Iterator[dict[str, Any]]:
     """Rows of ``report.csv`` on the verdicts by an endpoint; ``confidence`` is that of the intervals."""
-    for v in verdicts(group, endpoint, margin):
-        named: dict[str, Any] = {"score": group.title, "table": f"verdict by {endpoint}", "runs": v.pairs}
+    for v in verdicts(group, decision):
+        named: dict[str, Any] = {"score": group.title, "table": f"verdict by {decision.endpoint}", "runs": v.pairs}
         named |= {"method": v.first, "versus": v.second}
         if v.mean is not None:
             low, high = v.mean.interval(confidence)

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import combinations
 
 import numpy as np
 
 from eva_rl.report import stats
 from eva_rl.report.methods import Method, TaskGroup, paired_runs
-from eva_rl.report.runs import Run
+from eva_rl.report.runs import Decision, Run
 from eva_rl.report.stats.aggregates import Floats
 from eva_rl.report.stats.equivalence import PairedMean, paired_mean
 
 LEVEL = 0.05
 SOLVED = 0.9
 FINAL, AREA, UPDATES_TO_90, CLONING_LOSS = "final", "area", "updates_to_90", "cloning_loss"
+
+BY_SCORE = Decision(FINAL)
+"""What methods are compared by where nothing else was decided."""
 
 EQUIVALENT, UNDECIDED = "equivalent", "undecided"
 """Verdicts that name no better method."""
@@ -161,13 +163,15 @@ def paired_differences(group: TaskGroup, endpoint: str, first: Method, second: M
     return [task for task in found if len(task)]
 
 
-def verdicts(group: TaskGroup, endpoint: str = FINAL, margin: float | None = None) -> list[Verdict]:
+def verdicts(group: TaskGroup, decision: Decision = BY_SCORE) -> list[Verdict]:
     """Superiority and, with a margin, equivalence of each pair of methods; empty where the endpoint is not known.
 
-    Of a pair at most one of the two null hypotheses (equal; at least a margin apart) is true, so that Holm's method
-    with Shaffer's count of the hypotheses that can still be true keeps the chance of any false verdict below 5 %.
+    With a reference the pairs are those of each other method with it. Of a pair at most one of the two null hypotheses
+    (equal; at least a margin apart) is true, so that Holm's method with Shaffer's count of the hypotheses that can
+    still be true keeps the chance of any false verdict below 5 %.
     """
-    pairs = [(a, b, paired_differences(group, endpoint, a, b)) for a, b in combinations(group.methods, 2)]
+    endpoint, margin = decision.endpoint, decision.margin
+    pairs = [(a, b, paired_differences(group, endpoint, a, b)) for a, b in group.compared(decision.reference)]
     known = [(a.label, b.label, d) for a, b, d in pairs if d]
     means = [paired_mean(d, _resolution(group, endpoint)) for _, _, d in known]
     different = [stats.stratified_sign_flip_test(d) for _, _, d in known]

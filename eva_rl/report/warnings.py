@@ -11,9 +11,9 @@ import numpy as np
 from eva_rl.errors import counted
 from eva_rl.report.comparison import LEVEL, Analysis, overlapping
 from eva_rl.report.methods import RANK, TaskGroup, differing_settings, paired_runs, plain_setting
-from eva_rl.report.runs import Problem, decision
+from eva_rl.report.runs import Decision, Problem, decision
 from eva_rl.report.settings import ADAPTER
-from eva_rl.report.verdicts import ENDPOINTS, EQUIVALENT, FINAL, UNDECIDED, Verdict, verdicts
+from eva_rl.report.verdicts import BY_SCORE, ENDPOINTS, EQUIVALENT, FINAL, UNDECIDED, Verdict, verdicts
 
 FEW_RUNS, FEW_EPISODES = 5, 50
 CEILING, FLOOR = 0.95, 0.05
@@ -32,26 +32,23 @@ class ReportWarning:
     severe: bool = False
 
 
-def warnings_of(
-    analysis: Analysis, problems: Sequence[Problem], endpoint: str = FINAL, margin: float | None = None
-) -> list[ReportWarning]:
+def warnings_of(analysis: Analysis, problems: Sequence[Problem], by: Decision = BY_SCORE) -> list[ReportWarning]:
     """All warnings about a group of tasks, the severe ones first.
 
     Args:
         analysis: The group.
         problems: Runs that do not count.
-        endpoint: What methods are compared by.
-        margin: Difference below which methods count as equivalent.
+        by: What methods are compared by.
     """
     group = analysis.group
     found = [
-        *_verdict(analysis, endpoint, margin),
+        *_verdict(analysis, by),
         *_few(analysis),
         *_uninformative(analysis),
         *_unequal(group),
         *_settings(group),
         *_studies(group),
-        *_decided(group, endpoint, margin),
+        *_decided(group, by),
     ]
     lost = [problem for problem in problems if problem.kind in {"unfinished", "damaged"}]
     if lost:
@@ -59,26 +56,25 @@ def warnings_of(
     return sorted(found, key=lambda warning: not warning.severe)
 
 
-def _decided(group: TaskGroup, endpoint: str, margin: float | None) -> Iterator[ReportWarning]:
-    """Another endpoint or margin than the study file fixed before its runs."""
+def _decided(group: TaskGroup, by: Decision) -> Iterator[ReportWarning]:
+    """Another endpoint, margin or reference than the study file fixed before its runs."""
     stated = decision(run for method in group.methods for own in method.runs.values() for run in own)
-    if stated not in {None, (endpoint, margin)}:
-        assert stated is not None
+    if stated not in {None, by}:
         yield ReportWarning(
-            f"The study decided on endpoint={stated[0]} margin={stated[1]} before its runs; this report compares by "
-            f"endpoint={endpoint} margin={margin}. Leave both out for the study's own.",
+            f"The study decided on {stated} before its runs; this report compares by {by}. Leave all of these out for "
+            "the study's own.",
             severe=True,
         )
 
 
-def _verdict(analysis: Analysis, endpoint: str, margin: float | None) -> Iterator[ReportWarning]:
+def _verdict(analysis: Analysis, by: Decision) -> Iterator[ReportWarning]:
     group = analysis.group
     if len(group.methods) < 2:
         yield ReportWarning("There is only one method: nothing is compared.")
     elif not group.tasks:
         yield ReportWarning("The methods have no task in common: they cannot be compared.", severe=True)
     else:
-        yield from _undecided(analysis, verdicts(group, endpoint, margin), endpoint)
+        yield from _undecided(analysis, verdicts(group, by), by.endpoint)
         yield from _overlap(analysis)
 
 

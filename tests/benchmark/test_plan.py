@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -69,6 +70,15 @@ def test_the_tuning_runs_of_a_pilot_are_not_compared() -> None:
     pilot = read_pilot(str(ROOT / "docs" / "results" / "cw10_a"), study)
     assert np.isfinite([pilot.spread, pilot.seconds]).all()
     assert pilot.source.startswith("from 160 runs in ")
+
+
+def test_a_reference_leaves_fewer_pairs_to_correct_for() -> None:
+    methods = {name: {"adapter": name} for name in ("lora", "eva", "dora", "pissa")}
+    study = Study(["metaworld/push-v3"] * 4, methods, list(range(5)))
+    every, alone = (plan_table(one, read_pilot("", one), 0, 20, 1) for one in (study, replace(study, reference="eva")))
+    assert "corrected for 6 pairs" in every.note
+    assert "corrected for 3 pairs" in alone.note
+    assert float(alone.rows[-1][3]) < float(every.rows[-1][3])
 
 
 def test_a_margin_adds_how_likely_equivalence_is_found() -> None:

@@ -121,6 +121,7 @@ def test_a_method_has_a_grid_of_its_own(tmp_path: Path) -> None:
         ({"budgets": [4, 2]}, "increasing"),
         ({"budgets": None}, "needs budgets"),
         ({"margin": -1}, "above 0"),
+        ({"reference": "lorra"}, "Unknown reference 'lorra'"),
         ({"tune": {"algo.learning_rate": 0.1}}, "a list of values"),
         ({"sedes": 3}, "Did you mean 'seeds'"),
         ({"settings": {"algo.updates": 9}}, "Leave algo.updates out"),

@@ -105,22 +105,34 @@ def test_no_two_tasks_share_a_picture() -> None:
 
 
 @pytest.mark.parametrize(
-    ("typed", "endpoint", "margin", "warned"),
+    ("typed", "compared", "warned"),
     [
-        ([], "cloning_loss", "0.04", False),
-        (["endpoint=cloning_loss", "margin=0.04"], "cloning_loss", "0.04", False),
-        (["margin=0.5"], "cloning_loss", "0.5", True),
-        (["endpoint=final"], "final", "None", True),
+        ([], "", False),
+        (["endpoint=cloning_loss", "margin=0.04", "reference=eva"], "", False),
+        (["margin=0.5"], "endpoint=cloning_loss margin=0.5 reference=eva", True),
+        (["endpoint=final"], "endpoint=final margin=None reference=eva", True),
+        (["reference=lora"], "endpoint=cloning_loss margin=0.04 reference=lora", True),
     ],
 )
 def test_what_the_study_decided_on_is_what_is_compared_by(
-    typed: list[str], endpoint: str, margin: str, warned: bool, tmp_path: Path
+    typed: list[str], compared: str, warned: bool, tmp_path: Path
 ) -> None:
-    root = make_study(tmp_path / "runs", ["eva", "lora"], lambda *_: 0.5, seeds=2, goals=4)
+    root = make_study(tmp_path / "runs", ["eva", "lora", "dora"], lambda *_: 0.5, seeds=2, goals=4)
+    decided = {"endpoint": "cloning_loss", "margin": 0.04, "reference": "eva"}
     for summary in root.rglob("summary.json"):
-        about = {"method": summary.parent.parent.name, "tuning": None, "endpoint": "cloning_loss", "margin": 0.04}
+        about = {"method": summary.parent.parent.name, "tuning": None} | decided
         (summary.parent / ABOUT_FILE).write_text(json.dumps(about))
     assert report.main([str(root), f"out={tmp_path / 'out'}", "replicates=50", *typed]) == 0
     text = (tmp_path / "out" / "report.md").read_text()
-    assert ("The study decided on endpoint=cloning_loss margin=0.04 before its runs" in text) is warned
-    assert (f"this report compares by endpoint={endpoint} margin={margin}" in text) is warned
+    stated = "The study decided on endpoint=cloning_loss margin=0.04 reference=eva before its runs"
+    assert (f"{stated}; this report compares by {compared}." in text) is warned
+    pair = "| eva - lora |" if typed == ["reference=lora"] else "| lora - eva |"
+    assert pair in text
+    assert "| dora - lora |" not in text or typed == ["reference=lora"]
+
+
+def test_a_reference_that_no_run_has_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = make_study(tmp_path / "runs", ["eva", "lora"], lambda *_: 0.5, seeds=1, goals=4)
+    assert report.main([str(root), f"out={tmp_path / 'out'}", "reference=lorra"]) == 2
+    assert "Unknown reference 'lorra'. Did you mean 'lora'?" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

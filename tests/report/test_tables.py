@@ -15,6 +15,7 @@ from scipy import stats as scipy
 from eva_rl.report import stats
 from eva_rl.report.comparison import analyse
 from eva_rl.report.methods import group_tasks
+from eva_rl.report.runs import Decision
 from eva_rl.report.tables import (
     CSV_COLUMNS,
     aggregate_table,
@@ -81,7 +82,8 @@ def test_pairs_against_scipy() -> None:
 def test_verdicts_with_and_without_a_margin() -> None:
     group = make_group(SCORES)
     for margin, width in ((None, 6), (0.05, 8)):
-        table = verdict_table(verdicts(group, margin=margin), "final", margin, 0.95, decided=margin is not None)
+        by = Decision("final", margin)
+        table = verdict_table(verdicts(group, by), by, 0.95, decided=margin is not None)
         assert [len(row) for row in table.rows] == [len(table.columns)] == [width]
         assert ("further endpoint" in table.title) == (margin is None)
     (row,) = table.rows
@@ -92,9 +94,10 @@ def test_verdicts_with_and_without_a_margin() -> None:
     low, high = scipy.t.interval(0.95, degrees, mean, error)
     assert row[1:3] == [f"{mean:.3f} [{low:.3f}, {high:.3f}]", "6"]
     one_seed = make_group({"a": {"t": [0.5]}, "b": {"t": [0.25]}})
-    (row,) = verdict_table(verdicts(one_seed, margin=0.1), "final", 0.1, 0.95, decided=True).rows
+    by = Decision("final", 0.1)
+    (row,) = verdict_table(verdicts(one_seed, by), by, 0.95, decided=True).rows
     assert list(row) == ["a - b", "-", "1", "1", "1", "-", "1", "undecided"]
-    statistics = [record["statistic"] for record in verdict_records(one_seed, "final", 0.1, 0.95)]
+    statistics = [record["statistic"] for record in verdict_records(one_seed, by, 0.95)]
     assert statistics == ["p of a difference, corrected", "verdict"]
 
 

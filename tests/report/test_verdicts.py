@@ -11,7 +11,7 @@ from scipy import stats as scipy
 
 from eva_rl.report.comparison import Resampling, analyse
 from eva_rl.report.methods import Method, TaskGroup
-from eva_rl.report.runs import Run
+from eva_rl.report.runs import Decision, Run
 from eva_rl.report.verdicts import area, endpoint_means, held_out, updates_to_90, verdicts
 from eva_rl.report.warnings import warnings_of
 from tests.report.making_groups import analysis_of, make_group
@@ -58,7 +58,7 @@ def test_verdicts_are_those_of_a_plain_computation() -> None:
         "b": rng.uniform(0.1, 0.2, (1, 12)),
         "c": rng.uniform(0.5, 0.6, (1, 12)),
     }
-    found = {(v.first, v.second): v for v in verdicts(group(scores), margin=0.1)}
+    found = {(v.first, v.second): v for v in verdicts(group(scores), Decision("final", 0.1))}
     for (first, second), v in found.items():
         d = (scores[first] - scores[second])[0]
         exact = scipy.permutation_test((d,), np.sum, permutation_type="samples", n_resamples=np.inf).pvalue
@@ -67,6 +67,24 @@ def test_verdicts_are_those_of_a_plain_computation() -> None:
         assert v.p_equivalence == pytest.approx(max(side.pvalue for side in sides))
     assert [found[pair].text for pair in (("a", "b"), ("b", "c"), ("a", "c"))] == ["a better", "c better", "equivalent"]
     assert {v.text for v in verdicts(group(scores))} == {"a better", "c better", "undecided"}
+
+
+def test_with_a_reference_the_others_are_compared_with_it_alone() -> None:
+    """And corrected for these pairs: of three methods two, of which one difference is as large as with all three."""
+    scores = {
+        "a": [0.5, 0.6, 0.7, 0.55, 0.65, 0.6],
+        "b": [0.3, 0.42, 0.5, 0.37, 0.43, 0.39],
+        "c": [0.5, 0.61, 0.69, 0.55, 0.66, 0.6],
+    }
+    own = make_group({name: {"t": values} for name, values in scores.items()})
+    found = verdicts(own, Decision("final", None, "b"))
+    assert [(v.first, v.second) for v in found] == [("a", "b"), ("c", "b")]
+    assert [v.corrected[0] for v in found] == [2 * 2 / 2**6] * 2
+    assert [v.corrected[0] for v in verdicts(own) if "b" in {v.first, v.second}] == [3 * 2 / 2**6] * 2
+    compared = analyse(own, Resampling(replicates=20), "b").comparisons
+    assert {(c.first, c.second) for c in compared} == {("a", "b"), ("c", "b")}
+    assert [c.p_corrected for c in compared] == [2 * 2 / 2**6] * 2
+    assert verdicts(own, Decision("final", None, "d")) == []
 
 
 def test_each_method_has_its_mean_by_an_endpoint_the_best_first() -> None:
@@ -108,9 +126,9 @@ def test_the_winner_is_the_one_that_the_test_found() -> None:
 def test_less_is_better_where_it_is() -> None:
     curves = {"slow": {0: 0.0, 10: 0.1, 80: 1.0}, "fast": {0: 0.0, 10: 0.95, 80: 1.0}}
     methods = [Method(m, m, {}, {"t": [run(m, "t", s, curve) for s in range(8)]}) for m, curve in curves.items()]
-    (found,) = verdicts(TaskGroup("success rate", KEY, ["t"], [], methods), "updates_to_90")
+    (found,) = verdicts(TaskGroup("success rate", KEY, ["t"], [], methods), Decision("updates_to_90"))
     assert found.text == "fast better"
-    assert not verdicts(TaskGroup("success rate", KEY, ["t"], [], methods), "cloning_loss")
+    assert not verdicts(TaskGroup("success rate", KEY, ["t"], [], methods), Decision("cloning_loss"))
 
 
 def curves_of_two(final: dict[str, float], early: dict[str, float]) -> TaskGroup:
@@ -125,7 +143,7 @@ def curves_of_two(final: dict[str, float], early: dict[str, float]) -> TaskGroup
 
 def told(group: TaskGroup, endpoint: str, margin: float | None = None) -> str:
     analysis = analyse(group, Resampling(replicates=20))
-    return " ".join(w.text for w in warnings_of(analysis, [], endpoint, margin))
+    return " ".join(w.text for w in warnings_of(analysis, [], Decision(endpoint, margin)))
 
 
 def test_the_red_line_is_about_the_endpoint() -> None:
@@ -160,7 +178,7 @@ def test_a_verdict_of_a_study_is_false_in_five_of_a_hundred_at_most(means: tuple
     for _ in range(studies):
         rates = {m: np.clip(rng.normal(mean, 0.08, (2, 6)), 0, 1) for m, mean in zip("abc", means, strict=True)}
         scores = {m: rng.binomial(50, own) / 50 for m, own in rates.items()}
-        found = verdicts(group(scores), margin=0.15)
+        found = verdicts(group(scores), Decision("final", 0.15))
         if len(false) > 1:
             wrong += any("better" in v.text for v in found)
         else:
