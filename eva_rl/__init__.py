@@ -1,6 +1,6 @@
 """Fine-tune pretrained Decision Transformer policies with adapters initialised with Explained Variance Adaptation.
 
-Its functions are imported when first used, so that ``import eva_rl`` stays quick.
+Its functions and packages are imported when first used, so that ``import eva_rl`` stays quick.
 """
 
 from __future__ import annotations
@@ -35,5 +35,6 @@ __getattr__, __dir__ = lazy_names(
         "finetune_policy": "eva_rl.finetune.call",
         "load_dataset": "eva_rl.data",
         "load_policy": "eva_rl.adapters",
-    },
+    }
+    | {name: f"{__name__}.{name}" for name in ("adapters", "agents", "data", "envs", "eva", "rollouts")},
 )

@@ -54,6 +54,12 @@ def test_public_names() -> None:
         eva_rl.tran  # noqa: B018
 
 
+def test_packages_are_found_without_an_import_of_their_own() -> None:
+    code = "import eva_rl; print(eva_rl.eva.compute.__name__, eva_rl.agents.PredictAdapter.__name__)"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert shown.split() == ["compute", "PredictAdapter"]
+
+
 def test_import_is_light() -> None:
     code = "import sys, eva_rl; print([m for m in ('torch', 'peft', 'metaworld') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

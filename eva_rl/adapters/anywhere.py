@@ -39,7 +39,8 @@ def attach_eva(
     Args:
         model: Any torch model; changed in place, as by ``peft.get_peft_model``.
         lora_config: ``target_modules`` by PEFT's rules, ``r`` (the mean rank), ``lora_alpha``, ``use_dora``,
-            ``use_rslora``, ...; ``eva_config`` sets rho, tau and whiten unless they are given here.
+            ``use_rslora``, ...; ``eva_config`` sets rho, tau, whiten and keep_scale (its ``adjust_scaling_factors``)
+            unless they are given here.
         batches: Any iterable of batches, see :func:`eva_rl.eva.compute`; or a result of it for the same layers.
         rho: A layer may get up to r * rho directions; by default eva_config's, else 1.
         tau: How far the halves of the data have to agree; by default eva_config's, else 0.99.

@@ -243,8 +243,22 @@ class Adapters:
         if self._model is None:
             return
         self._model.merge_and_unload(adapter_names=[self._chosen()])
-        self._model, self._active, self._origins = None, None, {}
+        self._forget()
         self._base = weights_digest(base_weights(self._policy.network))
+
+    def unload(self) -> None:
+        """Take all adapters out of the network, and forget them: the base is left.
+
+        Raises:
+            UserError: One is merged; :meth:`unmerge` takes it out of the base weights first.
+        """
+        self._refuse_merged()
+        if self._model is not None:
+            self._model.unload()
+            self._forget()
+
+    def _forget(self) -> None:
+        self._model, self._active, self._origins = None, None, {}
 
     def attached(self) -> AttachedAdapter:
         """The one adapter, for the training loop and for saving.

@@ -18,7 +18,7 @@ class WindowSampler:
     """Draws windows of at most T consecutive env steps of one episode, as a policy sees them.
 
     A window is named by its last row. Windows that reach back beyond the start of their episode are padded on the
-    left, so that every env step of an episode is seen with every context length from 1 to T. Draws depend on nothing
+    left, so that context lengths from 1 to T occur. Draws depend on nothing
     but ``(seed, step)``: a resumed run sees the batches that the uninterrupted one would have seen.
 
     Args:

@@ -54,7 +54,8 @@ def finetune_policy(
     demonstrations run the script from its top.
 
     Args:
-        policy: A policy, or the name of one as ``policy=`` takes it; its active adapter becomes part of its weights.
+        policy: A policy, or the name of one as ``policy=`` takes it; its active adapter becomes part of its weights,
+            and without an active one the base is fine-tuned.
         env: The task.
         data: Demonstrations as ``eva_rl.load_dataset`` takes or returns them, or their source as ``data=`` takes it;
             None takes the scripted expert where one is needed.
@@ -106,12 +107,15 @@ def _policy_path(policy: DecisionTransformerPolicy | str | Path, folder: Path) -
 
 
 def _without_adapter(policy: DecisionTransformerPolicy) -> DecisionTransformerPolicy:
-    """The policy, or a copy in whose weights its active adapter is."""
+    """The policy, or a copy in whose weights its active adapter is; none is active where the base acts alone."""
     if not isinstance(policy, AdaptedPolicy) or not policy.adapters.names:
         return policy
     copied = deepcopy(policy)
     copied.adapters.unmerge()
-    copied.adapters.merge_and_unload()
+    if copied.adapters.active is None:
+        copied.adapters.unload()
+    else:
+        copied.adapters.merge_and_unload()
     return copied
 
 

@@ -15,8 +15,9 @@ from eva_rl.distributed import ProcessGroup
 from eva_rl.envs import EnvSpec, env_spec, reference_scores, score_between
 from eva_rl.envs.vector import AUTO, TaskVecEnv, make_task_vec_env, make_vec_env
 from eva_rl.errors import UserError, counted
+from eva_rl.options import between
 from eva_rl.rollouts.episodes import EpisodeRecord, play_episodes
-from eva_rl.seeding import EVALUATION, VALIDATION, episode_seeds
+from eva_rl.seeding import EVALUATION, MAX_SEED, VALIDATION, episode_seeds
 
 MOST_ENVS = 50
 """Environments that are played at once at most: the larger the batch, the less a policy's step costs an environment."""
@@ -155,7 +156,7 @@ def evaluate_policy(  # noqa: PLR0913 - one call for users and for training; all
         policy: What to evaluate.
         env: Any name that :func:`eva_rl.envs.canonical_id` takes.
         episodes: Episodes to count.
-        seed: Chooses the episodes.
+        seed: Chooses the episodes, 0 to 40,000.
         horizon: Env steps an episode; None takes the task's own.
         validation: Play validation episodes, for choices that a report must not see, rather than held-out ones.
         references: Returns that score 0 and 100, where the data bring their own.
@@ -167,10 +168,12 @@ def evaluate_policy(  # noqa: PLR0913 - one call for users and for training; all
             are then not measured.
 
     Raises:
-        UserError: No such task, the policy does not fit it, an environment failed, or ``episodes`` is not positive.
+        UserError: No such task, the policy does not fit it, an environment failed, ``episodes`` is
+            not positive, or ``seed`` out of range.
     """
     if episodes < 1:
         raise UserError(f"episodes={episodes}: expected at least 1.")
+    between(0, MAX_SEED, seed=seed)
     spec = env_spec(env, horizon)
     _check_fit(policy, spec)
     first, end, _ = (share or slice(None)).indices(episodes)

@@ -13,6 +13,7 @@ from torch import nn
 
 import eva_rl
 from eva_rl import eva
+from eva_rl.adapters.switching import AdaptedPolicy
 from eva_rl.agents import DecisionTransformerPolicy
 from eva_rl.data import Episode, Trajectories
 from eva_rl.errors import UserError
@@ -50,6 +51,21 @@ def test_one_call_takes_objects_and_the_next_its_result(
         done.policy, "reach-v3", reach_demonstrations, run_dir=tmp_path / "b", settings=SMALL
     )
     assert again.summary["eval_before/mean_reward"] == pytest.approx(done.summary["eval/mean_reward"], rel=1e-4)
+    assert done.policy.adapters.names, "the caller's own is as it was"
+
+
+def test_the_base_is_fine_tuned_where_no_adapter_is_active(
+    policy: DecisionTransformerPolicy, reach_demonstrations: Trajectories, tmp_path: Path
+) -> None:
+    """Policies that were loaded with adapters for several tasks have none active at first; the call was refused."""
+    done = eva_rl.finetune_policy(policy, "reach-v3", reach_demonstrations, run_dir=tmp_path / "a", settings=SMALL)
+    assert isinstance(done.policy, AdaptedPolicy)
+    done.policy.adapters.use(None)
+    again = eva_rl.finetune_policy(
+        done.policy, "reach-v3", reach_demonstrations, run_dir=tmp_path / "b", settings=SMALL
+    )
+    before = "eval_before/mean_reward"
+    assert again.summary[before] == done.summary[before]
     assert done.policy.adapters.names, "the caller's own is as it was"
 
 
