@@ -19,6 +19,7 @@ from eva_rl.benchmark.study import METHOD, Study
 from eva_rl.cli.loading import open_policy, resolve_policy
 from eva_rl.cli.parsing import parse
 from eva_rl.cli.run_dir import CONFIG_FILE, SUMMARY_FILE, changed_from, changed_settings
+from eva_rl.cli.values import INTERPOLATION, as_word
 from eva_rl.configs.finetune import FinetuneConfig
 from eva_rl.envs import env_spec
 from eva_rl.errors import UserError
@@ -26,7 +27,7 @@ from eva_rl.files import write_json
 from eva_rl.finetune import command as _finetune  # noqa: F401 - registers its keys
 from eva_rl.finetune.adapter import check_adapter
 from eva_rl.finetune.session import check_demonstrations
-from eva_rl.launch.jobs import Job
+from eva_rl.launch.jobs import Job, check_names
 from eva_rl.report.reading import DIVERGED, one_line, read_json_object
 from eva_rl.report.runs import ABOUT_FILE, Run, read_config, read_record
 from eva_rl.training.failures import NOT_FINITE_FILE
@@ -122,10 +123,11 @@ class Cell:
         settings = {**study.settings, **budgets, **own, **self.chosen}
         first = [f"env={self.task}", f"adapter={study.methods[self.method][METHOD]}", QUICKER]
         named = [f"seed={self.seed}", f"data.seed={self.seed}", f"threads={self.place.threads}"]
-        named.append(f"shared={self.place.out / 'shared'}")
+        named.append(f"shared={as_word(self.place.out / 'shared')}")
         if study.digest:
             named.append(f"study={study.digest}")
-        return [*first, *named, f"run_dir={self.run_dir}", *self.place.overrides, *map(override, settings.items())]
+        named.append(f"run_dir={as_word(self.run_dir)}")
+        return [*first, *named, *self.place.overrides, *map(override, settings.items())]
 
     @cached_property
     def finetune(self) -> FinetuneConfig:
@@ -136,7 +138,8 @@ class Cell:
     def job(self) -> Job:
         """What is launched."""
         command = ("eva_rl.finetune", *self.overrides)
-        return Job(self.name, command, self.log, self.run_dir / SUMMARY_FILE, self.place.threads)
+        threads = self.finetune.threads or self.place.threads
+        return Job(self.name, command, self.log, self.run_dir / SUMMARY_FILE, threads)
 
     def keep(self) -> bool:
         """Write the record of a run that has finished, or that diverged while tuning; whether there is one now."""
@@ -167,13 +170,9 @@ class Cell:
 
 
 def override(setting: tuple[str, Any]) -> str:
-    """``KEY=VALUE`` as the command line takes it."""
+    """``KEY=VALUE`` as the command line takes it; ``${other.key}`` stands for that key's value, as it does there."""
     key, value = setting
-    if value is None:
-        return f"{key}=null"
-    if isinstance(value, list):
-        return f"{key}=[{','.join(map(str, value))}]"
-    return f"{key}={str(value).lower() if isinstance(value, bool) else value}"
+    return f"{key}={value if isinstance(value, str) and INTERPOLATION in value else as_word(value)}"
 
 
 def setting_name(chosen: Mapping[str, Any]) -> str:
@@ -204,6 +203,7 @@ def check(cells: Sequence[Cell]) -> None:
     Raises:
         UserError: Naming the first run that cannot.
     """
+    check_names([cell.name for cell in cells])
     checked, policies = set(), dict[str, AdaptedPolicy]()
     for cell in cells:
         check_unchanged(cell)

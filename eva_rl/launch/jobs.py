@@ -5,11 +5,14 @@ from __future__ import annotations
 import fcntl
 import os
 import time
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from eva_rl.launch.processes import ForkedProcess, FreshProcess
+from eva_rl.errors import UserError
+from eva_rl.launch.processes import PATIENCE_SECONDS, ForkedProcess, FreshProcess
 from eva_rl.options import between, one_of, option
 
 LOCAL, RAY, SLURM = LAUNCHERS = ("local", "ray", "slurm")
@@ -98,7 +101,7 @@ class Job:
                 time.sleep(POLL_SECONDS)
             return status
         finally:
-            process.stop()
+            stop_all([process])
 
     def checkpoint(self) -> Any:
         """What submitit submits when the time is up: the same again, which continues."""
@@ -107,14 +110,44 @@ class Job:
         return DelayedSubmission(self)
 
 
+def check_names(names: Sequence[str]) -> None:
+    """Raise where two runs have one folder, as ``a/b`` and ``a-b`` give: the second would count as finished.
+
+    Raises:
+        UserError: Naming it.
+    """
+    twice = next((name for name, number in Counter(names).items() if number > 1), None)
+    if twice is not None:
+        raise UserError(
+            f"Two runs would share the folder {twice}: in its name / becomes -. Leave one of them out, or give it "
+            "another path, or another run_dir=."
+        )
+
+
 class Running(Protocol):
     """A run under way."""
 
     def poll(self) -> int | None:
         """Exit status, None while it runs."""
 
-    def stop(self) -> None:
-        """End it, so that it can be continued; nothing where it has ended."""
+    def interrupt(self) -> None:
+        """Ask it to end, so that it can be continued, and return at once."""
+
+    def end(self, seconds: float) -> None:
+        """Give it so long to end after :meth:`interrupt`, and kill it where that is not enough."""
+
+
+def stop_all(runs: Sequence[Running], seconds: float = PATIENCE_SECONDS) -> None:
+    """End runs so that they can be continued: they have the seconds in common; a second interruption kills them."""
+    deadline = time.monotonic() + seconds
+    try:
+        for run in runs:
+            run.interrupt()
+        for run in runs:
+            run.end(max(0.0, deadline - time.monotonic()))
+    finally:
+        for run in runs:
+            run.end(0.0)
 
 
 class Launcher(Protocol):
@@ -137,5 +170,8 @@ class Ended:
         """Exit status."""
         return 0
 
-    def stop(self) -> None:
+    def interrupt(self) -> None:
+        """Nothing runs."""
+
+    def end(self, seconds: float) -> None:
         """Nothing runs."""

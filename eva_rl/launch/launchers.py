@@ -7,7 +7,6 @@ from typing import Any
 
 from eva_rl.errors import UserError
 from eva_rl.launch.jobs import RAY, SLURM, Job, Launcher, LaunchOptions, Running
-from eva_rl.launch.processes import PATIENCE_SECONDS
 from eva_rl.limits.threads import thread_limits
 
 
@@ -77,11 +76,14 @@ class RayTask:
         except self._ray.exceptions.RayError:
             return 1
 
-    def stop(self) -> None:
-        """Interrupt it."""
+    def interrupt(self) -> None:
+        """Cancel it."""
         if self.poll() is None:
             self._ray.cancel(self._reference)
-            self._ray.wait([self._reference], timeout=PATIENCE_SECONDS)
+
+    def end(self, seconds: float) -> None:
+        """Give it so long to end; its worker kills it."""
+        self._ray.wait([self._reference], timeout=seconds)
 
 
 class SlurmLauncher:
@@ -130,9 +132,13 @@ class SlurmJob:
             return None
         return 1 if self._job.exception() is not None else int(self._job.result())
 
-    def stop(self) -> None:
+    def interrupt(self) -> None:
         """Cancel it."""
-        self._job.cancel()
+        if self.poll() is None:
+            self._job.cancel()
+
+    def end(self, seconds: float) -> None:
+        """Slurm ends it."""
 
 
 def missing_extra(name: str, error: ImportError) -> UserError:

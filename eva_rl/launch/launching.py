@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from eva_rl.cli.console import console, say
 from eva_rl.errors import TerminatedError
-from eva_rl.launch.jobs import POLL_SECONDS, Job, Launcher, LaunchOptions, Running
+from eva_rl.launch.jobs import POLL_SECONDS, Job, Launcher, LaunchOptions, Running, stop_all
 from eva_rl.launch.launchers import make_launcher
 
 NAMES_SHOWN = 2
@@ -65,8 +65,7 @@ def _stopping(state: State) -> Iterator[None]:
     try:
         yield
     finally:
-        for running, _ in state.running.values():
-            running.stop()
+        stop_all([running for running, _ in state.running.values()])
 
 
 def _start(state: State, launcher: Launcher) -> None:

@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from eva_rl.cli.run_dir import SUMMARY_FILE, changed_settings
 from eva_rl.cli.values import quoted
 from eva_rl.errors import UserError, counted
 from eva_rl.files import check_folder, expanded
-from eva_rl.launch.jobs import Job, LaunchOptions
+from eva_rl.launch.jobs import Job, LaunchOptions, check_names
 from eva_rl.launch.launching import launch, list_failed
 
 OPTIONS = "multirun."
@@ -46,8 +47,10 @@ def multirun(name: str, typed: Sequence[str]) -> None:
     options = launch_options([word.removeprefix(OPTIONS) for word in typed if word.startswith(OPTIONS)])
     words = [word for word in typed if not word.startswith((OPTIONS, "run_dir="))]
     root = expanded(typed_run_dir(typed) or new_run_dir("multirun")).resolve()
-    jobs = [_job(name, fixed, swept, root, options) for fixed, swept in combinations(words)]
+    jobs = [_job(name, fixed, swept, root, options.threads) for fixed, swept in combinations(words)]
+    check_names([job.name for job, _ in jobs])
     check_folder(root, "run_dir=")
+    options = replace(options, threads=max(job.threads for job, _ in jobs))
     left = [job for job, config in jobs if not _is_finished(job, config)]
     say(f"{counted(len(jobs), 'run')}, {len(jobs) - len(left)} of them finished before. {root}")
     failed = launch(left, len(jobs) - len(left), options, root / "logs" / "launcher")
@@ -131,12 +134,13 @@ def label_of(swept: Sequence[str]) -> str:
     return f"{encoded[: LONGEST_LABEL - len(digest) - 1].decode(errors='ignore')}-{digest}"
 
 
-def _job(name: str, fixed: Sequence[str], swept: Sequence[str], root: Path, options: LaunchOptions) -> tuple[Job, Any]:
-    """The job of one combination, and its config."""
+def _job(name: str, fixed: Sequence[str], swept: Sequence[str], root: Path, threads: int) -> tuple[Job, Any]:
+    """The job of one combination, and its config; ``threads`` are its own unless it says how many."""
     label = label_of(swept)
-    threads = [] if any(word.startswith("threads=") for word in fixed) else [f"threads={options.threads}"]
-    overrides = [*fixed, *swept, *threads, f"run_dir={quoted(str(root / label))}"]
+    typed = any(word.startswith("threads=") for word in (*fixed, *swept))
+    own = [] if typed else [f"threads={threads}"]
+    overrides = [*fixed, *swept, *own, f"run_dir={quoted(str(root / label))}"]
     config = parse(name, overrides)
     log = root / "logs" / f"{label}.log"
-    job = Job(label, (f"eva_rl.{name}", *overrides), log, root / label / SUMMARY_FILE, options.threads)
-    return job, config
+    command = (f"eva_rl.{name}", *overrides)
+    return Job(label, command, log, root / label / SUMMARY_FILE, config.threads or threads), config

@@ -8,6 +8,7 @@ import runpy
 import signal
 import subprocess
 import sys
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import suppress
@@ -21,6 +22,8 @@ PRELOADED = (
 """What the fork server imports: what a fine-tuning run does; nothing of it touches a device."""
 PATIENCE_SECONDS = 15.0
 """What a run that is interrupted has to write its checkpoint."""
+FORK_SECONDS = 5.0
+"""What a fork has to begin its session."""
 
 
 class SessionProcess(ABC):
@@ -39,18 +42,25 @@ class SessionProcess(ABC):
     def wait(self, seconds: float | None = None) -> None:
         """Return when it has ended, or when the seconds are over."""
 
-    def stop(self) -> None:
-        """Interrupt it, and kill it if that is not enough."""
-        if self.poll() is not None:
-            return
+    def interrupt(self) -> None:
+        """Ask it to end, and return at once."""
         self._signal(signal.SIGINT)
-        self.wait(PATIENCE_SECONDS)
-        self._signal(signal.SIGKILL)
-        self.wait()
+
+    def end(self, seconds: float) -> None:
+        """Give it so long to end, and kill it where that is not enough."""
+        self.wait(seconds)
+        if self.poll() is None:
+            self._signal(signal.SIGKILL)
+            self.wait()
 
     def _signal(self, number: signal.Signals) -> None:
+        """Send it to the session, once there is one: a fork that has just begun would ignore an interruption."""
+        late = time.monotonic() + FORK_SECONDS
         with suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.pid, number)
+            while self.poll() is None and os.getpgid(self.pid) != self.pid and time.monotonic() < late:
+                time.sleep(0.01)
+            if self.poll() is None:
+                os.killpg(self.pid, number)
 
 
 class FreshProcess(SessionProcess):

@@ -211,7 +211,9 @@ class ResidualOptions(ReplayOptions):
     learning_starts: int = option(
         2_000, "env steps of the frozen policy before the first gradient step", low=0, high=MANY
     )
-    batch_size: int = option(128, "transitions per gradient step, of which algo.demonstration_share from demonstrations", above=1)
+    batch_size: int = option(
+        128, "transitions per gradient step; algo.demonstration_share of them are from demonstrations", above=1
+    )
     learning_rate: float = option(3e-4, "AdamW's learning rate, for the actor", above=0)
     decay: float = option(
         0.5, "last part of the gradient steps, over which the actor's learning rate falls to zero", low=0, high=1

@@ -16,8 +16,9 @@ import pytest
 from eva_rl.agents.policy_folder import save_policy
 from eva_rl.benchmark import command as benchmark
 from eva_rl.benchmark.command import BenchmarkConfig
+from eva_rl.benchmark.grid import override
 from eva_rl.cli.parsing import parse
-from eva_rl.cli.values import split_list
+from eva_rl.cli.values import split_list, value_of
 from eva_rl.errors import UserError
 from eva_rl.finetune import command as finetune
 from eva_rl.launch import multirun
@@ -201,6 +202,38 @@ def test_a_sweep_takes_keys_with_dashes(typed: list[str], tmp_path: Path, monkey
     assert [job.done.parent for job in jobs] == [tmp_path / "mz" / f"env={task}" for task in ("push-v3", "reach-v3")]
     assert (options.jobs, options.gpus_per_run) == (3, 1)
     assert all("adapter.rank=2" in job.command for job in jobs)
+
+
+@pytest.mark.parametrize(
+    ("words", "threads", "most"),
+    [(["seed=0,1"], [2, 2], 2), (["threads=4", "seed=0,1"], [4, 4], 4), (["threads=2,4"], [2, 4], 4)],
+)
+def test_a_sweep_has_the_threads_that_are_typed(
+    words: list[str], threads: list[int], most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Swept ones gave way to one, under names that said otherwise; four times the threads ran as one would."""
+    launched: list[tuple[list[Job], LaunchOptions]] = []
+    monkeypatch.setattr(multirun, "launch", lambda jobs, _, options, *__: launched.append((jobs, options)) or [])
+    multirun.multirun("finetune", ["env=push-v3", *words, f"run_dir={tmp_path}", "multirun.threads=2"])
+    ((jobs, options),) = launched
+    assert [parse("finetune", list(job.command[1:])).threads for job in jobs] == threads
+    assert [job.threads for job in jobs] == threads
+    assert options.threads == most
+
+
+def test_a_sweep_whose_runs_would_share_a_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="share the folder policy=runs-a"):
+        multirun.multirun("finetune", ["env=push-v3", "policy=runs/a,runs-a", f"run_dir={tmp_path / 'out'}"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_settings_of_a_study_arrive_as_they_are_written() -> None:
+    written = {"data.source": "'q'", "eval.at": [1, 2], "algo.updates": "${seed}"}
+    config = parse("finetune", ["env=push-v3", "seed=3", *map(override, written.items())])
+    assert config.data.source == "'q'"
+    assert config.eval.at == [1, 2]
+    assert config.algo.updates == 3
+    assert value_of("k", list[str], override(("k", ["a, b", "c"])).removeprefix("k=")) == ["a, b", "c"]
 
 
 @pytest.mark.parametrize("empty", ["run_dir=", "run_dir=''"])

@@ -12,7 +12,7 @@ import pytest
 
 from eva_rl.errors import UserError
 from eva_rl.launch import processes
-from eva_rl.launch.jobs import Ended, Job, LaunchOptions
+from eva_rl.launch.jobs import Ended, Job, LaunchOptions, Running, check_names, stop_all
 from eva_rl.launch.launchers import LocalLauncher, RayLauncher, SlurmLauncher, make_launcher
 from eva_rl.launch.launching import State, last_words, launch, run_all
 
@@ -95,15 +95,70 @@ def test_an_interruption_ends_the_runs(tmp_path: Path) -> None:
     assert not alive(int((tmp_path / "pid").read_text()))
 
 
+class Deaf:
+    """A run that ends only when it is killed; it writes down what happens to it."""
+
+    def __init__(self, told: list[str], *, raises: bool = False) -> None:
+        self._told, self._raises = told, raises
+
+    def poll(self) -> int | None:
+        return None
+
+    def interrupt(self) -> None:
+        self._told.append("interrupt")
+
+    def end(self, seconds: float) -> None:
+        self._told.append("wait" if seconds else "kill")
+        if seconds and self._raises:
+            raise KeyboardInterrupt
+
+
+def test_runs_are_interrupted_together() -> None:
+    """They were interrupted one after the other, each with the whole patience, while the others went on."""
+    told: list[str] = []
+    stop_all([Deaf(told) for _ in range(3)], seconds=60.0)
+    assert told == ["interrupt"] * 3 + ["wait"] * 3 + ["kill"] * 3
+
+
+def test_a_second_interruption_kills(tmp_path: Path) -> None:
+    run = started(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        stop_all([Deaf([], raises=True), run], seconds=30.0)
+    assert not alive(int((tmp_path / "pid").read_text()))
+
+
+def started(folder: Path) -> Running:
+    """A run that ignores Ctrl-C, at work."""
+    folder.mkdir(exist_ok=True)
+    code = f"import os, time, signal; signal.signal(signal.SIGINT, signal.SIG_IGN); open({str(folder / 'pid')!r}, 'w')"
+    run = job(folder, "deaf", f"{code}.write(str(os.getpid())); time.sleep(60)").start()
+    assert run is not None
+    wait_for(lambda: (folder / "pid").exists() and (folder / "pid").read_text())
+    return run
+
+
+def test_an_interruption_right_after_the_start_counts(tmp_path: Path) -> None:
+    """It was sent to a session that the fork had not begun yet, and lost: the run went on until it was killed."""
+    run = sleeps(tmp_path, "early").start(forked=True)
+    assert run is not None
+    run.interrupt()
+    wait_for(lambda: run.poll() is not None, seconds=10)
+
+
+def test_runs_whose_names_differ_by_a_slash_alone_are_refused() -> None:
+    with pytest.raises(UserError, match="Two runs would share the folder policy=runs-a"):
+        check_names(["policy=runs-a", "policy=runs-b", "policy=runs-a"])
+
+
 def test_two_launches_never_work_on_one_run(tmp_path: Path) -> None:
     one = sleeps(tmp_path, "long")
     first = one.start()
     assert first is not None
     assert one.start() is None
-    first.stop()
+    stop_all([first])
     again = one.start()
     assert again is not None
-    again.stop()
+    stop_all([again])
     one.done.write_text("")
     assert isinstance(one.start(), Ended)
 
@@ -151,7 +206,7 @@ def test_submitit_in_processes(tmp_path: Path) -> None:
     launcher = SlurmLauncher(options, tmp_path / "slurm")
     running = launcher.start(sleeps(tmp_path, "long"))
     wait_for(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
-    running.stop()
+    stop_all([running])
     wait_for(lambda: running.poll() is not None)
     assert running.poll() == 1
 
@@ -170,7 +225,7 @@ def test_ray_on_this_machine(tmp_path: Path) -> None:
     try:
         running = launcher.start(sleeps(tmp_path, "long"))
         wait_for(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
-        running.stop()
+        stop_all([running])
         wait_for(lambda: not alive(int((tmp_path / "pid").read_text())))
         wait_for(lambda: running.poll() is not None)
         assert running.poll() == 1
