@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -16,12 +15,14 @@ from numpy.typing import NDArray
 from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
 
+from eva_rl.distributed import local_world_size
 from eva_rl.envs.host import EnvHost, Maker, StepArrays
 from eva_rl.envs.names import METAWORLD_PREFIX
 from eva_rl.envs.registry import canonical_id, env_spec, make_env
 from eva_rl.envs.spec import EnvSpec
 from eva_rl.envs.worker import Assignment, WorkerProcess, shared_memory
 from eva_rl.errors import UserError
+from eva_rl.limits.threads import thread_limits
 
 AUTO = -1
 """Workers: as many as pay, by a measurement of the environment."""
@@ -78,11 +79,6 @@ class TaskVecEnv(VecEnv):
             assignment = Assignment(self._memory, self._sizes, {row: makers[row] for row in rows}, self._stride)
             hosts.append(WorkerProcess(assignment, {row: self.names[row] for row in rows}))
         return hosts
-
-    @property
-    def num_workers(self) -> int:
-        """Worker processes; 0 where the environments live in this one."""
-        return sum(isinstance(host, WorkerProcess) for host in self._hosts)
 
     @property
     def processes(self) -> list[Any]:
@@ -274,13 +270,12 @@ def make_vec_env(
 
 
 def make_task_vec_env(
-    names: Sequence[str], *, seed: int = 0, stride: int | None = None, horizon: int | None = None, workers: int = 0
+    names: Sequence[str], *, stride: int | None = None, horizon: int | None = None, workers: int = 0
 ) -> TaskVecEnv:
     """Make one environment per task, each with its own numbered episodes.
 
     Args:
         names: Tasks with equal observation and action dimensions.
-        seed: Seed of the first episode of the first environment; environment i starts at ``seed + i``.
         stride: Distance between the seeds of two successive episodes of an environment; None takes their number.
         horizon: Env steps after which an episode is truncated; None takes each task's own.
         workers: As in :func:`make_vec_env`.
@@ -288,7 +283,7 @@ def make_task_vec_env(
     Raises:
         UserError: The tasks' dimensions differ.
     """
-    return _vec_env(names, horizon, (seed, stride or len(names)), workers)
+    return _vec_env(names, horizon, (0, stride or len(names)), workers)
 
 
 def _vec_env(
@@ -314,8 +309,7 @@ def _vec_env(
 
 def workers_that_pay(specs: Sequence[EnvSpec]) -> int:
     """As many workers as there are cores for this process, where one episode of each environment takes long enough."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    cores = usable // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    cores = thread_limits().cpus // local_world_size()
     seconds = sum(_step_seconds(spec.env_id) * spec.horizon for spec in specs)
     return min(cores, len(specs)) if cores > 1 and seconds > WORKER_COSTS else 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
@@ -33,10 +34,10 @@ from eva_rl.envs.registry import task_ids
 from eva_rl.errors import counted
 from eva_rl.options import MANY, Options, between, group, option
 from eva_rl.rollouts.evaluation import MultiTaskValidator, TaskScore
-from eva_rl.seeding import MAX_SEED, VALIDATION
-from eva_rl.tracking.tracker import open_tracker
+from eva_rl.seeding import MAX_SEED, VALIDATION, episode_seeds
+from eva_rl.tracking.tracker import Resume, open_tracker
 from eva_rl.training.bc import train_bc
-from eva_rl.training.checkpoint import Checkpoints
+from eva_rl.training.checkpoint import Checkpoints, latest_step
 from eva_rl.training.failures import failures_kept
 from eva_rl.training.options import BCOptions
 
@@ -143,15 +144,16 @@ def pretrain(config: PretrainConfig) -> None:
     def validate(update: int) -> dict[str, float]:
         if process_group.is_main:
             _save(run_dir, policy, config, joined)
-        scores = validator.scores(policy, config.eval.episodes, VALIDATION + config.eval.seed)
+        scores = validator.scores(policy, config.eval.episodes, episode_seeds(VALIDATION, config.eval.seed))
         return _validation_metrics(scores)
 
     checkpoints = Checkpoints(run_dir / "checkpoint", config.checkpoint.every, config.checkpoint.seconds)
-    resumed = checkpoints.load()
-    step, is_main = None if resumed is None else resumed.step, process_group.is_main
+    step = latest_step(checkpoints.folder)
+    resume, is_main = None if step is None else Resume(step), process_group.is_main
     with (
         failures_kept(run_dir),
-        open_tracker(run_dir, step, config.tracker, flat_hyperparameters(config), writes=is_main) as tracker,
+        closing(validator),
+        open_tracker(run_dir, resume, config.tracker, flat_hyperparameters(config), writes=is_main) as tracker,
         training_progress(config.algo.updates) as bar,
         prefetching(ShardedSampler(sampler, process_group), device) as ahead,
     ):
@@ -171,9 +173,8 @@ def pretrain(config: PretrainConfig) -> None:
         tracker.finished(final)
     if process_group.is_main:
         seconds = {"data": data_seconds, "train": counters.seconds}
-        write_summary(
-            run_dir, _summary(config, policy, joined, final, seconds) | {"processes": process_group.world_size}
-        )
+        processes = {"processes": process_group.world_size}
+        write_summary(run_dir, _summary(config, policy, joined, final, seconds) | processes)
     _announce(len(tasks), final, run_dir)
 
 

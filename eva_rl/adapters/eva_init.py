@@ -76,10 +76,11 @@ def compute_eva(
         assert batches is not None, "batches, rollouts or both"
         options |= {"keep_moments": keep_moments, "max_batches": max_batches, "mask": _mask}
         return compute(policy.network, batches, targets=list(targets), **options)
+    if max_batches < 1:
+        raise UserError(f"max_batches={max_batches}: expected at least 1.")
     asked = EvaOptions(**options)
     began = time.perf_counter()
-    components = round(asked.rank * asked.rho)
-    storage = StorageOptions("moments" if keep_moments else "auto", components)
+    storage = StorageOptions("auto", round(asked.rank * asked.rho), seed=asked.seed, exact=keep_moments)
     with frozen(policy.network), ActivationStatistics(policy.network, list(targets), storage) as statistics:
         _accumulate(policy, statistics, islice(batches or (), max_batches), rollouts)
         result = replace(statistics.evaluate(asked), seconds=time.perf_counter() - began)

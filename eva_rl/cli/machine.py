@@ -33,7 +33,7 @@ def prepare_machine(options: MachineOptions, env_timeout: float = TIMEOUT) -> to
     seed_everything(options.seed)
     limit_calls(env_timeout)
     limits = thread_limits()
-    threads = options.threads or max(1, limits.threads // local_world_size())
+    threads = options.threads or limits.of_each(local_world_size())
     torch.set_num_threads(threads)
     device = choose_device(options.device)
     init_distributed(device)

@@ -176,11 +176,11 @@ def learn(
     algorithm = make_algorithm(session, adapter, algo, start)
     vec_env = online_envs(session, algo, stop_at_success=isinstance(algo, SelfImitationAlgo))
     task = session.online_task(vec_env)
-    retrying = None
-    if isinstance(algo, SelfImitationAlgo):
-        snapshot = load_snapshot(session.snapshot_file) if snapshot_update(algo) else None
-        retrying = RetryingCollector(policy, task, algo, snapshot)
     try:
+        retrying = None
+        if isinstance(algo, SelfImitationAlgo):
+            snapshot = load_snapshot(session.snapshot_file) if snapshot_update(algo) else None
+            retrying = RetryingCollector(policy, task, algo, snapshot)
         with training_progress(algo.env_steps, "env steps") as bar:
             counters = train_online(
                 algorithm,

@@ -79,13 +79,12 @@ def learn_residual(
     windows.add(learner.demonstrations.episodes())
     task = replace(task, first_seed=counters.next_seed)
     try:
-        updates = distill(session, adapter, algo, (windows, task), logged_after(tracker.log, counters))
+        updates, distilled = distill(session, adapter, algo, (windows, task), logged_after(tracker.log, counters))
     except EnvironmentFailedError as error:
         if not algo.checkpoint_every:
             raise
         raise error.saved() from error
     session.phases.end("distill")
-    distilled = algo.distill.rounds * algo.distill.env_steps
     costs = {
         "updates": counters.update,
         "distill/updates": updates,
@@ -115,13 +114,18 @@ def distill(
     algo: ResidualAlgo,
     material: tuple[LabelledWindows, TaskEnvs],
     log: Log,
-) -> int:
-    """Clone the residual policy, then again in rounds with env steps of the clone; returns the gradient steps."""
-    (windows, task), updates, options = material, 0, algo.distill
+) -> tuple[int, int]:
+    """Clone the residual policy, then again in rounds with env steps of the clone.
+
+    Returns:
+        Gradient steps and env steps.
+    """
+    (windows, task), updates, env_steps, options = material, 0, 0, algo.distill
     for number in range(1 + options.rounds):
         if number:
             episodes, next_seed = roll_out(session.policy, task, options.env_steps)
             windows.add(episodes, of_clone=True)
+            env_steps += sum(len(episode.actions) for episode in episodes)
             task = replace(task, first_seed=next_seed)
         with prefetching(windows, session.policy.device) as ahead:
             counters = train_bc(
@@ -134,8 +138,8 @@ def distill(
             )
         updates += counters.update
         if number:
-            log({"distill/loss": cloning_error(session, windows)}, number * options.env_steps)
-    return updates
+            log({"distill/loss": cloning_error(session, windows)}, env_steps)
+    return updates, env_steps
 
 
 def logged_after(log: Log, counters: OnlineCounters) -> Log:

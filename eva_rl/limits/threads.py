@@ -38,6 +38,10 @@ class ThreadLimits:
         """Threads to use; a variable that is set decides, for somebody set it on purpose."""
         return self.cpus if self.environment is None else max(1, min(self.environment, self.affinity))
 
+    def of_each(self, processes: int) -> int:
+        """Threads of each of several processes; a variable that is set is each one's own."""
+        return self.threads if self.environment is not None else max(1, self.cpus // processes)
+
     def __str__(self) -> str:
         quota = (
             "no quota" if math.isinf(self.quota) else f"a quota of {self.quota:g} CPU{'' if self.quota == 1 else 's'}"

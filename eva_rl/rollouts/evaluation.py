@@ -271,7 +271,8 @@ def evaluate_distributed(
     """
     mine = play(episodes=episodes, share=process_group.shard(episodes), **options)
     records = [record for part in process_group.all_gather_object(mine.episodes) for record in part]
-    return replace(mine, episodes=tuple(records))
+    reports_success = mine.reports_success or any(record.reports_success for record in records)
+    return replace(mine, episodes=tuple(records), reports_success=reports_success)
 
 
 def shared_envs(process_group: ProcessGroup, env: str, episodes: int, horizon: int | None = None) -> TaskVecEnv:
@@ -283,7 +284,7 @@ def shared_envs(process_group: ProcessGroup, env: str, episodes: int, horizon: i
 
 @dataclass(frozen=True)
 class MultiTaskValidator:
-    """Validates a policy on several tasks, each on one process.
+    """Validates a policy on several tasks, each on one process; whoever makes one closes it.
 
     Attributes:
         process_group: This process among the others.
@@ -302,6 +303,11 @@ class MultiTaskValidator:
         if own:
             vec_env = make_task_vec_env(own, stride=len(tasks), horizon=horizon, workers=AUTO)
         return cls(process_group, tasks, vec_env)
+
+    def close(self) -> None:
+        """Close this process's environments."""
+        if self.vec_env is not None:
+            self.vec_env.close()
 
     def scores(self, policy: Policy, episodes: int, seed: int) -> dict[str, TaskScore]:
         """Score by task, the same on every process.

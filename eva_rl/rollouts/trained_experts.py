@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +15,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from eva_rl.data.trajectories import Episode, Trajectories
 from eva_rl.envs import canonical_id, env_spec, make_vec_env
+from eva_rl.envs.vector import TaskVecEnv
 from eva_rl.errors import UserError
 from eva_rl.rollouts.recorder import EpisodeRecorder
 from eva_rl.seeding import DEMONSTRATIONS, episode_seeds
@@ -64,10 +66,22 @@ def collect_trained(env: str, episodes: int, expert: TrainedExpert, *, seed: int
             f"expert.steps={expert.max_steps}: the agent is evaluated every {EVALUATE_EVERY} env steps, expected as "
             "many at least with expert.until."
         )
-    vec_env = make_vec_env(env_id, 1, seed=episode_seeds(DEMONSTRATIONS, seed), horizon=expert.horizon)
-    stop = StopOnReturn(env_id, expert)
-    agent = SAC("MlpPolicy", vec_env, seed=seed, device="cpu")
-    agent.learn(expert.max_steps, callback=stop)
+    first = episode_seeds(DEMONSTRATIONS, seed)
+    with (
+        closing(make_vec_env(env_id, 1, seed=first, horizon=expert.horizon)) as vec_env,
+        closing(make_vec_env(env_id, 1, horizon=expert.horizon)) as own,
+    ):
+        stop = StopOnReturn(own, expert)
+        agent = SAC("MlpPolicy", vec_env, seed=seed, device="cpu")
+        agent.learn(expert.max_steps, callback=stop)
+        _warn_where_not_reached(stop, env_id, expert)
+        vec_env.seed(first + 1_000)
+        kept = _play(agent, vec_env, episodes, spec.reports_success)
+    source = f"sac:{env_id}?steps={agent.num_timesteps}&until={expert.until:g}"
+    return Trajectories.from_episodes(kept, env_id=env_id, source=source)
+
+
+def _warn_where_not_reached(stop: StopOnReturn, env_id: str, expert: TrainedExpert) -> None:
     if not stop.reached and np.isfinite(expert.until):
         log.warning(
             "SAC reached a mean return of %.1f on %s in %d env steps, expert.until=%g was asked for. The episodes are "
@@ -77,23 +91,15 @@ def collect_trained(env: str, episodes: int, expert: TrainedExpert, *, seed: int
             expert.max_steps,
             expert.until,
         )
-    vec_env.seed(episode_seeds(DEMONSTRATIONS, seed) + 1_000)
-    kept = _play(agent, vec_env, episodes, spec.reports_success)
-    vec_env.close()
-    source = f"sac:{env_id}?steps={agent.num_timesteps}&until={expert.until:g}"
-    return Trajectories.from_episodes(kept, env_id=env_id, source=source)
 
 
 class StopOnReturn(BaseCallback):
     """Ends training when the mean return of an evaluation reaches the threshold."""
 
-    def __init__(self, env_id: str, expert: TrainedExpert) -> None:
+    def __init__(self, vec_env: TaskVecEnv, expert: TrainedExpert) -> None:
         super().__init__()
-        self.env_id, self.expert = env_id, expert
+        self._vec_env, self.expert = vec_env, expert
         self.best, self.reached = -np.inf, False
-
-    def _on_training_start(self) -> None:
-        self._vec_env = make_vec_env(self.env_id, 1, horizon=self.expert.horizon)
 
     def _on_step(self) -> bool:
         if self.num_timesteps % EVALUATE_EVERY:
@@ -104,9 +110,6 @@ class StopOnReturn(BaseCallback):
         self.best = max(self.best, float(np.mean(mean)))
         self.reached = self.best >= self.expert.until
         return not self.reached
-
-    def _on_training_end(self) -> None:
-        self._vec_env.close()
 
 
 def _play(agent: SAC, vec_env: VecEnv, episodes: int, reports_success: bool) -> list[Episode]:

@@ -68,7 +68,7 @@ class Tracker:
 
     Args:
         run_dir: The run directory.
-        resume: Where the run goes on, or the gradient step; points after it are removed. None starts afresh.
+        resume: Where the run goes on; points after it are removed. None starts afresh.
         trackers: Which others show the metrics: ``tensorboard``, ``trackio``, ``wandb``.
         hyperparameters: Settings to show beside the results, flat; None values are left out.
     """
@@ -76,19 +76,18 @@ class Tracker:
     def __init__(
         self,
         run_dir: Path,
-        resume: Resume | int | None = None,
+        resume: Resume | None = None,
         trackers: tuple[str, ...] = (TENSORBOARD,),
         hyperparameters: Mapping[str, Any] | None = None,
     ) -> None:
         self.path = run_dir / METRICS_FILE
         run_dir.mkdir(parents=True, exist_ok=True)
-        where = Resume(resume) if isinstance(resume, int) else resume
-        rows = [] if where is None else read_metrics(run_dir)
-        kept = [] if where is None else where.kept(rows)
+        rows = [] if resume is None else read_metrics(run_dir)
+        kept = [] if resume is None else resume.kept(rows)
         kept_ids = set(map(id, kept))  # comparing rows takes a minute where there are ten thousand
         forgotten = [row for row in rows if id(row) not in kept_ids]
         write_file(self.path, lambda aside: aside.write_text("".join(json.dumps(row) + "\n" for row in kept)))
-        purge = None if where is None else min([row[STEP] for row in forgotten], default=where.step + 1)
+        purge = None if resume is None else min([row[STEP] for row in forgotten], default=resume.step + 1)
         logged = frozenset(map(_point, rows))
         self._sinks = open_sinks(trackers, RunInfo(run_dir, hyperparameters or {}, purge, logged))
         self._file = self.path.open("a", encoding="utf-8")
@@ -287,7 +286,7 @@ class NullTracker(Tracker):
 
 def open_tracker(
     run_dir: Path,
-    resume: Resume | int | None,
+    resume: Resume | None,
     trackers: Sequence[str] = (TENSORBOARD,),
     hyperparameters: Mapping[str, Any] | None = None,
     *,

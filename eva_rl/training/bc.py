@@ -22,7 +22,7 @@ from eva_rl.seeding import random_state, restore_random_state
 from eva_rl.training.averaging import WeightAverage
 from eva_rl.training.checkpoint import Checkpoints, TrainState, below
 from eva_rl.training.compiling import compiled
-from eva_rl.training.failures import interrupts_deferred
+from eva_rl.training.failures import interrupts_deferred, interrupts_saved, saved_on_failure
 from eva_rl.training.losses import autocast, microbatches, num_action_elements, summed_action_loss
 from eva_rl.training.optimizer import (
     checked_step,
@@ -104,6 +104,7 @@ class Counters:
         seconds: Of the gradient steps.
         precision: What ``auto`` came to when training began.
         validation_steps: Env steps played to validate.
+        validation_due: The validation after the last gradient step is yet to be played.
     """
 
     update: int = 0
@@ -111,6 +112,7 @@ class Counters:
     seconds: float = 0.0
     precision: str = ""
     validation_steps: int = 0
+    validation_due: bool = False
 
     def count(self, windows: int, seconds: float) -> None:
         """Count a gradient step."""
@@ -166,7 +168,9 @@ def train_bc(  # noqa: PLR0913 - three values, what it reports to, and what othe
 
     Raises:
         NotFiniteError: The loss or the gradient is not finite; the last checkpoint stays as it was.
-        KeyboardInterrupt: Ctrl-C, or SIGTERM in a command; the gradient step is finished and saved.
+        KeyboardInterrupt: Ctrl-C, or SIGTERM in a command; the gradient step is finished and saved. A validation that
+            did not come to its end is played by the run that resumes.
+        EnvironmentFailedError: One did while validating; what was learned is saved.
         UserError: Another process ended.
     """
     process_group, seed = process_group or ProcessGroup.current(), torch.initial_seed()
@@ -177,23 +181,22 @@ def train_bc(  # noqa: PLR0913 - three values, what it reports to, and what othe
         decide = partial(choose_precision, options.precision, policy.network, draw)
         counters.precision = process_group.broadcast_object(decide)
     step = _Step(policy, compiled(policy.network, options.compile), run, options, process_group, seed)
-    saves = checkpoints if process_group.is_main and checkpoints and checkpoints.enabled else None
+    saver = _Saver(run, checkpoints if process_group.is_main and checkpoints and checkpoints.enabled else None)
+    validation = _Validation(policy, run, evaluate, eval_every, eval_at, log, saver)
+    validation.play_if_due()
     while counters.update < options.updates:
         with interrupts_deferred() as interrupt:
             norm = step.advance(sampler)
             if after and counters.update in after:
                 after[counters.update]()
             last = counters.update == options.updates
-            due = counters.update in eval_at or (eval_every > 0 and counters.update % eval_every == 0)
-            validating = evaluate is not None and due and not last
+            counters.validation_due = not last and validation.comes_after(counters.update)
             if counters.update % options.log_every == 0 or last or counters.update == 1:
                 log(_metrics(run, norm), counters.update)
-            if saves and interrupt.requested and not validating:  # else the resumed run would miss this validation
-                saves.save(run.state())
-        if evaluate is not None and validating:
-            log(run.validated(policy, evaluate), counters.update)
-        if saves and saves.due(counters.update, last):
-            saves.save(run.state())
+            if interrupt.requested:
+                saver.save()
+        validation.play_if_due()
+        saver.save_if_due(last=last)
     policy.network.eval()
     if run.average:
         run.average.take()
@@ -232,7 +235,7 @@ class _Run:
         """Begin, or resume from the latest checkpoint, at the same step with the same weights on every process."""
         parameters = trainable_parameters(policy.network)
         factor = extension.learning_rate_factor if extension else None
-        averaged = math.ceil(options.ema * options.updates)
+        averaged = math.ceil(options.ema * options.updates - 1e-9)  # 0.07 * 100 is a little above 7
         average = WeightAverage(parameters, options.updates - averaged + 1) if averaged else None
         losses, optimizer = torch.zeros(2, device=policy.device), make_optimizer(parameters, options, factor)
         run = cls(parameters, optimizer, extension, Counters(), average, losses)
@@ -249,16 +252,6 @@ class _Run:
             )
         process_group.broadcast_parameters(policy.network)
         return run
-
-    def validated(
-        self, policy: DecisionTransformerPolicy, evaluate: Callable[[int], Mapping[str, float]]
-    ) -> Mapping[str, float]:
-        """Metrics of the policy, with averaged parameters where there are some."""
-        policy.network.eval()
-        with self.average.applied() if self.average else nullcontext():
-            metrics = evaluate(self.counters.update)
-        self.counters.validation_steps += int(metrics.get(VALIDATION_STEPS, 0))
-        return metrics
 
     def state(self) -> TrainState:
         """Everything that a resumed run needs."""
@@ -286,6 +279,53 @@ class _Run:
             self.loss_since_point.copy_(state.tensors[LOSS])
         for name, value in asdict(Counters(**state.record)).items():
             setattr(self.counters, name, value)
+
+
+@dataclass(frozen=True)
+class _Saver:
+    """Saves a run where checkpoints are kept."""
+
+    run: _Run
+    checkpoints: Checkpoints | None
+
+    def save(self) -> None:
+        if self.checkpoints:
+            self.checkpoints.save(self.run.state())
+
+    def save_if_due(self, *, last: bool) -> None:
+        if self.checkpoints and self.checkpoints.due(self.run.counters.update, last):
+            self.save()
+
+
+@dataclass(frozen=True)
+class _Validation:
+    """The validations of a run: after which gradient steps, and where their metrics go."""
+
+    policy: DecisionTransformerPolicy
+    run: _Run
+    evaluate: Callable[[int], Mapping[str, float]] | None
+    every: int
+    at: Collection[int]
+    log: Log
+    saver: _Saver
+
+    def comes_after(self, update: int) -> bool:
+        """Whether there is one after that gradient step."""
+        return self.evaluate is not None and (update in self.at or (self.every > 0 and update % self.every == 0))
+
+    def play_if_due(self) -> None:
+        """Play it, with averaged parameters where there are some; save what was learned where it is stopped."""
+        run, counters = self.run, self.run.counters
+        if self.evaluate is None or not counters.validation_due:
+            return
+        self.policy.network.eval()
+        saves = self.saver.save if self.saver.checkpoints else None
+        with interrupts_saved(self.saver.save), saved_on_failure(saves):
+            with run.average.applied() if run.average else nullcontext():
+                metrics = self.evaluate(counters.update)
+            counters.validation_steps += int(metrics.get(VALIDATION_STEPS, 0))
+            counters.validation_due = False
+        self.log(metrics, counters.update)
 
 
 @dataclass(frozen=True)

@@ -140,6 +140,16 @@ def interrupts_deferred() -> Iterator[DeferredInterrupt]:
 
 
 @contextmanager
+def interrupts_saved(save: Callable[[], None]) -> Iterator[None]:
+    """Save where Ctrl-C or SIGTERM ends the block."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        save()
+        raise
+
+
+@contextmanager
 def saved_on_failure(save: Callable[[], None] | None) -> Iterator[None]:
     """Save what was learned before an environment failed, and say so in the error.
 

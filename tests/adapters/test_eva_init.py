@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import count
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,9 @@ from eva_rl import envs, eva
 from eva_rl.adapters import Rollouts, compute_eva, target_layers
 from eva_rl.batch import WindowBatch
 from eva_rl.data import Trajectories, WindowSampler
+from eva_rl.errors import UserError
+from eva_rl.eva import ActivationStatistics
+from eva_rl.eva.options import StorageOptions
 from tests.conftest import make_policy
 from tests.envs.numbered import NumberedEpisodes
 
@@ -91,6 +95,24 @@ def test_mixed_adds_both(reach_demonstrations: Trajectories) -> None:
 
 
 @pytest.mark.slow
+def test_rollouts_are_kept_as_batches_are() -> None:
+    """With rollouts sketches had seed 0 whatever was asked for, and exact moments no limit."""
+    made: list[StorageOptions] = []
+
+    class Listening(ActivationStatistics):
+        def __init__(self, *arguments: Any, **named: Any) -> None:
+            made.append(arguments[2])
+            super().__init__(*arguments, **named)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("eva_rl.adapters.eva_init.ActivationStatistics", Listening)
+        compute_eva(make_policy(), [LAYER], None, rollouts(), max_batches=1, rank=3, seed=7, keep_moments=True)
+    (storage,) = made
+    assert (storage.method, storage.seed, storage.exact, storage.components) == ("auto", 7, True, 3)
+    with pytest.raises(UserError, match="max_batches=0"):
+        compute_eva(make_policy(), [LAYER], None, rollouts(), max_batches=0, rank=3)
+
+
 @pytest.mark.parametrize("source", ["rollouts", "mixed"])
 def test_sources_are_reachable_by_the_command(source: str, policy_folder, tmp_path) -> None:
     from eva_rl.finetune import command as finetune

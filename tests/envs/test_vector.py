@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +17,7 @@ from eva_rl.envs.host import StepArrays
 from eva_rl.envs.spec import EnvSpec
 from eva_rl.envs.vector import TaskVecEnv, workers_that_pay
 from eva_rl.errors import UserError
+from eva_rl.limits.threads import ThreadLimits
 
 BOX = gym.spaces.Box(-np.inf, np.inf, (2,), np.float32), gym.spaces.Box(-1, 1, (1,), np.float32)
 
@@ -148,7 +150,7 @@ def test_attributes_and_methods(vec_env: TaskVecEnv) -> None:
 
 def test_workers_live_as_long_as_the_environment() -> None:
     vec_env = TaskVecEnv([Maker(2)] * 3, ["x"] * 3, BOX, range(3), 3, workers=8)
-    assert vec_env.num_workers == len(vec_env.processes) == 3, "no more than environments"
+    assert len(vec_env.processes) == 3, "no more than environments"
     processes = vec_env.processes
     vec_env.close()
     vec_env.close()
@@ -174,14 +176,20 @@ def spec(horizon: int, env_id: str = "metaworld/push-v3") -> EnvSpec:
 
 
 def test_short_work_gets_no_workers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(4)))
+    limits = ThreadLimits(affinity=4, quota=math.inf, environment=None)
+    monkeypatch.setattr("eva_rl.envs.vector.thread_limits", lambda: limits)
     assert workers_that_pay([spec(20)]) == 0
     assert workers_that_pay([spec(500)] * 10) == 4
     assert workers_that_pay([spec(2000)] * 2) == 2, "no more than environments"
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert workers_that_pay([spec(500)] * 10) == 2
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert workers_that_pay([spec(500)] * 10) == 0
+    for processes, expected in ((2, 2), (4, 0)):
+        monkeypatch.setattr("eva_rl.envs.vector.local_world_size", lambda number=processes: number)
+        assert workers_that_pay([spec(500)] * 10) == expected
+
+
+def test_a_container_gets_workers_for_its_quota_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = ThreadLimits(affinity=64, quota=2.0, environment=None)
+    monkeypatch.setattr("eva_rl.envs.vector.thread_limits", lambda: limits)
+    assert workers_that_pay([spec(500)] * 50) == 2
 
 
 @pytest.mark.parametrize("number", [0, -1])

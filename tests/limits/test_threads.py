@@ -50,4 +50,7 @@ def test_the_environment_decides_within_the_affinity(tmp_path: Path) -> None:
     assert limits(tmp_path, "", OMP_NUM_THREADS="0").environment is None
     assert ThreadLimits(8, 2.5, None).threads == 2
     assert ThreadLimits(8, 0.5, None).threads == 1
+    assert ThreadLimits(8, 6.0, None).of_each(2) == 3
+    assert ThreadLimits(8, 6.0, None).of_each(16) == 1
+    assert ThreadLimits(16, math.inf, 4).of_each(4) == 4, "the variable is of a process"
     assert str(ThreadLimits(8, 2.5, 1)) == "8 CPUs by affinity, a quota of 2.5 CPUs, OMP_NUM_THREADS=1"

@@ -9,11 +9,18 @@ import pytest
 from statsmodels.stats.proportion import proportion_confint
 
 from eva_rl import envs
+from eva_rl.distributed import ProcessGroup
 from eva_rl.envs.metaworld import MetaWorldTask
 from eva_rl.errors import UserError
 from eva_rl.evaluate import show
 from eva_rl.rollouts.episodes import EpisodeRecord, play_episodes
-from eva_rl.rollouts.evaluation import EvaluationResult, described_return, evaluate_policy, evaluation_envs
+from eva_rl.rollouts.evaluation import (
+    EvaluationResult,
+    described_return,
+    evaluate_distributed,
+    evaluate_policy,
+    evaluation_envs,
+)
 from tests.conftest import make_policy
 
 
@@ -146,6 +153,20 @@ def test_returns_are_measured_where_nothing_was_stopped() -> None:
     found = evaluate_policy(make_policy(), "push-v3", episodes=2, horizon=4, stop_at_success=True)
     assert found.success_rate == 0
     assert found.metrics() == evaluate_policy(make_policy(), "push-v3", episodes=2, horizon=4).metrics()
+
+
+def test_processes_without_episodes_know_that_the_others_report_success() -> None:
+    """Rank 0, which logs, had no episode of its own, and no success rate."""
+    whole = evaluate_policy(make_policy(), "reach-v3", episodes=1, horizon=5)
+    none = replace(whole, episodes=(), reports_success=False)
+
+    class Group(ProcessGroup):
+        def all_gather_object(self, value: Any) -> list[Any]:
+            return [value, [replace(whole.episodes[0], reports_success=True)]]
+
+    found = evaluate_distributed(Group(0, 2), lambda **_: none, episodes=1)
+    assert found.reports_success
+    assert found.metrics()["eval/success_rate"] == 0
 
 
 def test_environments_can_be_used_again() -> None:

@@ -44,7 +44,7 @@ def test_a_resumed_run_has_no_point_twice(tmp_path: Path) -> None:
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "train/lo')  # the crash came while writing
     wait_for_the_next_second()
-    with Tracker(tmp_path, resume=3) as tracker:
+    with Tracker(tmp_path, resume=Resume(3)) as tracker:
         for step in range(4, 7):
             tracker.log({"train/loss": 10 * step}, step)
     expected = [(1, 1), (2, 2), (3, 3), (4, 40), (5, 50), (6, 60)]
@@ -57,7 +57,7 @@ def test_a_tracker_that_is_named_later_shows_the_whole_run(tmp_path: Path) -> No
     with Tracker(tmp_path, trackers=()) as tracker:
         for step in range(1, 4):
             tracker.log({"train/loss": step}, step)
-    with Tracker(tmp_path, resume=2, hyperparameters={"seed": 3}) as tracker:
+    with Tracker(tmp_path, resume=Resume(2), hyperparameters={"seed": 3}) as tracker:
         tracker.log({"train/loss": 30}, 3)
     assert scalars(tmp_path, "train/loss") == [(1, 1), (2, 2), (3, 30)]
     assert hparams_of(tmp_path)["seed"] == 3
@@ -73,7 +73,7 @@ def test_a_run_that_starts_afresh_shows_nothing_of_its_first_start(tmp_path: Pat
 
 def test_the_last_point_is_logged_once(tmp_path: Path) -> None:
     """A run that is killed after it resumes from its last step, and has the point already."""
-    for resume in (None, 6, 6):
+    for resume in (None, Resume(6), Resume(6)):
         wait_for_the_next_second()
         with Tracker(tmp_path, resume) as tracker:
             tracker.log_once({"eval/mean_reward": 4.0}, 6)
@@ -92,7 +92,7 @@ def test_a_killed_run_has_shown_all_that_it_recorded(tmp_path: Path) -> None:
 
 def test_metrics_of_earlier_versions_are_read_under_their_new_names(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 3, "wall_time": 1.0, "eva/directions_aimed": 2.0}\n')
-    with Tracker(tmp_path, resume=3) as tracker:
+    with Tracker(tmp_path, resume=Resume(3)) as tracker:
         tracker.log({"eva/directions_reinitialised": 5.0}, 6)
     assert [row["eva/directions_reinitialised"] for row in read_metrics(tmp_path)] == [2, 5]
     assert "directions_aimed" not in (tmp_path / "metrics.jsonl").read_text()
@@ -220,7 +220,7 @@ def test_the_dashboard_has_no_chart_that_stays_empty(tmp_path: Path) -> None:
     expected = {"Return": ["Return, held out, before and after"], "Training": ["Loss"]}
     assert charts(tmp_path) == expected
     wait_for_the_next_second()
-    with Tracker(tmp_path, resume=5) as tracker:
+    with Tracker(tmp_path, resume=Resume(5)) as tracker:
         assert charts(tmp_path) == expected, "a run that goes on shows what it has"
         tracker.log({"rollout/success_rate": 0.5}, 6)
     assert charts(tmp_path) == {"Success rate": ["Success rate, rollouts while learning"], **expected}

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,8 +16,8 @@ from safetensors.torch import load_file
 
 from eva_rl.batch import WindowBatch
 from eva_rl.data import Trajectories, WindowSampler
-from eva_rl.errors import UserError
-from eva_rl.training.bc import learning_rate, train_bc
+from eva_rl.errors import EnvironmentFailedError, UserError
+from eva_rl.training.bc import VALIDATION_STEPS, Counters, learning_rate, train_bc
 from eva_rl.training.checkpoint import Checkpoints, load_latest_checkpoint
 from eva_rl.training.failures import FAILED_BATCH, NOT_FINITE_FILE, failures_kept
 from eva_rl.training.losses import clone_loss
@@ -119,6 +122,49 @@ def test_resumed_equals_uninterrupted(
     for name, value in whole.items():
         assert torch.equal(value, resumed[name]), name
     assert [row["train/loss"] for row in tail] == [row["train/loss"] for row in logged if row["step"] > last]
+
+
+@pytest.mark.parametrize(
+    ("where", "stopped"),
+    [
+        ("before", KeyboardInterrupt()),
+        ("inside", KeyboardInterrupt()),
+        ("inside", EnvironmentFailedError("reach-v3", "at step 3", "it broke")),
+    ],
+)
+def test_an_end_at_a_validation_is_saved_and_the_validation_played_again(
+    where: str, stopped: BaseException, tmp_path: Path, reach_demonstrations: Trajectories
+) -> None:
+    """Nothing was saved where an interruption came while a validation was due or played."""
+    logged: list[tuple[int, dict[str, float]]] = []
+
+    def end(metrics: Mapping[str, float], step: int) -> None:
+        logged.append((step, dict(metrics)))
+        if where == "before" and step == 5 and len(logged) == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    def validate(update: int) -> dict[str, float]:
+        if where == "inside" and update == 5:
+            raise stopped
+        return {"validation/success_rate": 1.0, VALIDATION_STEPS: 7.0}
+
+    def train(evaluate: Callable[[int], Mapping[str, float]]) -> Counters:
+        torch.manual_seed(5)
+        policy = make_policy()
+        sampler = WindowSampler(reach_demonstrations, 6, policy.scaling, seed=1)
+        saved = Checkpoints(tmp_path, 1000)
+        return train_bc(policy, sampler, OPTIONS, log=end, evaluate=evaluate, eval_every=5, checkpoints=saved)
+
+    with pytest.raises(type(stopped)):
+        train(validate)
+    state = load_latest_checkpoint(tmp_path)
+    assert state is not None
+    assert state.step == 5
+    logged.clear()
+    counters = train(lambda _: {"validation/success_rate": 1.0, VALIDATION_STEPS: 7.0})
+    assert [step for step, metrics in logged if "validation/success_rate" in metrics] == [5, 10]
+    assert [step for step, metrics in logged if "train/loss" in metrics] == list(range(6, 13))
+    assert counters.validation_steps == 14
 
 
 def test_damaged_checkpoint_is_reported_and_the_one_before_used(

@@ -5,7 +5,6 @@ from eva_rl.report.stats.aggregates import (
     interquartile_mean,
     mean,
     median,
-    optimality_gap,
     performance_profile,
     probability_of_improvement,
 )
@@ -21,7 +20,6 @@ __all__ = [
     "mcnemar_test",
     "mean",
     "median",
-    "optimality_gap",
     "performance_profile",
     "probability_of_improvement",
     "sign_flip_test",

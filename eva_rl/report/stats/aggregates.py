@@ -44,13 +44,6 @@ def median(strata: Strata) -> Floats:
     return np.asarray(np.median(_task_means(strata), axis=-1))
 
 
-def optimality_gap(strata: Strata, target: float = 1.0) -> Floats:
-    """By how much runs fall short of ``target`` on average; what exceeds it does not make up for others."""
-    scores = np.concatenate(strata, axis=-1)
-    gap: Floats = target - np.minimum(scores, target).mean(axis=-1)
-    return gap
-
-
 def probability_of_improvement(first: Strata, second: Strata) -> Floats:
     """Chance that a run of the first method beats one of the second on the same task, averaged over tasks.
 

@@ -43,7 +43,7 @@ from eva_rl.training.sb3.windows import HistoryWindows, WindowReplayBuffer
 log = logging.getLogger(__name__)
 
 Model = PPO | SAC | TD3
-POLICY, OPTIMIZER, REPLAY, NUMPY_RANDOM = "policy/", "optimizer/", "replay/", "random/numpy"
+POLICY, REPLAY, NUMPY_RANDOM = "policy/", "replay/", "random/numpy"
 
 
 def check_actor(policy: DecisionTransformerPolicy, options: SB3Options) -> None:

@@ -26,9 +26,8 @@ MATRICES.append(np.random.default_rng(9).integers(0, 4, (6, 5)) / 3)  # with man
         (stats.interquartile_mean, rliable.aggregate_iqm),
         (stats.mean, rliable.aggregate_mean),
         (stats.median, rliable.aggregate_median),
-        (stats.optimality_gap, rliable.aggregate_optimality_gap),
     ],
-    ids=["iqm", "mean", "median", "gap"],
+    ids=["iqm", "mean", "median"],
 )
 def test_aggregates_are_rliables(matrix: Floats, ours, theirs) -> None:  # type: ignore[no-untyped-def]
     assert float(ours(strata(matrix))) == pytest.approx(theirs(matrix), rel=1e-12)
@@ -65,7 +64,7 @@ def test_ties_count_one_half() -> None:
 def test_leading_axes_are_resamples() -> None:
     matrix = np.random.default_rng(0).normal(size=(4, 5, 3))  # resamples, runs, tasks
     resampled = [matrix[..., task] for task in range(3)]
-    for statistic in (stats.interquartile_mean, stats.mean, stats.median, stats.optimality_gap):
+    for statistic in (stats.interquartile_mean, stats.mean, stats.median):
         alone = [float(statistic(strata(one))) for one in matrix]
         assert statistic(resampled) == pytest.approx(alone)
 

@@ -107,7 +107,8 @@ def test_a_round_begins_after_the_episodes_of_the_one_before(env_steps: int) -> 
     """A run's rounds skipped so many that they came into the episodes of other seeds."""
     vec_env = make_vec_env("push-v3", 2, horizon=5)
     task = TaskEnvs(vec_env, "metaworld/push-v3", reports_success=True, first_seed=700)
-    _, after = roll_out(make_policy(), task, env_steps)
+    episodes, after = roll_out(make_policy(), task, env_steps)
+    assert sum(len(episode.actions) for episode in episodes) == 2 * max(1, env_steps // 2)
     begun = 1 + max(1, env_steps // 2) // 5  # in each environment
     assert after == 700 + 2 * begun == vec_env.arrays.next_seeds.min()
     vec_env.close()
