@@ -8,15 +8,16 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
-from torch import Tensor, nn
+from torch import nn
 
 from eva_rl.adapters.extensions import ADAPTER_NAME
+from eva_rl.adapters.starts import set_directions
 from eva_rl.errors import UserError
 from eva_rl.eva import EvaResult, compute
+from eva_rl.eva.result import exact_pattern
 from eva_rl.eva.targets import find_layers, without_wrappers
 
 
@@ -79,7 +80,7 @@ def attach_eva(
     every = [name for name, _ in model.named_modules()]
     final = _final_config(lora_config, ranks, result, others, every)
     peft_model = get_peft_model(model, final, adapter_name=adapter_name)
-    _init_lora_a(peft_model, {name: result.layers[name].components for name in ranks}, adapter_name)
+    set_directions(peft_model, {name: result.layers[name].components for name in ranks}, adapter_name)
     return peft_model
 
 
@@ -164,8 +165,8 @@ def _final_config(
     final.target_modules = _exactly([*ranks, *others], every)
     # the names say it all, and PEFT refuses others beside a pattern
     final.layers_to_transform = final.layers_pattern = final.exclude_modules = None
-    final.rank_pattern = {"^" + re.escape(name): rank for name, rank in ranks.items() if rank != config.r}
-    final.alpha_pattern = {"^" + re.escape(n): a for n, a in alphas.items() if ranks[n] != config.r}
+    final.rank_pattern = {exact_pattern(name): rank for name, rank in ranks.items() if rank != config.r}
+    final.alpha_pattern = {exact_pattern(n): a for n, a in alphas.items() if ranks[n] != config.r}
     final.init_lora_weights, final.eva_config = True, None
     return final
 
@@ -176,10 +177,3 @@ def _exactly(names: Sequence[str], every: Sequence[str]) -> list[str] | str:
     if any(name.endswith(endings) for name in every):
         return "|".join(re.escape(name) for name in names)
     return list(names)
-
-
-def _init_lora_a(model: PeftModel, components: Mapping[str, Tensor], adapter_name: str) -> None:
-    base: Any = model.get_base_model()
-    with torch.no_grad():
-        for name, directions in components.items():
-            base.get_submodule(name).lora_A[adapter_name].weight.copy_(directions)

@@ -7,11 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor, nn
 
 from eva_rl.adapters.extensions import (
-    ADAPTER_NAME,
     ADAPTER_PARTS,
     ORTHOGONALITY,
     AdaLoraExtension,
@@ -24,10 +22,11 @@ from eva_rl.adapters.extensions import (
 from eva_rl.adapters.gain import LayerStart
 from eva_rl.adapters.layers import capped, rank_limits
 from eva_rl.adapters.methods import DIRECTIONS, GRADIENTS, MOMENTS, PROJECTIONS, Method, find_method
-from eva_rl.adapters.starts import Backward, prepare_corda, prepare_gradients, set_start
+from eva_rl.adapters.starts import Backward, prepare_corda, prepare_gradients, set_directions, set_start
 from eva_rl.agents.policy import DecisionTransformerPolicy
 from eva_rl.errors import UserError
 from eva_rl.eva import EvaOptions, EvaResult
+from eva_rl.eva.result import exact_pattern
 
 if TYPE_CHECKING:
     from peft import AdaLoraConfig, LoraConfig, PeftConfig, PeftModel
@@ -124,7 +123,7 @@ def attach_adapter(  # noqa: PLR0913 - PEFT's names for what a user may set
         peft_config = _lora_config(chosen, limits, rank, alpha, dropout, eva)
     model, extension = _attached(network, chosen, peft_config, moments, backward)
     if eva is not None:
-        _init_lora_A(model, eva.state_dict())
+        set_directions(model, eva.state_dict())
     model.to(policy.device)
     network.train(network.training)  # PEFT's new layers begin in training mode
     fuse_where_faster(network)
@@ -251,8 +250,8 @@ def _lora_config(
         lora_alpha=scale * rank,
         lora_dropout=dropout,
         target_modules=list(ranks),
-        rank_pattern={_exactly(name): ranks[name] for name in own},
-        alpha_pattern={_exactly(name): alphas[name] for name in own},
+        rank_pattern={exact_pattern(name): ranks[name] for name in own},
+        alpha_pattern={exact_pattern(name): alphas[name] for name in own},
         use_dora=method.dora,
         use_rslora=method.rslora,
         init_lora_weights=method.init,
@@ -292,27 +291,6 @@ def _adalora_config(
         orth_reg_weight=ORTHOGONALITY,
         **schedule(total_updates),
     )
-
-
-def _exactly(name: str) -> str:
-    """A pattern of PEFT that matches one layer and no other that ends like it."""
-    return "^" + name.replace(".", r"\.")
-
-
-def _init_lora_A(model: PeftModel, components: Mapping[str, Tensor]) -> None:  # noqa: N802 - PEFT's name of the matrix
-    """Set each layer's A (rank, in) to its components; B is zero already."""
-    for name, module in model.get_base_model().named_modules():
-        if hasattr(module, "lora_A") and ADAPTER_NAME in module.lora_A:
-            entry = module.lora_A[ADAPTER_NAME]
-            weight = entry if isinstance(entry, nn.Parameter) else entry.weight
-            directions = components[name]
-            if directions.shape != weight.shape:
-                raise UserError(
-                    f"EVA directions of {name} have shape {tuple(directions.shape)}, the adapter needs "
-                    f"{tuple(weight.shape)}."
-                )
-            with torch.no_grad():
-                weight.copy_(directions)
 
 
 def has_adapter(network: nn.Module) -> bool:

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 from stable_baselines3.common.vec_env import VecEnv
-from torch import Tensor, linalg, nn
+from torch import Tensor, linalg
 
+from eva_rl.adapters.extensions import low_rank_layers
 from eva_rl.agents.policy import DecisionTransformerPolicy, frozen
 from eva_rl.batch import WindowBatch
 from eva_rl.data.trajectories import Trajectories
@@ -229,7 +230,7 @@ def comparable_directions(model: PeftModel, adapters: Sequence[str]) -> dict[str
     Raises:
         UserError: They have no low-rank layer in common.
     """
-    factors = {adapter: dict(_input_factors(model, adapter)) for adapter in adapters}
+    factors = {adapter: {layer.name: layer.A.data for layer in low_rank_layers(model, adapter)} for adapter in adapters}
     common = set.intersection(*(set(found) for found in factors.values()))
     if not common:
         raise UserError(
@@ -241,13 +242,6 @@ def comparable_directions(model: PeftModel, adapters: Sequence[str]) -> dict[str
         adapter: {layer: linalg.qr(found[layer][:rank].double().T)[0].T for layer, rank in ranks.items()}
         for adapter, found in factors.items()
     }
-
-
-def _input_factors(model: PeftModel, adapter: str) -> Iterator[tuple[str, Tensor]]:
-    for name, module in model.get_base_model().named_modules():
-        factors: Any = getattr(module, "lora_A", None)
-        if factors is not None and adapter in factors and isinstance(factors[adapter], nn.Linear):
-            yield name, factors[adapter].weight.data
 
 
 def captured_variance(directions: Mapping[str, Tensor], moments: Mapping[str, SecondMoment]) -> float:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 if TYPE_CHECKING:  # importing PEFT takes seconds, which a policy without an adapter does not need
     from peft import PeftModel
@@ -24,6 +25,36 @@ LORA_PLUS_RATIO = 16.0
 ORTHOGONALITY = 0.1
 """Weight of AdaLoRA's regulariser in PEFT's form; the paper's gamma (equation 4) weights squared distances."""
 _STATISTICS = ("ipt", "exp_avg_ipt", "exp_avg_unc")
+
+
+@dataclass(frozen=True)
+class LowRankLayer:
+    """A layer with a low-rank adapter.
+
+    Attributes:
+        name: In the base model.
+        module: PEFT's.
+        A: (R, in).
+        B: (out, R).
+    """
+
+    name: str
+    module: Any
+    A: nn.Parameter
+    B: nn.Parameter
+
+
+def low_rank_layers(model: PeftModel, adapter: str = ADAPTER_NAME) -> Iterator[LowRankLayer]:
+    """The layers that an adapter gives an A and a B, those of lookup tables left out."""
+    for name, module in model.get_base_model().named_modules():
+        if adapter in getattr(module, "lora_A", {}):
+            layer: Any = module
+            yield LowRankLayer(name, layer, _matrix(layer.lora_A[adapter]), _matrix(layer.lora_B[adapter]))
+
+
+def _matrix(entry: nn.Parameter | nn.Linear) -> nn.Parameter:
+    """AdaLoRA keeps its factors as parameters, the others as layers."""
+    return entry if isinstance(entry, nn.Parameter) else entry.weight
 
 
 class _Quiet:
@@ -88,7 +119,8 @@ class RewrittenBase(_Quiet):
     def __init__(self, model: PeftModel, originals: Mapping[str, Tensor]) -> None:
         super().__init__(model)
         self._originals = dict(originals)
-        self._initial = {name: _factors(layer) for name, layer in self._layers()}
+        own = {layer.name: layer for layer in low_rank_layers(model)}
+        self._initial = {name: (own[name].A.data.clone(), own[name].B.data.clone()) for name in self._originals}
         self._rewrite()
 
     def original_weights(self) -> dict[str, Tensor]:
@@ -135,12 +167,6 @@ class RewrittenBase(_Quiet):
     def _layers(self) -> Iterator[tuple[str, Any]]:
         network = self.model.get_base_model()
         return ((name, network.get_submodule(name)) for name in self._originals)
-
-
-def _factors(layer: Any) -> tuple[Tensor, Tensor]:
-    """Copies of A (rank, in) and B (out, rank)."""
-    A, B = layer.lora_A[ADAPTER_NAME].weight, layer.lora_B[ADAPTER_NAME].weight
-    return A.data.clone(), B.data.clone()
 
 
 def initial_rank(rank: int) -> int:

@@ -8,15 +8,15 @@ they differ by their directions.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from eva_rl.adapters.extensions import ADAPTER_NAME
+from eva_rl.adapters.extensions import low_rank_layers
 from eva_rl.adapters.methods import EVA_GAIN, LORA_GAIN, OWN_GAIN
 from eva_rl.errors import UserError
 from eva_rl.eva import SecondMoment, effective_rank, gain
@@ -47,19 +47,10 @@ def measure_start(model: PeftModel, moments: Mapping[str, SecondMoment]) -> dict
         moments: Second moments of the layers' inputs; see :func:`eva_rl.adapters.compute_eva`'s ``keep_moments``.
     """
     return {
-        name: LayerStart(gain(a, moments[name]), effective_rank(a, moments[name]))
-        for name, a in input_factors(model)
-        if name in moments
+        layer.name: LayerStart(gain(layer.A, moments[layer.name]), effective_rank(layer.A, moments[layer.name]))
+        for layer in low_rank_layers(model)
+        if layer.name in moments
     }
-
-
-def input_factors(model: PeftModel) -> Iterator[tuple[str, nn.Parameter]]:
-    """The layers with their A (R, in), those of lookup tables left out."""
-    for name, module in model.get_base_model().named_modules():
-        factors: Any = getattr(module, "lora_A", None)
-        if factors is not None and ADAPTER_NAME in factors:
-            entry = factors[ADAPTER_NAME]
-            yield name, entry if isinstance(entry, nn.Parameter) else entry.weight
 
 
 def reference_gain(reference: str, moment: SecondMoment, rank: int) -> float:
@@ -92,14 +83,16 @@ def set_gain(model: PeftModel, moments: Mapping[str, SecondMoment], reference: s
     """
     if reference == OWN_GAIN:
         return
-    for name, a in input_factors(model):
-        if name not in moments:
-            raise UserError(f"adapter.gain={reference}: the inputs of {name} were not seen. Use adapter.gain=own.")
-        own = gain(a, moments[name])
+    for layer in low_rank_layers(model):
+        if layer.name not in moments:
+            raise UserError(
+                f"adapter.gain={reference}: the inputs of {layer.name} were not seen. Use adapter.gain=own."
+            )
+        moment, own = moments[layer.name], gain(layer.A, moments[layer.name])
         if own > 0:
-            wanted = reference_gain(reference, moments[name], a.shape[0])
+            wanted = reference_gain(reference, moment, layer.A.shape[0])
             with torch.no_grad():
-                a.mul_((wanted / own) ** 0.5)  # the gain grows with the square of A
+                layer.A.mul_((wanted / own) ** 0.5)  # the gain grows with the square of A
 
 
 def rotate(model: PeftModel, seed: int) -> None:
@@ -111,7 +104,7 @@ def rotate(model: PeftModel, seed: int) -> None:
         model: With an adapter whose B is zero; changed in place.
         seed: Of the matrices.
     """
-    for index, (_, a) in enumerate(input_factors(model)):
+    for index, a in enumerate(layer.A for layer in low_rank_layers(model)):
         rng = np.random.default_rng([seed % MAX_SEED, index])
         q, r = np.linalg.qr(rng.standard_normal((a.shape[0], a.shape[0])))
         orthogonal: Tensor = torch.from_numpy(q * np.sign(np.diag(r))).to(a)  # uniform (Mezzadri 2007)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from eva_rl.adapters.extensions import ADAPTER_NAME
+from eva_rl.adapters.extensions import low_rank_layers
 from eva_rl.eva import EvaResult
 
 if TYPE_CHECKING:
@@ -71,21 +71,13 @@ def refresh_directions(model: PeftModel, found: EvaResult, threshold: float) -> 
         threshold: Overlap below which a layer is reinitialised.
     """
     overlaps, reinitialised, changed = {}, {}, []
-    for name, a, b in _factors(model):
-        components = found.layers[name].components.to(a.device)
-        overlaps[name] = subspace_overlap(a.data, components)
-        if overlaps[name] < threshold and (count := _reinitialise_unused(a, b, components)):
-            reinitialised[name] = count
-            changed += [a, b]
+    for layer in low_rank_layers(model):
+        components = found.layers[layer.name].components.to(layer.A.device)
+        overlaps[layer.name] = subspace_overlap(layer.A.data, components)
+        if overlaps[layer.name] < threshold and (count := _reinitialise_unused(layer.A, layer.B, components)):
+            reinitialised[layer.name] = count
+            changed += [layer.A, layer.B]
     return Refresh(overlaps, reinitialised, tuple(changed))
-
-
-def _factors(model: PeftModel) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]:
-    """Layers with their A (R, in) and B (out, R)."""
-    for name, module in model.get_base_model().named_modules():
-        factors: Any = getattr(module, "lora_A", None)
-        if factors is not None and ADAPTER_NAME in factors and isinstance(factors[ADAPTER_NAME], nn.Linear):
-            yield name, factors[ADAPTER_NAME].weight, module.lora_B[ADAPTER_NAME].weight
 
 
 def _reinitialise_unused(a: nn.Parameter, b: nn.Parameter, components: Tensor) -> int:

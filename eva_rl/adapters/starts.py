@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from eva_rl.adapters.extensions import ADAPTER_NAME
+from eva_rl.adapters.extensions import ADAPTER_NAME, LowRankLayer, low_rank_layers
 from eva_rl.errors import UserError
 
 if TYPE_CHECKING:
@@ -61,37 +61,35 @@ def prepare_gradients(network: nn.Module, peft_config: LoraConfig, backward: Bac
         preprocess_loraga(network, peft_config, backward)
 
 
-def start_milora(layer: Any) -> None:
+def start_milora(layer: LowRankLayer) -> None:
     """MiLoRA: the weight's minor singular triplets (arXiv 2406.09044, equation 4); the base gives them up.
 
     Args:
-        layer: PEFT's, with its A (R, in) and B (out, R).
+        layer: Whose A and B are set.
     """
-    A, B = _factors(layer)
-    rank = A.shape[0]
-    U, S, Vh = torch.linalg.svd(layer.base_layer.weight.detach().float(), full_matrices=False)
-    root = (S[-rank:] / layer.scaling[ADAPTER_NAME]).sqrt()
-    _set(A, B, root.unsqueeze(1) * Vh[-rank:], U[:, -rank:] * root)
+    rank, module = layer.A.shape[0], layer.module
+    U, S, Vh = torch.linalg.svd(module.base_layer.weight.detach().float(), full_matrices=False)
+    root = (S[-rank:] / module.scaling[ADAPTER_NAME]).sqrt()
+    _set(layer, root.unsqueeze(1) * Vh[-rank:], U[:, -rank:] * root)
 
 
-def start_lora_one(layer: Any) -> None:
+def start_lora_one(layer: LowRankLayer) -> None:
     """LoRA-One: a step against the gradient G's leading directions (arXiv 2502.01235, algorithm 1).
 
     The update s B A is -s / (gamma sigma_1) times the best approximation of G of rank R. The base stays as it is.
 
     Args:
-        layer: PEFT's, with the gradient that :func:`prepare_gradients` left.
+        layer: Whose A and B are set, with the gradient that :func:`prepare_gradients` left.
     """
-    gradient = layer.base_layer._peft_loraga_grad
-    del layer.base_layer._peft_loraga_grad
-    A, B = _factors(layer)
-    rank = A.shape[0]
+    rank, base = layer.A.shape[0], layer.module.base_layer
+    gradient = base._peft_loraga_grad
+    del base._peft_loraga_grad
     U, S, Vh = torch.linalg.svd(-gradient.float(), full_matrices=False)
     root = (S[:rank] / S[0].clamp(min=torch.finfo(S.dtype).tiny) / STABLE_GAMMA).sqrt()
-    _set(A, B, root.unsqueeze(1) * Vh[:rank], U[:, :rank] * root)
+    _set(layer, root.unsqueeze(1) * Vh[:rank], U[:, :rank] * root)
 
 
-_STARTS: Mapping[str, Callable[[Any], None]] = {"milora": start_milora, "lora_one": start_lora_one}
+_STARTS: Mapping[str, Callable[[LowRankLayer], None]] = {"milora": start_milora, "lora_one": start_lora_one}
 
 
 def set_start(model: PeftModel, start: str) -> None:
@@ -102,16 +100,33 @@ def set_start(model: PeftModel, start: str) -> None:
         start: ``milora``, ``lora_one`` or ``""``.
     """
     if start:
-        for module in model.modules():
-            if ADAPTER_NAME in getattr(module, "lora_A", {}):
-                _STARTS[start](module)
+        for layer in low_rank_layers(model):
+            _STARTS[start](layer)
 
 
-def _factors(layer: Any) -> tuple[nn.Parameter, nn.Parameter]:
-    return layer.lora_A[ADAPTER_NAME].weight, layer.lora_B[ADAPTER_NAME].weight
-
-
-def _set(A: nn.Parameter, B: nn.Parameter, a: Tensor, b: Tensor) -> None:
+def _set(layer: LowRankLayer, a: Tensor, b: Tensor) -> None:
     with torch.no_grad():
-        A.copy_(a)
-        B.copy_(b)
+        layer.A.copy_(a)
+        layer.B.copy_(b)
+
+
+def set_directions(model: PeftModel, directions: Mapping[str, Tensor], adapter: str = ADAPTER_NAME) -> None:
+    """Set each layer's A to directions of its inputs; B stays as it is.
+
+    Args:
+        model: PEFT's, just made.
+        directions: (R, in) by layer, for every layer of the adapter.
+        adapter: PEFT's name of the adapter.
+
+    Raises:
+        UserError: Their shape is another than that of A.
+    """
+    for layer in low_rank_layers(model, adapter):
+        rows = directions[layer.name]
+        if rows.shape != layer.A.shape:
+            raise UserError(
+                f"EVA directions of {layer.name} have shape {tuple(rows.shape)}, the adapter needs "
+                f"{tuple(layer.A.shape)}."
+            )
+        with torch.no_grad():
+            layer.A.copy_(rows)

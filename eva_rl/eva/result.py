@@ -139,12 +139,12 @@ class EvaResult:
 
         A plain name would also match the layers whose names end like it.
         """
-        return {_exactly(name): rank for name, rank in self.ranks.items()}
+        return {exact_pattern(name): rank for name, rank in self.ranks.items()}
 
     @property
     def alpha_pattern(self) -> dict[str, float]:
         """PEFT's `alpha_pattern`, with the keys of `rank_pattern`."""
-        return {_exactly(name): alpha for name, alpha in self.alphas.items()}
+        return {exact_pattern(name): alpha for name, alpha in self.alphas.items()}
 
     def state_dict(self, prefix: str = "") -> dict[str, Tensor]:
         """Components by layer name, with rank-0 layers as (0, D).
@@ -219,7 +219,8 @@ def _in_base_model(name: str) -> str:
     return name.removeprefix("base_model.model.")
 
 
-def _exactly(name: str) -> str:
+def exact_pattern(name: str) -> str:
+    """A pattern of PEFT that matches one layer, and no other whose name ends like it."""
     return "^" + re.escape(_in_base_model(name))
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from eva_rl.adapters import METHODS, check_gain, input_moments, measure_start, rotate, set_gain, target_layers
-from eva_rl.adapters.gain import input_factors
+from eva_rl.adapters.extensions import low_rank_layers
 from eva_rl.configs.finetune import AdapterOptions
 from eva_rl.data import Trajectories
 from eva_rl.errors import UserError
@@ -57,7 +57,7 @@ def test_measured_as_on_all_rows(
     assert adapter.model is not None
     found = measure_start(adapter.model, moments)
     assert found.keys() == moments.keys()
-    for name, a in input_factors(adapter.model):
+    for name, a in ((layer.name, layer.A) for layer in low_rank_layers(adapter.model)):
         passed = inputs[name] @ a.detach().double().T
         m = passed.T @ passed / len(passed)
         assert found[name].gain == pytest.approx(float(m.trace()), rel=1e-3)
@@ -78,7 +78,7 @@ def test_starts_on_one_scale(
         set_gain(adapter.model, moments, reference)
         torch.testing.assert_close(policy.network(batch), before)
     for name, one in measure_start(adapter.model, moments).items():
-        rank = dict(input_factors(adapter.model))[name].shape[0]
+        rank = next(layer for layer in low_rank_layers(adapter.model) if layer.name == name).A.shape[0]
         assert one.gain == pytest.approx(wanted(reference, moments[name], rank), rel=1e-3), name
         assert one.effective_rank == pytest.approx(shapes[name], rel=1e-4)
 
@@ -113,10 +113,10 @@ def test_loras_mean_gain_is_loras(reach_demonstrations: Trajectories, moments: d
 def test_rotated_rows_keep_what_counts(reach_demonstrations: Trajectories, moments: dict[str, SecondMoment]) -> None:
     _, adapter = attached("lora", reach_demonstrations)
     assert adapter.model is not None
-    before = {name: a.detach().clone() for name, a in input_factors(adapter.model)}
+    before = {layer.name: layer.A.detach().clone() for layer in low_rank_layers(adapter.model)}
     start = measure_start(adapter.model, moments)
     rotate(adapter.model, 3)
-    for name, a in input_factors(adapter.model):
+    for name, a in ((layer.name, layer.A) for layer in low_rank_layers(adapter.model)):
         assert not torch.allclose(a, before[name])
         torch.testing.assert_close(a.T @ a, before[name].T @ before[name], atol=1e-5, rtol=1e-4)
     for name, one in measure_start(adapter.model, moments).items():
