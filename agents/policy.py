@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from eva_rl.agents.context import Acting, RolloutContext, Window
 from eva_rl.agents.decision_transformer import DecisionTransformer
 from eva_rl.batch import InputScaling, WindowBatch, within_bounds
-from eva_rl.errors import UserError, counted
+from eva_rl.errors import UserError, check_dimensions, counted
 
 
 class Policy(Protocol):
@@ -156,11 +156,8 @@ class DecisionTransformerPolicy:
         Raises:
             UserError: Naming ``what`` and the dimensions on both sides.
         """
-        if (observation_dim, action_dim) != (self.observation_dim, self.action_dim):
-            raise UserError(
-                f"{what} has {observation_dim} numbers in an observation and {action_dim} in an action; the policy "
-                f"takes {self.observation_dim} and {self.action_dim}. Name another policy= or another env= or data=."
-            )
+        own, advice = (self.observation_dim, self.action_dim), "Name another policy= or another env= or data=."
+        check_dimensions(what, (observation_dim, action_dim), "the policy takes", own, advice)
 
     @property
     def action_bounds(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:

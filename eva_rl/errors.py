@@ -46,6 +46,26 @@ class ActionNotFiniteError(EnvironmentFailedError):
     """An environment was given an action that is infinite or not a number: the policy's training has diverged."""
 
 
+def check_dimensions(what: str, own: tuple[int, int], expects: str, expected: tuple[int, int], advice: str) -> None:
+    """Raise unless observations and actions have the sizes that something expects.
+
+    Args:
+        what: Whose they are.
+        own: Numbers in an observation and in an action.
+        expects: What expects others, with its verb: ``the policy takes``.
+        expected: Which.
+        advice: What to type next.
+
+    Raises:
+        UserError: Naming both.
+    """
+    if own != expected:
+        raise UserError(
+            f"{what} has {own[0]} numbers in an observation and {own[1]} in an action; {expects} {expected[0]} and "
+            f"{expected[1]}. {advice}"
+        )
+
+
 class UnknownNameError(UserError):
     """A name that is not among the known ones.
 

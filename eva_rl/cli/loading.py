@@ -20,7 +20,7 @@ from eva_rl.data import Trajectories, concatenate, load_dataset, read_episodes, 
 from eva_rl.data.selection import target_return
 from eva_rl.envs import EnvSpec, canonical_id, env_spec
 from eva_rl.envs.observations import observation_keys
-from eva_rl.errors import UserError, counted
+from eva_rl.errors import UserError, check_dimensions, counted
 from eva_rl.rollouts.experts import check_scripted
 
 log = logging.getLogger(__name__)
@@ -208,12 +208,8 @@ def check_fit(data: Trajectories, spec: EnvSpec) -> None:
         UserError: Naming the dimensions on both sides.
     """
     own, expected = (data.observation_dim, data.action_dim), (spec.observation_dim, spec.action_dim)
-    if own != expected:
-        raise UserError(
-            f"{data.source} has {own[0]} numbers in an observation and {own[1]} in an action; {spec.env_id} has "
-            f"{expected[0]} and {expected[1]}. Name other demonstrations with data=, or the task they were made in "
-            f"with env={data.env_id or '...'}."
-        )
+    other = f"Name other demonstrations with data=, or the task they were made in with env={data.env_id or '...'}."
+    check_dimensions(data.source, own, f"{spec.env_id} has", expected, other)
     _check_order(data, spec)
     if data.env_id and _registered(data.env_id) != _registered(spec.env_id):
         log.warning("%s: demonstrations of %s are used for %s.", data.source, data.env_id, spec.env_id)
@@ -257,11 +253,8 @@ def check_expert(source: str, spec: EnvSpec) -> None:
     theirs = env_spec(expert_source(source, spec.env_id, 1)[0])
     check_scripted(theirs.env_id)
     own, expected = (theirs.observation_dim, theirs.action_dim), (spec.observation_dim, spec.action_dim)
-    if own != expected:
-        raise UserError(
-            f"data={source}: {theirs.env_id} has {own[0]} numbers in an observation and {own[1]} in an action; "
-            f"{spec.env_id} has {expected[0]} and {expected[1]}. Name other demonstrations with data=."
-        )
+    other = "Name other demonstrations with data=."
+    check_dimensions(f"data={source}: {theirs.env_id}", own, f"{spec.env_id} has", expected, other)
 
 
 def _registered(env_id: str) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eva_rl.data.formats.checks import Source, check_episode, warn_of_repeated_ends
-from eva_rl.errors import UserError, counted
+from eva_rl.errors import UserError, check_dimensions, counted
 
 log = logging.getLogger(__name__)
 
@@ -383,11 +383,7 @@ def check_same_dimensions(part: Trajectories, first: Trajectories) -> None:
         UserError: They differ in their dimensions.
     """
     dims, expected = (part.observation_dim, part.action_dim), (first.observation_dim, first.action_dim)
-    if dims != expected:
-        raise UserError(
-            f"{part.source} has {dims[0]} numbers in an observation and {dims[1]} in an action, {first.source} "
-            f"has {expected[0]} and {expected[1]}. Join data of one kind."
-        )
+    check_dimensions(part.source, dims, f"{first.source} has", expected, "Join data of one kind.")
 
 
 def _joined(parts: Sequence[Trajectories], name: str) -> NDArray[Any] | None:

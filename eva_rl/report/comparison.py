@@ -14,10 +14,9 @@ import numpy as np
 from eva_rl.report import stats
 from eva_rl.report.methods import EPISODE_KEYS, Method, TaskGroup, paired_runs
 from eva_rl.report.stats.aggregates import Floats
+from eva_rl.report.verdicts import LEVEL
 
 STATISTICS = {"IQM": stats.interquartile_mean, "mean": stats.mean, "median": stats.median}
-LEVEL = 0.05
-"""Two methods differ significantly if the corrected p value is below this."""
 THRESHOLDS = 101
 
 

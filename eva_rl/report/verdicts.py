@@ -14,6 +14,7 @@ from eva_rl.report.stats.aggregates import Floats
 from eva_rl.report.stats.equivalence import PairedMean, paired_mean
 
 LEVEL = 0.05
+"""Two methods differ significantly if the corrected p value is below this."""
 SOLVED = 0.9
 FINAL, AREA, UPDATES_TO_90, CLONING_LOSS = "final", "area", "updates_to_90", "cloning_loss"
 

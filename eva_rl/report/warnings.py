@@ -9,11 +9,11 @@ from itertools import combinations
 import numpy as np
 
 from eva_rl.errors import counted
-from eva_rl.report.comparison import LEVEL, Analysis, overlapping
+from eva_rl.report.comparison import Analysis, overlapping
 from eva_rl.report.methods import RANK, TaskGroup, differing_settings, paired_runs, plain_setting
 from eva_rl.report.runs import Decision, Problem, decision
 from eva_rl.report.settings import ADAPTER
-from eva_rl.report.verdicts import BY_SCORE, ENDPOINTS, EQUIVALENT, FINAL, UNDECIDED, Verdict, verdicts
+from eva_rl.report.verdicts import BY_SCORE, ENDPOINTS, EQUIVALENT, FINAL, LEVEL, UNDECIDED, Verdict, verdicts
 
 FEW_RUNS, FEW_EPISODES = 5, 50
 CEILING, FLOOR = 0.95, 0.05

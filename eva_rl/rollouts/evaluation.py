@@ -14,7 +14,7 @@ from eva_rl.agents.policy import DecisionTransformerPolicy, Policy
 from eva_rl.distributed import ProcessGroup
 from eva_rl.envs import EnvSpec, env_spec, reference_scores, score_between
 from eva_rl.envs.vector import AUTO, TaskVecEnv, make_task_vec_env, make_vec_env
-from eva_rl.errors import UserError, counted
+from eva_rl.errors import UserError, check_dimensions, counted
 from eva_rl.options import between
 from eva_rl.rollouts.episodes import EpisodeRecord, play_episodes
 from eva_rl.seeding import EVALUATION, MAX_SEED, VALIDATION, episode_seeds
@@ -249,11 +249,8 @@ def _task_score(records: Sequence[EpisodeRecord]) -> TaskScore:
 
 
 def _check_fit(policy: Policy, spec: EnvSpec) -> None:
-    if (policy.observation_dim, policy.action_dim) != (spec.observation_dim, spec.action_dim):
-        raise UserError(
-            f"{spec.env_id} has {spec.observation_dim} numbers in an observation and {spec.action_dim} in an action; "
-            f"the policy takes {policy.observation_dim} and {policy.action_dim}. Name another policy= or env=."
-        )
+    own, known = (spec.observation_dim, spec.action_dim), (policy.observation_dim, policy.action_dim)
+    check_dimensions(spec.env_id, own, "the policy takes", known, "Name another policy= or env=.")
     if isinstance(policy, DecisionTransformerPolicy):  # others say nothing of their bounds
         policy.check_action_bounds(spec.action_low, spec.action_high, spec.env_id)
 

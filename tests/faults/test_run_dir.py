@@ -13,7 +13,7 @@ import pytest
 from eva_rl.cli.run_dir import CONFIG_FILE, LOCK_FILE, VERSIONS_FILE, changed_settings, open_run
 from eva_rl.errors import UserError
 from eva_rl.files import write_file, write_folder
-from eva_rl.tracking.tracker import METRICS_FILE, Tracker, read_metrics
+from eva_rl.tracking.tracker import METRICS_FILE, Resume, Tracker, read_metrics
 
 
 @dataclass
@@ -138,7 +138,7 @@ def test_a_damaged_line_loses_no_other_row(damage: bytes, tmp_path: Path, caplog
     path.write_bytes(b"\n".join([lines[0], damage, *lines[2:]]) + b"\n")
     assert [row["step"] for row in read_metrics(tmp_path)] == [1, 3, 4]
     assert ("left out: 2" in caplog.text) == bool(damage)
-    with Tracker(tmp_path, resume=4, trackers=()) as tracker:
+    with Tracker(tmp_path, resume=Resume(4), trackers=()) as tracker:
         tracker.log({"train/loss": 0.1}, 5)
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 3, 4, 5]
 

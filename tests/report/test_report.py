@@ -26,7 +26,7 @@ from eva_rl.report.methods import group_tasks
 from eva_rl.report.reading import find_runs
 from eva_rl.report.runs import Run, read_runs
 from eva_rl.report.warnings import warnings_of
-from eva_rl.tracking import Tracker
+from eva_rl.tracking import Resume, Tracker
 from eva_rl.tracking.tracker import METRICS_FILE
 from tests.conftest import unseal
 from tests.report.making_runs import make_run, make_study
@@ -168,7 +168,7 @@ def test_seconds_of_a_resumed_run_leave_out_its_pause(tmp_path: Path) -> None:
     folder, night = make_run(tmp_path / "run", "reach-v3", [True] * 4), 40_000.0
     earlier = [{"step": step, "wall_time": time.time() - night, "validation/success_rate": 0.5} for step in (0, 10)]
     (folder / METRICS_FILE).write_text("".join(json.dumps(row) + "\n" for row in earlier))
-    with Tracker(folder, resume=10, trackers=()) as tracker:
+    with Tracker(folder, resume=Resume(10), trackers=()) as tracker:
         for step in (20, 30):
             tracker.log({"validation/success_rate": 0.5}, step)
     seconds = points_of(read(folder)[0], "success_rate").places["seconds"]
