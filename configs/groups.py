@@ -74,7 +74,7 @@ class DataOptions(Options):
         f"{SOURCES_OF_DATA}; same as data=",
     )
     episodes: int = option(25, "episodes to collect, for each task", above=0)
-    seed: int = option(0, "seed of the goals and the noise of collected episodes", low=0, high=MAX_SEED)
+    seed: int = option(0, "seed of collected episodes, their goals and noise, and of data.sample", low=0, high=MAX_SEED)
     noise: NoiseOptions = group(NoiseOptions, "action noise")
     only_successes: bool = option(True, "leave out episodes in which the expert failed")
     after_success: float = option(
@@ -83,6 +83,7 @@ class DataOptions(Options):
     workers: int = option(2, "number of collecting processes", above=0)
     top: float = option(1.0, "use this fraction of the episodes, with the highest returns", above=0, high=1)
     first: int = option(0, "use the first N episodes; 0 uses all", low=0, high=MANY)
+    sample: int = option(0, "use N episodes, drawn at random by data.seed; 0 uses all", low=0, high=MANY)
     max_return: float | None = option(None, "leave out episodes with a higher return; null for none")
     weight_by: str = option(
         "uniform", "how windows are sampled: uniform (env steps), episode, length or return", choices=WEIGHTINGS

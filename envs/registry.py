@@ -209,6 +209,10 @@ def _constructed(env_id: str, make: Callable[..., gym.Env[Any, Any]], options: M
     except UserError:
         raise
     except (Exception, SystemExit) as error:  # foreign constructors may raise anything
+        unknown = re.search(r"unexpected keyword argument '(goal|reward)'", str(error))
+        if unknown and unknown[1] in options:
+            key = f"env.{unknown[1]}="
+            raise UserError(f"{env_id} takes no {unknown[1]}: {key} is Meta-World's. Leave it out.") from error
         raise UserError(
             f"The environment {env_id} could not be made: {type(error).__name__}: {error}. Give its constructor what "
             "it needs with env.kwargs='{NAME:VALUE}', install what it needs, or name another env=."

@@ -73,7 +73,7 @@ def doctor(config: DoctorConfig) -> None:
     table.add_row("threads", f"{threads} ({limits})")
     table.add_row("memory", f"{memory_limit() / 2**30:.1f} GiB")
     for name, speed in speeds.items():
-        table.add_row(name, f"{speed.per_second:,.0f} a second ({speed.cpu_share:.0%} of the time on a CPU)")
+        table.add_row(name, f"{speed} a second ({speed.cpu_share:.0%} of the time on a CPU)")
     console.print(table)
     found = list(advice(threads, limits.cpus, speeds, has_renderer=renderer() is not None))
     for line in found or ["Nothing to improve."]:
@@ -106,6 +106,10 @@ class Speed:
 
     per_second: float
     cpu_share: float
+
+    def __str__(self) -> str:
+        """The calls a second, with a digit after the point below ten."""
+        return f"{self.per_second:,.{int(self.per_second < 10)}f}"
 
 
 def measure(config: DoctorConfig, device: torch.device) -> dict[str, Speed]:
@@ -184,9 +188,10 @@ def advice(threads: int, cpus: int, speeds: dict[str, Speed], *, has_renderer: b
     """What would help, one line each."""
     simulator, acting, _ = speeds.values()
     if min(simulator.cpu_share, acting.cpu_share) < BUSY:
+        fewer = " Fewer threads may be faster: threads=1." if threads > 1 else ""
         yield (
             f"One thread got only {min(simulator.cpu_share, acting.cpu_share):.0%} of a CPU: other programs run "
-            "here, or a quota is used up. Fewer threads may be faster: threads=1."
+            f"here, or a quota is used up.{fewer}"
         )
     elif simulator.per_second < SLOW_ENV_STEPS or acting.per_second < SLOW_POLICY_STEPS:
         yield "One thread is slow here: an evaluation takes minutes (eval.episodes=20 shortens it)."

@@ -182,7 +182,9 @@ def activate_adapter(policy: AdaptedPolicy, task: str, adapted: bool) -> None:
 def check_adapters(policy: AdaptedPolicy) -> None:
     """Raise unless the policy has an adapter to turn off."""
     if not policy.adapters.names:
-        base = policy.metadata.get("finetuning", {}).get("policy", "mt40")
+        base = policy.metadata.get("finetuning", {}).get("policy")
+        if base is None:
+            raise UserError("The policy has no adapter to turn off, and was not fine-tuned. Leave adapter= out.")
         raise UserError(
             "The policy has no adapter to turn off: adapter=full and head change its own weights. Evaluate what it was "
             f"made from as well, and compare: policy={base}."

@@ -154,7 +154,7 @@ def pretrain(config: PretrainConfig) -> None:
         failures_kept(run_dir),
         closing(validator),
         open_tracker(run_dir, resume, config.tracker, flat_hyperparameters(config), writes=is_main) as tracker,
-        training_progress(config.algo.updates) as bar,
+        training_progress(config.algo.updates, begun=step or 0) as bar,
         prefetching(ShardedSampler(sampler, process_group), device) as ahead,
     ):
         tracker.watch(policy.network, config.algo.final_step)

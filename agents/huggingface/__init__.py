@@ -85,6 +85,11 @@ def read_original(path: Path, options: ImportOptions) -> DecisionTransformerPoli
     known: Mapping[str, Any] = {}
     if path.suffix == ".safetensors":
         weights = read_safetensors(path)
+    elif path.suffix == ".onnx":
+        raise UserError(
+            f"{path} acts without this command. In Python: eva_rl.evaluate_policy(eva_rl.agents.onnx.OnnxPolicy("
+            f"{str(path)!r}), ENV); to evaluate here, name the policy that it was exported from."
+        )
     elif path.suffix not in PICKLE_SUFFIXES:
         raise UserError(f"{path} is not a policy. Expected a folder, or a .safetensors file of a Decision Transformer.")
     elif options.allow_pickle:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from eva_rl.errors import UnknownNameError, UserError
 
@@ -14,6 +16,8 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj")
 """Every weight matrix of the blocks: the default targets."""
 OWN_GAIN, LORA_GAIN, EVA_GAIN = GAINS = ("own", "lora", "eva")
 """References of a start's gain by name, besides a number."""
+EVA_KEYS = ("adapter.rho", "adapter.tau", "adapter.center", "adapter.score")
+"""Settings of EVA alone."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,21 @@ class Method:
     plus: bool = False
     miss: bool = False
     learning_rate: float = 5e-3
+
+    def ignores(self, key: str, settings: Mapping[str, Any]) -> bool:
+        """Whether a setting of the adapter changes nothing.
+
+        Args:
+            key: Which, such as ``adapter.rho``.
+            settings: All of them, by such keys.
+        """
+        if not self.adapter:
+            return True
+        if key == "adapter.variant":  # rotate is every method's
+            return not self.eva and settings[key] is None
+        if key.startswith("adapter.eva."):  # a gain is measured on it
+            return not self.needs and settings.get("adapter.gain", OWN_GAIN) == OWN_GAIN
+        return not self.eva and key in EVA_KEYS
 
     @property
     def needs(self) -> str:

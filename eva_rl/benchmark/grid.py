@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
 from pathlib import Path
@@ -16,7 +16,7 @@ from yaml import YAMLError
 from eva_rl.adapters import AdaptedPolicy
 from eva_rl.benchmark.records import write_record
 from eva_rl.benchmark.study import METHOD, Study
-from eva_rl.cli.loading import open_policy, resolve_policy
+from eva_rl.cli.loading import EXPERT, NONE, open_policy, resolve_policy, unused_for_files
 from eva_rl.cli.parsing import parse
 from eva_rl.cli.run_dir import CONFIG_FILE, SUMMARY_FILE, changed_from, changed_settings
 from eva_rl.cli.values import INTERPOLATION, as_word
@@ -26,7 +26,7 @@ from eva_rl.errors import UserError
 from eva_rl.files import write_json
 from eva_rl.finetune import command as _finetune  # noqa: F401 - registers its keys
 from eva_rl.finetune.adapter import check_adapter
-from eva_rl.finetune.session import check_demonstrations
+from eva_rl.finetune.session import check_demonstrations, data_source
 from eva_rl.launch.jobs import Job, check_names
 from eva_rl.report.reading import DIVERGED, one_line, read_json_object
 from eva_rl.report.runs import ABOUT_FILE, Run, read_config, read_record
@@ -220,6 +220,18 @@ def check(cells: Sequence[Cell]) -> None:
             policy.check_action_bounds(spec.action_low, spec.action_high, spec.env_id)
             check_adapter(policy, config.adapter)
             check_demonstrations(config, spec)
+            check_seeds_differ(config)
+
+
+def check_seeds_differ(config: FinetuneConfig) -> None:
+    """Raise where all seeds would get the same demonstrations though the study says how many each is to have.
+
+    Raises:
+        UserError: Saying what to write.
+    """
+    options = replace(config.data, source=data_source(config))
+    if options.source.partition(":")[0] not in {EXPERT, NONE} and (unused := unused_for_files(options)):
+        raise UserError(f"All seeds would have the same demonstrations: {unused}")
 
 
 def check_unchanged(cell: Cell) -> None:

@@ -80,9 +80,9 @@ class TrainingProgress:
 
 
 @contextmanager
-def training_progress(steps: int, unit: str = "gradient steps") -> Iterator[TrainingProgress]:
-    """Show how many of ``steps`` are done; of env steps those of training alone."""
-    with progress(f"Training ({unit})", steps) as bar:
+def training_progress(steps: int, unit: str = "gradient steps", begun: int = 0) -> Iterator[TrainingProgress]:
+    """Show how many of ``steps`` are done, ``begun`` of them before; of env steps those of training alone."""
+    with progress(f"Training ({unit})", steps, begun) as bar:
         yield TrainingProgress(bar, OF_ENV_STEPS if unit == "env steps" else ())
 
 
@@ -95,16 +95,16 @@ def counting_progress(description: str, total: int) -> Iterator[Callable[[object
 
 
 @contextmanager
-def progress(description: str, total: int) -> Iterator[Bar]:
+def progress(description: str, total: int, begun: int = 0) -> Iterator[Bar]:
     """Show how far a phase is: a bar in a terminal, lines in a log: first, last, one each half minute."""
     if not console.is_terminal:
-        lines = LineProgress(description.strip(), total)
+        lines = LineProgress(description.strip(), total, begun)
         yield lines
         lines.end()
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TextColumn("{task.fields[shown]}"), TimeRemainingColumn(), console=console) as shown:
-        yield TerminalBar(shown, shown.add_task(description, total=total, shown=""))
+        yield TerminalBar(shown, shown.add_task(description, total=total, completed=begun, shown=""))
 
 
 @dataclass(frozen=True)
@@ -125,14 +125,17 @@ class LineProgress:
     Args:
         description: The phase.
         total: Of what it counts.
+        begun: What was done before.
         clock: Seconds.
     """
 
-    def __init__(self, description: str, total: int, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, description: str, total: int, begun: int = 0, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self.description, self.total, self._clock = description, total, clock
         self._began = self._spoke = clock()
-        self._last = (0, "")
-        console.print(f"{description}: 0 of {total}", soft_wrap=True, markup=False)
+        self._last = (begun, "")
+        console.print(f"{description}: {begun} of {total}", soft_wrap=True, markup=False)
 
     def show(self, completed: int, shown: str = "") -> None:
         """Say it, half a minute after the last line."""

@@ -191,6 +191,8 @@ def load_task_data(env: str, options: DataOptions, folder: Path, horizon: int | 
         check_expert(options.source, spec)
         data = _demonstrated(env, options, folder, horizon)
     else:
+        if unused := unused_for_files(options):
+            log.warning("Not used: %s", unused)
         data = load_dataset(
             options.source,
             allow_pickle=options.allow_pickle,
@@ -198,7 +200,30 @@ def load_task_data(env: str, options: DataOptions, folder: Path, horizon: int | 
             skip_damaged=options.skip_damaged,
         )
     check_fit(data, spec)
-    return select_episodes(data, top=options.top, first=options.first, max_return=options.max_return)
+    return select_episodes(
+        data,
+        top=options.top,
+        first=options.first,
+        max_return=options.max_return,
+        sample=options.sample,
+        seed=options.seed,
+    )
+
+
+def unused_for_files(options: DataOptions) -> str:
+    """What was typed that only collecting reads, beside data that are there, and what to type instead; or nothing."""
+    usual, n = DataOptions(), options.episodes
+    if n != usual.episodes:
+        return (
+            f"data.episodes={n} says how many episodes to collect, and data={options.source} is there already. Use "
+            f"data.sample={n} to draw so many of it by data.seed, or data.first={n}."
+        )
+    if options.noise != usual.noise or options.only_successes != usual.only_successes:
+        return (
+            f"data.noise and data.only_successes say how episodes are collected, and data={options.source} is there "
+            "already. Leave them out."
+        )
+    return ""
 
 
 def check_fit(data: Trajectories, spec: EnvSpec) -> None:

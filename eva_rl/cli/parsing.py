@@ -246,7 +246,8 @@ def suggestion(name: str, key: str, text: str, chosen: Mapping[str, str]) -> str
     wanted = {last, SYNONYMS.get(last, last)}
     same = [other for other in takes if other in wanted or other.rpartition(".")[2] in wanted]
     if same:
-        return "there is no such key. Type " + " or ".join(f"{other}={text}" for other in same[:3]) + "."
+        first = " (of the cloning that comes first)" if same[0].startswith("algo.bc.") else ""
+        return "there is no such key. Type " + " or ".join(f"{other}={text}" for other in same[:3]) + f"{first}."
     for group, options in COMMANDS[name].choices.items():
         having = [option for option in options if key in known_keys(name, {**chosen, group: option})]
         if having:

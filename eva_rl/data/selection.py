@@ -18,6 +18,8 @@ TARGET_QUANTILE = 0.9
 """Quantile of the demonstrations' returns that a policy is asked for."""
 SCALED_RETURN = 5.0
 """Largest return-to-go that a network sees; the Decision Transformer's own scales give 3.6 (Hopper) to 12."""
+DRAW = 2_311
+"""Tells the generator of :func:`select_episodes` from others of the same seed."""
 GRACE = 10
 """Env steps from the first success on that are sampled with full weight."""
 
@@ -29,8 +31,10 @@ def select_episodes(
     first: int = 0,
     min_return: float | None = None,
     max_return: float | None = None,
+    sample: int = 0,
+    seed: int = 0,
 ) -> Trajectories:
-    """The first episodes, of these the ones with a return within bounds, and of these the best fraction.
+    """The first episodes, of these the ones with a return within bounds, of these the best fraction, and a sample.
 
     Args:
         trajectories: Where from; returned as they are where nothing is left out.
@@ -38,9 +42,11 @@ def select_episodes(
         first: Number of first episodes, 0 for all.
         min_return: Lowest return; None for any.
         max_return: Highest return; None for any.
+        sample: Number of episodes drawn at random from what is left, without replacement; 0 for all.
+        seed: Of the draw.
 
     Raises:
-        UserError: No episode is left, or the fraction is out of range.
+        UserError: No episode is left, fewer than the sample asks for, or the fraction is out of range.
     """
     if not 0 < top <= 1:
         raise UserError(f"top={top}: expected a fraction above 0 and at most 1.")
@@ -57,6 +63,10 @@ def select_episodes(
         chosen = trajectories.returns[kept]  # of equal returns the earlier episode wins
         count = max(1, math.ceil(top * len(kept) - 1e-9))
         kept = np.sort(kept[np.argsort(-chosen, kind="stable")[:count]])
+    if sample > len(kept):
+        raise UserError(f"{trajectories.source}: {len(kept)} episodes to draw from, fewer than data.sample={sample}.")
+    if sample:
+        kept = np.sort(np.random.default_rng((seed, DRAW)).choice(kept, sample, replace=False))
     return trajectories if len(kept) == trajectories.num_episodes else trajectories.select(kept)
 
 

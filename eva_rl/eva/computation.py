@@ -91,12 +91,24 @@ def compute(  # noqa: PLR0913 - the one call that most users make; the names are
     if max_batches < 1:
         raise UserError(f"max_batches={max_batches}: expected at least 1.")
     storage = StorageOptions(method, round(rank * rho), memory_budget, seed, exact=keep_moments)
+    check_batches(batches)
     began = time.perf_counter()
     with evaluating(model), ActivationStatistics(model, targets, storage, group) as statistics:
         feed = _Feed(statistics, iter(batches), forward or default_forward, mask)
         stopped = _run(feed, max_batches, options)
         result = statistics.evaluate(options).ended(stopped, time.perf_counter() - began)
         return replace(result, moments=statistics.second_moments()) if keep_moments else result
+
+
+def check_batches(batches: object) -> None:
+    """Raise where what should be batches is a single one: its rows, or its names, would be taken for batches.
+
+    Raises:
+        UserError: Saying how to make batches of it.
+    """
+    if isinstance(batches, Tensor | np.ndarray) or is_mapping(batches):
+        kind = type(batches).__name__
+        raise UserError(f"batches is a {kind}: expected an iterable of batches. Give [batch], or x.split(64).")
 
 
 def listen(
@@ -195,7 +207,21 @@ def _agreed(statistics: ActivationStatistics, options: EvaOptions) -> bool:
 
 
 def default_forward(model: nn.Module, batch: Any) -> Any:
-    """model(**batch) for a mapping, model(*batch) for a tuple or list, else model(batch)."""
+    """model(**batch) for a mapping, model(*batch) for a tuple or list, else model(batch).
+
+    Raises:
+        UserError: The model does not take it.
+    """
+    try:
+        return _called(model, batch)
+    except TypeError as error:
+        raise UserError(
+            f"The model did not take a batch, a {type(batch).__name__}: {error}. Say how it is called with forward=, "
+            "for instance forward=lambda model, batch: model(batch[0])."
+        ) from error
+
+
+def _called(model: nn.Module, batch: Any) -> Any:
     device = next((parameter.device for parameter in model.parameters()), None)
     if is_mapping(batch):
         return model(**{name: _moved(batch[name], device) for name in batch.keys()})  # noqa: SIM118 - not every batch iterates over names

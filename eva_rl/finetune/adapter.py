@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import count, islice
 
 from torch import Tensor, nn
@@ -30,6 +31,7 @@ from eva_rl.adapters import (
 from eva_rl.agents import DecisionTransformerPolicy
 from eva_rl.batch import WindowBatch
 from eva_rl.cli.console import counting_progress, say
+from eva_rl.cli.parsing import flat
 from eva_rl.configs.finetune import AdapterOptions, FinetuneConfig
 from eva_rl.data import WindowSampler
 from eva_rl.data.samplers import Sampler, ShardedSampler
@@ -40,8 +42,18 @@ from eva_rl.eva import EvaResult, SecondMoment
 from eva_rl.seeding import ROLLOUTS, episode_seeds
 from eva_rl.training.losses import clone_loss
 
+log = logging.getLogger(__name__)
 MEASURED_BATCHES = 4
 """Batches from which gain and effective rank of a start are measured where nothing else depends on them."""
+
+
+def warn_of_unused(options: AdapterOptions) -> None:
+    """Name what was typed for an adapter that does not use it; a study sets some keys for all of its methods."""
+    method, key = find_method(options.method), "adapter.method"
+    now, usual = (dict(flat({"adapter": asdict(one)})) for one in (options, AdapterOptions()))
+    typed = [name for name in now if now[name] != usual.get(name) and name != key]
+    if unused := [f"{name}={now[name]}" for name in typed if method.ignores(name, now)]:
+        log.warning("adapter=%s does not use %s.", options.method, ", ".join(unused))
 
 
 def check_adapter(policy: DecisionTransformerPolicy, options: AdapterOptions) -> None:

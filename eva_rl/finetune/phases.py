@@ -32,7 +32,7 @@ from eva_rl.data.selection import until_success
 from eva_rl.envs import make_vec_env
 from eva_rl.errors import counted
 from eva_rl.files import write_file
-from eva_rl.finetune.adapter import activation_env_steps, attach
+from eva_rl.finetune.adapter import activation_env_steps, attach, warn_of_unused
 from eva_rl.finetune.residual import learn_residual
 from eva_rl.finetune.session import Session
 from eva_rl.finetune.shared import shared_eva
@@ -40,7 +40,7 @@ from eva_rl.rollouts.evaluation import EvaluationResult
 from eva_rl.tracking import Tracker
 from eva_rl.tracking.tracker import CLONING as CLONED
 from eva_rl.training.bc import Continued, Log, train_bc
-from eva_rl.training.checkpoint import Checkpoints
+from eva_rl.training.checkpoint import Checkpoints, latest_step
 from eva_rl.training.failures import failures_kept, warn_untrained
 from eva_rl.training.learner import Learner, step_generators
 from eva_rl.training.odt import OnlineDecisionTransformer
@@ -58,6 +58,10 @@ Replayed: TypeAlias = ODTAlgo | ODTTD3Algo | SelfImitationAlgo
 
 def initialise_adapter(session: Session) -> AttachedAdapter:
     """Attach the adapter, initialised from the session's data where its method needs some."""
+    if session.process_group.is_main:
+        warn_of_unused(session.config.adapter)
+        if session.resumed is not None:
+            say(f"Continuing from the checkpoint of step {session.resumed.step}.")
     adapter = attach(session.policy, session.sampler, session.config, partial(shared_eva, session))
     session.phases.end("adapter")
     return adapter
@@ -143,7 +147,8 @@ def clone(session: Session, adapter: AttachedAdapter, algo: BCAlgo, log: Log, sn
     assert session.sampler is not None
     say(f"Cloning: {counted(algo.updates, 'gradient step')}, peak learning rate {float(algo.learning_rate):g}.")
     draw = ShardedSampler(session.sampler, session.process_group)
-    with training_progress(algo.updates) as bar, prefetching(draw, policy.device) as ahead:
+    begun = latest_step(session.checkpoint_dir) or 0
+    with training_progress(algo.updates, begun=begun) as bar, prefetching(draw, policy.device) as ahead:
         counters = train_bc(
             policy,
             ahead,

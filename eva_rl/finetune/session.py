@@ -49,6 +49,7 @@ from eva_rl.finetune.adapter import activation_source, check_adapter
 from eva_rl.finetune.locations import data_folder, place_key
 from eva_rl.finetune.origin import check_origin
 from eva_rl.rollouts.evaluation import EvaluationResult, evaluate_distributed, evaluate_policy, shared_envs
+from eva_rl.rollouts.experts import has_script
 from eva_rl.seeding import MAX_SEED, ONLINE, episode_seeds
 from eva_rl.tracking import Resume
 from eva_rl.training.bc import VALIDATION_STEPS
@@ -300,7 +301,7 @@ def _held_out(
     if config.data.seed == MAX_SEED:
         raise UserError(f"data.seed={MAX_SEED} is the seed of the held-out demonstrations. Use another one.")
     options = replace(config.data, source=EXPERT, episodes=config.eval.demonstrations, seed=MAX_SEED)
-    options = replace(options, top=1.0, first=0, max_return=None)
+    options = replace(options, top=1.0, first=0, max_return=None, sample=0)
     folder = data_folder(config, options, env_id, run_dir / "held_out")
     with alone(folder, place_key(config)):
         data = load_task_data(env_id, options, folder, config.env.horizon)
@@ -341,12 +342,16 @@ def check_demonstrations(config: FinetuneConfig, spec: EnvSpec) -> None:
     Raises:
         UserError: The task has no such expert, or there is no such file.
     """
-    sources = data_source(config), *([EXPERT] if config.eval.demonstrations else [])
-    for source in sources:
-        if source.partition(":")[0] == EXPERT:
-            check_expert(source, spec)
-    if sources[0] != NONE and sources[0].partition(":")[0] != EXPERT:
-        check_file(sources[0])
+    source, held_out = data_source(config), config.eval.demonstrations
+    if held_out and not has_script(spec.env_id):
+        raise UserError(
+            f"eval.demonstrations={held_out}: they are collected from a scripted expert, and {spec.env_id} has none. "
+            "Leave the key out."
+        )
+    if source.partition(":")[0] == EXPERT:
+        check_expert(source, spec)
+    elif source != NONE:
+        check_file(source)
 
 
 def choose_target_return(

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from eva_rl.adapters.methods import METHODS, OWN_GAIN, Method
+from eva_rl.adapters.methods import METHODS
 from eva_rl.cli.parsing import flat
 from eva_rl.cli.run_dir import FREE_IN_GROUPS, FREE_TO_CHANGE
 from eva_rl.report.reading import one_line
@@ -19,8 +19,6 @@ NO_SETTINGS |= {"eval.every", "eval.quick_episodes", "eval.at", "algo.eval_every
 NO_SETTINGS |= {"algo.workers", "algo.replay_on_disk", "study"}
 VALIDATION, KEEP_BEST = ("algo.eval_every", "eval.quick_episodes"), "algo.keep_best"
 """Settings that decide a result where the best parameters are kept, and the one that says so."""
-EVA_KEYS = ("adapter.rho", "adapter.tau", "adapter.center", "adapter.score")
-VARIANT, EVA_DATA, GAIN = "adapter.variant", "adapter.eva.", "adapter.gain"
 
 Settings = tuple[tuple[str, Any], ...]
 
@@ -43,15 +41,4 @@ def _ignored(key: str, settings: Mapping[str, Any], method: str) -> bool:
     group, _, name = key.rpartition(".")
     if key in NO_SETTINGS or key.partition(".")[0] in NO_SETTINGS or (group and name in FREE_IN_GROUPS):
         return True
-    return key.startswith("adapter.") and method in METHODS and _ignored_by(METHODS[method], key, settings)
-
-
-def _ignored_by(method: Method, key: str, settings: Mapping[str, Any]) -> bool:
-    """Whether a method ignores a setting of its adapter."""
-    if not method.adapter:
-        return True
-    if key == VARIANT:  # rotate is every method's
-        return not method.eva and settings[key] is None
-    if key.startswith(EVA_DATA):  # a gain is measured on it
-        return not method.needs and settings.get(GAIN, OWN_GAIN) == OWN_GAIN
-    return not method.eva and key in EVA_KEYS
+    return key.startswith("adapter.") and method in METHODS and METHODS[method].ignores(key, settings)

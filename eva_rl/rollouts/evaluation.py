@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -171,8 +172,10 @@ def evaluate_policy(  # noqa: PLR0913 - one call for users and for training; all
         UserError: No such task, the policy does not fit it, an environment failed, ``episodes`` is
             not positive, or ``seed`` out of range.
     """
-    if episodes < 1:
-        raise UserError(f"episodes={episodes}: expected at least 1.")
+    if isinstance(policy, str | Path):
+        raise UserError(f"policy={str(policy)!r} is a name. Load it first: eva_rl.load_policy({str(policy)!r}).")
+    if not isinstance(episodes, int | np.integer) or episodes < 1:
+        raise UserError(f"episodes={episodes}: expected at least 1, and a whole number.")
     between(0, MAX_SEED, seed=seed)
     spec = env_spec(env, horizon)
     _check_fit(policy, spec)

@@ -46,6 +46,11 @@ class ActionNoise:
         return self.std > 0 or self.burst_probability > 0
 
 
+def has_script(env_id: str) -> bool:
+    """Whether a task has a scripted expert."""
+    return env_id.startswith(PREFIX)
+
+
 def check_scripted(env_id: str, instead: str = "data=FILE, data=minari:ID or data=d4rl:FILE") -> None:
     """Raise unless a task has a scripted expert.
 
@@ -56,7 +61,7 @@ def check_scripted(env_id: str, instead: str = "data=FILE, data=minari:ID or dat
     Raises:
         UserError: It has none.
     """
-    if not env_id.startswith(PREFIX):
+    if not has_script(env_id):
         raise UserError(f"No scripted expert for {env_id}; Meta-World tasks have one. Type {instead} instead.")
 
 

@@ -97,15 +97,19 @@ def test_mistakes_are_found_before_anything_starts(
 
 
 @pytest.mark.parametrize(
-    "typed", [["finetune.data=expert"], ["finetune.data=d4rl:x.hdf5", "finetune.eval.demonstrations=2"]]
+    ("typed", "message"),
+    [
+        (["finetune.data=expert"], "No scripted expert for Hopper-v5"),
+        (["finetune.data=d4rl:x.hdf5", "finetune.eval.demonstrations=2"], "and Hopper-v5 has none. Leave the key out"),
+    ],
 )
 def test_tasks_without_an_expert_are_found_before_anything_starts(
-    typed: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    typed: list[str], message: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Every run of them failed."""
     command = ["tasks=Hopper-v5", "finetune.policy=hopper", "methods=lora", "seeds=1", f"out={tmp_path / 'out'}"]
     assert benchmark.main([*command, *typed]) == 2
-    assert "No scripted expert for Hopper-v5" in " ".join(capfd.readouterr().err.split())
+    assert message in " ".join(capfd.readouterr().err.split())
     assert not (tmp_path / "out").exists()
 
 
@@ -125,6 +129,14 @@ def test_files_that_are_not_there_are_found_before_anything_starts(
     assert benchmark.main(grid(base, tmp_path / "out", f"finetune.data={source}")) == 2
     assert message in " ".join(capfd.readouterr().err.split())
     assert not (tmp_path / "out").exists()
+
+
+def test_a_study_of_own_data_says_how_each_seed_draws_its_own(base: Path, tmp_path: Path) -> None:
+    data = tmp_path / "a.npz"
+    data.write_bytes(b"")
+    words = ["finetune.data.episodes=3", f"finetune.data={data}"]
+    with pytest.raises(UserError, match=r"same demonstrations: data.episodes=3.*data.sample=3"):
+        benchmark.benchmark(parse("benchmark", grid(base, tmp_path / "out", *words)))
 
 
 @pytest.mark.slow

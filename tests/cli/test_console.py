@@ -40,7 +40,7 @@ def test_a_log_gets_a_line_a_phase(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_log_gets_a_line_each_half_minute(capsys: pytest.CaptureFixture[str]) -> None:
     now = 0.0
-    progress = LineProgress("Training", 100, lambda: now)
+    progress = LineProgress("Training", 100, clock=lambda: now)
     for step in range(1, 101):
         now += LINE_SECONDS / 10
         progress.show(step)

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from eva_rl.agents import export_huggingface, load_base_policy, save_policy
-from eva_rl.cli.loading import describe_demonstrations, open_policy
-from eva_rl.configs.groups import PolicyOptions
+from eva_rl.cli.loading import describe_demonstrations, load_task_data, open_policy, unused_for_files
+from eva_rl.configs.groups import DataOptions, PolicyOptions
 from eva_rl.data import Trajectories, write_episodes
 from eva_rl.envs import env_spec
 from eva_rl.errors import UserError
@@ -79,6 +79,22 @@ def test_demonstrations_are_described_and_odd_ones_warned_of(
     describe_demonstrations(reach_demonstrations, policy, spec)
     assert "lies far from what the demonstrations return" in caplog.text
     assert "it would see numbers up to 1000" in caplog.text
+
+
+def test_keys_of_collecting_are_not_ignored_beside_a_file(
+    file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A study of five demonstrations trained on the whole file, the same for all seeds."""
+    options = DataOptions(source=str(file), episodes=2)
+    whole = load_task_data("reach-v3", options, tmp_path)
+    assert "data.episodes=2 says how many episodes to collect" in caplog.text
+    assert "Use data.sample=2 to draw so many" in caplog.text
+    assert unused_for_files(replace(options, episodes=25)) == ""
+    assert "Leave them out" in unused_for_files(replace(options, episodes=25, only_successes=False))
+    options = replace(options, episodes=25, sample=1)
+    drawn = [load_task_data("reach-v3", replace(options, seed=seed), tmp_path) for seed in range(9)]
+    assert {data.num_episodes for data in drawn} == {1}
+    assert whole.num_episodes > 1 < len({float(data.returns[0]) for data in drawn})
 
 
 def test_own_policies_have_their_own(tmp_path: Path) -> None:

@@ -159,6 +159,8 @@ def test_selection_of_nothing() -> None:
     data = with_returns(random_trajectories((2, 2)), [2.0, 3.0])
     with pytest.raises(UserError, match="no episode has a return from 4 to inf; they have 2 to 3"):
         select_episodes(data, min_return=4)
+    with pytest.raises(UserError, match=r"episodes to draw from, fewer than data.sample=100"):
+        select_episodes(data, sample=100)
     for top in (0.0, 1.5, float("nan")):
         with pytest.raises(UserError, match="fraction"):
             select_episodes(data, top=top)
@@ -227,3 +229,17 @@ def test_mapped_windows_take_no_memory_for_the_data(tmp_path: Path) -> None:
     assert anonymous_bytes() - before < 40e6  # the observations alone are 100 MB
     held = data.observations[:]
     np.testing.assert_array_equal(held[20_000:20_010], part.observations[:10])
+
+
+def test_a_sample_of_episodes_is_drawn_by_its_seed() -> None:
+    """Own data were the same for all seeds of a study; each seed has episodes of its own, each episode its chance."""
+    data = with_returns(random_trajectories((2,) * 6), [float(n) for n in range(6)])
+
+    def drawn(seed: int) -> list[int]:
+        return [round(value) for value in select_episodes(data, sample=2, seed=seed).returns]
+
+    assert drawn(3) == drawn(3)
+    sets = [drawn(seed) for seed in range(300)]
+    assert all(len(set(found)) == 2 and found == sorted(found) for found in sets)
+    counts = np.bincount(np.concatenate(sets), minlength=6)
+    assert counts.min() > 60 < counts.max() < 140  # of 100 expected

@@ -88,8 +88,8 @@ def test_worker_processes_know_the_module_and_the_arguments(workers: int) -> Non
     ("name", "cause"),
     [
         ("Needy-v0", "missing 1 required positional argument: 'must'"),
-        ("Missing-v0", "FileNotFoundError: no robot.xml here"),
         ("Point-v0?speed=3", "unexpected keyword argument 'speed'"),
+        ("Missing-v0", "FileNotFoundError: no robot.xml here"),
     ],
 )
 def test_one_message_for_whatever_a_constructor_raises(name: str, cause: str) -> None:
@@ -98,7 +98,12 @@ def test_one_message_for_whatever_a_constructor_raises(name: str, cause: str) ->
     assert f"{OWN}{name} could not be made" in str(caught.value)
     assert "env.kwargs=" in str(caught.value)
     assert caught.value.__cause__ is not None
-    assert envs.env_spec(f"{OWN}Needy-v0?must=3").observation_dim == 2
+
+
+def test_keys_of_meta_world_are_named_where_an_environment_does_not_take_them() -> None:
+    """Whoever types env.reward= for an environment of their own has typed no constructor's argument."""
+    with pytest.raises(UserError, match=r"takes no reward: env\.reward= is Meta-World's. Leave it out"):
+        envs.env_spec(f"{OWN}Point-v0?reward=sparse")
 
 
 @pytest.mark.parametrize("options", ["?goal=1", "?goal=1&key=is_success", "?goal=1&only_at_end=true"])

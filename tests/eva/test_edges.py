@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -339,3 +340,22 @@ def test_reasons_for_silence() -> None:
         copied(torch.randn(8, 4))
     with pytest.raises(UserError, match="run this very model, not a copy"):
         statistics.result(rank=2)
+
+
+@pytest.mark.parametrize("batches", [torch.randn(8, 4), np.zeros((8, 4), np.float32), {"x": torch.randn(8, 4)}])
+def test_one_batch_is_not_taken_for_many(batches: Any) -> None:
+    """Its rows were: directions came from sixteen of them."""
+    with pytest.raises(UserError, match=r"expected an iterable of batches. Give \[batch\]"):
+        eva.compute(nn.Linear(4, 3), batches, targets="all-linear", rank=2)
+
+
+def test_a_batch_that_the_model_does_not_take_needs_a_forward() -> None:
+    batches = [(torch.randn(8, 4), torch.zeros(8))]
+    with pytest.raises(
+        UserError, match=r"did not take a batch, a tuple: .*forward=lambda model, batch: model\(batch\[0\]\)"
+    ):
+        eva.compute(nn.Linear(4, 3), batches, targets="all-linear", rank=2)
+    found = eva.compute(
+        nn.Linear(4, 3), batches, targets="all-linear", rank=2, forward=lambda model, batch: model(batch[0])
+    )
+    assert found.layers[""].rows == 8

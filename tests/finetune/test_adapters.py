@@ -105,7 +105,7 @@ def test_one_adapter_a_task(folder: Path, tmp_path: Path) -> None:
 
 def test_nothing_to_turn_off(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert evaluate.main([f"policy={folder}/base", "adapter=both", *PLAY]) == 2
-    refused(capsys, "no adapter to turn off", "policy=")
+    refused(capsys, "no adapter to turn off, and was not fine-tuned. Leave adapter= out")
     assert evaluate.main([f"policy={folder}/base", "adapter=of", *PLAY]) == 2
     refused(capsys, "Unknown adapter 'of'", "'off'")
     assert evaluate.main([f"policy={folder}/base", f"adapters={{puhs-v3:{folder}/push}}", *PLAY]) == 2

@@ -17,8 +17,10 @@ from eva_rl import collect, evaluate
 from eva_rl.adapters import METHODS
 from eva_rl.agents.policy_folder import save_policy
 from eva_rl.cli.parsing import parse
+from eva_rl.configs.finetune import AdapterOptions
 from eva_rl.errors import UserError
 from eva_rl.finetune import command as finetune
+from eva_rl.finetune.adapter import warn_of_unused
 from eva_rl.finetune.session import check_processes
 from eva_rl.tracking.tracker import read_metrics
 from tests import forks
@@ -154,6 +156,17 @@ def test_every_method_runs(method: str, base: Path, tmp_path: Path) -> None:
         assert ("layers" in read(report)) == METHODS[method].eva
 
 
+def test_settings_that_an_adapter_does_not_use_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    warn_of_unused(AdapterOptions(method="lora", rank=2, rho=2.0, tau=0.5))
+    assert "adapter=lora does not use adapter.rho=2.0, adapter.tau=0.5." in caplog.text
+    caplog.clear()
+    warn_of_unused(AdapterOptions(method="full", rank=4))
+    assert "adapter=full does not use adapter.rank=4." in caplog.text
+    caplog.clear()
+    warn_of_unused(AdapterOptions(method="eva", rank=4, rho=2.0))
+    assert caplog.text == ""
+
+
 def test_data_from_a_file(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "demos.h5"
     assert collect.main(["env=reach-v3", "episodes=2", f"out={out}", "workers=1", "env.horizon=60"]) == 0
@@ -174,6 +187,8 @@ def test_killed_and_continued_equals_uninterrupted(
     capfd.readouterr()
     assert small_run(base, run_dir) == 0
     said = capfd.readouterr().err
+    assert "Continuing from the checkpoint of step 4." in said
+    assert "Training (gradient steps): 4 of 6" in said
     assert "After" in said
     assert "Before" not in said, "what was evaluated before the interruption is not played again"
     assert read(run_dir / "evaluation.json") == read(finished / "evaluation.json")

@@ -195,5 +195,9 @@ def test_a_policy_that_does_not_fit() -> None:
         evaluate_policy(make_policy(27, 8), "mujoco/ant", episodes=1)
     with pytest.raises(UserError, match=r"^episodes=0: expected at least 1"):
         evaluate_policy(make_policy(), "push-v3", episodes=0)
+    with pytest.raises(UserError, match=r"^episodes=2.5: expected at least 1, and a whole number"):
+        evaluate_policy(make_policy(), "push-v3", episodes=2.5)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"Load it first: eva_rl.load_policy\('runs/a'\)"):
+        evaluate_policy("runs/a", "push-v3")  # type: ignore[arg-type]
     with pytest.raises(UserError, match=r"^seed=40001: expected 0 to 40000"):
         evaluate_policy(make_policy(), "push-v3", episodes=1, seed=40_001)

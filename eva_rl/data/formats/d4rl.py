@@ -86,6 +86,8 @@ def read_d4rl(
     Raises:
         UserError: The file is unreadable, or what it holds is not a data set; with file, key and row.
     """
+    if path.suffix in (".npz", ".npy", ".pkl", ".pickle"):
+        raise UserError(f"d4rl:{path}: expected an HDF5 file of D4RL's. Other files go without d4rl: data={path}.")
     with HdfFile(path) as file:
         tables = list(_tables(file))
         episodes = [_episodes(table, rules) for table in tables]

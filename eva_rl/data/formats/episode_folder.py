@@ -163,7 +163,8 @@ def _episodes_of(file: Path, options: ReadOptions) -> Iterator[tuple[Source, Rea
     else:
         kind = kind_of_file(file)
         raise UserError(
-            f"{file}{kind and f' is {kind}'}: expected a file {', '.join(sorted(SUFFIXES))}. Rename or convert it."
+            f"{file}{kind and f' is {kind}'}: expected a file {', '.join(sorted(SUFFIXES))}. Convert it, "
+            "for instance with numpy.savez(FILE, observations=..., actions=..., rewards=..., terminals=...)."
         )
 
 

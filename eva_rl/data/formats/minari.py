@@ -73,8 +73,9 @@ def minari_folder(dataset_id: str) -> Path:
 
 
 def _download(dataset_id: str) -> None:
-    if dataset_id in ("", ".", "..") or dataset_id.startswith(("/", "~")):
-        raise UserError(f"minari:{dataset_id}: expected an id such as minari:mujoco/hopper/expert-v0.")
+    if not is_minari_id(dataset_id):
+        here = f" What is on this disk goes without minari: data={dataset_id}." * Path(dataset_id).exists()
+        raise UserError(f"minari:{dataset_id}: expected an id such as minari:mujoco/hopper/expert-v0.{here}")
     import minari
 
     try:
