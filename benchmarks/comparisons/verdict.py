@@ -24,7 +24,8 @@ from eva_rl.benchmark.study import Study, read_study
 from eva_rl.report.methods import TaskGroup, group_tasks
 from eva_rl.report.page import markdown_table
 from eva_rl.report.reading import find_runs
-from eva_rl.report.runs import Decision, Run, read_runs
+from eva_rl.report.runs import Run, read_runs
+from eva_rl.report.settings import Decision
 from eva_rl.report.stats.equivalence import smallest_difference
 from eva_rl.report.tables import Table
 from eva_rl.report.verdicts import ENDPOINTS, Verdict, endpoint_values, held_out, paired_differences, verdicts

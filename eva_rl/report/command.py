@@ -37,7 +37,8 @@ from eva_rl.report.figures import (
 from eva_rl.report.methods import TaskGroup, group_tasks
 from eva_rl.report.page import Picture, Section, markdown, page, terminal_table
 from eva_rl.report.reading import find_runs, one_line
-from eva_rl.report.runs import Decision, Problem, Run, decision, read_runs, select
+from eva_rl.report.runs import Problem, Run, decision, read_runs, select
+from eva_rl.report.settings import Decision
 from eva_rl.report.tables import (
     CSV_COLUMNS,
     Table,

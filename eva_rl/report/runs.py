@@ -26,7 +26,7 @@ from eva_rl.report.reading import (
     read_rows,
     read_yaml,
 )
-from eva_rl.report.settings import ADAPTER, Settings, settings_of
+from eva_rl.report.settings import ADAPTER, Decision, Settings, settings_of
 from eva_rl.tracking.tracker import METRICS_FILE
 
 EVALUATION_FILE = "evaluation.json"
@@ -39,26 +39,6 @@ FORMAT, DIGEST = 1, "sha256"
 RETURN = "mean_reward"
 SCORES = {"success_rate": "success rate", "normalized_score": "normalised score", RETURN: "return"}
 """What a task is judged by: the first of these that its runs have."""
-
-
-@dataclass(frozen=True)
-class Decision:
-    """What methods are compared by, which a study decides before its runs.
-
-    Attributes:
-        endpoint: A key of :data:`eva_rl.report.verdicts.ENDPOINTS`.
-        margin: Difference below which methods count as equivalent, in the endpoint's unit; None tests none.
-        reference: Method that each other one is compared with; empty compares each pair.
-    """
-
-    endpoint: str
-    margin: float | None = None
-    reference: str = ""
-
-    def __str__(self) -> str:
-        """As it is typed."""
-        reference = f" reference={self.reference}" if self.reference else ""
-        return f"endpoint={self.endpoint} margin={self.margin}{reference}"
 
 
 @dataclass(frozen=True)
@@ -130,6 +110,10 @@ class UnfinishedError(Exception):
     """The run has no summary yet."""
 
 
+class PretrainingError(Exception):
+    """The run made a policy; it compares no method."""
+
+
 def read_runs(folders: Sequence[Path]) -> tuple[list[Run], list[Problem]]:
     """Read all that can be read, and say what cannot."""
     runs: list[Run] = []
@@ -142,6 +126,8 @@ def read_runs(folders: Sequence[Path]) -> tuple[list[Run], list[Problem]]:
             run, partly = read_run(folder)
         except UnfinishedError as error:
             problems.append(Problem(folder, "unfinished", one_line(error)))
+        except PretrainingError:
+            problems.append(Problem(folder, "left out", "a pretraining run, which has no method to compare"))
         except UserError as error:
             problems.append(Problem(folder, "damaged", " ".join(str(error).split())))
         else:
@@ -160,11 +146,14 @@ def read_run(folder: Path) -> tuple[Run, list[Problem]]:
 
     Raises:
         UnfinishedError: It has no summary.
-        UserError: It is damaged, or no fine-tuning run.
+        PretrainingError: It is no fine-tuning run.
+        UserError: It is damaged.
     """
     if folder.is_file():
         return read_record(folder), []
     config = read_config(folder / CONFIG_FILE)
+    if "size" in config and "adapter" not in config:
+        raise PretrainingError
     rows, damaged_rows = _rows(folder)
     path = folder / SUMMARY_FILE
     if not path.exists():
@@ -197,15 +186,9 @@ def _named(run: Run, about: Mapping[str, Any]) -> Run:
     tuning = None if about["tuning"] is None else {one_line(k): _as_typed(v) for k, v in about["tuning"].items()}
     method, adapter = one_line(about["method"]), run.summary.get("method")
     own = () if adapter in {None, method} else ((ADAPTER, json.dumps(adapter)),)
-    decided = _decided(about) if "endpoint" in about else None
+    decided = Decision.of(about) if "endpoint" in about else None
     settings = tuple(sorted((*run.settings, *own)))
     return replace(run, method=method, tuning=tuning, settings=settings, decided=decided)
-
-
-def _decided(about: Mapping[str, Any]) -> Decision:
-    margin = about.get("margin")
-    reference = one_line(str(about.get("reference") or ""))
-    return Decision(str(about["endpoint"]), None if margin is None else float(margin), reference)
 
 
 def decision(runs: Iterable[Run]) -> Decision | None:

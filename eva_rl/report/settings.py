@@ -1,9 +1,10 @@
-"""The settings by which a report tells methods apart: those that decide a result."""
+"""The settings by which a report tells methods apart, those that decide a result; and what it compares them by."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from eva_rl.adapters.methods import METHODS
@@ -42,3 +43,30 @@ def _ignored(key: str, settings: Mapping[str, Any], method: str) -> bool:
     if key in NO_SETTINGS or key.partition(".")[0] in NO_SETTINGS or (group and name in FREE_IN_GROUPS):
         return True
     return key.startswith("adapter.") and method in METHODS and METHODS[method].ignores(key, settings)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What methods are compared by, which a study decides before its runs.
+
+    Attributes:
+        endpoint: A key of :data:`eva_rl.report.verdicts.ENDPOINTS`.
+        margin: Difference below which methods count as equivalent, in the endpoint's unit; None tests none.
+        reference: Method that each other one is compared with; empty compares each pair.
+    """
+
+    endpoint: str
+    margin: float | None = None
+    reference: str = ""
+
+    @classmethod
+    def of(cls, about: Mapping[str, Any]) -> Decision:
+        """What a run's own file says of it."""
+        margin = about.get("margin")
+        reference = one_line(str(about.get("reference") or ""))
+        return cls(str(about["endpoint"]), None if margin is None else float(margin), reference)
+
+    def __str__(self) -> str:
+        """As it is typed."""
+        reference = f" reference={self.reference}" if self.reference else ""
+        return f"endpoint={self.endpoint} margin={self.margin}{reference}"

@@ -16,7 +16,8 @@ from eva_rl.files import write_file
 from eva_rl.report import stats
 from eva_rl.report.comparison import Analysis, Comparison
 from eva_rl.report.methods import Method, TaskGroup
-from eva_rl.report.runs import Decision, Run
+from eva_rl.report.runs import Run
+from eva_rl.report.settings import Decision
 from eva_rl.report.stats.equivalence import PairedMean
 from eva_rl.report.verdicts import ENDPOINTS, EndpointMean, Verdict, endpoint_means, verdicts
 

@@ -9,7 +9,8 @@ import numpy as np
 
 from eva_rl.report import stats
 from eva_rl.report.methods import Method, TaskGroup, paired_runs
-from eva_rl.report.runs import Decision, Run
+from eva_rl.report.runs import Run
+from eva_rl.report.settings import Decision
 from eva_rl.report.stats.aggregates import Floats
 from eva_rl.report.stats.equivalence import PairedMean, paired_mean
 

@@ -11,8 +11,8 @@ import numpy as np
 from eva_rl.errors import counted
 from eva_rl.report.comparison import Analysis, overlapping
 from eva_rl.report.methods import RANK, TaskGroup, differing_settings, paired_runs, plain_setting
-from eva_rl.report.runs import Decision, Problem, decision
-from eva_rl.report.settings import ADAPTER
+from eva_rl.report.runs import Problem, decision
+from eva_rl.report.settings import ADAPTER, Decision
 from eva_rl.report.verdicts import BY_SCORE, ENDPOINTS, EQUIVALENT, FINAL, LEVEL, UNDECIDED, Verdict, verdicts
 
 FEW_RUNS, FEW_EPISODES = 5, 50

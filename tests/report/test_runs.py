@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from eva_rl.benchmark.records import write_record
 from eva_rl.errors import UserError
@@ -87,6 +88,17 @@ def test_a_run_that_is_not_finished_says_how_far_it_came(tmp_path: Path) -> None
     (folder / "metrics.jsonl").unlink()
     with pytest.raises(UnfinishedError, match="0 points recorded, the last at step 0"):
         read_run(folder)
+
+
+def test_a_pretraining_run_is_not_damaged(tmp_path: Path) -> None:
+    """It was called so, and counted among the unfinished and damaged ones."""
+    folder = run_folder(tmp_path / "run")
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    del config["adapter"]
+    (folder / "config.yaml").write_text(yaml.safe_dump(config | {"size": {"hidden_size": 32}}))
+    runs, (problem,) = read_runs([folder])
+    assert (runs, problem.kind) == ([], "left out")
+    assert "a pretraining run" in problem.reason
 
 
 def test_a_record_is_its_run(tmp_path: Path) -> None:

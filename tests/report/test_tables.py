@@ -15,7 +15,7 @@ from scipy import stats as scipy
 from eva_rl.report import stats
 from eva_rl.report.comparison import analyse
 from eva_rl.report.methods import group_tasks
-from eva_rl.report.runs import Decision
+from eva_rl.report.settings import Decision
 from eva_rl.report.tables import (
     CSV_COLUMNS,
     aggregate_table,

@@ -11,7 +11,8 @@ from scipy import stats as scipy
 
 from eva_rl.report.comparison import Resampling, analyse
 from eva_rl.report.methods import Method, TaskGroup
-from eva_rl.report.runs import Decision, Run
+from eva_rl.report.runs import Run
+from eva_rl.report.settings import Decision
 from eva_rl.report.verdicts import area, endpoint_means, held_out, updates_to_90, verdicts
 from eva_rl.report.warnings import warnings_of
 from tests.report.making_groups import analysis_of, make_group
