@@ -18,6 +18,7 @@ from eva_rl.report.stats.aggregates import Floats
 
 EPISODE_KEYS = {"success_rate": "success", "normalized_score": "episode_return", "mean_reward": "episode_return"}
 RANK = "adapter.rank"
+ALGORITHM, ALGORITHMS = "algo.name", "algo."
 
 
 @dataclass(frozen=True)
@@ -142,11 +143,15 @@ def _pairs(ours: Sequence[Run], theirs: Sequence[Run]) -> list[tuple[Run, Run]]:
 
 
 def _label(name: str, own: Mapping[str, str], same_name: Sequence[Mapping[str, str]]) -> str:
-    """The name, and those settings in which rows of this name differ."""
-    differing = differing_settings(same_name)
-    names = [(key, key.rpartition(".")[2]) for key in differing if key in own]
-    short = [key.rpartition(".")[2] for key in differing]
-    shown = [f"{key if short.count(last) > 1 else last}={plain_setting(own[key])}" for key, last in names]
+    """The name, and those settings in which rows of this name differ; of an algorithm's own, rows of that algorithm."""
+    alike = [settings for settings in same_name if settings.get(ALGORITHM) == own.get(ALGORITHM)]
+    own_keys = {key for key in differing_settings(alike) if key.startswith(ALGORITHMS)}
+    others = differing_settings(same_name)
+    differing = [key for key in others if key == ALGORITHM or not key.startswith(ALGORITHMS) or key in own_keys]
+    short = {key: "algo" if key == ALGORITHM else key.rpartition(".")[2] for key in differing}
+    taken = list(short.values())
+    names = {key: key if taken.count(last) > 1 else last for key, last in short.items() if key in own}
+    shown = [f"{typed}={plain_setting(own[key])}" for key, typed in names.items()]
     return f"{name} ({', '.join(shown)})" if shown else name
 
 

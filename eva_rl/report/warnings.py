@@ -188,7 +188,7 @@ def _settings(group: TaskGroup) -> Iterator[ReportWarning]:
     everything = [method.settings for method in group.methods]
     differing = [key for key in differing_settings(everything, everywhere=True) if key != ADAPTER]
     if differing:
-        shown = "; ".join(f"{key}: {_values(key, everything)}" for key in differing)
+        shown = _listed([f"{key}: {_values(key, everything)}" for key in differing], between="; ")
         yield ReportWarning(f"Methods differ in more than the adapter ({shown}). Each row is at its own settings.")
     ranks = [method.settings for method in group.methods if RANK in method.settings]
     if RANK not in differing and len({settings[RANK] for settings in ranks}) > 1:
@@ -196,10 +196,9 @@ def _settings(group: TaskGroup) -> Iterator[ReportWarning]:
 
 
 def _values(key: str, everything: Sequence[object]) -> str:
-    values = sorted({plain_setting(settings[key]) for settings in everything if isinstance(settings, dict)})
-    return ", ".join(values)
+    return _listed(sorted({plain_setting(settings[key]) for settings in everything if isinstance(settings, dict)}))
 
 
-def _listed(names: Sequence[str], most: int = 8) -> str:
+def _listed(names: Sequence[str], most: int = 8, between: str = ", ") -> str:
     more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+    return between.join(names[:most]) + more

@@ -51,6 +51,18 @@ def test_no_two_rows_have_one_name(settings: Any, expected: list[str | None]) ->
     assert sorted(float(own["mean"].value) for own in analysis.aggregates.values()) == [0.25, 1.0]
 
 
+def test_rows_of_two_algorithms_do_not_list_what_only_one_of_them_has() -> None:
+    """A folder of runs of five algorithms had labels of thirty-five settings."""
+    cloning = {"algo.name": "bc", "algo.updates": 5, "algo.loss": "l2"}
+    online = {"algo.name": "odt", "algo.env_steps": 100, "algo.updates": None}
+    assert sorted(labels(cloning, online)) == ["eva (algo=bc)", "eva (algo=odt)"]
+    assert sorted(labels(cloning, online, {**online, "algo.env_steps": 200})) == [
+        "eva (algo=bc)",
+        "eva (env_steps=100, algo=odt)",
+        "eva (env_steps=200, algo=odt)",
+    ]
+
+
 def test_a_name_may_look_like_a_label() -> None:
     """A study may call a method of its own so."""
     runs = [make_run("eva", "t", 0, 0.5, settings={"x": x}) for x in (1, 2)] + [make_run("eva (x=1)", "t", 0, 0.5)]
