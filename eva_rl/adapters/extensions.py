@@ -52,9 +52,10 @@ def low_rank_layers(model: PeftModel, adapter: str = ADAPTER_NAME) -> Iterator[L
             yield LowRankLayer(name, layer, _matrix(layer.lora_A[adapter]), _matrix(layer.lora_B[adapter]))
 
 
-def _matrix(entry: nn.Parameter | nn.Linear) -> nn.Parameter:
+def _matrix(entry: Any) -> nn.Parameter:
     """AdaLoRA keeps its factors as parameters, the others as layers."""
-    return entry if isinstance(entry, nn.Parameter) else entry.weight
+    found: nn.Parameter = entry if isinstance(entry, nn.Parameter) else entry.weight
+    return found
 
 
 class _Quiet:

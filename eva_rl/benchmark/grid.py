@@ -104,7 +104,7 @@ class Cell:
         With what the study file decided to compare by.
         """
         study = self.study
-        named = {"method": self.method, "tuning": dict(self.chosen) if self.tuning else None}
+        named: dict[str, Any] = {"method": self.method, "tuning": dict(self.chosen) if self.tuning else None}
         if study.digest:
             named |= {"endpoint": study.endpoint, "margin": study.margin, "reference": study.reference}
         return named
