@@ -26,6 +26,7 @@ from eva_rl.envs import score_between
 from eva_rl.errors import UserError, counted
 from eva_rl.files import expanded, read_json
 from eva_rl.options import between, group, one_of, option
+from eva_rl.seeding import MAX_SEED
 
 HELP = """
 Offline data: what is known and local, what is in a data set, whether it is sound, and other formats of it.
@@ -52,18 +53,21 @@ class SelectedData:
     source: str = option("", "d4rl:NAME, d4rl:FILE, minari:ID, trajectories:PATH or a path; same as data=")
     top: float = option(1.0, "keep this fraction of the episodes, with the highest returns")
     first: int = option(0, "keep the first N episodes; 0 keeps all")
+    sample: int = option(0, "keep N episodes, drawn at random by data.seed; 0 keeps all")
+    seed: int = option(0, "seed of data.sample")
     min_return: float | None = option(None, "lowest return that is kept; null for any")
     allow_pickle: bool = option(False, "open pickles, admitting numpy arrays and builtin containers alone")
     skip_damaged: bool = option(False, "leave out damaged episodes, with a count, instead of refusing the data")
 
     def __post_init__(self) -> None:
         between(1e-9, 1, data__top=self.top)
-        between(0, 10**9, data__first=self.first)
+        between(0, 10**9, data__first=self.first, data__sample=self.sample)
+        between(0, MAX_SEED, data__seed=self.seed)
 
     @property
     def selects(self) -> bool:
         """Whether some episodes may be left out."""
-        return self.top < 1 or self.first > 0 or self.min_return is not None
+        return self.top < 1 or self.first > 0 or self.sample > 0 or self.min_return is not None
 
 
 @dataclass
@@ -130,7 +134,9 @@ def convert(config: DatasetsConfig) -> None:
 def filter_episodes(config: DatasetsConfig) -> None:
     """Write some episodes of a data set."""
     if not config.data.selects:
-        raise UserError("No filter given. Type for instance data.top=0.1, data.first=100 or data.min_return=1000.")
+        raise UserError(
+            "No filter given. Type for instance data.top=0.1, data.first=100, data.sample=5 or data.min_return=9."
+        )
     convert(config)
 
 
@@ -150,7 +156,14 @@ def _load(config: DatasetsConfig) -> Trajectories:
     if not chosen.source:
         raise UserError(f"action={config.action} needs data=, for instance data=d4rl:hopper-medium-v2.")
     data = load_dataset(chosen.source, allow_pickle=chosen.allow_pickle, skip_damaged=chosen.skip_damaged)
-    return select_episodes(data, top=chosen.top, first=chosen.first, min_return=chosen.min_return)
+    return select_episodes(
+        data,
+        top=chosen.top,
+        first=chosen.first,
+        min_return=chosen.min_return,
+        sample=chosen.sample,
+        seed=chosen.seed,
+    )
 
 
 def _check_store(data: Trajectories, folder: Path) -> None:

@@ -34,6 +34,8 @@ def test_convert_filter_check_show_list(tmp_path: Path, capsys: pytest.CaptureFi
     source = f"data=d4rl:{path}"
     assert main(["action=convert", source, "out=minari:mine/table-v0"]) == 0
     assert main(["action=filter", "data=minari:mine/table-v0", "data.top=0.5", "out=best.h5"]) == 0
+    assert main(["action=filter", "data=minari:mine/table-v0", "data.sample=1", "data.seed=3", "out=one.h5"]) == 0
+    assert load_dataset("one.h5").num_episodes == 1
     assert main(["action=convert", "data=best.h5", "out=store"]) == 0
     assert main(["action=check", "data=store"]) == 0
     assert main(["action=show", "data=minari:mine/table-v0"]) == 0

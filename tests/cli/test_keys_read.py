@@ -64,7 +64,9 @@ SMALL = ["algo.updates=2", "algo.batch_size=2", "size.hidden_size=16", "size.num
 UNREAD = {"resume", "algo.name", "algo.final_learning_rate", "size.name", "data.allow_pickle", "data.skip_damaged"}
 """Of pretraining: read for an unfinished run, a named size, the end of a longer training, and data from files."""
 ROLLOUTS = {"adapter.eva.rollout_envs", "adapter.eva.rollout_steps"}
-OF_A_COPY = {f"data.{name}" for name in ("episodes", "seed", "workers", "only_successes", "top", "first", "max_return")}
+OF_A_COPY = {
+    f"data.{name}" for name in ("episodes", "seed", "workers", "only_successes", "top", "first", "sample", "max_return")
+}
 """Read where ``data=auto`` has been replaced by what it stands for."""
 FINETUNE_UNREAD = UNREAD - {"size.name", "algo.name"} | ROLLOUTS | OF_A_COPY | {"eval.quick_episodes"}
 """Of fine-tuning by cloning: read by EVA from rollouts, by a longer training, for an unfinished run, and of a copy."""
