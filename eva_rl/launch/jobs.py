@@ -111,7 +111,7 @@ class Job:
 
 
 def check_names(names: Sequence[str]) -> None:
-    """Raise where two runs have one folder, as ``a/b`` and ``a-b`` give: the second would count as finished.
+    """Raise where two runs have one folder, as ``a/b`` and ``a-b`` have: the second would count as finished.
 
     Raises:
         UserError: Naming it.
@@ -119,8 +119,8 @@ def check_names(names: Sequence[str]) -> None:
     twice = next((name for name, number in Counter(names).items() if number > 1), None)
     if twice is not None:
         raise UserError(
-            f"Two runs would share the folder {twice}: in its name / becomes -. Leave one of them out, or give it "
-            "another path, or another run_dir=."
+            f"Two runs would share the folder {twice}: a value is typed twice, or two paths differ by / and - alone. Leave "
+            "one of them out, or run it apart."
         )
 
 
