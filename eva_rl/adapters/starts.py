@@ -111,17 +111,17 @@ def _set(layer: LowRankLayer, a: Tensor, b: Tensor) -> None:
 
 
 def set_directions(model: PeftModel, directions: Mapping[str, Tensor], adapter: str = ADAPTER_NAME) -> None:
-    """Set each layer's A to directions of its inputs; B stays as it is.
+    """Set A to directions of the inputs, in the layers that have some; B stays as it is.
 
     Args:
         model: PEFT's, just made.
-        directions: (R, in) by layer, for every layer of the adapter.
+        directions: (R, in) by layer.
         adapter: PEFT's name of the adapter.
 
     Raises:
         UserError: Their shape is another than that of A.
     """
-    for layer in low_rank_layers(model, adapter):
+    for layer in (found for found in low_rank_layers(model, adapter) if found.name in directions):
         rows = directions[layer.name]
         if rows.shape != layer.A.shape:
             raise UserError(

@@ -119,8 +119,8 @@ def check_names(names: Sequence[str]) -> None:
     twice = next((name for name, number in Counter(names).items() if number > 1), None)
     if twice is not None:
         raise UserError(
-            f"Two runs would share the folder {twice}: a value is typed twice, or two paths differ by / and - alone. Leave "
-            "one of them out, or run it apart."
+            f"Two runs would share the folder {twice}: a value is typed twice, or two paths differ by / and - alone. "
+            "Leave one of them out, or run it apart."
         )
 
 

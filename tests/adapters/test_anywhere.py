@@ -265,3 +265,18 @@ def test_a_mask_may_be_an_array_or_a_list(kind: Any) -> None:
 def test_heads_are_left_out(name: str) -> None:
     model = nn.ModuleDict({name: nn.Linear(4, 2), "multi_head_attention": nn.Linear(4, 4)})
     assert [layer.name for layer in find_layers(model)] == ["multi_head_attention"]
+
+
+def test_layers_that_eva_cannot_initialise_start_as_loras_do() -> None:
+    """A convolution beside a linear layer has no directions."""
+    torch.manual_seed(0)
+    model = nn.Sequential(OrderedDict(conv=nn.Conv2d(3, 4, 3), flat=nn.Flatten(), out=nn.Linear(4 * 36, 5)))
+    images = [torch.randn(6, 3, 8, 8) for _ in range(4)]
+    before = model(images[0]).detach()
+    with pytest.warns(UserWarning, match="start as LoRA does"):
+        adapted = attach_eva(model, LoraConfig(r=2, target_modules=["conv", "out"]), images)
+    torch.testing.assert_close(adapted(images[0]), before)
+    layers = adapted.get_base_model()
+    rows = layers.out.lora_A["default"].weight
+    torch.testing.assert_close(rows @ rows.T, torch.eye(2), atol=1e-4, rtol=0)
+    assert layers.conv.lora_A["default"].weight.abs().sum() > 0
