@@ -22,6 +22,7 @@ from eva_rl.data.windows import WindowSampler
 from eva_rl.envs import make_vec_env
 from eva_rl.errors import UserError
 from eva_rl.eva import ActivationStatistics, EvaOptions, EvaResult, SecondMoment, StorageOptions, compute
+from eva_rl.eva.computation import check_batches
 from eva_rl.eva.options import Method
 from eva_rl.seeding import ROLLOUTS, episode_seeds
 
@@ -77,8 +78,7 @@ def compute_eva(
         assert batches is not None, "batches, rollouts or both"
         options |= {"keep_moments": keep_moments, "max_batches": max_batches, "mask": _mask}
         return compute(policy.network, batches, targets=list(targets), **options)
-    if max_batches < 1:
-        raise UserError(f"max_batches={max_batches}: expected at least 1.")
+    check_batches(batches, max_batches)
     asked = EvaOptions(**options)
     began = time.perf_counter()
     storage = StorageOptions("auto", round(asked.rank * asked.rho), seed=asked.seed, exact=keep_moments)

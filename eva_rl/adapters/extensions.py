@@ -120,8 +120,8 @@ class RewrittenBase(_Quiet):
     def __init__(self, model: PeftModel, originals: Mapping[str, Tensor]) -> None:
         super().__init__(model)
         self._originals = dict(originals)
-        own = {layer.name: layer for layer in low_rank_layers(model)}
-        self._initial = {name: (own[name].A.data.clone(), own[name].B.data.clone()) for name in self._originals}
+        own = [layer for layer in low_rank_layers(model) if layer.name in self._originals]
+        self._initial = {layer.name: (layer.A.data.clone(), layer.B.data.clone()) for layer in own}
         self._rewrite()
 
     def original_weights(self) -> dict[str, Tensor]:

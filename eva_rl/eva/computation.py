@@ -88,10 +88,8 @@ def compute(  # noqa: PLR0913 - the one call that most users make; the names are
         UserError: A value is out of range, or see `ActivationStatistics.result`.
     """
     options = EvaOptions(rank, rho, tau, center, score, variant, alpha, keep_scale, criterion, seed)
-    if max_batches < 1:
-        raise UserError(f"max_batches={max_batches}: expected at least 1.")
+    check_batches(batches, max_batches)
     storage = StorageOptions(method, round(rank * rho), memory_budget, seed, exact=keep_moments)
-    check_batches(batches)
     began = time.perf_counter()
     with evaluating(model), ActivationStatistics(model, targets, storage, group) as statistics:
         feed = _Feed(statistics, iter(batches), forward or default_forward, mask)
@@ -100,12 +98,14 @@ def compute(  # noqa: PLR0913 - the one call that most users make; the names are
         return replace(result, moments=statistics.second_moments()) if keep_moments else result
 
 
-def check_batches(batches: object) -> None:
-    """Raise where what should be batches is a single one: its rows, or its names, would be taken for batches.
+def check_batches(batches: object, max_batches: int) -> None:
+    """Raise where none may be taken, or what should be batches is one, whose rows or names would be taken for them.
 
     Raises:
-        UserError: Saying how to make batches of it.
+        UserError: Saying what was expected.
     """
+    if max_batches < 1:
+        raise UserError(f"max_batches={max_batches}: expected at least 1.")
     if isinstance(batches, Tensor | np.ndarray) or is_mapping(batches):
         kind = type(batches).__name__
         raise UserError(f"batches is a {kind}: expected an iterable of batches. Give [batch], or x.split(64).")
