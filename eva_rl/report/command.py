@@ -136,11 +136,11 @@ def report(config: ReportConfig) -> None:
     runs = [run for run in found if run.tuning is None]
     if not runs:
         raise UserError(nothing_to_compare(config.runs, found, problems))
+    tasks = group_tasks(runs)
+    check_reference(config.reference, tasks)  # what is typed: a study's own may have no runs yet
     by = as_decided(config, runs)
     config = replace(config, endpoint=by.endpoint, margin=by.margin, reference=by.reference)
     resampling = Resampling(config.replicates, config.confidence, config.seed)
-    tasks = group_tasks(runs)
-    check_reference(config.reference, tasks)
     groups = [analyse(group, resampling, config.reference) for group in tasks]
     curves = [curves_of(analysis.group, resampling) for analysis in groups]
     with style():

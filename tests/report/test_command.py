@@ -131,6 +131,16 @@ def test_what_the_study_decided_on_is_what_is_compared_by(
     assert "| dora - lora |" not in text or typed == ["reference=lora"]
 
 
+def test_a_study_whose_reference_has_no_runs_yet_has_a_report(tmp_path: Path) -> None:
+    root = make_study(tmp_path / "runs", ["eva", "lora"], lambda *_: 0.5, seeds=1, goals=4)
+    decided = {"endpoint": "final", "margin": None, "reference": "dora"}
+    for summary in root.rglob("summary.json"):
+        about = {"method": summary.parent.parent.name, "tuning": None} | decided
+        (summary.parent / ABOUT_FILE).write_text(json.dumps(about))
+    assert report.main([str(root), f"out={tmp_path / 'out'}", "replicates=50"]) == 0
+    assert "| eva |" in (tmp_path / "out" / "report.md").read_text()
+
+
 def test_a_reference_that_no_run_has_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = make_study(tmp_path / "runs", ["eva", "lora"], lambda *_: 0.5, seeds=1, goals=4)
     assert report.main([str(root), f"out={tmp_path / 'out'}", "reference=lorra"]) == 2
