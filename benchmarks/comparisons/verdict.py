@@ -21,11 +21,13 @@ import numpy as np
 
 from benchmarks import pages, pictures
 from eva_rl.benchmark.study import Study, read_study
+from eva_rl.report.figures import colour_and_marker
 from eva_rl.report.methods import TaskGroup, group_tasks
 from eva_rl.report.page import markdown_table
 from eva_rl.report.reading import find_runs
 from eva_rl.report.runs import Run, read_runs
 from eva_rl.report.settings import Decision
+from eva_rl.report.stats.aggregates import Floats
 from eva_rl.report.stats.equivalence import smallest_difference
 from eva_rl.report.tables import Table
 from eva_rl.report.verdicts import ENDPOINTS, Verdict, endpoint_values, held_out, paired_differences, verdicts
@@ -35,6 +37,12 @@ PAGE, RESULTS = ROOT / "docs" / "verdict.md", ROOT / "docs" / "results"
 STUDIES = {"cw10": ("cw10_a", "cw10_b"), "small": ("small_a", "small_b")}
 """The halves of each study; ``docs/results/NAME-study.png`` is its figure."""
 SUCCESS, RATE = "success_rate", "algo.learning_rate"
+MEASURED = (
+    ("area", "Area, mean ± standard deviation over seeds", 1.0, True),
+    ("final", "Success at the end", 1.0, False),
+    ("cloning_loss", "Held-out cloning loss × 1000", 1e3, False),
+)
+"""Endpoint, title, what it is multiplied by, and whether its standard deviation is shown."""
 MOST_SEEDS = 1_000
 
 
@@ -88,42 +96,48 @@ def merged(runs: Sequence[Run]) -> TaskGroup | None:
     return groups[0] if groups else None
 
 
-def methods_table(group: TaskGroup) -> str:
-    """Mean success over the updates, at the end, and held-out cloning loss, by method and task."""
+def methods_tables(group: TaskGroup) -> list[str]:
+    """Mean success over the updates, at the end, and held-out cloning loss: by method and task, and over the tasks."""
+    return [_by_task(group, *one) for one in MEASURED]
+
+
+def _by_task(group: TaskGroup, endpoint: str, title: str, scale: float, spread: bool) -> str:
+    tasks = sorted({task for method in group.methods for task in method.runs})
     rows = []
     for method in group.methods:
-        for task in sorted(method.runs):
-            areas = list(endpoint_values(method, task, "area", SUCCESS).values())
-            finals = list(endpoint_values(method, task, "final", SUCCESS).values())
-            losses = list(endpoint_values(method, task, "cloning_loss", SUCCESS).values())
-            spread = f"{np.std(areas, ddof=1):.2f}" if len(areas) > 1 else "-"
-            name = task.removeprefix("metaworld/")
-            loss = f"{1e3 * np.mean(losses):.2f}" if losses else "-"
-            scores = f"{np.mean(areas):.2f}", spread, f"{np.mean(finals):.2f}", loss
-            rows.append([method.label, name, str(len(areas)), *scores])
-    columns = ["method", "task", "seeds", "area", "its std", "success at the end", "held-out loss x 1000"]
-    return markdown_table(Table("", columns, rows))
+        found = [scale * np.array(list(endpoint_values(method, task, endpoint, SUCCESS).values())) for task in tasks]
+        over_tasks = f"{np.mean([values.mean() for values in found]):.2f}" if all(map(len, found)) else "-"
+        rows.append([method.label, *(_cell(values, spread=spread) for values in found), over_tasks])
+    names = [task.removeprefix("metaworld/").removesuffix("-v3") for task in tasks]
+    return f"{title}:\n\n{markdown_table(Table('', ['method', *names, 'mean'], rows))}"
 
 
-def verdict_rows(group: TaskGroup, margin: float | None) -> str:
-    """Every pair of methods, and the seeds that an undecided one would take."""
+def _cell(values: Floats, *, spread: bool) -> str:
+    """The mean, and where it is asked for the standard deviation over seeds."""
+    if not len(values):
+        return "-"
+    return f"{values.mean():.2f}" + (f" ± {values.std(ddof=1):.2f}" if spread and len(values) > 1 else "")
+
+
+def verdict_rows(group: TaskGroup, decision: Decision) -> str:
+    """Every pair of methods that is compared, and the seeds that an undecided one would take."""
     methods = {method.label: method for method in group.methods}
     rows = []
-    for one in verdicts(group, Decision("area", margin)):
-        differences = paired_differences(group, "area", methods[one.first], methods[one.second])
+    for one in verdicts(group, decision):
+        differences = paired_differences(group, decision.endpoint, methods[one.first], methods[one.second])
         mean = "-" if one.mean is None else "{:+.3f} [{:+.3f}, {:+.3f}]".format(one.mean.mean, *one.mean.interval())
-        text = one.text if one.text != "undecided" else f"undecided; {seeds_needed(one, differences, group, margin)}"
+        text = one.text if one.text != "undecided" else f"undecided; {seeds_needed(one, differences, group, decision)}"
         rows.append([f"{one.first} - {one.second}", mean, str(one.pairs), f"{one.corrected[0]:.2g}", text])
     return markdown_table(Table("", ["pair", "difference in area", "pairs of runs", "p, corrected", "verdict"], rows))
 
 
-def seeds_needed(verdict: Verdict, differences: Sequence[np.ndarray], group: TaskGroup, margin: float | None) -> str:
+def seeds_needed(verdict: Verdict, differences: Sequence[Floats], group: TaskGroup, decision: Decision) -> str:
     """How many seeds would find a difference as large as the one seen, or as the margin where that is larger."""
     spreads = [float(np.var(task, ddof=1)) for task in differences if len(task) > 1]
     if not spreads or verdict.mean is None:
         return "one seed has no spread"
-    wanted = max(abs(verdict.mean.mean), margin or 0.0)
-    comparisons = len(group.methods) * (len(group.methods) - 1) // 2
+    wanted = max(abs(verdict.mean.mean), decision.margin or 0.0)
+    comparisons = len(group.compared(decision.reference))
     for seeds in range(2, MOST_SEEDS):
         if smallest_difference(float(np.sqrt(np.mean(spreads))), len(differences), seeds, comparisons) <= wanted:
             return f"{seeds} seeds would find {wanted:.3f}"
@@ -140,10 +154,8 @@ def cost(runs: Sequence[Run]) -> str:
 def numbers(study_name: str) -> str:
     """All that the page says of a study in numbers."""
     parts, tested, everything, planned = [], [], [], 0
-    margin: float | None = None
     for name in STUDIES[study_name]:
         study, runs = read_half(name)
-        margin = study.margin
         tuned = [run for run in runs if run.tuning]
         total = len(study.tuning_tasks) * len(study.tuning_seeds) * sum(map(len, map(study.candidates, study.methods)))
         everything += runs
@@ -155,7 +167,8 @@ def numbers(study_name: str) -> str:
     parts.append(f"**Test phase**: {len(tested)} of {planned} runs.")
     group = merged(tested)
     if group is not None:
-        parts += [methods_table(group), verdict_rows(group, margin)]
+        decision = Decision(study.endpoint, study.margin, study.reference)
+        parts += [*methods_tables(group), verdict_rows(group, decision)]
     if everything:
         parts.append(f"**Cost**: {cost(everything)}.")
     return "\n\n".join(parts)
@@ -167,16 +180,18 @@ def draw(study: str) -> None:
 
     runs = [run for name in STUDIES[study] for run in read_half(name)[1]]
     tested = [run for run in runs if not run.tuning] or runs
-    drawing = Figure(figsize=(6, 3.5), layout="constrained")
+    drawing = Figure(figsize=(7, 3.5), layout="constrained")
     axes = drawing.subplots()
-    for method in sorted({run.method for run in tested}):
+    methods = sorted({run.method for run in tested})
+    for index, method in enumerate(methods):
         curves = [held_out(run, SUCCESS) for run in tested if run.method == method]
         steps = curves[0][:, 0]
         scores = np.array([curve[:, 1] for curve in curves])
-        axes.plot(steps, scores.mean(axis=0), marker="o", label=f"{method} ({len(curves)} runs)")
+        colour, marker = colour_and_marker(index)
+        axes.plot(steps, scores.mean(axis=0), color=colour, marker=marker, label=f"{method} ({len(curves)} runs)")
     axes.set(xlabel="gradient steps", ylabel="success rate, mean over runs", ylim=(0, 1))
     axes.grid(alpha=0.3)
-    axes.legend()
+    drawing.legend(loc="outside right center", fontsize="small")
     pictures.save(drawing, figure(study))
 
 
