@@ -7,7 +7,14 @@ from functools import partial
 from typing import ClassVar, get_args
 
 from eva_rl.adapters import METHODS, PROJECTIONS, SOURCES, check_gain, find_method
-from eva_rl.configs.algorithms import ALGORITHMS, BCAlgo, for_method
+from eva_rl.configs.algorithms import (
+    ALGORITHMS,
+    BCAlgo,
+    ODTAlgo,
+    ODTTD3Algo,
+    SelfImitationAlgo,
+    for_method,
+)
 from eva_rl.configs.groups import (
     SOURCES_OF_DATA,
     AlgoOptions,
@@ -23,6 +30,8 @@ from eva_rl.eva.options import MAX_BATCHES, EvaOptions, Variant
 from eva_rl.eva.redistribution import Score
 from eva_rl.options import Options, group, option
 
+MEASURED_WHILE_LEARNING = (BCAlgo, ODTAlgo, ODTTD3Algo, SelfImitationAlgo)
+"""Algorithms that take ``eval.at``."""
 OBTAINED, ASKED = "obtained", "asked"
 
 
@@ -99,7 +108,9 @@ class FinetuneEvalOptions(EvalOptions):
     """Evaluation on held-out episodes, and on held-out demonstrations."""
 
     at: list[int] = option(
-        [], "gradient steps of cloning at which to evaluate on the held-out episodes, too: [10,20,40]"
+        [],
+        "gradient steps of cloning, or env steps of odt, odt_td3 and self_imitation, after which to evaluate on the "
+        "held-out episodes, too: [10,20,40]; these evaluations count no env steps",
     )
     demonstrations: int = option(
         0, "held-out expert demonstrations on which to measure the cloning loss; 0 for none", low=0, high=1000
@@ -142,7 +153,11 @@ class FinetuneConfig(TrainOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.algo = for_method(self.algo, self.adapter.method)
-        if self.eval.at and not isinstance(self.algo, BCAlgo):
-            raise UserError(f"eval.at={self.eval.at} counts gradient steps of algo=bc, not of algo={self.algo.name}.")
-        if any(not 0 < update <= self.algo.final_step for update in self.eval.at):
-            raise UserError(f"eval.at={self.eval.at}: expected gradient steps from 1 to {self.algo.final_step}.")
+        if self.eval.at and not isinstance(self.algo, MEASURED_WHILE_LEARNING):
+            raise UserError(
+                f"eval.at={self.eval.at}: algo={self.algo.name} is not evaluated on the held-out episodes while it "
+                "learns. Use algo.eval_every for validation episodes, or algo=bc, odt, odt_td3 or self_imitation."
+            )
+        if any(not 0 < step <= self.algo.final_step for step in self.eval.at):
+            steps = "gradient steps" if isinstance(self.algo, BCAlgo) else "env steps"
+            raise UserError(f"eval.at={self.eval.at}: expected {steps} from 1 to {self.algo.final_step}.")

@@ -119,8 +119,7 @@ class Cell:
         """What finetune gets, from the general to the particular."""
         study = self.study
         own = {key: value for key, value in study.methods[self.method].items() if key != METHOD}
-        budgets = {"algo.updates": study.budgets[-1], "eval.at": list(study.budgets)} if study.budgets else {}
-        settings = {**study.settings, **budgets, **own, **self.chosen}
+        settings = {**study.settings, **study.budgeted(self.method), **own, **self.chosen}
         first = [f"env={self.task}", f"adapter={study.methods[self.method][METHOD]}", QUICKER]
         named = [f"seed={self.seed}", f"data.seed={self.seed}", f"threads={self.place.threads}"]
         named.append(f"shared={as_word(self.place.out / 'shared')}")

@@ -21,6 +21,9 @@ from eva_rl.seeding import MAX_SEED
 Overrides = Mapping[str, Any]
 METHOD, TUNE = "adapter", "tune"
 """Keys of a method that are no settings of a run: which adapter it is, and a tuning grid of its own."""
+ALGO, CLONING = "algo", "bc"
+UPDATES, ENV_STEPS = "algo.updates", "algo.env_steps"
+"""What budgets count: of cloning, and of the online algorithms."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,8 @@ class Study:
         methods: By the name that tables show: settings of its own, ``adapter`` among them.
         seeds: Of the test phase.
         settings: What every run gets.
-        budgets: Numbers of updates at which success is measured within a run; the last one ends it.
+        budgets: Gradient steps, or env steps of an online algorithm, after which success is measured within a run; the
+            last one ends it.
         endpoint: What is compared; a key of :data:`eva_rl.report.verdicts.ENDPOINTS`.
         margin: Difference below which methods count as equivalent, in the endpoint's unit; None tests none.
         reference: Method that each other one is compared with; empty compares each pair.
@@ -59,6 +63,13 @@ class Study:
         """The settings that a method is tuned over, in the order of the file; one empty entry where it is not tuned."""
         grid = self.tune.get(method, {})
         return [dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
+
+    def budgeted(self, method: str) -> dict[str, Any]:
+        """What the budgets say to a run: how long it is, and where success is measured."""
+        if not self.budgets:
+            return {}
+        algo = self.methods[method].get(ALGO, self.settings.get(ALGO, CLONING))
+        return {UPDATES if algo == CLONING else ENV_STEPS: self.budgets[-1], "eval.at": list(self.budgets)}
 
 
 KEYS = tuple(f.name for f in fields(Study) if f.name != "digest")
@@ -117,8 +128,9 @@ def check_study(study: Study) -> None:
                 f"tuning_{name} and {name} share {', '.join(map(str, both))}: what is tuned on cannot be tested on. "
                 "Use others for tuning."
             )
-    if study.budgets and study.settings.get("algo.updates", study.budgets[-1]) != study.budgets[-1]:
-        raise UserError(f"budgets end at {study.budgets[-1]}, and settings say algo.updates. Leave algo.updates out.")
+    for key in (UPDATES, ENV_STEPS) if study.budgets else ():
+        if study.settings.get(key, study.budgets[-1]) != study.budgets[-1]:
+            raise UserError(f"budgets end at {study.budgets[-1]}, and settings say {key}. Leave {key} out.")
 
 
 def tasks_of(value: Any) -> list[str]:
@@ -197,7 +209,7 @@ def _grids(shared: Any, methods: Mapping[str, Mapping[str, Any]]) -> dict[str, d
 
 def _budgets(raw: Any) -> list[int]:
     if not isinstance(raw, list) or not all(isinstance(n, int) and n > 0 for n in raw) or raw != sorted(set(raw)):
-        raise UserError(f"budgets: {raw}: expected increasing numbers of updates, such as [10, 20, 40, 80].")
+        raise UserError(f"budgets: {raw}: expected increasing numbers of steps, such as [10, 20, 40, 80].")
     return raw
 
 

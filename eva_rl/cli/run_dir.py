@@ -6,7 +6,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -233,13 +233,35 @@ def changed_from(before: Mapping[str, Any], options: Any) -> dict[str, Any]:
     return {key: value for key, value in changed.items() if not any(key.startswith(f"{table}.") for table in gone)}
 
 
+def todays_settings(values: Mapping[str, Any], options: Any) -> dict[str, Any]:
+    """The settings of a run, flat, by the names of today; what an earlier version did not know has today's default.
+
+    Args:
+        values: As the run's ``config.yaml`` has them.
+        options: A config of today with the run's algorithm; a dataclass.
+    """
+    usual, found = dict(flat(_defaults(options))), _renamed(flat(values))
+    gone = {key for key in found.keys() - usual.keys() if key.rpartition(".")[2] in DID_NOTHING}
+    return usual | {key: value for key, value in found.items() if key not in gone}
+
+
+def _renamed(settings: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """By the names of today."""
+    found = {}
+    for key, value in settings:
+        group, dot, name = key.rpartition(".")
+        found[f"{group}{dot}{RENAMED.get(name, name) if dot else name}"] = value
+    return found
+
+
 def _deciding(values: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that decide a result, flat and by the names of today; not how to clone where nothing is cloned."""
-    settings = {}
-    for key, value in flat({key: value for key, value in values.items() if key not in FREE_TO_CHANGE}):
-        group, dot, name = key.rpartition(".")
-        if not dot or name not in FREE_IN_GROUPS:
-            settings[f"{group}{dot}{RENAMED.get(name, name) if dot else name}"] = value
+    everything = flat({key: value for key, value in values.items() if key not in FREE_TO_CHANGE})
+    settings = {
+        key: value
+        for key, value in _renamed(everything).items()
+        if "." not in key or key.rpartition(".")[2] not in FREE_IN_GROUPS
+    }
     if settings.get(f"{CLONING}updates") == 0:
         settings = {k: v for k, v in settings.items() if not k.startswith(CLONING) or k == f"{CLONING}updates"}
     return settings

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count
@@ -114,9 +114,9 @@ def _clone_first(session: Session, adapter: AttachedAdapter, algo: OnlineAlgo, t
     session.phases.end("clone")
     cloned, _ = session.evaluate("Cloned")
     session.phases.end("evaluate_cloned")
-    return Training(
-        {f"{CLONED}{key}": value for key, value in costs.items()} | cloned.metrics("eval_cloned"), {"cloned": cloned}
-    )
+    scores = cloned.metrics("eval_cloned")
+    tracker.log_once(cloned.metrics() | scores, session.played_before + costs["validation_env_steps"])
+    return Training({f"{CLONED}{key}": value for key, value in costs.items()} | scores, {"cloned": cloned})
 
 
 def _learn_residual(
@@ -148,15 +148,16 @@ def clone(session: Session, adapter: AttachedAdapter, algo: BCAlgo, log: Log, sn
     say(f"Cloning: {counted(algo.updates, 'gradient step')}, peak learning rate {float(algo.learning_rate):g}.")
     draw = ShardedSampler(session.sampler, session.process_group)
     begun = latest_step(session.checkpoint_dir) or 0
+    at = config.eval.at if isinstance(config.algo, BCAlgo) else []
     with training_progress(algo.updates, begun=begun) as bar, prefetching(draw, policy.device) as ahead:
         counters = train_bc(
             policy,
             ahead,
             algo,
             log=bar.also(log),
-            evaluate=session.validate,
+            evaluate=partial(_evaluate, session, at),
             eval_every=config.eval.every,
-            eval_at=config.eval.at,
+            eval_at=at,
             checkpoints=Checkpoints(session.checkpoint_dir, config.checkpoint.every, config.checkpoint.seconds),
             extension=adapter.extension,
             after={snapshot_at: partial(save_snapshot, policy.network, session.snapshot_file)},
@@ -170,11 +171,18 @@ def clone(session: Session, adapter: AttachedAdapter, algo: BCAlgo, log: Log, sn
     return costs
 
 
+def _evaluate(session: Session, at: Collection[int], update: int) -> dict[str, float]:
+    """Held-out episodes after those gradient steps, validation episodes after every ``eval.every``."""
+    every = session.config.eval.every
+    metrics = session.measure() if update in at else {}
+    return metrics | (session.validate() if every and update % every == 0 else {})
+
+
 def learn(
     session: Session, adapter: AttachedAdapter, algo: Replayed, tracker: Tracker, start: Mapping[str, Tensor] | None
 ) -> dict[str, float]:
     """Alternate rollouts and gradient updates; ``start`` has what every iteration begins with, if anything."""
-    policy = session.policy
+    policy, acting = session.policy, session.policy.with_own_history()
     head = policy.network.log_std_head
     own_head = {} if head is None else copy_of(dict(head.requires_grad_(True).named_parameters()))
     replay = make_replay(session, algo)
@@ -192,7 +200,9 @@ def learn(
                 replay,
                 task,
                 log=bar.also(tracker.log),
-                evaluate=partial(session.validate, policy=policy.with_own_history()),
+                evaluate=lambda _: session.validate(acting),
+                measure=lambda _: session.measure(acting),
+                measure_at=session.config.eval.at,
                 refresh=make_refresh(session, adapter, algo, algorithm, replay),
                 checkpoints=session.online_checkpoints,
                 collector=retrying,
@@ -225,7 +235,7 @@ def learn_sb3(session: Session, algo: PPOAlgo | TD3Algo, tracker: Tracker) -> di
                 task,
                 algo,
                 log=bar.also(tracker.log),
-                evaluate=session.validate,
+                evaluate=lambda _: session.validate(),
                 checkpoints=session.online_checkpoints,
             )
         write_file(session.run_dir / "sb3.zip", lambda aside: _save_model(model, aside))

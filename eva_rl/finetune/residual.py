@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from functools import partial
 
 import torch
 from stable_baselines3.common.vec_env import VecEnv
@@ -66,7 +65,7 @@ def learn_residual(
             replay,
             task,
             log=bar.also(tracker.log),
-            evaluate=partial(session.validate, policy=learner.acting),
+            evaluate=lambda _: session.validate(learner.acting),
             checkpoints=session.online_checkpoints,
         )
     warn_untrained(learner.actor_steps, algo.name)

@@ -225,18 +225,18 @@ def _learning_rate(config: FinetuneConfig) -> dict[str, float]:
 
 
 def _of_study(session: Session) -> dict[str, Any]:
-    """What only runs of a study have: evaluations by number of updates, shared work by key, the study file's digest."""
+    """What only runs of a study have: evaluations by step, shared work by key, the study file's digest."""
     config = session.config
     rows = read_metrics(session.run_dir) if config.eval.at else []
-    found = {
-        str(row["step"]): held_out for row in rows if row["step"] in config.eval.at and (held_out := _held_out(row))
-    }
+    found = {str(row["step"]): held_out for row in rows if (held_out := _held_out(row))}
     parts = {"eval_at": found, "shared": session.shared, "study": config.study}
     return {key: value for key, value in parts.items() if value}
 
 
 def _held_out(row: Mapping[str, Any]) -> dict[str, float]:
-    return {key: value for key, value in row.items() if key.startswith("eval/")}
+    """The evaluation of that row, unless it has a name of its own, as those before and between the phases have."""
+    found = {key: value for key, value in row.items() if key.startswith("eval/")}
+    return {} if any(key.startswith("eval_") for key in row) else found
 
 
 def _about(data: Trajectories) -> dict[str, Any]:

@@ -168,22 +168,23 @@ class Session:
             )
         return result, np.concatenate(actions)
 
-    def validate(self, update: int = 0, policy: Policy | None = None) -> dict[str, float]:
-        """Metrics on validation episodes, which no report sees; at the updates of ``eval.at`` also on held-out ones."""
-        options, metrics = self.config.eval, {}
-        if update in options.at:
-            held_out = self.play(policy, episodes=options.episodes, stop_at_success=bool(options.stop_at_success))
-            metrics = held_out.metrics() | self.cloning_loss()
-        if not options.at or (options.every and update % options.every == 0):
-            found = self.play(
-                policy,
-                episodes=options.quick_episodes,
-                validation=True,
-                stop_at_success=options.stop_at_success is not False,
-            )
-            metrics |= found.metrics("validation")
-            metrics[VALIDATION_STEPS] = float(sum(episode.length for episode in found.episodes))
-        return metrics
+    def validate(self, policy: Policy | None = None) -> dict[str, float]:
+        """Metrics on validation episodes, which no report sees."""
+        options = self.config.eval
+        found = self.play(
+            policy,
+            episodes=options.quick_episodes,
+            validation=True,
+            stop_at_success=options.stop_at_success is not False,
+        )
+        steps = float(sum(episode.length for episode in found.episodes))
+        return found.metrics("validation") | {VALIDATION_STEPS: steps}
+
+    def measure(self, policy: Policy | None = None) -> dict[str, float]:
+        """Metrics on the held-out episodes and demonstrations."""
+        options = self.config.eval
+        held_out = self.play(policy, episodes=options.episodes, stop_at_success=bool(options.stop_at_success))
+        return held_out.metrics() | self.cloning_loss()
 
     def cloning_loss(self) -> dict[str, float]:
         """The loss on demonstrations that are not trained on; empty where there are none (``eval.demonstrations``)."""

@@ -9,7 +9,9 @@ from typing import Any
 
 from eva_rl.adapters.methods import METHODS
 from eva_rl.cli.parsing import flat
-from eva_rl.cli.run_dir import FREE_IN_GROUPS, FREE_TO_CHANGE
+from eva_rl.cli.run_dir import FREE_IN_GROUPS, FREE_TO_CHANGE, todays_settings
+from eva_rl.configs.algorithms import ALGORITHMS
+from eva_rl.configs.finetune import FinetuneConfig
 from eva_rl.report.reading import one_line
 
 ADAPTER = "adapter.method"
@@ -26,13 +28,21 @@ Settings = tuple[tuple[str, Any], ...]
 
 def settings_of(config: Mapping[str, Any], summary: Mapping[str, Any]) -> Settings:
     """What decides a result besides task, method and seed: canonical JSON by dotted key."""
-    everything = dict(flat(config))
+    everything = _all_settings(config)
     found = {key: value for key, value in everything.items() if not _ignored(key, everything, str(summary["method"]))}
     data = summary.get("data") or {}
     task = summary["env"]
     origin = str(data.get("source", "none"))
     found["data.source"] = origin.replace(task, "TASK").replace(task.rpartition("/")[2], "TASK")
     return tuple(sorted((one_line(key), json.dumps(value, default=str)) for key, value in found.items()))
+
+
+def _all_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """By dotted key; runs of earlier versions, which did not know some of them, are compared with later ones."""
+    algo = (config.get("algo") or {}).get("name")
+    if algo not in ALGORITHMS:
+        return dict(flat(config))
+    return todays_settings(config, FinetuneConfig(algo=ALGORITHMS[algo]))
 
 
 def _ignored(key: str, settings: Mapping[str, Any], method: str) -> bool:

@@ -38,7 +38,7 @@ def final_score(run: Run, key: str) -> float:
 
 
 def area(run: Run, key: str) -> float:
-    """Area under the score against updates, over their number: the mean score while learning. NaN without a curve."""
+    """Area under the score against steps, over their number: the mean score while learning. NaN without a curve."""
     points = held_out(run, key)
     if len(points) < 3:
         return float("nan")
@@ -47,7 +47,7 @@ def area(run: Run, key: str) -> float:
 
 
 def updates_to_90(run: Run, key: str) -> float:
-    """Updates to a success of 90 %, by linear interpolation; a run that never gets there counts with its last update.
+    """Steps to a success of 90 %, by linear interpolation; a run that never gets there counts with its last step.
 
     The mean of this is a restricted mean time (Royston and Parmar 2013). NaN without a curve, or without success.
     """
@@ -88,8 +88,8 @@ class Endpoint:
 
 ENDPOINTS = {
     FINAL: Endpoint("score after the last update", final_score),
-    AREA: Endpoint("area under the score against updates", area),
-    UPDATES_TO_90: Endpoint("updates to 90 % success", updates_to_90, -1),
+    AREA: Endpoint("area under the learning curve", area),
+    UPDATES_TO_90: Endpoint("steps to 90 % success", updates_to_90, -1),
     CLONING_LOSS: Endpoint("cloning loss on held-out demonstrations", cloning_loss, -1),
 }
 

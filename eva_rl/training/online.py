@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,9 @@ from eva_rl.training.learner import Learner
 from eva_rl.training.optimizer import copy_of
 
 REPLAY, ALGORITHM, BEST = "replay/", "algorithm/", "best/"
+Evaluate: TypeAlias = Callable[[int], Mapping[str, float]]
+"""Takes the env steps of training so far."""
+
 SCORES = ("/success_rate", "/mean_reward")
 """What the best validation is chosen by, in this order."""
 
@@ -30,7 +34,9 @@ def train_online(  # noqa: PLR0913 - one call for all algorithms; all but four h
     task: TaskEnvs,
     *,
     log: Log,
-    evaluate: Callable[[int], Mapping[str, float]] | None = None,
+    evaluate: Evaluate | None = None,
+    measure: Evaluate | None = None,
+    measure_at: Collection[int] = (),
     refresh: Callable[[int], Mapping[str, float]] | None = None,
     checkpoints: Checkpoints | None = None,
     collector: EpisodeCollector | None = None,
@@ -48,6 +54,9 @@ def train_online(  # noqa: PLR0913 - one call for all algorithms; all but four h
         log: Takes metrics and the env step they belong to; the env steps of validations count, too.
         evaluate: Returns validation metrics, which are logged, of a policy with histories of its own; how many env
             steps it played stands under :data:`eva_rl.training.bc.VALIDATION_STEPS`.
+        measure: Returns metrics of held-out episodes, which are logged; it decides nothing, so that its env steps do
+            not count.
+        measure_at: Env steps of training; it is called after the iteration that reaches each of them but the last.
         refresh: Called with the gradient steps done every ``refresh_every`` env steps; what it returns is logged.
         checkpoints: Where to save, besides every ``checkpoint_every`` env steps at validations when the time has come;
             None keeps no checkpoint.
@@ -70,6 +79,9 @@ def train_online(  # noqa: PLR0913 - one call for all algorithms; all but four h
             metrics |= refresh(counters.update)
         counters.seconds += time.perf_counter() - began
         log(metrics | counters.metrics(), counters.env_steps_played)
+        if measure is not None and run.measures(before, measure_at):
+            with run.saving_on_failure():
+                log(measure(counters.env_steps), counters.env_steps_played)
         due = run.due(before)
         if due.truncate:
             run.collector.truncate_episodes(replay, counters)
@@ -179,6 +191,11 @@ class _Run:
         truncating = done or ((validating or saving) and self.collector.may_truncate(counters))
         return _Due(truncating, options.keep_best if done else validating, saving)
 
+    def measures(self, before: int, at: Collection[int]) -> bool:
+        """Whether one of those env steps was reached since there were ``before``, and training goes on."""
+        steps = self.counters.env_steps
+        return steps < self.learner.options.env_steps and any(before < one <= steps for one in at)
+
     def save_if(self, due: _Due) -> None:
         """Save, where episodes were truncated and it is time."""
         if self.checkpoints is None or not due.truncate:
@@ -186,7 +203,7 @@ class _Run:
         if self.learner.options.checkpoint_every if due.save else self.checkpoints.due_by_time():
             self._save()
 
-    def validate(self, evaluate: Callable[[int], Mapping[str, float]], log: Log) -> None:
+    def validate(self, evaluate: Evaluate, log: Log) -> None:
         """Validate, and keep a copy if this is the best score so far.
 
         That is the success rate, ties broken by return, or by fewer env steps where episodes end at success.

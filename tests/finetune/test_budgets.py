@@ -20,6 +20,8 @@ from tests.conftest import make_policy
 TINY = ["env=reach-v3", "data.episodes=2", "data.workers=1", "data.only_successes=false", "algo.batch_size=4"]
 TINY += ["eval.episodes=3", "eval.every=0", "env.horizon=30", "tracker=[]", "adapter.targets=[q_proj]"]
 
+AT = "eval.at=[60,170,240]"
+
 
 def run(base: Path, folder: Path, *more: str) -> dict[str, Any]:
     assert finetune.main([*TINY, f"policy={base}", f"run_dir={folder}", *more]) == 0
@@ -61,6 +63,25 @@ def test_budgets_are_the_ends_of_shorter_looks_at_the_same_run(policy_folder: Pa
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("algo", [["algo=bc_then_odt"], ["algo=bc_then_self_imitation", "algo.retries=0"]])
+def test_looks_at_an_online_run_change_nothing_of_it(policy_folder: Path, tmp_path: Path, algo: list[str]) -> None:
+    """Neither what it learns nor the env steps that it counts, those of its own validation included."""
+    online = [*algo, "algo.env_steps=240", "algo.steps_per_iteration=60", "algo.num_envs=2"]
+    online += ["algo.updates_per_iteration=2", "algo.bc.updates=2", "algo.bc.batch_size=4", "algo.eval_every=120"]
+    looks = [run(policy_folder, tmp_path / name, *online, at) for name, at in [("plain", "eval.at=[]"), ("one", AT)]]
+    same = ("eval/mean_reward", "eval_cloned/mean_reward", "updates", "env_steps_played", "env_steps")
+    assert {key: looks[0][key] for key in same} == {key: looks[1][key] for key in same}
+    weights = [(tmp_path / name / "policy/adapter/adapter_model.safetensors").read_bytes() for name in ("plain", "one")]
+    assert weights[0] == weights[1]
+    measured = sorted(rows(tmp_path / "one"))
+    assert rows(tmp_path / "plain").keys() == {0, measured[-1]}
+    assert len(measured) == 4, "after cloning, twice on the way, at the end"
+    assert 60 <= measured[1] < measured[2] < measured[3] == looks[1]["env_steps_played"]
+    assert list(looks[1]["eval_at"]) == [str(step) for step in measured[1:]]
+    assert rows(tmp_path / "one")[0]["eval/mean_reward"] == looks[1]["eval_cloned/mean_reward"]
+
+
+@pytest.mark.slow
 def test_a_shared_pass_can_be_given_another_gain(policy_folder: Path, tmp_path: Path) -> None:
     shared = [f"shared={tmp_path / 'shared'}", "algo.updates=1"]
     own = run(policy_folder, tmp_path / "own", "adapter=eva", *shared)["eva/gain"]
@@ -89,5 +110,7 @@ def test_a_pass_without_its_moments_gives_the_same_scale(reach_demonstrations: T
 def test_budgets_lie_within_the_run(at: str) -> None:
     with pytest.raises(UserError, match="expected gradient steps from 1 to 100"):
         parse("finetune", [f"eval.at={at}"])
-    with pytest.raises(UserError, match="of algo=bc"):
-        parse("finetune", ["eval.at=[10]", "algo=odt"])
+    with pytest.raises(UserError, match="expected env steps from 1 to 50"):
+        parse("finetune", [f"eval.at={at}", "algo=odt", "algo.env_steps=50"])
+    with pytest.raises(UserError, match="algo=residual is not evaluated on the held-out episodes while it learns"):
+        parse("finetune", ["eval.at=[10]", "algo=residual"])

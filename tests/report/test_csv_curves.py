@@ -52,7 +52,7 @@ def test_published_curves_are_compared_as_scipy_would(tmp_path: Path) -> None:
     assert rows["verdict"]["value"] == "good better"
     area = {row["statistic"]: row for row in table(out / "report.csv", table="verdict by area")}
     assert area["verdict"]["runs"] == rows["verdict"]["runs"], "further endpoints stand there, too"
-    assert "By area under the score" in (out / "report.md").read_text()
+    assert "By area under the learning curve" in (out / "report.md").read_text()
     assert {row["runs"] for row in table(out / "report.csv", table="aggregate")} == {"12"}
 
 

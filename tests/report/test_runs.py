@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from eva_rl.benchmark.records import write_record
+from eva_rl.configs.finetune import FinetuneConfig
 from eva_rl.errors import UserError
 from eva_rl.report.methods import make_methods
 from eva_rl.report.reading import episodes_by_seed, find_runs, is_record
@@ -217,6 +218,17 @@ def test_settings_tell_methods_apart_and_nothing_else() -> None:
         settings({}, env=f"metaworld/{task}", data={"source": f"expert:metaworld/{task}?n=5"}) for task in ("a", "b")
     )
     assert one == two == {"data.source": '"expert:TASK?n=5"'}
+
+
+def test_a_setting_that_an_earlier_version_did_not_know_tells_no_method_apart() -> None:
+    """A study that was continued with a later version had each method twice, and compared neither."""
+    later = asdict(FinetuneConfig())
+    assert later["data"]["sample"] == 0
+    earlier = later | {"data": {key: value for key, value in later["data"].items() if key != "sample"}}
+    earlier["algo"] = {key: value for key, value in later["algo"].items() if key != "warmup_steps"} | {"warmup": 20}
+    assert settings_of(earlier, SUMMARY) == settings_of(later, SUMMARY)
+    other = later | {"data": later["data"] | {"sample": 5}}
+    assert settings_of(earlier, SUMMARY) != settings_of(other, SUMMARY)
 
 
 @pytest.mark.parametrize(

@@ -161,7 +161,7 @@ def test_equivalent_methods_are_no_undecided_ones() -> None:
     same = curves_of_two({"a": 0.8, "b": 0.8}, {"a": 0.2, "b": 0.2})
     assert "No two methods differ significantly" in told(same, "area")
     found = told(same, "area", margin=0.1)
-    assert "Equivalent by area under the score against updates, within the margin: a and b." in found
+    assert "Equivalent by area under the learning curve, within the margin: a and b." in found
     assert "differ significantly" not in found
 
 
