@@ -64,21 +64,21 @@ def test_budgets_are_the_ends_of_shorter_looks_at_the_same_run(policy_folder: Pa
 
 @pytest.mark.slow
 @pytest.mark.parametrize("algo", [["algo=bc_then_odt"], ["algo=bc_then_self_imitation", "algo.retries=0"]])
-def test_looks_at_an_online_run_change_nothing_of_it(policy_folder: Path, tmp_path: Path, algo: list[str]) -> None:
+def test_evaluating_an_online_run_on_the_way_changes_nothing_of_it(policy_folder: Path, tmp_path: Path, algo: list[str]) -> None:
     """Neither what it learns nor the env steps that it counts, those of its own validation included."""
     online = [*algo, "algo.env_steps=240", "algo.steps_per_iteration=60", "algo.num_envs=2"]
     online += ["algo.updates_per_iteration=2", "algo.bc.updates=2", "algo.bc.batch_size=4", "algo.eval_every=120"]
-    looks = [run(policy_folder, tmp_path / name, *online, at) for name, at in [("plain", "eval.at=[]"), ("one", AT)]]
+    runs = [run(policy_folder, tmp_path / name, *online, at) for name, at in [("plain", "eval.at=[]"), ("one", AT)]]
     same = ("eval/mean_reward", "eval_cloned/mean_reward", "updates", "env_steps_played", "env_steps")
-    assert {key: looks[0][key] for key in same} == {key: looks[1][key] for key in same}
+    assert {key: runs[0][key] for key in same} == {key: runs[1][key] for key in same}
     weights = [(tmp_path / name / "policy/adapter/adapter_model.safetensors").read_bytes() for name in ("plain", "one")]
     assert weights[0] == weights[1]
     measured = sorted(rows(tmp_path / "one"))
     assert rows(tmp_path / "plain").keys() == {0, measured[-1]}
     assert len(measured) == 4, "after cloning, twice on the way, at the end"
-    assert 60 <= measured[1] < measured[2] < measured[3] == looks[1]["env_steps_played"]
-    assert list(looks[1]["eval_at"]) == [str(step) for step in measured[1:]]
-    assert rows(tmp_path / "one")[0]["eval/mean_reward"] == looks[1]["eval_cloned/mean_reward"]
+    assert 60 <= measured[1] < measured[2] < measured[3] == runs[1]["env_steps_played"]
+    assert list(runs[1]["eval_at"]) == [str(step) for step in measured[1:]]
+    assert rows(tmp_path / "one")[0]["eval/mean_reward"] == runs[1]["eval_cloned/mean_reward"]
 
 
 @pytest.mark.slow
