@@ -151,14 +151,6 @@ class SelfImitationAlgo(RateByAdapter, SelfImitationOptions, ReplayAlgo):
         """All of it for cloning anew, less for going on with parameters that solve the task at times."""
         return 1.0 if self.restart else 0.2
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.restart and self.refresh_every:
-            raise UserError(
-                f"algo.refresh_every={self.refresh_every}: directions are refreshed while training goes on, and "
-                "algo.restart=true begins anew in every iteration. Set algo.restart=false as well."
-            )
-
 
 @dataclass
 class DistillAlgo(RateByAdapter, DistillOptions):

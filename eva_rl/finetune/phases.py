@@ -301,17 +301,18 @@ def make_refresh(
             replay.sample(options.eva.batch_size, rng, learner.context_length, learner.scaling).to(policy.device)
             for _ in count()
         )
-        found = compute_eva(
-            policy,
-            names,
-            recent,
-            None,
-            max_batches=options.eva.max_batches,
-            rank=rank,
-            tau=options.tau,
-            center=options.center,
-        )
-        done = refresh_directions(model, found, algo.refresh_below)
+        with learner.refreshing():
+            found = compute_eva(
+                policy,
+                names,
+                recent,
+                None,
+                max_batches=options.eva.max_batches,
+                rank=rank,
+                tau=options.tau,
+                center=options.center,
+            )
+            done = refresh_directions(model, found, algo.refresh_below)
         learner.forget(done.changed)
         return done.metrics()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -146,6 +147,10 @@ class Learner(ABC):
         if self.extension is not None:
             self.extension.after_step(self._actor_steps)
         return float(norm)
+
+    def refreshing(self) -> AbstractContextManager[None]:
+        """Where the adapter's directions are refreshed: in the parameters from which training goes on."""
+        return nullcontext()
 
     def forget(self, changed: Sequence[nn.Parameter]) -> None:
         """Reset the optimiser state of parameters that were rewritten in other coordinates."""

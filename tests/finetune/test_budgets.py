@@ -64,7 +64,9 @@ def test_budgets_are_the_ends_of_shorter_looks_at_the_same_run(policy_folder: Pa
 
 @pytest.mark.slow
 @pytest.mark.parametrize("algo", [["algo=bc_then_odt"], ["algo=bc_then_self_imitation", "algo.retries=0"]])
-def test_evaluating_an_online_run_on_the_way_changes_nothing_of_it(policy_folder: Path, tmp_path: Path, algo: list[str]) -> None:
+def test_evaluating_an_online_run_on_the_way_changes_nothing_of_it(
+    policy_folder: Path, tmp_path: Path, algo: list[str]
+) -> None:
     """Neither what it learns nor the env steps that it counts, those of its own validation included."""
     online = [*algo, "algo.env_steps=240", "algo.steps_per_iteration=60", "algo.num_envs=2"]
     online += ["algo.updates_per_iteration=2", "algo.bc.updates=2", "algo.bc.batch_size=4", "algo.eval_every=120"]

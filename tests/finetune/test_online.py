@@ -210,6 +210,23 @@ def test_directions_are_looked_at_again(policy_folder: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
+def test_self_imitation_clones_anew_from_refreshed_directions(policy_folder: Path, tmp_path: Path) -> None:
+    """All of them are new: where an iteration begins, B is zero and uses none."""
+    more = ["data=expert", "algo.refresh_every=60", "algo.refresh_below=1", "algo.bc.updates=2", "algo.retries=0"]
+    assert main(command(policy_folder, tmp_path / "run", "bc_then_self_imitation", *more)) == 0
+    rows = [row for row in read_metrics(tmp_path / "run") if "eva/overlap_mean" in row]
+    assert len(rows) == 4
+    layers = len(json.loads((tmp_path / "run/eva_report.json").read_text())["layers"])
+    assert rows[0]["eva/directions_reinitialised"] == 2 * layers
+    assert (
+        main(command(policy_folder, tmp_path / "plain", "bc_then_self_imitation", *more, "algo.refresh_every=0")) == 0
+    )
+    adapters = [load_file(tmp_path / name / "policy/adapter/adapter_model.safetensors") for name in ("run", "plain")]
+    first = [adapter[next(name for name in adapter if ".lora_A." in name)] for adapter in adapters]
+    assert not torch.allclose(*first, atol=1e-2)
+
+
+@pytest.mark.slow
 def test_directions_are_looked_at_as_at_first(
     policy_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -238,7 +255,6 @@ def test_directions_are_looked_at_as_at_first(
         (["algo=ppo", "adapter=adalora"], "Stable-Baselines3's"),
         (["algo=odt", "algo.initial_std=50"], "initial_std=50"),
         (["algo=odt", "algo.replay_size=1"], "replay_size"),
-        (["algo=self_imitation", "algo.refresh_every=100"], "Set algo.restart=false as well"),
         (["algo=dqn"], "dqn"),
         (["algo=ppo", "algo.batch_size=1"], "batch_size=1: expected a number above 1"),
         (["algo=ppo", "algo.rollout_steps=1", "algo.num_envs=1"], "advantages of one env step have no spread"),

@@ -477,6 +477,38 @@ def test_cloning_anew_leaves_the_parameters_as_they_were_where_the_loss_is_not_f
         assert torch.equal(parameter, before[name])
 
 
+def test_what_is_refreshed_is_what_iterations_begin_with() -> None:
+    """The policy acts with what it has learned until then; a checkpoint holds what the next iteration begins with."""
+    replay, chosen = imitated(1), options(updates_per_iteration=2, refresh_every=100)
+    learner = SelfImitation(make_learner(), chosen)
+    learner = SelfImitation(learner.policy, chosen, start=copy_of(learner.parameters))
+    learner.begin_iteration(replay)
+    learner.update(replay, 0)
+    learned = copy_of(learner.parameters)
+    name, changed = next(iter(learner.parameters.items()))
+    with learner.refreshing():
+        assert not torch.equal(changed, learned[name])
+        with torch.no_grad():
+            changed.fill_(0.5)
+    assert all(torch.equal(parameter, learned[key]) for key, parameter in learner.parameters.items())
+    assert bool((learner.state_of()[name] == 0.5).all())
+
+    resumed = SelfImitation(make_learner(), chosen, start=copy_of(learner.parameters))
+    resumed.restore(learner.tensors())
+    for one in (learner, resumed):
+        one.begin_iteration(replay)
+        one.update(replay, 1)
+    assert all(torch.equal(resumed.parameters[key], parameter) for key, parameter in learner.parameters.items())
+    assert float((changed.detach() - 0.5).abs().max()) < 0.1, "one gradient step away"
+
+    going_on = SelfImitation(make_learner(), chosen)
+    before = copy_of(going_on.parameters)
+    with going_on.refreshing(), torch.no_grad():
+        going_on.parameters[name].add_(1)
+    assert torch.equal(going_on.parameters[name], before[name] + 1), "without restart the policy itself"
+    assert not going_on.state_of()
+
+
 class StopError(Exception):
     """The run is over, whatever it was about to do."""
 

@@ -8,10 +8,11 @@ it little.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from eva_rl.agents.policy import DecisionTransformerPolicy
 from eva_rl.data.replay import TrajectoryReplay
@@ -86,7 +87,7 @@ class SelfImitation(Learner):
         """
         if self._start is None or self._actor_steps > self._begun:
             return self._clone(replay, update)
-        own = {name: self.parameters[name] for name in self._start}
+        own = self._restarted
         before = copy_of(own)
         restore_parameters(own, self._start, "")
         self.optimizer.state.clear()
@@ -95,6 +96,33 @@ class SelfImitation(Learner):
         except NotFiniteError:
             restore_parameters(own, before, "")
             raise
+
+    @property
+    def _restarted(self) -> dict[str, nn.Parameter]:
+        """The parameters that begin anew in every iteration."""
+        return {name: self.parameters[name] for name in self._start or {}}
+
+    @contextmanager
+    def refreshing(self) -> Iterator[None]:
+        """In the parameters from which the next iteration clones anew; the policy acts with those it has until then."""
+        own = self._restarted
+        before = copy_of(own)
+        restore_parameters(own, self._start or {}, "")
+        try:
+            yield
+            if self._start is not None:
+                self._start = copy_of(own)
+        finally:
+            restore_parameters(own, before, "")
+
+    def state_of(self) -> Mapping[str, Tensor]:
+        """The parameters from which the next iteration clones anew, where refreshed directions changed them."""
+        return (self._start or {}) if self.options.refresh_every else {}
+
+    def restore_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put back what :meth:`state_of` gave."""
+        if tensors:
+            self._start = dict(tensors)
 
     def _clone(self, replay: TrajectoryReplay, update: int) -> dict[str, float]:
         rng, _ = step_generators(self.seed, update)
