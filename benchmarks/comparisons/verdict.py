@@ -12,8 +12,8 @@ from __future__ import annotations
 import argparse
 import re
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 
@@ -21,6 +21,7 @@ import numpy as np
 
 from benchmarks import pages, pictures
 from eva_rl.benchmark.study import Study, read_study
+from eva_rl.report.curves import ONLINE
 from eva_rl.report.figures import colour_and_marker
 from eva_rl.report.methods import TaskGroup, group_tasks
 from eva_rl.report.page import markdown_table
@@ -30,25 +31,52 @@ from eva_rl.report.settings import Decision
 from eva_rl.report.stats.aggregates import Floats
 from eva_rl.report.stats.equivalence import smallest_difference
 from eva_rl.report.tables import Table
-from eva_rl.report.verdicts import ENDPOINTS, Verdict, endpoint_values, held_out, paired_differences, verdicts
+from eva_rl.report.verdicts import ENDPOINTS, Verdict, held_out, paired_differences, verdicts
 
 ROOT = Path(__file__).parents[2]
 PAGE, RESULTS = ROOT / "docs" / "verdict.md", ROOT / "docs" / "results"
-STUDIES = {"cw10": ("cw10_a", "cw10_b"), "small": ("small_a", "small_b")}
-"""The halves of each study; ``docs/results/NAME-study.png`` is its figure."""
+STUDIES = {"cw10": ("cw10_a", "cw10_b"), "small": ("small_a", "small_b"), "online": ("online",)}
+"""The study files of each study, halves where there are two; ``docs/results/NAME-study.png`` is its figure."""
+FOLDERS = {"online": "online_study"}
+"""Records that are not in a folder of their study file's name."""
 SUCCESS, RATE = "success_rate", "algo.learning_rate"
-MEASURED = (
-    ("area", "Area, mean ± standard deviation over seeds", 1.0, True),
-    ("final", "Success at the end", 1.0, False),
-    ("cloning_loss", "Held-out cloning loss × 1000", 1e3, False),
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What is shown of each method by task.
+
+    Attributes:
+        title: In words.
+        value: Of a run; NaN where it was not measured.
+        scale: What it is multiplied by.
+        spread: Whether its standard deviation over seeds is shown.
+    """
+
+    title: str
+    value: Callable[[Run], float]
+    scale: float = 1.0
+    spread: bool = False
+
+
+def of(endpoint: str) -> Callable[[Run], float]:
+    """An endpoint of reports, of success."""
+    return lambda run: ENDPOINTS[endpoint].value(run, SUCCESS)
+
+
+area = of("area")
+MEASURES = (
+    Measure("Area, mean ± standard deviation over seeds", area, spread=True),
+    Measure("Success after cloning", lambda run: float(run.summary.get(f"eval_cloned/{SUCCESS}", np.nan))),
+    Measure("Success at the end", of("final")),
+    Measure("Held-out cloning loss × 1000", of("cloning_loss"), scale=1e3),
 )
-"""Endpoint, title, what it is multiplied by, and whether its standard deviation is shown."""
 MOST_SEEDS = 1_000
 
 
 def read_half(name: str) -> tuple[Study, list[Run]]:
-    """A half of the study, and the records there are of it."""
-    folder = RESULTS / name
+    """A study file, and the records there are of it."""
+    folder = RESULTS / FOLDERS.get(name, name)
     runs = read_runs(find_runs([str(folder)]))[0] if folder.exists() else []
     return read_study(ROOT / "benchmarks" / "studies" / f"{name}.yaml"), runs
 
@@ -61,11 +89,6 @@ def figure(study: str) -> Path:
 def around(study: str) -> tuple[str, str]:
     """The lines around the numbers of a study in the page."""
     return f"<!-- numbers of {study}: benchmarks/comparisons/verdict.py -->", f"<!-- end of the numbers of {study} -->"
-
-
-def area(run: Run) -> float:
-    """Mean success over the updates."""
-    return ENDPOINTS["area"].value(run, SUCCESS)
 
 
 def tuning_table(study: Study, runs: Sequence[Run]) -> str:
@@ -97,23 +120,29 @@ def merged(runs: Sequence[Run]) -> TaskGroup | None:
 
 
 def methods_tables(group: TaskGroup) -> list[str]:
-    """Mean success over the updates, at the end, and held-out cloning loss: by method and task, and over the tasks."""
-    return [_by_task(group, *one) for one in MEASURED]
+    """What was measured, by method and task, and its mean over the tasks."""
+    tables = []
+    for measure in MEASURES:
+        runs = [run for method in group.methods for several in method.runs.values() for run in several]
+        if np.isfinite([measure.value(run) for run in runs]).any():
+            tables.append(f"{measure.title}:\n\n{_by_task(group, measure)}")
+    return tables
 
 
-def _by_task(group: TaskGroup, endpoint: str, title: str, scale: float, spread: bool) -> str:
+def _by_task(group: TaskGroup, measure: Measure) -> str:
     tasks = sorted({task for method in group.methods for task in method.runs})
     rows = []
     for method in group.methods:
-        found = [scale * np.array(list(endpoint_values(method, task, endpoint, SUCCESS).values())) for task in tasks]
-        over_tasks = f"{np.mean([values.mean() for values in found]):.2f}" if all(map(len, found)) else "-"
-        rows.append([method.label, *(_cell(values, spread=spread) for values in found), over_tasks])
+        values = [np.array([measure.value(run) for run in method.runs.get(task, ())]) for task in tasks]
+        found = [measure.scale * of_task[np.isfinite(of_task)] for of_task in values]
+        over_tasks = f"{np.mean([of_task.mean() for of_task in found]):.2f}" if all(map(len, found)) else "-"
+        rows.append([method.label, *(_cell(of_task, spread=measure.spread) for of_task in found), over_tasks])
     names = [task.removeprefix("metaworld/").removesuffix("-v3") for task in tasks]
-    return f"{title}:\n\n{markdown_table(Table('', ['method', *names, 'mean'], rows))}"
+    return markdown_table(Table("", ["method", *names, "mean"], rows))
 
 
 def _cell(values: Floats, *, spread: bool) -> str:
-    """The mean, and where it is asked for the standard deviation over seeds."""
+    """The mean, and where that is asked for the standard deviation over seeds."""
     if not len(values):
         return "-"
     return f"{values.mean():.2f}" + (f" ± {values.std(ddof=1):.2f}" if spread and len(values) > 1 else "")
@@ -161,9 +190,10 @@ def numbers(study_name: str) -> str:
         everything += runs
         tested += [run for run in runs if not run.tuning]
         planned += len(list(product(study.tasks, study.methods, study.seeds)))
-        names = ", ".join(task.removeprefix("metaworld/") for task in study.tuning_tasks)
-        parts.append(f"**{name}**, tuned on {names}: {len(tuned)} of {total} runs. Area at each rate (runs):")
-        parts.append(tuning_table(study, tuned))
+        if study.tuning_tasks:
+            names = ", ".join(task.removeprefix("metaworld/") for task in study.tuning_tasks)
+            parts.append(f"**{name}**, tuned on {names}: {len(tuned)} of {total} runs. Area at each rate (runs):")
+            parts.append(tuning_table(study, tuned))
     parts.append(f"**Test phase**: {len(tested)} of {planned} runs.")
     group = merged(tested)
     if group is not None:
@@ -175,21 +205,22 @@ def numbers(study_name: str) -> str:
 
 
 def draw(study: str) -> None:
-    """Success against updates, by method, over all test runs; over the tuning runs before there are any."""
+    """Success against steps, by method, over all test runs; over the tuning runs before there are any."""
     from matplotlib.figure import Figure
 
-    runs = [run for name in STUDIES[study] for run in read_half(name)[1]]
+    halves = [read_half(name) for name in STUDIES[study]]
+    runs = [run for _, own in halves for run in own]
+    steps = [0, *halves[0][0].budgets]  # env steps are measured where an iteration ends
     tested = [run for run in runs if not run.tuning] or runs
     drawing = Figure(figsize=(7, 3.5), layout="constrained")
     axes = drawing.subplots()
     methods = sorted({run.method for run in tested})
     for index, method in enumerate(methods):
-        curves = [held_out(run, SUCCESS) for run in tested if run.method == method]
-        steps = curves[0][:, 0]
-        scores = np.array([curve[:, 1] for curve in curves])
+        scores = [np.interp(steps, *held_out(run, SUCCESS).T) for run in tested if run.method == method]
         colour, marker = colour_and_marker(index)
-        axes.plot(steps, scores.mean(axis=0), color=colour, marker=marker, label=f"{method} ({len(curves)} runs)")
-    axes.set(xlabel="gradient steps", ylabel="success rate, mean over runs", ylim=(0, 1))
+        axes.plot(steps, np.mean(scores, axis=0), color=colour, marker=marker, label=f"{method} ({len(scores)} runs)")
+    online = ONLINE in dict(tested[0].settings)
+    axes.set(xlabel="env steps" if online else "gradient steps", ylabel="success rate, mean over runs", ylim=(0, 1))
     axes.grid(alpha=0.3)
     drawing.legend(loc="outside right center", fontsize="small")
     pictures.save(drawing, figure(study))
