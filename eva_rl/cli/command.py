@@ -57,6 +57,7 @@ def run_command(
     )
     for name_of_logger in ("httpx", "OpenGL"):  # they would tell of each request to the hub, and of optional modules
         logging.getLogger(name_of_logger).setLevel(logging.WARNING)
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # it would warn of each attempt, twice; the last one raises
     if any(flag in overrides for flag in ("--help", "-h")):
         print_help(name, help_text, overrides)
         return 0

@@ -5,6 +5,7 @@ Sources: https://github.com/Farama-Foundation/D4RL and its issues, whose numbers
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shutil
@@ -19,6 +20,8 @@ from eva_rl.data.formats.checks import kind_of_file
 from eva_rl.data.formats.hdf5 import HdfFile
 from eva_rl.errors import UnknownNameError, UserError
 from eva_rl.files import expanded, write_file
+
+log = logging.getLogger(__name__)
 
 BASE_URL = "http://rail.eecs.berkeley.edu/datasets/offline_rl/"
 TIMEOUT_SECONDS = 20
@@ -147,6 +150,7 @@ def download(url: str, path: Path) -> None:
     Raises:
         UserError: It cannot be reached, what comes is no whole HDF5 file, or the disk is full; nothing is kept then.
     """
+    log.info("Downloading %s to %s.", url, path)
     try:
         with urllib.request.urlopen(url, timeout=TIMEOUT_SECONDS) as answer:
             write_file(path, lambda aside: _copy(answer, aside))

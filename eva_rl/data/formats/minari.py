@@ -78,6 +78,7 @@ def _download(dataset_id: str) -> None:
         raise UserError(f"minari:{dataset_id}: expected an id such as minari:mujoco/hopper/expert-v0.{here}")
     import minari
 
+    log.info("minari:%s is not below %s: downloading it.", dataset_id, minari_root())
     try:
         minari.download_dataset(dataset_id)
     except Exception as error:  # whatever a remote's client raises: it differs by MINARI_REMOTE
