@@ -26,7 +26,7 @@ from eva_rl.errors import UserError
 from eva_rl.files import check_folder, check_new, expanded, write_json
 from eva_rl.options import group, one_of, option
 from eva_rl.rollouts.evaluation import EvaluationResult, described_return, evaluate_distributed, evaluate_policy
-from eva_rl.rollouts.video import record_episode
+from eva_rl.rollouts.video import check_frames, record_episode
 from eva_rl.training.compiling import check_compiler
 from eva_rl.training.options import COMPILE_MODES, PRECISIONS
 
@@ -113,12 +113,9 @@ def evaluate(config: EvaluateConfig) -> None:
     if config.adapter != "on":
         check_adapters(policy)
     tasks = chosen_tasks(config, policy)
-    if config.policy.target_return is not None:
-        for task in tasks:
-            policy.set_target_return(config.policy.target_return, task)
-    for task in tasks if config.targets else ():
-        activate_adapter(policy, task, config.adapter != "off")
-        choose_target(policy, task, config)
+    if config.video and first:
+        check_frames(tasks[0], config.env.horizon)
+    set_targets(policy, tasks, config)
     results, without = play(policy, tasks, config)
     show(results, without)
     if out is not None and first:
@@ -128,6 +125,16 @@ def evaluate(config: EvaluateConfig) -> None:
         path = VIDEOS / f"{task.replace('/', '-')}.gif"
         record_episode(policy, task, path, seed=config.eval.seed, horizon=config.env.horizon)
         say(f"Video: {path}")
+
+
+def set_targets(policy: AdaptedPolicy, tasks: Sequence[str], config: EvaluateConfig) -> None:
+    """Let each task ask for the return that was typed, or for the best one of ``targets``."""
+    for task in tasks:
+        if config.policy.target_return is not None:
+            policy.set_target_return(config.policy.target_return, task)
+        if config.targets:
+            activate_adapter(policy, task, config.adapter != "off")
+            choose_target(policy, task, config)
 
 
 def chosen_tasks(config: EvaluateConfig, policy: DecisionTransformerPolicy) -> list[str]:

@@ -50,6 +50,7 @@ from eva_rl.finetune.locations import data_folder, place_key
 from eva_rl.finetune.origin import check_origin
 from eva_rl.rollouts.evaluation import EvaluationResult, evaluate_distributed, evaluate_policy, shared_envs
 from eva_rl.rollouts.experts import has_script
+from eva_rl.rollouts.video import check_frames
 from eva_rl.seeding import MAX_SEED, ONLINE, episode_seeds
 from eva_rl.tracking import Resume
 from eva_rl.training.bc import VALIDATION_STEPS
@@ -220,6 +221,8 @@ def open_session(config: FinetuneConfig) -> Session:
     _check_algorithm(policy, config)
     _check_activations(config, source != NONE)
     check_demonstrations(config, spec)
+    if config.video:
+        process_group.broadcast_object(lambda: check_frames(config.env.id, config.env.horizon))
     run_dir = open_run("finetune", config)
     data = None
     if source != NONE:

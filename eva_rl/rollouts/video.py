@@ -5,7 +5,8 @@ from __future__ import annotations
 import ctypes.util
 import importlib.util
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,13 +97,35 @@ def record_clip(
     Raises:
         UserError: There is no renderer on this machine, or the environment gives no frames.
     """
+    with _rendering(env, horizon) as environment:
+        return _play(policy, environment, canonical_id(env), episode_seeds(EVALUATION, seed), every, on_step)
+
+
+def check_frames(env: str, horizon: int | None = None) -> None:
+    """Raise unless the environment gives frames on this machine.
+
+    Args:
+        env: The task.
+        horizon: Env steps at most; None takes the task's own.
+
+    Raises:
+        UserError: There is no renderer on this machine, or the environment gives no frames.
+    """
+    with _rendering(env, horizon) as environment:
+        environment.reset(seed=0)
+        _frame(environment, None)
+
+
+@contextmanager
+def _rendering(env: str, horizon: int | None) -> Iterator[Any]:
+    """An environment whose ``render()`` gives frames; what goes wrong with that is said in words."""
     choose_renderer()
     try:
         environment = make_env(env, horizon=horizon, render_mode="rgb_array")
     except UserError as error:
         raise UserError(f"{error} It was made with render_mode=rgb_array, for video=true: leave that out?") from error
     try:
-        return _play(policy, environment, canonical_id(env), episode_seeds(EVALUATION, seed), every, on_step)
+        yield environment
     except UserError:
         raise
     except Exception as error:  # of the renderer, whose errors differ by backend

@@ -22,6 +22,7 @@ from eva_rl.envs.registry import DEFAULT_HORIZON, canonical_id, task_ids
 from eva_rl.errors import UnknownNameError, UserError
 from eva_rl.evaluate import main as evaluate_main
 from eva_rl.finetune.command import finetune
+from eva_rl.finetune.command import main as finetune_main
 from eva_rl.rollouts.evaluation import evaluate_policy
 from eva_rl.rollouts.video import record_clip
 from tests.conftest import make_policy
@@ -145,18 +146,19 @@ def test_an_environment_that_draws_nothing_is_said(tmp_path: Path) -> None:
         record_clip(Drives(), f"{OWN}Blind-v0")
 
 
-def test_the_result_is_written_before_the_film(
+def test_what_cannot_be_filmed_is_said_before_anything_is_played(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """An environment that draws nothing took the result of the evaluation with it."""
+    """It took the demonstrations and the evaluation before, or the whole evaluation, to find out."""
     monkeypatch.chdir(tmp_path)
     policy = make_policy(2, 1)
     policy.set_action_bounds(-2, 2)
     save_policy(tmp_path / "base", policy)
-    words = [f"policy={tmp_path / 'base'}", f"env={OWN}Blind-v0", "eval.episodes=1", "env.horizon=5", "out=found.json"]
-    assert evaluate_main([*words, "video=true"]) == 2
-    assert "gives no frames" in capsys.readouterr().err
-    assert (tmp_path / "found.json").exists()
+    words = [f"policy={tmp_path / 'base'}", f"env={OWN}Blind-v0", "env.horizon=5", "video=true", "eval.episodes=1"]
+    for main, more in ((evaluate_main, ["out=found.json"]), (finetune_main, ["run_dir=run", "algo=odt", "data=none"])):
+        assert main([*words, *more]) == 2
+        assert "gives no frames" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base"]
 
 
 def test_metaworlds_groups_are_task_sets() -> None:
