@@ -18,6 +18,8 @@ from eva_rl.tracking.tracker import CLONING
 AXES = {"gradient_steps": "gradient steps", "env_steps": "env steps", "seconds": "seconds"}
 ONLINE = "algo.env_steps"
 """A setting that only runs have which act in the environment."""
+BEFORE = "eval_before/"
+"""How metrics begin of the evaluation before training."""
 GRID = 25
 REPLICATES = 400
 
@@ -67,12 +69,12 @@ def points_of(run: Run, key: str) -> Points:
 def _placed(run: Run) -> list[tuple[Row, float, float, float]]:
     """Rows with gradient steps, env steps and seconds since the first row."""
     online = ONLINE in dict(run.settings)
-    cloned = updates = 0.0
-    placed = []
+    steps = [float(row["step"]) for row in run.rows if any(name.startswith(CLONING) for name in row)]
+    cloned = max([0.0, *steps, float(run.summary.get(f"{CLONING}updates", 0))])  # records lack some of these rows
+    updates, placed = 0.0, []
     for row in run.rows:
         step, seconds = float(row["step"]), row["wall_time"] - run.rows[0]["wall_time"]
-        if not online or any(name.startswith(CLONING) for name in row):
-            cloned = max(cloned, step) if online else 0.0
+        if not online or any(name.startswith((BEFORE, CLONING)) for name in row):
             placed.append((row, step, 0.0, seconds))
         else:
             updates = max([updates, *(float(row[name] or 0) for name in UPDATES if name in row)])

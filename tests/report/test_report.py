@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -161,6 +162,24 @@ def test_curves_of_online_runs(tmp_path: Path) -> None:
     assert found.places["gradient_steps"].tolist() == [20, 27, 34]
     assert found.places["env_steps"].tolist() == [0, 1000, 2000]
     assert found.places["seconds"].tolist() == [0, 3, 5]
+
+
+def test_the_curve_of_an_online_run_s_record_has_its_cloning(tmp_path: Path) -> None:
+    """Records keep evaluations alone; that after cloning was drawn where cloning began."""
+    folder = make_run(tmp_path / "run", "reach-v3", [True] * 4, "algo=bc_then_odt", "algo.env_steps=2000")
+    points = [
+        (0, {"eval/success_rate": 0.1, "eval_before/success_rate": 0.1}),
+        (0, {"eval/success_rate": 0.3, "eval_cloned/success_rate": 0.3}),
+        (1000, {"eval/success_rate": 0.4, "time/gradient_steps": 7}),
+        (2000, {"eval/success_rate": 0.5, "time/gradient_steps": 14}),
+    ]
+    lines = [json.dumps({"step": step, "wall_time": 100.0, **more}) for step, more in points]
+    (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    run = read(folder)[0]
+    found = points_of(replace(run, summary={**run.summary, "bc/updates": 20}), "success_rate")
+    assert found.values.tolist() == [0.1, 0.3, 0.4, 0.5]
+    assert found.places["gradient_steps"].tolist() == [0, 20, 27, 34]
+    assert found.places["env_steps"].tolist() == [0, 0, 1000, 2000]
 
 
 def test_seconds_of_a_resumed_run_leave_out_its_pause(tmp_path: Path) -> None:
