@@ -91,26 +91,29 @@ def plan_table(study: Study, pilot: Pilot, tuning_runs: int, test_runs: int, thr
     """Runs, core-hours and what can be found out, for the study's seeds and for others."""
     tasks, methods = len(study.tasks), len(study.methods)
     comparisons = methods - 1 if study.reference else methods * (methods - 1) // 2
+    margin = study.margin if comparisons else None
     rows = []
     for seeds in sorted({len(study.seeds), *SEEDS}):
         runs = tuning_runs + test_runs // len(study.seeds) * seeds
         hours = runs * pilot.seconds * threads / 3600
-        found = smallest_difference(pilot.spread, tasks, seeds, max(1, comparisons))
+        found = smallest_difference(pilot.spread, tasks, seeds, comparisons) if comparisons else float("nan")
         mark = " (this study)" if seeds == len(study.seeds) else ""
         row = [f"{seeds}{mark}", str(runs), f"{hours:.1f}" if np.isfinite(hours) else "-", number(found)]
-        if study.margin is not None:
-            row.append(number(equivalence_power(pilot.spread, study.margin, tasks, seeds, max(1, comparisons)), 2))
+        if margin is not None:
+            row.append(number(equivalence_power(pilot.spread, margin, tasks, seeds, comparisons), 2))
         rows.append(row)
     return Table(
         f"{counted(tasks, 'task')}, {counted(methods, 'method')}, {counted(tuning_runs, 'tuning run')}",
-        ["seeds", "runs", "core-hours", "smallest difference", *([] if study.margin is None else ["equivalent"])],
+        ["seeds", "runs", "core-hours", "smallest difference", *([] if margin is None else ["equivalent"])],
         rows,
-        _note(pilot, comparisons, study.margin),
+        _note(pilot, comparisons, margin),
     )
 
 
 def _note(pilot: Pilot, comparisons: int, margin: float | None) -> str:
     """What the smallest difference is, and how it can be known better."""
+    if not comparisons:
+        return "There is one method, and nothing to compare it with."
     if not np.isfinite(pilot.spread):
         return (
             f"The smallest difference is not known ({pilot.source}). Name finished runs of tasks that are judged by "

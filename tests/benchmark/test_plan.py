@@ -22,6 +22,14 @@ def smallest(study: Study, pilot: str = "") -> tuple[list[str], str]:
     return [row[-1] for row in table.rows], table.note
 
 
+def test_one_method_is_compared_with_none() -> None:
+    """It was said how small a difference a test corrected for 0 pairs of methods would find."""
+    one = {"eva": METHODS["eva"]}
+    shown, note = smallest(Study(["metaworld/push-v3"], one, [0, 1], margin=0.03))
+    assert set(shown) == {"-"}
+    assert note == "There is one method, and nothing to compare it with."
+
+
 @pytest.mark.parametrize(
     ("endpoint", "tasks", "assumed"),
     [
