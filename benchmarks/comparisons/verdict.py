@@ -12,8 +12,9 @@ from __future__ import annotations
 import argparse
 import re
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import product
 from pathlib import Path
 
@@ -31,12 +32,18 @@ from eva_rl.report.settings import Decision
 from eva_rl.report.stats.aggregates import Floats
 from eva_rl.report.stats.equivalence import smallest_difference
 from eva_rl.report.tables import Table
-from eva_rl.report.verdicts import ENDPOINTS, Verdict, held_out, paired_differences, verdicts
+from eva_rl.report.verdicts import ENDPOINTS, UNDECIDED, Verdict, held_out, paired_differences, verdicts
 
 ROOT = Path(__file__).parents[2]
 PAGE, RESULTS = ROOT / "docs" / "verdict.md", ROOT / "docs" / "results"
-STUDIES = {"cw10": ("cw10_a", "cw10_b"), "small": ("small_a", "small_b"), "online": ("online",)}
+STUDIES: Mapping[str, tuple[str, ...]] = {
+    "cw10": ("cw10_a", "cw10_b"),
+    "small": ("small_a", "small_b"),
+    "online": ("online",),
+}
 """The study files of each study, halves where there are two; ``docs/results/NAME-study.png`` is its figure."""
+TITLES = {"cw10": "`mt40`, rank 8", "small": "`mt40-small`, rank 2", "online": "`mt40`, rank 8, online"}
+EVA, SUMMARY = "eva", "summary"
 FOLDERS = {"online": "online_study"}
 """Records that are not in a folder of their study file's name."""
 SUCCESS, RATE = "success_rate", "algo.learning_rate"
@@ -87,7 +94,7 @@ def figure(study: str) -> Path:
 
 
 def around(study: str) -> tuple[str, str]:
-    """The lines around the numbers of a study in the page."""
+    """The lines around the numbers of a study, or around the summary, in the page."""
     return f"<!-- numbers of {study}: benchmarks/comparisons/verdict.py -->", f"<!-- end of the numbers of {study} -->"
 
 
@@ -148,16 +155,67 @@ def _cell(values: Floats, *, spread: bool) -> str:
     return f"{values.mean():.2f}" + (f" ± {values.std(ddof=1):.2f}" if spread and len(values) > 1 else "")
 
 
-def verdict_rows(group: TaskGroup, decision: Decision) -> str:
+@dataclass(frozen=True)
+class Judged:
+    """The test runs of a study by method, and what is concluded.
+
+    Attributes:
+        group: Methods and tasks.
+        decision: What the study compares by.
+        verdicts: Of each pair that it compares.
+    """
+
+    group: TaskGroup
+    decision: Decision
+    verdicts: Sequence[Verdict]
+
+
+@cache
+def judge(study_name: str) -> Judged | None:
+    """The verdicts of a study, all its files together; None before there is a test run."""
+    halves = [read_half(name) for name in STUDIES[study_name]]
+    group = merged([run for _, runs in halves for run in runs])
+    if group is None:
+        return None
+    study = halves[0][0]
+    decision = Decision(study.endpoint, study.margin, study.reference)
+    return Judged(group, decision, verdicts(group, decision))
+
+
+def difference(verdict: Verdict, digits: int = 3, sign: int = 1) -> str:
+    """The mean difference with its interval; of the second less the first where the sign is -1."""
+    if verdict.mean is None:
+        return "-"
+    ends = sorted(sign * end for end in verdict.mean.interval())
+    mean, low, high = (f"{value:+z.{digits}f}" for value in (sign * verdict.mean.mean, *ends))
+    return f"{mean} [{low}, {high}]"
+
+
+def verdict_rows(judged: Judged) -> str:
     """Every pair of methods that is compared, and the seeds that an undecided one would take."""
+    group, decision = judged.group, judged.decision
     methods = {method.label: method for method in group.methods}
     rows = []
-    for one in verdicts(group, decision):
-        differences = paired_differences(group, decision.endpoint, methods[one.first], methods[one.second])
-        mean = "-" if one.mean is None else "{:+.3f} [{:+.3f}, {:+.3f}]".format(one.mean.mean, *one.mean.interval())
-        text = one.text if one.text != "undecided" else f"undecided; {seeds_needed(one, differences, group, decision)}"
-        rows.append([f"{one.first} - {one.second}", mean, str(one.pairs), f"{one.corrected[0]:.2g}", text])
+    for one in judged.verdicts:
+        apart = paired_differences(group, decision.endpoint, methods[one.first], methods[one.second])
+        text = one.text if one.text != UNDECIDED else f"{UNDECIDED}; {seeds_needed(one, apart, group, decision)}"
+        pair = f"{one.first} - {one.second}"
+        rows.append([pair, difference(one), str(one.pairs), f"{one.corrected[0]:.2g}", text])
     return markdown_table(Table("", ["pair", "difference in area", "pairs of runs", "p, corrected", "verdict"], rows))
+
+
+def summary() -> str:
+    """EVA's mean success while learning less that of each other method, in all studies."""
+    judged = {study: found for study in STUDIES if (found := judge(study)) is not None}
+    cells: dict[str, dict[str, str]] = defaultdict(dict)
+    for study, found in judged.items():
+        for one in found.verdicts:
+            if EVA in (one.first, one.second):
+                other, sign = (one.second, 1) if one.first == EVA else (one.first, -1)
+                cells[other][study] = f"{difference(one, 2, sign)} {one.text}"
+    often_first = sorted(cells, key=lambda other: (-len(cells[other]), other))
+    rows = [[f"`{other}`", *(cells[other].get(study, "") for study in judged)] for other in often_first]
+    return pages.table(["`eva` minus", *(TITLES[study] for study in judged)], rows)
 
 
 def seeds_needed(verdict: Verdict, differences: Sequence[Floats], group: TaskGroup, decision: Decision) -> str:
@@ -195,10 +253,9 @@ def numbers(study_name: str) -> str:
             parts.append(f"**{name}**, tuned on {names}: {len(tuned)} of {total} runs. Area at each rate (runs):")
             parts.append(tuning_table(study, tuned))
     parts.append(f"**Test phase**: {len(tested)} of {planned} runs.")
-    group = merged(tested)
-    if group is not None:
-        decision = Decision(study.endpoint, study.margin, study.reference)
-        parts += [*methods_tables(group), verdict_rows(group, decision)]
+    judged = judge(study_name)
+    if judged is not None:
+        parts += [*methods_tables(judged.group), verdict_rows(judged)]
     if everything:
         parts.append(f"**Cost**: {cost(everything)}.")
     return "\n\n".join(parts)
@@ -231,8 +288,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="put them into docs/verdict.md")
     if not parser.parse_args().write:
-        print("\n\n".join(map(numbers, STUDIES)))
+        print("\n\n".join([summary(), *map(numbers, STUDIES)]))
         return
+    pages.write_between(PAGE, *around(SUMMARY), summary())
     for study in STUDIES:
         pages.write_between(PAGE, *around(study), numbers(study))
         draw(study)
