@@ -71,13 +71,20 @@ def of(endpoint: str) -> Callable[[Run], float]:
     return lambda run: ENDPOINTS[endpoint].value(run, SUCCESS)
 
 
-area = of("area")
+def cloned(run: Run) -> float:
+    """Success between cloning and learning online; NaN where there was no such evaluation."""
+    return float(run.summary.get(f"eval_cloned/{SUCCESS}", np.nan))
+
+
+area, final = of("area"), of("final")
 MEASURES = (
     Measure("Area, mean ± standard deviation over seeds", area, spread=True),
-    Measure("Success after cloning", lambda run: float(run.summary.get(f"eval_cloned/{SUCCESS}", np.nan))),
-    Measure("Success at the end", of("final")),
+    Measure("Success after cloning", cloned),
+    Measure("Success at the end", final),
     Measure("Held-out cloning loss × 1000", of("cloning_loss"), scale=1e3),
 )
+MUCH = 0.05
+"""A fall of success that is worth counting."""
 MOST_SEEDS = 1_000
 
 
@@ -134,6 +141,17 @@ def methods_tables(group: TaskGroup) -> list[str]:
         if np.isfinite([measure.value(run) for run in runs]).any():
             tables.append(f"{measure.title}:\n\n{_by_task(group, measure)}")
     return tables
+
+
+def falls(group: TaskGroup) -> str:
+    """How many runs end below where cloning left them; empty where that was not measured."""
+    runs = [run for method in group.methods for several in method.runs.values() for run in several]
+    gains = np.array([final(run) - cloned(run) for run in runs])
+    gains = gains[np.isfinite(gains)].round(6)
+    if not len(gains):
+        return ""
+    lower, much = (gains < 0).sum(), (gains < -MUCH).sum()
+    return f"{lower} of {len(gains)} runs end below where cloning left them, {much} of them by more than {MUCH}."
 
 
 def _by_task(group: TaskGroup, measure: Measure) -> str:
@@ -255,7 +273,7 @@ def numbers(study_name: str) -> str:
     parts.append(f"**Test phase**: {len(tested)} of {planned} runs.")
     judged = judge(study_name)
     if judged is not None:
-        parts += [*methods_tables(judged.group), verdict_rows(judged)]
+        parts += [*methods_tables(judged.group), *filter(None, [falls(judged.group)]), verdict_rows(judged)]
     if everything:
         parts.append(f"**Cost**: {cost(everything)}.")
     return "\n\n".join(parts)

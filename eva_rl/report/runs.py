@@ -58,6 +58,7 @@ class Run:
         study: SHA-256 of the study file that it belongs to; empty for none.
         tuning: The settings that were tried, of a run of a tuning phase; None for a run that is compared.
         decided: What its study file decided on; None for no study, or where the run does not say.
+        evaluates: Whether it was to be evaluated on held-out episodes while it learned (``eval.at``).
     """
 
     folder: Path
@@ -72,6 +73,7 @@ class Run:
     study: str = ""
     tuning: Mapping[str, Any] | None = None
     decided: Decision | None = None
+    evaluates: bool = False
 
     @property
     def place(self) -> str:
@@ -220,7 +222,8 @@ def make_run(
     settings = settings_of(config, summary)
     study = str(config.get("study") or "")
     names = summary["env"], summary["method"], summary["seed"]
-    return Run(place, *names, settings, summary, goals, rows, versions, study)
+    evaluates = bool((config.get("eval") or {}).get("at"))
+    return Run(place, *names, settings, summary, goals, rows, versions, study, evaluates=evaluates)
 
 
 def digest(body: Mapping[str, Any]) -> str:

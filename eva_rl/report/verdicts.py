@@ -32,6 +32,15 @@ def held_out(run: Run, key: str) -> Floats:
     return np.array(sorted(found.items()), dtype=np.float64).reshape(-1, 2)
 
 
+def has_curve(run: Run, points: Floats) -> bool:
+    """Whether held-out evaluations are a learning curve; those before and after training alone are none.
+
+    A run of an online algorithm that was to be evaluated on the way may have reached its last env step in the first
+    iteration: nothing was learned before.
+    """
+    return len(points) >= (2 if run.evaluates else 3)
+
+
 def final_score(run: Run, key: str) -> float:
     """The score after the last update."""
     return float(run.summary[f"eval/{key}"])
@@ -40,7 +49,7 @@ def final_score(run: Run, key: str) -> float:
 def area(run: Run, key: str) -> float:
     """Area under the score against steps, over their number: the mean score while learning. NaN without a curve."""
     points = held_out(run, key)
-    if len(points) < 3:
+    if not has_curve(run, points):
         return float("nan")
     steps, scores = points.T
     return float(np.trapezoid(scores, steps) / (steps[-1] - steps[0]))
@@ -52,7 +61,7 @@ def updates_to_90(run: Run, key: str) -> float:
     The mean of this is a restricted mean time (Royston and Parmar 2013). NaN without a curve, or without success.
     """
     points = held_out(run, key)
-    if len(points) < 3 or key != "success_rate":
+    if not has_curve(run, points) or key != "success_rate":
         return float("nan")
     steps, scores = points.T
     reached = np.flatnonzero(scores >= SOLVED)

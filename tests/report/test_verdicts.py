@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,11 @@ def test_endpoints_of_a_curve() -> None:
     assert updates_to_90(one, KEY) == pytest.approx(10 + 10 * 0.5 / 0.6)
     assert updates_to_90(run("eva", "t", 0, {0: 0.0, 10: 0.4, 20: 0.8}), KEY) == 20  # never: the last update
     assert updates_to_90(run("eva", "t", 0, {0: 0.95, 10: 0.4, 20: 0.8}), KEY) == 0
-    assert np.isnan(area(run("eva", "t", 0, {0: 0.0, 40: 0.8}), KEY))
+    before_and_after = run("eva", "t", 0, {0: 0.0, 40: 0.8})
+    assert np.isnan(area(before_and_after, KEY))
+    assert area(replace(before_and_after, evaluates=True), KEY) == pytest.approx(0.4), (
+        "its first iteration was its last"
+    )
     assert np.isnan(updates_to_90(one, "mean_reward"))
 
 
