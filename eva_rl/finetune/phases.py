@@ -115,7 +115,7 @@ def _clone_first(session: Session, adapter: AttachedAdapter, algo: OnlineAlgo, t
     cloned, _ = session.evaluate("Cloned")
     session.phases.end("evaluate_cloned")
     scores = cloned.metrics("eval_cloned")
-    tracker.log_once(cloned.metrics() | scores, session.played_before + costs["validation_env_steps"])
+    tracker.log_once(cloned.metrics() | scores, session.played_before + int(costs["validation_env_steps"]))
     return Training({f"{CLONED}{key}": value for key, value in costs.items()} | scores, {"cloned": cloned})
 
 

@@ -39,10 +39,8 @@ def settings_of(config: Mapping[str, Any], summary: Mapping[str, Any]) -> Settin
 
 def _all_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """By dotted key; runs of earlier versions, which did not know some of them, are compared with later ones."""
-    algo = (config.get("algo") or {}).get("name")
-    if algo not in ALGORITHMS:
-        return dict(flat(config))
-    return todays_settings(config, FinetuneConfig(algo=ALGORITHMS[algo]))
+    algo = ALGORITHMS.get(str((config.get("algo") or {}).get("name")))
+    return dict(flat(config)) if algo is None else todays_settings(config, FinetuneConfig(algo=algo))
 
 
 def _ignored(key: str, settings: Mapping[str, Any], method: str) -> bool:
