@@ -39,7 +39,7 @@ PAGE, RESULTS = ROOT / "docs" / "verdict.md", ROOT / "docs" / "results"
 STUDIES: Mapping[str, tuple[str, ...]] = {
     "cw10": ("cw10_a", "cw10_b"),
     "small": ("small_a", "small_b"),
-    "online": ("online",),
+    "online": ("online", "online_refreshed"),
 }
 """The study files of each study, halves where there are two; ``docs/results/NAME-study.png`` is its figure."""
 TITLES = {"cw10": "`mt40`, rank 8", "small": "`mt40-small`, rank 2", "online": "`mt40`, rank 8, online"}
