@@ -209,16 +209,23 @@ def learn(
             )
     finally:
         vec_env.close()
-    if head is not None and adapter.model is not None:  # the head is no part of the adapter: the base stays what it was
-        if session.made_stochastic:
-            make_deterministic(policy)
-        else:
-            head.load_state_dict(own_head)
+    if head is not None and adapter.model is not None:
+        _restore_head(session, own_head)
     if not isinstance(algo, SelfImitationAlgo):  # which has nothing to learn where the policy never fails
         warn_untrained(algorithm.actor_steps, algo.name)
     best = {"best_step": counters.best_step} if algo.keep_best else {}
     counts = {"env_steps": counters.env_steps, "env_steps_played": counters.env_steps_played}
     return {"updates": counters.update, **counts, "episodes": counters.episodes, **best}
+
+
+def _restore_head(session: Session, own: Mapping[str, Tensor]) -> None:
+    """The head that draws actions is no part of the adapter: the base stays what it was."""
+    head = session.policy.network.log_std_head
+    assert head is not None
+    if session.made_stochastic:
+        make_deterministic(session.policy)
+    else:
+        head.load_state_dict(own)
 
 
 def learn_sb3(session: Session, algo: PPOAlgo | TD3Algo, tracker: Tracker) -> dict[str, float]:
