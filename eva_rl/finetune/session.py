@@ -221,8 +221,7 @@ def open_session(config: FinetuneConfig) -> Session:
     _check_algorithm(policy, config)
     _check_activations(config, source != NONE)
     check_demonstrations(config, spec)
-    if config.video:
-        process_group.broadcast_object(lambda: check_frames(config.env.id, config.env.horizon))
+    _check_video(config, process_group)
     run_dir = open_run("finetune", config)
     data = None
     if source != NONE:
@@ -255,6 +254,11 @@ def open_session(config: FinetuneConfig) -> Session:
         held_out,
         made_stochastic=made_stochastic,
     )
+
+
+def _check_video(config: FinetuneConfig, process_group: ProcessGroup) -> None:
+    if config.video:
+        process_group.broadcast_object(lambda: check_frames(config.env.id, config.env.horizon))
 
 
 def _check_algorithm(policy: DecisionTransformerPolicy, config: FinetuneConfig) -> None:
