@@ -88,6 +88,7 @@ MUCH = 0.05
 MOST_SEEDS = 1_000
 
 
+@cache
 def read_half(name: str) -> tuple[Study, list[Run]]:
     """A study file, and the records there are of it."""
     folder = RESULTS / FOLDERS.get(name, name)
@@ -135,18 +136,19 @@ def merged(runs: Sequence[Run]) -> TaskGroup | None:
 
 def methods_tables(group: TaskGroup) -> list[str]:
     """What was measured, by method and task, and its mean over the tasks."""
-    tables = []
-    for measure in MEASURES:
-        runs = [run for method in group.methods for several in method.runs.values() for run in several]
-        if np.isfinite([measure.value(run) for run in runs]).any():
-            tables.append(f"{measure.title}:\n\n{_by_task(group, measure)}")
-    return tables
+    runs = runs_of(group)
+    known = [measure for measure in MEASURES if np.isfinite([measure.value(run) for run in runs]).any()]
+    return [f"{measure.title}:\n\n{_by_task(group, measure)}" for measure in known]
+
+
+def runs_of(group: TaskGroup) -> list[Run]:
+    """All of them."""
+    return [run for method in group.methods for several in method.runs.values() for run in several]
 
 
 def falls(group: TaskGroup) -> str:
     """How many runs end below where cloning left them; empty where that was not measured."""
-    runs = [run for method in group.methods for several in method.runs.values() for run in several]
-    gains = np.array([final(run) - cloned(run) for run in runs])
+    gains = np.array([final(run) - cloned(run) for run in runs_of(group)])
     gains = gains[np.isfinite(gains)].round(6)
     if not len(gains):
         return ""
@@ -201,7 +203,7 @@ def judge(study_name: str) -> Judged | None:
 
 
 def difference(verdict: Verdict, digits: int = 3, sign: int = 1) -> str:
-    """The mean difference with its interval; of the second less the first where the sign is -1."""
+    """The mean difference with its interval; second minus first where the sign is -1."""
     if verdict.mean is None:
         return "-"
     ends = sorted(sign * end for end in verdict.mean.interval())
@@ -223,7 +225,7 @@ def verdict_rows(judged: Judged) -> str:
 
 
 def summary() -> str:
-    """EVA's mean success while learning less that of each other method, in all studies."""
+    """EVA's mean success while learning minus that of each other method, in all studies."""
     judged = {study: found for study in STUDIES if (found := judge(study)) is not None}
     cells: dict[str, dict[str, str]] = defaultdict(dict)
     for study, found in judged.items():
