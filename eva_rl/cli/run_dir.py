@@ -226,7 +226,7 @@ def changed_settings(run_dir: Path, options: Any) -> dict[str, Any]:
 def changed_from(before: Mapping[str, Any], options: Any) -> dict[str, Any]:
     """As :func:`changed_settings`, from the settings of a run themselves."""
     now = asdict(options)
-    old, new, usual = _deciding(before), _deciding(now), _deciding(_defaults(options))
+    old, new, usual = _deciding(before), _deciding(now), dict(flat(_defaults(options)))
     gone = {key: old[key] for key in old.keys() - new.keys() if key.rpartition(".")[2] not in DID_NOTHING}
     there = {key: (usual | old).get(key) for key in new}
     changed = gone | {key: value for key, value in there.items() if value != new[key]}
@@ -242,6 +242,8 @@ def todays_settings(values: Mapping[str, Any], options: Any) -> dict[str, Any]:
     """
     usual, found = dict(flat(_defaults(options))), _renamed(flat(values))
     gone = {key for key in found.keys() - usual.keys() if key.rpartition(".")[2] in DID_NOTHING}
+    filled = {key for key, value in usual.items() if value == {} and any(name.startswith(f"{key}.") for name in found)}
+    usual = {key: value for key, value in usual.items() if key not in filled}  # a table with entries is no empty one
     return usual | {key: value for key, value in found.items() if key not in gone}
 
 

@@ -75,6 +75,16 @@ def test_the_value_to_type_is_that_of_the_run(tmp_path: Path) -> None:
     assert again == run_dir
 
 
+def test_what_an_earlier_version_did_not_know_of_cloning_first_is_the_default(tmp_path: Path) -> None:
+    """It was none of the defaults where those clone nothing, and the run was refused."""
+    run_dir = begun(tmp_path / "run", "algo=bc_then_odt")
+    old = read_yaml(run_dir / CONFIG_FILE)
+    del old["algo"]["bc"]["ema"]
+    (run_dir / CONFIG_FILE).write_text(OmegaConf.to_yaml(OmegaConf.create(old)))
+    assert changed_settings(run_dir, config(run_dir, "algo=bc_then_odt")) == {}
+    assert changed_settings(run_dir, config(run_dir, "algo=bc_then_odt", "algo.bc.ema=0.2")) == {"algo.bc.ema": 0.0}
+
+
 def test_names_of_earlier_versions_are_those_of_today(tmp_path: Path) -> None:
     run_dir = begun(tmp_path / "run", "algo=odt", "algo.warmup_steps=7")
     old = read_yaml(run_dir / CONFIG_FILE)

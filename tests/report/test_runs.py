@@ -231,6 +231,14 @@ def test_a_setting_that_an_earlier_version_did_not_know_tells_no_method_apart() 
     assert settings_of(earlier, SUMMARY) != settings_of(other, SUMMARY)
 
 
+def test_a_table_with_entries_is_not_the_empty_one_as_well() -> None:
+    config = asdict(FinetuneConfig())
+    filled = config | {"env": config["env"] | {"kwargs": {"colour": "red"}}}
+    own = {key: value for key, value in settings_of(filled, SUMMARY) if key.startswith("env.kwargs")}
+    assert own == {"env.kwargs.colour": '"red"'}
+    assert dict(settings_of(config, SUMMARY))["env.kwargs"] == "{}"
+
+
 @pytest.mark.parametrize(
     ("method", "one", "other"),
     [
