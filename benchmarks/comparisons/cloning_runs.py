@@ -238,15 +238,12 @@ class MethodRuns:
         losses: list[float] = []
         first = algo.updates - round(AVERAGED * algo.updates)
 
-        def average(update: int) -> Mapping[str, float]:
-            mean.add()
-            return {}
-
         def log(metrics: Mapping[str, float], update: int) -> None:
             losses.extend([metrics["train/loss"]] if "train/loss" in metrics else [])
 
         at = range(first + 1, algo.updates) if self.runs.setting.averages != "none" else ()
-        train_bc(self.policy, sampler, algo, log=log, evaluate=average, eval_at=at, extension=self.adapter.extension)
+        after = dict.fromkeys(at, mean.add)
+        train_bc(self.policy, sampler, algo, log=log, extension=self.adapter.extension, after=after)
         mean.add()
         return losses
 

@@ -39,10 +39,12 @@ PAGE, RESULTS = ROOT / "docs" / "verdict.md", ROOT / "docs" / "results"
 STUDIES: Mapping[str, tuple[str, ...]] = {
     "cw10": ("cw10_a", "cw10_b"),
     "small": ("small_a", "small_b"),
+    "methods": ("methods_a", "methods_b"),
     "online": ("online", "online_refreshed"),
 }
 """The study files of each study, halves where there are two; ``docs/results/NAME-study.png`` is its figure."""
 TITLES = {"cw10": "`mt40`, rank 8", "small": "`mt40-small`, rank 2", "online": "`mt40`, rank 8, online"}
+"""The studies in the summary, and the titles of their columns."""
 EVA, SUMMARY = "eva", "summary"
 FOLDERS = {"online": "online_study"}
 """Records that are not in a folder of their study file's name."""
@@ -225,8 +227,8 @@ def verdict_rows(judged: Judged) -> str:
 
 
 def summary() -> str:
-    """EVA's mean success while learning minus that of each other method, in all studies."""
-    judged = {study: found for study in STUDIES if (found := judge(study)) is not None}
+    """EVA's mean success while learning minus that of each other method, in the studies that have a column."""
+    judged = {study: found for study in TITLES if (found := judge(study)) is not None}
     cells: dict[str, dict[str, str]] = defaultdict(dict)
     for study, found in judged.items():
         for one in found.verdicts:

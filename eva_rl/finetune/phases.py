@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count
@@ -148,16 +148,16 @@ def clone(session: Session, adapter: AttachedAdapter, algo: BCAlgo, log: Log, sn
     say(f"Cloning: {counted(algo.updates, 'gradient step')}, peak learning rate {float(algo.learning_rate):g}.")
     draw = ShardedSampler(session.sampler, session.process_group)
     begun = latest_step(session.checkpoint_dir) or 0
-    at = config.eval.at if isinstance(config.algo, BCAlgo) else []
     with training_progress(algo.updates, begun=begun) as bar, prefetching(draw, policy.device) as ahead:
         counters = train_bc(
             policy,
             ahead,
             algo,
             log=bar.also(log),
-            evaluate=partial(_evaluate, session, at),
+            evaluate=lambda _: session.validate(),
             eval_every=config.eval.every,
-            eval_at=at,
+            measure=lambda _: session.measure(),
+            measure_at=config.eval.at if isinstance(config.algo, BCAlgo) else [],
             checkpoints=Checkpoints(session.checkpoint_dir, config.checkpoint.every, config.checkpoint.seconds),
             extension=adapter.extension,
             after={snapshot_at: partial(save_snapshot, policy.network, session.snapshot_file)},
@@ -169,13 +169,6 @@ def clone(session: Session, adapter: AttachedAdapter, algo: BCAlgo, log: Log, sn
         say(f"Precision: {counters.precision}, as timed when training began")
         costs["bfloat16"] = float(counters.precision == BFLOAT16)
     return costs
-
-
-def _evaluate(session: Session, at: Collection[int], update: int) -> dict[str, float]:
-    """Held-out episodes after those gradient steps, validation episodes after every ``eval.every``."""
-    every = session.config.eval.every
-    metrics = session.measure() if update in at else {}
-    return metrics | (session.validate() if every and update % every == 0 else {})
 
 
 def learn(

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +36,8 @@ from eva_rl.training.optimizer import (
 from eva_rl.training.options import BCOptions
 from eva_rl.training.precision import choose_precision
 
-Log = Callable[[Mapping[str, float], int], None]
+Log: TypeAlias = Callable[[Mapping[str, float], int], None]
+Evaluate: TypeAlias = Callable[[int], Mapping[str, float]]
 EXTENSION, AVERAGE, LOSS = "extension/", "average/", "loss_since_point"
 VALIDATION_STEPS = "validation/env_steps"
 """The metric in which a validation tells how many env steps it played."""
@@ -136,9 +137,10 @@ def train_bc(  # noqa: PLR0913 - three values, what it reports to, and what othe
     options: BCOptions,
     *,
     log: Log,
-    evaluate: Callable[[int], Mapping[str, float]] | None = None,
+    evaluate: Evaluate | None = None,
     eval_every: int = 0,
-    eval_at: Collection[int] = (),
+    measure: Evaluate | None = None,
+    measure_at: Collection[int] = (),
     checkpoints: Checkpoints | None = None,
     extension: Extension | None = None,
     process_group: ProcessGroup | None = None,
@@ -157,7 +159,8 @@ def train_bc(  # noqa: PLR0913 - three values, what it reports to, and what othe
         log: Takes metrics and the gradient step they belong to.
         evaluate: Returns validation metrics, which are logged; called on every process.
         eval_every: Gradient steps between two calls of ``evaluate``; 0 disables it.
-        eval_at: Further gradient steps after which it is called.
+        measure: Returns metrics of held-out episodes, which are logged; called on every process.
+        measure_at: Gradient steps after which it is called, but for the last.
         checkpoints: Where and when to save; None keeps no checkpoint.
         extension: What the adapter's method adds to the loop, if anything.
         process_group: This process among the others; None takes torch.distributed's default group.
@@ -175,14 +178,14 @@ def train_bc(  # noqa: PLR0913 - three values, what it reports to, and what othe
     """
     process_group, seed = process_group or ProcessGroup.current(), torch.initial_seed()
     run = _Run.begin(policy, options, checkpoints, extension, process_group)
-    counters, log = run.counters, log if process_group.is_main else _log_nothing
+    counters, log = run.counters, log if process_group.is_main else lambda metrics, step: None
     if not counters.precision:
         draw = partial(sampler.sample, options.batch_size, counters.update, policy.device)
         decide = partial(choose_precision, options.precision, policy.network, draw)
         counters.precision = process_group.broadcast_object(decide)
     step = _Step(policy, compiled(policy.network, options.compile), run, options, process_group, seed)
     saver = _Saver(run, checkpoints if process_group.is_main and checkpoints and checkpoints.enabled else None)
-    validation = _Validation(policy, run, evaluate, eval_every, eval_at, log, saver)
+    validation = _Validation(policy, run, (evaluate, eval_every), (measure, measure_at), log, saver)
     validation.play_if_due()
     while counters.update < options.updates:
         with interrupts_deferred() as interrupt:
@@ -190,7 +193,7 @@ def train_bc(  # noqa: PLR0913 - three values, what it reports to, and what othe
             if after and counters.update in after:
                 after[counters.update]()
             last = counters.update == options.updates
-            counters.validation_due = not last and validation.comes_after(counters.update)
+            counters.validation_due = not last and bool(validation.after(counters.update))
             if counters.update % options.log_every == 0 or last or counters.update == 1:
                 log(_metrics(run, norm), counters.update)
             if interrupt.requested:
@@ -202,10 +205,6 @@ def train_bc(  # noqa: PLR0913 - three values, what it reports to, and what othe
         run.average.take()
     run.optimizer.zero_grad(set_to_none=True)  # what follows would record the last gradient as one of its own
     return counters
-
-
-def _log_nothing(metrics: Mapping[str, float], step: int) -> None:
-    """What the processes do that are not the main one."""
 
 
 @dataclass(frozen=True)
@@ -239,9 +238,7 @@ class _Run:
         average = WeightAverage(parameters, options.updates - averaged + 1) if averaged else None
         losses, optimizer = torch.zeros(2, device=policy.device), make_optimizer(parameters, options, factor)
         run = cls(parameters, optimizer, extension, Counters(), average, losses)
-        state = checkpoints.load() if checkpoints else None
-        if state is not None:
-            assert checkpoints is not None
+        if checkpoints and (state := checkpoints.load()) is not None:
             with checkpoints.fitting():
                 run.restore(state)
         updates = process_group.all_gather_object(run.counters.update)
@@ -299,30 +296,33 @@ class _Saver:
 
 @dataclass(frozen=True)
 class _Validation:
-    """The validations of a run: after which gradient steps, and where their metrics go."""
+    """The evaluations of a run: what is called after which gradient steps, and where their metrics go."""
 
     policy: DecisionTransformerPolicy
     run: _Run
-    evaluate: Callable[[int], Mapping[str, float]] | None
-    every: int
-    at: Collection[int]
+    validated: tuple[Evaluate | None, int]
+    measured: tuple[Evaluate | None, Collection[int]]
     log: Log
     saver: _Saver
 
-    def comes_after(self, update: int) -> bool:
-        """Whether there is one after that gradient step."""
-        return self.evaluate is not None and (update in self.at or (self.every > 0 and update % self.every == 0))
+    def after(self, update: int) -> list[Evaluate]:
+        """What is called after that gradient step."""
+        (evaluate, every), (measure, at) = self.validated, self.measured
+        due = (measure if update in at else None, evaluate if every and update % every == 0 else None)
+        return [one for one in due if one is not None]
 
     def play_if_due(self) -> None:
-        """Play it, with averaged parameters where there are some; save what was learned where it is stopped."""
+        """Play them, with averaged parameters where there are some; save what was learned where they are stopped."""
         run, counters = self.run, self.run.counters
-        if self.evaluate is None or not counters.validation_due:
+        due = self.after(counters.update) if counters.validation_due else []
+        if not due:
             return
         self.policy.network.eval()
         saves = self.saver.save if self.saver.checkpoints else None
         with interrupts_saved(self.saver.save), saved_on_failure(saves):
             with run.average.applied() if run.average else nullcontext():
-                metrics = self.evaluate(counters.update)
+                found = [one(counters.update) for one in due]
+            metrics = {key: value for one in found for key, value in one.items()}
             counters.validation_steps += int(metrics.get(VALIDATION_STEPS, 0))
             counters.validation_due = False
         self.log(metrics, counters.update)

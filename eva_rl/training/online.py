@@ -6,14 +6,13 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
-from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from eva_rl.data.replay import TrajectoryReplay
 from eva_rl.seeding import random_state, restore_random_state
-from eva_rl.training.bc import VALIDATION_STEPS, Log
+from eva_rl.training.bc import VALIDATION_STEPS, Evaluate, Log
 from eva_rl.training.checkpoint import Checkpoints, TrainState, below
 from eva_rl.training.collector import Collector, EpisodeCollector, OnlineCounters, TaskEnvs
 from eva_rl.training.failures import saved_on_failure
@@ -21,9 +20,6 @@ from eva_rl.training.learner import Learner
 from eva_rl.training.optimizer import copy_of
 
 REPLAY, ALGORITHM, BEST = "replay/", "algorithm/", "best/"
-Evaluate: TypeAlias = Callable[[int], Mapping[str, float]]
-"""Takes the env steps of training so far."""
-
 SCORES = ("/success_rate", "/mean_reward")
 """What the best validation is chosen by, in this order."""
 
