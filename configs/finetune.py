@@ -12,6 +12,7 @@ from eva_rl.configs.algorithms import (
     BCAlgo,
     ODTAlgo,
     ODTTD3Algo,
+    OnlineAlgo,
     SelfImitationAlgo,
     for_method,
 )
@@ -153,6 +154,12 @@ class FinetuneConfig(TrainOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.algo = for_method(self.algo, self.adapter.method)
+        clones = isinstance(self.algo, BCAlgo) or (isinstance(self.algo, OnlineAlgo) and self.algo.bc.updates)
+        if not clones and self.eval.every not in {0, EvalOptions.every}:
+            raise UserError(
+                f"eval.every={self.eval.every} counts gradient steps of cloning, and algo={self.algo.name} does not "
+                "clone first. Type algo.eval_every=STEPS, which counts env steps."
+            )
         if self.eval.at and not isinstance(self.algo, MEASURED_WHILE_LEARNING):
             raise UserError(
                 f"eval.at={self.eval.at}: algo={self.algo.name} is not evaluated on the held-out episodes while it "

@@ -261,14 +261,44 @@ def write_folder(path: Path, write: Callable[[Path], object]) -> None:
         try:
             aside.mkdir(parents=True)
             mode = stat.S_IMODE(aside.stat().st_mode) & 0o666
-            write(aside)
-            for file in aside.rglob("*"):
-                if file.is_file():
-                    _let_read(file, mode)
-                    _sync(file)
-            _swap(aside, path)
+            with _held(aside):
+                write(aside)
+                for file in aside.rglob("*"):
+                    if file.is_file():
+                        _let_read(file, mode)
+                        _sync(file)
+                _swap(aside, path)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """Hold a folder that is being filled, so that others can tell it from one that a killed process left."""
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(opened, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(opened)
+
+
+def is_held(folder: Path) -> bool:
+    """Whether a process is filling a folder."""
+    try:
+        opened = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # a file system without locks
+        return False
+    finally:
+        os.close(opened)
+    return False
 
 
 def _let_read(path: Path, mode: int) -> None:

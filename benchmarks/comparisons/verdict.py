@@ -22,7 +22,6 @@ import numpy as np
 
 from benchmarks import pages, pictures
 from eva_rl.benchmark.study import Study, read_study
-from eva_rl.report.curves import ONLINE
 from eva_rl.report.figures import colour_and_marker
 from eva_rl.report.methods import TaskGroup, group_tasks
 from eva_rl.report.page import markdown_table
@@ -298,8 +297,8 @@ def draw(study: str) -> None:
         scores = [np.interp(steps, *held_out(run, SUCCESS).T) for run in tested if run.method == method]
         colour, marker = colour_and_marker(index)
         axes.plot(steps, np.mean(scores, axis=0), color=colour, marker=marker, label=f"{method} ({len(scores)} runs)")
-    online = ONLINE in dict(tested[0].settings)
-    axes.set(xlabel="env steps" if online else "gradient steps", ylabel="success rate, mean over runs", ylim=(0, 1))
+    counted = "env steps" if tested[0].counts_env_steps else "gradient steps"
+    axes.set(xlabel=counted, ylabel="success rate, mean over runs", ylim=(0, 1))
     axes.grid(alpha=0.3)
     drawing.legend(loc="outside right center", fontsize="small")
     pictures.save(drawing, figure(study))

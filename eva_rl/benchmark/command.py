@@ -11,7 +11,18 @@ from typing import Any
 from eva_rl.adapters import find_method
 from eva_rl.benchmark.grid import Cell, Place, check, comparison_cells, setting_name, tuning_cells
 from eva_rl.benchmark.plan import plan_table, read_pilot
-from eva_rl.benchmark.study import KEYS, METHOD, Study, names_of, read_study, seeds_of, tasks_of
+from eva_rl.benchmark.study import (
+    ALGO,
+    ENV_STEPS,
+    KEYS,
+    METHOD,
+    UPDATES,
+    Study,
+    names_of,
+    read_study,
+    seeds_of,
+    tasks_of,
+)
 from eva_rl.benchmark.tuning import Chosen, choose
 from eva_rl.cli.command import run_command
 from eva_rl.cli.console import console, say
@@ -207,7 +218,7 @@ def check_apart(overrides: Sequence[str], study: Study) -> None:
         **{key: f"methods: {name}" for name, own in study.methods.items() for key in own},
         **{key: "tune" for grid in study.tune.values() for key in grid},
         **dict.fromkeys(study.settings, "settings"),
-        **({"algo.updates": "budgets"} if study.budgets else {}),
+        **(dict.fromkeys((ALGO, UPDATES, ENV_STEPS), "budgets, which count its steps") if study.budgets else {}),
     }
     long = {SHORT_KEYS.get(key, key): where for key, where in decided.items()}
     for key in (override.partition("=")[0] for override in overrides):
@@ -242,6 +253,9 @@ def run_cells(cells: Sequence[Cell], config: BenchmarkConfig, phase: str) -> Non
     say(
         f"{phase}: {counted(len(cells), 'run')}, {len(cells) - len(left)} of them finished before. {out}",
     )
+
+    for cell in left:
+        cell.note()
 
     def ended(job: Job) -> None:
         by_name[job.name].keep()

@@ -18,7 +18,7 @@ from eva_rl.benchmark.records import write_record
 from eva_rl.benchmark.study import METHOD, Study
 from eva_rl.cli.loading import EXPERT, NONE, open_policy, resolve_policy, unused_for_files
 from eva_rl.cli.parsing import parse
-from eva_rl.cli.run_dir import CONFIG_FILE, SUMMARY_FILE, changed_from, changed_settings
+from eva_rl.cli.run_dir import ABOUT_FILE, CONFIG_FILE, SUMMARY_FILE, changed_from, changed_settings
 from eva_rl.cli.values import INTERPOLATION, as_word
 from eva_rl.configs.finetune import FinetuneConfig
 from eva_rl.envs import env_spec
@@ -29,7 +29,7 @@ from eva_rl.finetune.adapter import check_adapter
 from eva_rl.finetune.session import check_demonstrations, data_source
 from eva_rl.launch.jobs import Job, check_names
 from eva_rl.report.reading import DIVERGED, one_line, read_json_object
-from eva_rl.report.runs import ABOUT_FILE, Run, read_config, read_record
+from eva_rl.report.runs import Run, read_config, read_record
 from eva_rl.training.failures import NOT_FINITE_FILE
 
 QUICKER = "eval.stop_at_success=true"
@@ -134,6 +134,11 @@ class Cell:
         found: FinetuneConfig = parse("finetune", self.overrides)
         return found
 
+    def note(self) -> None:
+        """Write down which run of the study its run directory is of; a run may end after the benchmark was killed."""
+        if not (self.run_dir / ABOUT_FILE).exists():
+            write_json(self.run_dir / ABOUT_FILE, self.about)
+
     def job(self) -> Job:
         """What is launched."""
         command = ("eva_rl.finetune", *self.overrides)
@@ -143,8 +148,8 @@ class Cell:
     def keep(self) -> bool:
         """Write the record of a run that has finished, or that diverged while tuning; whether there is one now."""
         finished = (self.run_dir / SUMMARY_FILE).exists()
-        if finished and not (self.run_dir / ABOUT_FILE).exists():
-            write_json(self.run_dir / ABOUT_FILE, self.about)
+        if finished:
+            self.note()
         if self.record.exists() or self._keep_divergence():
             return True
         if finished:

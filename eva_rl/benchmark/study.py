@@ -128,9 +128,21 @@ def check_study(study: Study) -> None:
                 f"tuning_{name} and {name} share {', '.join(map(str, both))}: what is tuned on cannot be tested on. "
                 "Use others for tuning."
             )
-    for key in (UPDATES, ENV_STEPS) if study.budgets else ():
-        if study.settings.get(key, study.budgets[-1]) != study.budgets[-1]:
-            raise UserError(f"budgets end at {study.budgets[-1]}, and settings say {key}. Leave {key} out.")
+    if study.budgets:
+        check_budgets(study)
+
+
+def check_budgets(study: Study) -> None:
+    """Raise where something else says how long runs are, too.
+
+    Raises:
+        UserError: Naming the key, and where it stands.
+    """
+    named = [("settings", study.settings), *((f"methods: {name}", own) for name, own in study.methods.items())]
+    for where, settings in [*named, *((f"tune of {name}", grid) for name, grid in study.tune.items())]:
+        for key in (UPDATES, ENV_STEPS):
+            if settings.get(key, study.budgets[-1]) != study.budgets[-1]:
+                raise UserError(f"budgets end at {study.budgets[-1]}, and {where} says {key}. Leave {key} out.")
 
 
 def tasks_of(value: Any) -> list[str]:

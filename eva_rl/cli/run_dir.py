@@ -42,6 +42,8 @@ PHASES_FILE = "phases.json"
 """What a run has spent so far, for the process that continues it."""
 LOCK_FILE = ".lock"
 INPUTS = "inputs"
+ABOUT_FILE = "study.json"
+"""In the run directories of a benchmark: which of its methods a run belongs to, and what was tuned."""
 """Folder of a run directory with what a caller in Python gave as objects; it is there before the run begins."""
 FREE_BYTES = 200 * 2**20
 """A run that would start with less room on its disk is refused."""
@@ -124,8 +126,8 @@ def check_run_dir(run_dir: Path) -> None:
 
 
 def _left_by_a_start(path: Path) -> bool:
-    """Whether a file is what a command that was killed at its start leaves, before the folder is marked as a run."""
-    return path.name in {LOCK_FILE, INPUTS} or is_partial(path, CONFIG_FILE)
+    """Whether a file is what a command that was killed at its start leaves, or a benchmark before it."""
+    return path.name in {LOCK_FILE, INPUTS, ABOUT_FILE} or is_partial(path, CONFIG_FILE)
 
 
 _LOCKS: dict[Path, IO[str]] = {}

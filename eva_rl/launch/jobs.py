@@ -17,6 +17,11 @@ from eva_rl.options import between, one_of, option
 
 LOCAL, RAY, SLURM = LAUNCHERS = ("local", "ray", "slurm")
 CLUSTERS = ("slurm", "local", "debug")
+OF_LAUNCHERS = {
+    "jobs": (LOCAL,), "cpus_per_run": (RAY, SLURM), "gpus_per_run": (RAY, SLURM), "address": (RAY,),
+    "partition": (SLURM,), "hours": (SLURM,), "cluster": (SLURM,),
+}  # fmt: skip
+"""Options that not every launcher has a use for."""
 POLL_SECONDS = 0.2
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
@@ -43,6 +48,15 @@ class LaunchOptions:
         between(1, 4096, threads=self.threads)
         between(0, 100, retries=self.retries)
         between(0.01, 10_000, hours=self.hours)
+        for key, launchers in OF_LAUNCHERS.items():
+            value = getattr(self, key)
+            if value != getattr(LaunchOptions, key) and self.launcher not in launchers:
+                typed = " or ".join(f"launcher={name}" for name in launchers)
+                raise UserError(
+                    f"{key}={value}: launcher={self.launcher} has no use for it. Type {typed} as well, or leave it out."
+                )
+        if self.launcher == SLURM and self.gpus_per_run != round(self.gpus_per_run):
+            raise UserError(f"gpus_per_run={self.gpus_per_run}: Slurm gives whole GPUs. Type a whole number.")
 
     @property
     def cpus(self) -> float:

@@ -19,7 +19,7 @@ from eva_rl.cli.console import console, say
 from eva_rl.cli.parsing import register
 from eva_rl.cli.values import quoted
 from eva_rl.errors import UnknownNameError, UserError, counted
-from eva_rl.files import check_folder, expanded, write_file, write_folder
+from eva_rl.files import check_folder, expanded, is_held, write_file, write_folder
 from eva_rl.options import between, one_of, option, positive
 from eva_rl.report.comparison import Analysis, Resampling, analyse
 from eva_rl.report.csv_curves import CSV_PREFIX, read_csv_curves
@@ -145,7 +145,9 @@ def report(config: ReportConfig) -> None:
     curves = [curves_of(analysis.group, resampling) for analysis in groups]
     with style():
         sections = [s for pair in zip(groups, curves, strict=True) for s in sections_of(*pair, problems, config)]
-        sections += tuning_sections(found, runs, config.endpoint, [p.run for p in problems if p.run is not None])
+        sections += tuning_sections(
+            found, runs, config.endpoint, [p.run for p in problems if p.run is not None and p.run.tuning is not None]
+        )
         sections.append(runs_section(groups, problems))
 
         def fill(folder: Path) -> None:
@@ -230,7 +232,8 @@ def check_out(name: str) -> Path:
             "Name another folder."
         )
     for left in out.parent.glob(f".{glob.escape(out.name)}.*.partial"):
-        shutil.rmtree(left, ignore_errors=True)
+        if not is_held(left):
+            shutil.rmtree(left, ignore_errors=True)
     return out
 
 

@@ -12,6 +12,8 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from eva_rl.errors import UserError
 from eva_rl.report.reading import Row, is_number, one_line, read_text
 from eva_rl.report.runs import Problem, Run
@@ -27,8 +29,8 @@ Curves = dict[int, dict[float, float]]
 def read_csv_curves(folder: Path) -> tuple[list[Run], list[Problem]]:
     """Read the learning curves below a folder; a file that cannot be read is listed.
 
-    The final score of a run is taken at the largest step that all runs of its task have reached, so that no method
-    profits from longer runs.
+    Curves end at the last step that all runs of their task have reached, so that no method profits from longer runs: a
+    run that has no point there is interpolated linearly. Steps are taken for env steps.
 
     Args:
         folder: Holds a folder for each method, or, of one method alone, the files themselves.
@@ -111,14 +113,17 @@ def _check(score: float, seed: float, column: str, where: str) -> None:
 
 
 def _run(path: Path, key: str, seed: int, curve: Mapping[float, float], end: float) -> Run:
-    steps = sorted(step for step in curve if step <= end) or sorted(curve)[:1]
-    rows: list[Row] = [{"step": step, "wall_time": 0.0, f"eval/{key}": curve[step]} for step in steps]
+    known = sorted(curve)
+    last = float(np.interp(end, known, [curve[step] for step in known]))
+    points = {step: curve[step] for step in known if step < end} | {end: last}
+    rows: list[Row] = [{"step": step, "wall_time": 0.0, f"eval/{key}": score} for step, score in points.items()]
     method, task = one_line(path.parent.name), one_line(path.stem)
     summary = {
         "env": task,
         "method": method,
         "seed": seed,
         "policy": "published curves",
-        f"eval/{key}": curve[steps[-1]],
+        f"eval/{key}": last,
     }
-    return Run(path.parent / f"{path.name}#{seed}", task, method, seed, (), summary, {}, rows)
+    place = path.parent / f"{path.name}#{seed}"
+    return Run(place, task, method, seed, (), summary, {}, rows, evaluates=True, counts_env_steps=True)

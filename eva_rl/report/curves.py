@@ -16,8 +16,6 @@ from eva_rl.report.stats.aggregates import Floats
 from eva_rl.tracking.tracker import CLONING
 
 AXES = {"gradient_steps": "gradient steps", "env_steps": "env steps", "seconds": "seconds"}
-ONLINE = "algo.env_steps"
-"""A setting that only runs have which act in the environment."""
 BEFORE = "eval_before/"
 """How metrics begin of the evaluation before training."""
 GRID = 25
@@ -53,12 +51,8 @@ class Curve:
 
 
 def points_of(run: Run, key: str) -> Points:
-    """The held-out evaluations of a run while it learns (``eval.at``), else its validation points.
-
-    Held-out evaluations before and after alone are no curve.
-    """
-    held_out = len({row["step"] for row in run.rows if f"eval/{key}" in row}) > 2
-    prefix = "eval" if held_out else "validation"
+    """The held-out evaluations of a run that is evaluated while it learns (``eval.at``), else its validation points."""
+    prefix = "eval" if run.evaluates else "validation"
     found = [place for row in _placed(run) if (place := _value(row, f"{prefix}/{key}")) is not None]
     if found:
         columns = np.array(sorted(found, key=lambda point: point[1:]), dtype=np.float64).T
@@ -68,7 +62,7 @@ def points_of(run: Run, key: str) -> Points:
 
 def _placed(run: Run) -> list[tuple[Row, float, float, float]]:
     """Rows with gradient steps, env steps and seconds since the first row."""
-    online = ONLINE in dict(run.settings)
+    online = run.counts_env_steps
     steps = [float(row["step"]) for row in run.rows if any(name.startswith(CLONING) for name in row)]
     cloned = max([0.0, *steps, float(run.summary.get(f"{CLONING}updates", 0))])  # records lack some of these rows
     updates, placed = 0.0, []

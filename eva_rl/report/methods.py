@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from itertools import combinations, count
 from typing import Any
@@ -19,6 +19,11 @@ from eva_rl.report.stats.aggregates import Floats
 EPISODE_KEYS = {"success_rate": "success", "normalized_score": "episode_return", "mean_reward": "episode_return"}
 RANK = "adapter.rank"
 ALGORITHM, ALGORITHMS = "algo.name", "algo."
+OF_TASKS = ("data.", "env.", "policy")
+"""How the settings begin that may go with the task."""
+
+Named = tuple[str, Mapping[str, str]]
+"""A method's name and settings."""
 
 
 @dataclass(frozen=True)
@@ -75,16 +80,23 @@ class TaskGroup:
         return self.key == "success_rate"
 
     def compared(self, reference: str = "") -> list[tuple[Method, Method]]:
-        """Each pair of methods; with a reference, each other method with it, and none where it has no runs."""
-        if not reference:
+        """Each pair of methods; with a reference, each other method with it, and none where it has no runs.
+
+        Each pair, too, where the reference is the name of several rows.
+        """
+        if not reference or len(self.named(reference)) > 1:
             return list(combinations(self.methods, 2))
         own = self.called(reference)
         return [(method, own) for method in self.methods if method is not own] if own is not None else []
 
     def called(self, name: str) -> Method | None:
         """The method of that label, or the only one of that name."""
-        found = [m for m in self.methods if m.label == name] or [m for m in self.methods if m.name == name]
+        found = self.named(name)
         return found[0] if len(found) == 1 else None
+
+    def named(self, name: str) -> list[Method]:
+        """The method of that label, or all of that name."""
+        return [m for m in self.methods if m.label == name] or [m for m in self.methods if m.name == name]
 
 
 def group_tasks(runs: Sequence[Run]) -> list[TaskGroup]:
@@ -106,20 +118,32 @@ def _task_group(title: str, key: str, runs: Sequence[Run]) -> TaskGroup:
 def make_methods(runs: Sequence[Run]) -> list[Method]:
     """One method for each name and set of settings."""
     grouped: dict[tuple[str, Settings], list[Run]] = defaultdict(list)
+    by_task = settings_of_tasks(runs)
     for run in runs:
-        grouped[run.method, run.settings].append(run)
+        grouped[run.method, tuple(pair for pair in run.settings if pair[0] not in by_task)].append(run)
     settings = {key: dict(key[1]) for key in grouped}
     keys = sorted(grouped)
-    labels = [_label(key[0], settings[key], [settings[k] for k in keys if k[0] == key[0]]) for key in keys]
+    labels = _labels([(key[0], settings[key]) for key in keys])
     methods = []
-    for key, label in zip(keys, _unique(labels), strict=True):
-        own = grouped[key]
-        by_task = {
-            task: sorted((run for run in own if run.task == task), key=lambda run: (run.seed, run.data_hash))
-            for task in sorted({run.task for run in own})
-        }
-        methods.append(Method(label, key[0], settings[key], by_task))
+    for key, label in zip(keys, labels, strict=True):
+        own = sorted(grouped[key], key=lambda run: (run.seed, run.data_hash))
+        tasks = {task: [run for run in own if run.task == task] for task in sorted({run.task for run in own})}
+        methods.append(Method(label, key[0], settings[key], tasks))
     return methods
+
+
+def settings_of_tasks(runs: Sequence[Run]) -> set[str]:
+    """Settings of policy, data and environment that go with the task: all runs of one task share them.
+
+    They tell tasks apart, as ``data=minari:mujoco/hopper/medium-v0`` and ``data=minari:mujoco/walker2d/medium-v0`` do,
+    and not methods.
+    """
+    found: dict[str, dict[str, set[str | None]]] = defaultdict(lambda: defaultdict(set))
+    settings = [(run.task, dict(run.settings)) for run in runs]
+    for key in {key for _, own in settings for key in own if key.startswith(OF_TASKS)}:
+        for task, own in settings:
+            found[key][task].add(own.get(key))
+    return {key for key, tasks in found.items() if all(len(values) == 1 for values in tasks.values())}
 
 
 def paired_runs(first: Method, second: Method, task: str) -> list[tuple[Run, Run]]:
@@ -142,21 +166,45 @@ def _pairs(ours: Sequence[Run], theirs: Sequence[Run]) -> list[tuple[Run, Run]]:
     return [(run, others[run.data_hash]) for run in ours if run.data_hash in others]
 
 
-def _label(name: str, own: Mapping[str, str], same_name: Sequence[Mapping[str, str]]) -> str:
+def _labels(methods: Sequence[Named]) -> list[str]:
+    """What each method is called: its name, with the settings that tell it from the others of that name.
+
+    Settings in which those that have them differ; where these do not suffice those, too, that some lack.
+    """
+    same_name = [[settings for other, settings in methods if other == name] for name, _ in methods]
+    keys = [_differing(several) for several in same_name]
+    labels = [_label(*one) for one in zip(methods, same_name, keys, strict=True)]
+    for label in {one for one in labels if labels.count(one) > 1}:
+        equal = [index for index, other in enumerate(labels) if other == label]
+        further = set(differing_settings([methods[index][1] for index in equal]))
+        for index in equal:
+            labels[index] = _label(methods[index], same_name[index], keys[index] | further)
+    return _unique(labels)
+
+
+def _differing(several: Sequence[Mapping[str, str]]) -> set[str]:
+    """Keys with more than one value among those that have them."""
+    values = defaultdict(set)
+    for key, value in (pair for settings in several for pair in settings.items()):
+        values[key].add(value)
+    return {key for key, found in values.items() if len(found) > 1}
+
+
+def _label(method: Named, same_name: Sequence[Mapping[str, str]], differing: Set[str]) -> str:
     """The name, and those settings in which rows of this name differ; of an algorithm's own, rows of that algorithm."""
+    name, own = method
     alike = [settings for settings in same_name if settings.get(ALGORITHM) == own.get(ALGORITHM)]
-    own_keys = {key for key in differing_settings(alike) if key.startswith(ALGORITHMS)}
-    others = differing_settings(same_name)
-    differing = [key for key in others if key == ALGORITHM or not key.startswith(ALGORITHMS) or key in own_keys]
-    short = {key: "algo" if key == ALGORITHM else key.rpartition(".")[2] for key in differing}
+    of_algorithm = set(differing_settings(alike))
+    shown = [k for k in sorted(differing) if k == ALGORITHM or not k.startswith(ALGORITHMS) or k in of_algorithm]
+    short = {key: "algo" if key == ALGORITHM else key.rpartition(".")[2] for key in shown}
     taken = list(short.values())
     names = {key: key if taken.count(last) > 1 else last for key, last in short.items() if key in own}
-    shown = [f"{typed}={plain_setting(own[key])}" for key, typed in names.items()]
-    return f"{name} ({', '.join(shown)})" if shown else name
+    settings = [f"{typed}={plain_setting(own[key])}" for key, typed in names.items()]
+    return f"{name} ({', '.join(settings)})" if settings else name
 
 
 def _unique(labels: Sequence[str]) -> list[str]:
-    """The labels, those that are not the first of their kind with a number: every table goes by them."""
+    """The labels, those that are not the first of their kind with a number."""
     found: list[str] = []
     for label in labels:
         others = (f"{label} #{number}" for number in count(2))

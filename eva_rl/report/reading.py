@@ -63,13 +63,16 @@ def find_runs(places: Sequence[str]) -> list[Path]:
     return list(folders.values())
 
 
-def _runs_below(folder: Path) -> Iterator[Path]:
+def _runs_below(folder: Path, above: frozenset[Path] = frozenset()) -> Iterator[Path]:
+    """Those at or below a folder; links are followed, but for those to a folder above them."""
     if _is_run(folder):
         yield folder
         return
+    above |= {folder.resolve()}
     for inner in _inner(folder):
-        if inner.is_dir() and not inner.is_symlink() and not inner.name.startswith("."):
-            yield from _runs_below(inner)
+        if inner.is_dir() and not inner.name.startswith("."):
+            if inner.resolve() not in above:
+                yield from _runs_below(inner, above)
         elif inner.suffix in {".json", DIVERGED} and _is_run(inner):
             yield inner
 
@@ -153,6 +156,11 @@ def one_line(text: object) -> str:
     plain = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in spaced)
     half = (MOST_CHARACTERS - len("...")) // 2
     return plain if len(plain) <= MOST_CHARACTERS else f"{plain[:half]}...{plain[-half:]}"
+
+
+def as_typed(value: object) -> str:
+    """A value of a study file as text: that of YAML, not Python's ``True`` and ``None``."""
+    return one_line(value if isinstance(value, str) else json.dumps(value))
 
 
 def is_number(value: object) -> bool:
@@ -267,6 +275,14 @@ def episodes_by_seed(record: Mapping[str, Any], task: str) -> dict[int, Row]:
     if not found or len(found) < len(episodes):
         raise ValueError(f"{len(found)} of {len(episodes)} episodes are sound")
     return {} if record["after"].get("alike") else found
+
+
+def recorded_goal(success: Any, total: Any) -> Row:
+    """An episode of a record; null is the return of one that was ended at its first success."""
+    found = numbers({"success": success} if total is None else {"success": success, "episode_return": total})
+    if len(found) < 1 + (total is not None):
+        raise ValueError(f"episode with success {one_line(success)} and return {one_line(total)}")
+    return found
 
 
 def _is_sound(episode: Mapping[str, Any]) -> bool:

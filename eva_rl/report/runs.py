@@ -10,28 +10,30 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from eva_rl.cli.run_dir import CONFIG_FILE, SUMMARY_FILE, VERSIONS_FILE
+from eva_rl.cli.run_dir import ABOUT_FILE, CONFIG_FILE, SUMMARY_FILE, VERSIONS_FILE
 from eva_rl.errors import UserError, counted
 from eva_rl.files import check_files, check_seal
 from eva_rl.report.reading import (
     DIVERGED,
     RECORD,
     Row,
+    as_typed,
     clean_summary,
     episodes_by_seed,
     is_number,
-    numbers,
     one_line,
     read_json_object,
     read_rows,
     read_yaml,
+    recorded_goal,
 )
 from eva_rl.report.settings import ADAPTER, Decision, Settings, settings_of
 from eva_rl.tracking.tracker import METRICS_FILE
+from eva_rl.training.failures import NOT_FINITE_FILE
 
 EVALUATION_FILE = "evaluation.json"
-ABOUT_FILE = "study.json"
-"""In the run directories of a benchmark: which of its methods a run belongs to, and what was tuned."""
+ONLINE = "algo.env_steps"
+"""A setting that only runs have which act in the environment."""
 READ_IN_PART = (METRICS_FILE, EVALUATION_FILE, VERSIONS_FILE)
 """Files without which, or with other numbers in which, a run still counts."""
 FORMAT, DIGEST = 1, "sha256"
@@ -59,6 +61,7 @@ class Run:
         tuning: The settings that were tried, of a run of a tuning phase; None for a run that is compared.
         decided: What its study file decided on; None for no study, or where the run does not say.
         evaluates: Whether it was to be evaluated on held-out episodes while it learned (``eval.at``).
+        counts_env_steps: Whether the steps of its rows are env steps, but for those of cloning.
     """
 
     folder: Path
@@ -74,6 +77,7 @@ class Run:
     tuning: Mapping[str, Any] | None = None
     decided: Decision | None = None
     evaluates: bool = False
+    counts_env_steps: bool = False
 
     @property
     def place(self) -> str:
@@ -94,7 +98,7 @@ class Problem:
         folder: Its run directory.
         kind: unfinished, damaged, diverged, left out, or in part.
         reason: In one sentence.
-        run: Of a tuning run that diverged: its task, method, seed and tuned settings, without any result.
+        run: Of a run that diverged: its task, method, seed and tuned settings, without any result.
     """
 
     folder: Path
@@ -122,10 +126,11 @@ def read_runs(folders: Sequence[Path]) -> tuple[list[Run], list[Problem]]:
     problems: list[Problem] = []
     for folder in folders:
         try:
-            if folder.suffix == DIVERGED and folder.is_file():
+            if _has_diverged(folder):
                 problems.append(read_divergence(folder))
                 continue
             run, partly = read_run(folder)
+            _check_noted(run)
         except UnfinishedError as error:
             problems.append(Problem(folder, "unfinished", one_line(error)))
         except PretrainingError:
@@ -153,9 +158,7 @@ def read_run(folder: Path) -> tuple[Run, list[Problem]]:
     """
     if folder.is_file():
         return read_record(folder), []
-    config = read_config(folder / CONFIG_FILE)
-    if "size" in config and "adapter" not in config:
-        raise PretrainingError
+    config = _config(folder)
     rows, damaged_rows = _rows(folder)
     path = folder / SUMMARY_FILE
     if not path.exists():
@@ -172,6 +175,14 @@ def read_run(folder: Path) -> tuple[Run, list[Problem]]:
     return run, [Problem(folder, "in part", reason) for reason in reasons]
 
 
+def _config(folder: Path) -> dict[str, Any]:
+    """Of a fine-tuning run."""
+    config = read_config(folder / CONFIG_FILE)
+    if "size" in config and "adapter" not in config:
+        raise PretrainingError
+    return config
+
+
 def _of_study(run: Run) -> Run:
     """A run with the method and the tuned settings that the benchmark which made it noted in its run directory."""
     path = run.folder / ABOUT_FILE
@@ -183,9 +194,15 @@ def _of_study(run: Run) -> Run:
         raise UserError(f"{path} names no method of a study ({error}). Remove it to read the run by itself.") from error
 
 
+def _check_noted(run: Run) -> None:
+    """Raise for a run of a study whose benchmark was killed before it noted what it is: it may be a tuning run."""
+    if run.study and run.folder.is_dir() and not (run.folder / ABOUT_FILE).exists():
+        raise UnfinishedError(f"of a study, without {ABOUT_FILE}; type the study's command once more")
+
+
 def _named(run: Run, about: Mapping[str, Any]) -> Run:
     """A run with the method and the tuned settings that its study says."""
-    tuning = None if about["tuning"] is None else {one_line(k): _as_typed(v) for k, v in about["tuning"].items()}
+    tuning = None if about["tuning"] is None else {one_line(k): as_typed(v) for k, v in about["tuning"].items()}
     method, adapter = one_line(about["method"]), run.summary.get("method")
     own = () if adapter in {None, method} else ((ADAPTER, json.dumps(adapter)),)
     decided = Decision.of(about) if "endpoint" in about else None
@@ -222,8 +239,8 @@ def make_run(
     settings = settings_of(config, summary)
     study = str(config.get("study") or "")
     names = summary["env"], summary["method"], summary["seed"]
-    evaluates = bool((config.get("eval") or {}).get("at"))
-    return Run(place, *names, settings, summary, goals, rows, versions, study, evaluates=evaluates)
+    how = {"evaluates": bool((config.get("eval") or {}).get("at")), "counts_env_steps": ONLINE in dict(settings)}
+    return Run(place, *names, settings, summary, goals, rows, versions, study, **how)
 
 
 def digest(body: Mapping[str, Any]) -> str:
@@ -253,19 +270,33 @@ def _run(path: Path, body: Mapping[str, Any]) -> Run:
     summary = clean_summary(body["summary"], path)
     episodes = body["episodes"]
     lists = (episodes["seed"], episodes["success"], episodes["episode_return"])
-    goals = {int(seed): _goal(success, total) for seed, success, total in zip(*lists, strict=True)}
+    goals = {int(seed): recorded_goal(success, total) for seed, success, total in zip(*lists, strict=True)}
     rows = [{key: float(value) for key, value in row.items() if is_number(value)} for row in body["curve"]]
     sound = [row for row in rows if {"step", "wall_time"} <= row.keys()]
     return _named(make_run(path, body["config"], summary, goals, sound, body["versions"]), body["about"])
 
 
+def _has_diverged(place: Path) -> bool:
+    """Whether it is what is kept of a tuning run that diverged, or the directory of a run that did and did not end."""
+    without_result = (place / NOT_FINITE_FILE).exists() and not (place / SUMMARY_FILE).exists()
+    return without_result if place.is_dir() else place.suffix == DIVERGED
+
+
+def _left_behind(folder: Path) -> dict[str, Any]:
+    """Which run a folder is of, and why it ended."""
+    config, about = _config(folder), folder / ABOUT_FILE
+    named = read_json_object(about) if about.exists() else {"method": config["adapter"]["method"], "tuning": None}
+    return {**named, **read_json_object(folder / NOT_FINITE_FILE), "task": config["env"]["id"], "seed": config["seed"]}
+
+
 def read_divergence(path: Path) -> Problem:
-    """Read what is kept of a tuning run that diverged.
+    """Read what is kept of a run that diverged.
 
     Raises:
+        PretrainingError: It is no fine-tuning run.
         UserError: It is damaged, or of a version that did not say which run it was.
     """
-    found = read_json_object(path)
+    found = _left_behind(path) if path.is_dir() else read_json_object(path)
     try:
         task, seed = one_line(found["task"]), int(str(found["seed"]))
         run = _named(Run(path, task, "", seed, (), {}, {}, ()), found)
@@ -275,19 +306,6 @@ def read_divergence(path: Path) -> Problem:
             "Type the study's command once more."
         ) from error
     return Problem(path, "diverged", one_line(found.get("reason")), run)
-
-
-def _as_typed(value: Any) -> str:
-    """A value of a study file as text: that of YAML, not Python's ``True`` and ``None``."""
-    return one_line(value if isinstance(value, str) else json.dumps(value))
-
-
-def _goal(success: Any, total: Any) -> Row:
-    """An episode of a record; null is the return of one that was ended at its first success."""
-    found = numbers({"success": success} if total is None else {"success": success, "episode_return": total})
-    if len(found) < 1 + (total is not None):
-        raise ValueError(f"episode with success {one_line(success)} and return {one_line(total)}")
-    return found
 
 
 def read_config(path: Path) -> dict[str, Any]:

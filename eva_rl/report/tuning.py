@@ -17,6 +17,8 @@ from eva_rl.report.stats.aggregates import Floats
 from eva_rl.report.tables import Table, number
 from eva_rl.report.verdicts import ENDPOINTS
 
+BETWEEN = ", "
+"""Between the settings that a run tried together."""
 Tried = list[tuple[str, float]]
 """Of one setting: the task and the endpoint of each run."""
 Scores = dict[str, dict[str, list[float]]]
@@ -134,18 +136,23 @@ def _which(run: Run) -> tuple[str, str, str, int]:
 
 def setting_of(run: Run) -> str:
     """The settings that a run tried: ``learning_rate=0.001``."""
-    return ", ".join(f"{key.rpartition('.')[2]}={value}" for key, value in (run.tuning or {}).items())
+    return BETWEEN.join(f"{key.rpartition('.')[2]}={value}" for key, value in (run.tuning or {}).items())
 
 
 def _order(run: Run) -> tuple[object, ...]:
-    return (run.method, [_number(str(v)) for v in (run.tuning or {}).values()], setting_of(run), run.task, run.seed)
+    return (run.method, *_place(setting_of(run)), run.task, run.seed)
 
 
-def _number(text: str) -> float:
+def _place(setting: str) -> tuple[list[float], str]:
+    """By which settings are sorted: their numbers, then their words."""
+    return [_number(part.partition("=")[2], 0.0) for part in setting.split(BETWEEN)], setting
+
+
+def _number(text: str, otherwise: float) -> float:
     try:
         return float(text)
     except ValueError:
-        return 0.0
+        return otherwise
 
 
 def _chosen(tuned: Sequence[Run], tested: Sequence[Run]) -> dict[str, str]:
@@ -170,19 +177,28 @@ def _same(a: str, b: str) -> bool:
 def _edges(scores: Scores, chosen: dict[str, str]) -> list[str]:
     """A best value at the end of its grid says that the grid was too narrow."""
     ends = [
-        f"{method} ({chosen[method]})"
+        f"{method} ({', '.join(found)})"
         for method, own in sorted(scores.items())
-        if len(own) > 1 and chosen.get(method) in {next(iter(own)), list(own)[-1]} and all(map(_is_on_a_scale, own))
+        if method in chosen and (found := _ends(list(own), chosen[method]))
     ]
     return [f"At an end of the grid, so that a better value may lie outside: {', '.join(ends)}."] if ends else []
 
 
-def _is_on_a_scale(setting: str) -> bool:
-    """Whether it is a number: words have no order, hence no end."""
-    try:
-        return math.isfinite(float(setting.rpartition("=")[2]))
-    except ValueError:
-        return False
+def _ends(settings: Sequence[str], chosen: str) -> list[str]:
+    """Which parts of a setting are the least or the greatest tried, of those that are numbers: words have no order."""
+    found = []
+    for part in chosen.split(BETWEEN):
+        key, _, value = part.partition("=")
+        tried = [
+            other.removeprefix(f"{key}=")
+            for setting in settings
+            for other in setting.split(BETWEEN)
+            if other.startswith(f"{key}=")
+        ]
+        numbers = [_number(other, math.nan) for other in tried]
+        if np.isfinite(numbers).all() and len(set(numbers)) > 1 and float(value) in {min(numbers), max(numbers)}:
+            found.append(part)
+    return found
 
 
 ROOM = 60
@@ -191,7 +207,7 @@ ROOM = 60
 
 def tuning_figure(scores: Scores, title: str) -> Figure:
     """The mean of each setting, with what it is the mean of: single runs, or ranks on tasks."""
-    settings = list(dict.fromkeys(setting for own in scores.values() for setting in own))
+    settings = sorted({setting for own in scores.values() for setting in own}, key=_place)
     figure = Figure(figsize=(WIDTH, 3.6), layout="constrained")
     axes = figure.subplots()
     for index, (method, own) in enumerate(sorted(scores.items())):

@@ -33,12 +33,12 @@ def held_out(run: Run, key: str) -> Floats:
 
 
 def has_curve(run: Run, points: Floats) -> bool:
-    """Whether held-out evaluations are a learning curve; those before and after training alone are none.
+    """Whether held-out evaluations are a learning curve; those before, between and after phases of training are none.
 
     A run of an online algorithm that was to be evaluated on the way may have reached its last env step in the first
-    iteration: nothing was learned before.
+    iteration: its curve is a line.
     """
-    return len(points) >= (2 if run.evaluates else 3)
+    return run.evaluates and len(points) > 1
 
 
 def final_score(run: Run, key: str) -> float:

@@ -50,10 +50,19 @@ def warnings_of(analysis: Analysis, problems: Sequence[Problem], by: Decision = 
         *_studies(group),
         *_decided(group, by),
     ]
+    found += _diverged(group, problems)
     lost = [problem for problem in problems if problem.kind in {"unfinished", "damaged"}]
     if lost:
         found.append(ReportWarning(f"{counted(len(lost), 'unfinished or damaged run')} left out; see the list below."))
     return sorted(found, key=lambda warning: not warning.severe)
+
+
+def _diverged(group: TaskGroup, problems: Sequence[Problem]) -> Iterator[ReportWarning]:
+    """Runs of the test phase that diverged, without which their method looks better than it is."""
+    runs = [problem.run for problem in problems if problem.run is not None and problem.run.tuning is None]
+    tasks = {*group.tasks, *group.partial}
+    if named := [f"{run.method} on {run.task}, seed {run.seed}" for run in runs if run.task in tasks]:
+        yield ReportWarning(f"Diverged, and left out of what is said of the method: {_listed(named)}.", severe=True)
 
 
 def _decided(group: TaskGroup, by: Decision) -> Iterator[ReportWarning]:
@@ -73,9 +82,25 @@ def _verdict(analysis: Analysis, by: Decision) -> Iterator[ReportWarning]:
         yield ReportWarning("There is only one method: nothing is compared.")
     elif not group.tasks:
         yield ReportWarning("The methods have no task in common: they cannot be compared.", severe=True)
+    elif by.reference and not group.named(by.reference):
+        yield ReportWarning(
+            f"The study's reference, {by.reference}, has no run here: nothing is compared.", severe=True
+        )
     else:
+        yield from _reference(group, by.reference)
         yield from _undecided(analysis, verdicts(group, by), by.endpoint)
         yield from _overlap(analysis)
+
+
+def _reference(group: TaskGroup, reference: str) -> Iterator[ReportWarning]:
+    """A reference that is several rows."""
+    rows = [method.label for method in group.named(reference)] if reference else []
+    if len(rows) > 1:
+        yield ReportWarning(
+            f"The study's reference, {reference}, has several rows here: {_listed(rows)}. Each pair is compared. To "
+            f"compare with one of them, type reference='{rows[0]}'.",
+            severe=True,
+        )
 
 
 def _undecided(analysis: Analysis, found: Sequence[Verdict], endpoint: str) -> Iterator[ReportWarning]:

@@ -140,25 +140,21 @@ class Tracker:
         path = self.path.parent / "figures" / f"{tag.replace('/', '_')}.png"
         picture = pixels(drawn)  # once, for the file and for all sinks
         write_file(path, lambda aside: Image.fromarray(picture).save(aside, format="png"))
-        for sink in self._sinks:
-            sink.image(tag, picture, step)
+        self._show(lambda sink: sink.image(tag, picture, step))
 
     def histogram(self, tag: str, values: NDArray[np.floating[Any]], step: int) -> None:
         """Show how numbers are distributed."""
-        for sink in self._sinks:
-            sink.histogram(tag, values, step)
+        self._show(lambda sink: sink.histogram(tag, values, step))
 
     def video(self, tag: str, gif: Path, step: int) -> None:
         """Show an animated GIF."""
-        for sink in self._sinks:
-            sink.video(tag, gif, step)
+        self._show(lambda sink: sink.video(tag, gif, step))
 
     def finished(self, results: Mapping[str, Any]) -> None:
         """Show the run as finished, with those of the results that are numbers."""
         self.figure("overview", lambda: overview_figure(read_metrics(self.path.parent)), self._last_step)
         numbers = {key: float(value) for key, value in results.items() if isinstance(value, int | float)}
-        for sink in self._sinks:
-            sink.finished(numbers)
+        self._show(lambda sink: sink.finished(numbers))
 
     def close(self) -> None:
         """Flush and close."""
@@ -166,8 +162,7 @@ class Tracker:
             with disk_errors(self.path):
                 self._file.close()
         finally:
-            for sink in self._sinks:
-                sink.close()
+            self._show(lambda sink: sink.close())
 
     def __enter__(self) -> Tracker:
         return self
@@ -179,8 +174,17 @@ class Tracker:
 
     def _tell(self, row: Row, sinks: Sequence[Sink]) -> None:
         values = {key: math.nan if row[key] is None else row[key] for key in row if key not in (STEP, WALL_TIME)}
-        for sink in sinks:
-            sink.scalars(values, row[STEP], row[WALL_TIME])
+        self._show(lambda sink: sink.scalars(values, row[STEP], row[WALL_TIME]), sinks)
+
+    def _show(self, what: Callable[[Sink], object], sinks: Sequence[Sink] | None = None) -> None:
+        """Let the sinks, all unless some are named, take something.
+
+        Raises:
+            UserError: The disk is full.
+        """
+        with disk_errors(self.path.parent):
+            for sink in self._sinks if sinks is None else sinks:
+                what(sink)
 
     def _layers(self, metrics: Mapping[str, float], step: int) -> dict[str, float]:
         """Norms of layers, at the first training metrics and then where a multiple of the interval was passed."""

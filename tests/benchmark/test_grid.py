@@ -199,8 +199,8 @@ def test_a_sweep_is_checked_before_it_starts(tmp_path: Path, capfd: pytest.Captu
 @pytest.mark.parametrize(
     "typed",
     [
-        ["env=push-v3,reach-v3", "adapter.rank=2", "run_dir=mz", "multirun.jobs=3", "multirun.gpus_per_run=1"],
-        ["--env", "push-v3,reach-v3", "--adapter.rank=2", "--run-dir", "mz", "--multirun.jobs=3",
+        ["env=push-v3,reach-v3", "adapter.rank=2", "run_dir=mz", "multirun.launcher=ray", "multirun.gpus_per_run=1"],
+        ["--env", "push-v3,reach-v3", "--adapter.rank=2", "--run-dir", "mz", "--multirun.launcher=ray",
          "--multirun.gpus-per-run", "1"],
     ],
 )  # fmt: skip
@@ -212,7 +212,7 @@ def test_a_sweep_takes_keys_with_dashes(typed: list[str], tmp_path: Path, monkey
     assert finetune.main(["--multirun", *typed]) == 0
     ((jobs, options),) = launched
     assert [job.done.parent for job in jobs] == [tmp_path / "mz" / f"env={task}" for task in ("push-v3", "reach-v3")]
-    assert (options.jobs, options.gpus_per_run) == (3, 1)
+    assert (options.launcher, options.gpus_per_run) == ("ray", 1)
     assert all("adapter.rank=2" in job.command for job in jobs)
 
 

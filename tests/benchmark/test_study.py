@@ -141,6 +141,20 @@ def test_numbers_may_have_exponents(tmp_path: Path) -> None:
     assert study.candidates("lora") == [{"algo.learning_rate": 0.001}, {"algo.learning_rate": 0.002}]
 
 
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"settings": {**TINY, "algo.updates": 9}}, "settings says algo.updates"),
+        ({"methods": {"lora": {}, "long": {"adapter": "eva", "algo.updates": 9}}}, "methods: long says algo.updates"),
+        ({"tune": {"algo.updates": [3, 9]}}, "tune of lora says algo.updates"),
+    ],
+)
+def test_budgets_alone_say_how_long_runs_are(changes: dict[str, Any], told: str, tmp_path: Path) -> None:
+    """A method with more gradient steps had its area over more steps than the others, and a verdict."""
+    with pytest.raises(UserError, match=rf"budgets end at \d+, and {told}\. Leave algo\.updates out"):
+        read_study(write(tmp_path / "study.yaml", **changes))
+
+
 def finish(cell: Any, solved: float) -> None:
     """Leave the record of a run that solved this share of its goals."""
     folder = cell.place.out / "made" / cell.name
@@ -384,7 +398,8 @@ def test_a_plan_counts_and_says_what_can_be_seen(tmp_path: Path, capfd: pytest.C
         (["set=[data.episodes=2]"], "(settings). Change it there, or leave finetune.data.episodes out."),
         (["finetune.adapter.rank=4"], "(methods: small)"),
         (["finetune.algo.learning_rate=1"], "(tune)"),
-        (["finetune.algo.updates=3"], "(budgets)"),
+        (["finetune.algo.updates=3"], "(budgets, which count its steps)"),
+        (["finetune.algo=odt"], "finetune.algo: the study file decides on that (budgets, which count its steps)"),
     ],
 )
 def test_what_a_study_decides_is_not_typed_beside_it(

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -182,6 +183,21 @@ def test_options_are_checked() -> None:
         LaunchOptions(launcher="slrum")
     with pytest.raises(UserError, match="threads"):
         LaunchOptions(threads=0)
+
+
+@pytest.mark.parametrize(
+    ("typed", "told"),
+    [
+        ({"partition": "gpu"}, r"partition=gpu: launcher=local has no use for it\. Type launcher=slurm as well"),
+        ({"gpus_per_run": 1}, "gpus_per_run=1: .* Type launcher=ray or launcher=slurm as well"),
+        ({"launcher": "slurm", "jobs": 3}, "jobs=3: launcher=slurm has no use for it"),
+        ({"launcher": "slurm", "gpus_per_run": 0.25}, r"gpus_per_run=0\.25: Slurm gives whole GPUs"),
+    ],
+)
+def test_options_of_another_launcher_are_refused(typed: dict[str, Any], told: str) -> None:
+    """``partition=gpu`` alone started local processes on the login node; a quarter of a GPU was none."""
+    with pytest.raises(UserError, match=told):
+        LaunchOptions(**typed)
 
 
 def test_without_slurm_there_is_advice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

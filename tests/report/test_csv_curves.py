@@ -11,7 +11,10 @@ from scipy import stats as scipy
 
 from eva_rl.errors import UserError
 from eva_rl.report import command as report
+from eva_rl.report.comparison import Resampling
 from eva_rl.report.csv_curves import read_csv_curve, read_csv_curves
+from eva_rl.report.curves import curves_of, points_of
+from eva_rl.report.methods import group_tasks
 
 STEPS = range(0, 500_000, 100_000)
 
@@ -143,3 +146,18 @@ def test_a_method_alone_and_the_names_of_files(tmp_path: Path) -> None:
 def test_where_there_are_no_curves(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"METHOD/TASK\.csv"):
         read_csv_curves(tmp_path)
+
+
+def test_curves_of_different_intervals_are_compared_at_one_step(tmp_path: Path) -> None:
+    """Two equal learners differed by 400 points: each was taken at its own last step before the common end."""
+    for method, steps in (("a", (0, 500, 1000)), ("b", (0, 300, 600, 900))):
+        rows = [f"{step},{step + seed},{seed}" for seed in range(3) for step in steps]
+        path = tmp_path / method / "task.csv"
+        path.parent.mkdir()
+        path.write_text("step,reward,seed\n" + "\n".join(rows) + "\n")
+    runs, _ = read_csv_curves(tmp_path)
+    assert [run.summary["eval/mean_reward"] for run in runs] == [900, 901, 902] * 2
+    assert {run.rows[-1]["step"] for run in runs} == {900}
+    assert {len(points_of(run, "mean_reward").places["env_steps"]) for run in runs} == {3, 4}
+    (group,) = group_tasks(runs)
+    assert "gradient_steps" not in curves_of(group, Resampling(20)), "a published step is an env step"

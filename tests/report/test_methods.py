@@ -10,7 +10,9 @@ import pytest
 from eva_rl.report.comparison import analyse, goal_differences, run_differences
 from eva_rl.report.methods import group_tasks, make_methods, paired_runs, plain_setting
 from eva_rl.report.runs import Run, select
+from eva_rl.report.settings import Decision
 from eva_rl.report.verdicts import endpoint_values, paired_differences
+from eva_rl.report.warnings import warnings_of
 from tests.report.making_groups import QUICK, make_group, make_run
 
 
@@ -61,6 +63,49 @@ def test_rows_of_two_algorithms_do_not_list_what_only_one_of_them_has() -> None:
         "eva (env_steps=100, algo=odt)",
         "eva (env_steps=200, algo=odt)",
     ]
+
+
+def test_settings_that_others_lack_are_shown_only_where_nothing_else_differs() -> None:
+    """LoRA at EVA's scale was listed with all settings of EVA's pass, which cut its name off in every figure."""
+    own, eva = (
+        {"adapter.gain": "own"},
+        {"adapter.gain": "eva", "adapter.eva.batch_size": 64, "adapter.eva.source": "auto"},
+    )
+    assert labels(own, eva, name="lora") == ["lora (gain=eva)", "lora (gain=own)"]
+    several = ({"x": 1}, {"x": 1, "y": 2}, {"x": 2, "y": 3}, {"x": 2, "y": 4})
+    assert labels(*several) == ["eva (x=1)", "eva (x=1, y=2)", "eva (x=2, y=3)", "eva (x=2, y=4)"]
+
+
+def test_data_that_go_with_the_task_tell_no_methods_apart() -> None:
+    """Each method was one row a task, and nothing was compared."""
+    data = {"t0": {"data.source": "minari:hopper/medium-v0"}, "t1": {"data.source": "minari:walker2d/medium-v0"}}
+    runs = [
+        make_run(m, task, s, 0.5, settings=own) for m in ("eva", "lora") for task, own in data.items() for s in (0, 1)
+    ]
+    (group,) = group_tasks(runs)
+    assert [method.label for method in group.methods] == ["eva", "lora"]
+    assert (group.tasks, group.partial) == (["t0", "t1"], [])
+    other = make_run("eva", "t0", 0, 0.5, settings={"data.source": "minari:hopper/expert-v0"})
+    (group,) = group_tasks([*runs, other])
+    assert len(group.methods) == 5, "two data sets of one task are two methods"
+    rates = [
+        make_run("eva", task, 0, 0.5, settings={"algo.learning_rate": rate}) for task, rate in (("a", 1), ("b", 2))
+    ]
+    assert len(make_methods(rates)) == 2, "what is not of the task tells methods apart"
+
+
+def test_a_reference_that_is_several_rows_compares_each_pair() -> None:
+    """It compared none, and said that no run told of the endpoint."""
+    runs = [make_run("eva", "t", seed, 0.5) for seed in (0, 1)]
+    runs += [make_run("lora", "t", seed, 0.4, settings={"n": n}) for seed in (0, 1) for n in (32, 64)]
+    (group,) = group_tasks(runs)
+    assert len(group.compared("lora")) == 3
+    assert [a.label for a, _ in group.compared("lora (n=64)")] == ["eva", "lora (n=32)"]
+    found = [w.text for w in warnings_of(analyse(group, QUICK, "lora"), [], Decision("final", None, "lora"))]
+    assert any("reference, lora, has several rows here: lora (n=32), lora (n=64). Each pair" in text for text in found)
+    assert not any("No two runs" in text for text in found)
+    absent = [w.text for w in warnings_of(analyse(group, QUICK, "dora"), [], Decision("final", None, "dora"))]
+    assert "The study's reference, dora, has no run here: nothing is compared." in absent
 
 
 def test_a_name_may_look_like_a_label() -> None:

@@ -166,7 +166,9 @@ def test_curves_of_online_runs(tmp_path: Path) -> None:
 
 def test_the_curve_of_an_online_run_s_record_has_its_cloning(tmp_path: Path) -> None:
     """Records keep evaluations alone; that after cloning was drawn where cloning began."""
-    folder = make_run(tmp_path / "run", "reach-v3", [True] * 4, "algo=bc_then_odt", "algo.env_steps=2000")
+    folder = make_run(
+        tmp_path / "run", "reach-v3", [True] * 4, "algo=bc_then_odt", "algo.env_steps=2000", "eval.at=[1000]"
+    )
     points = [
         (0, {"eval/success_rate": 0.1, "eval_before/success_rate": 0.1}),
         (0, {"eval/success_rate": 0.3, "eval_cloned/success_rate": 0.3}),

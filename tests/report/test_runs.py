@@ -15,7 +15,8 @@ import yaml
 from eva_rl.benchmark.records import write_record
 from eva_rl.configs.finetune import FinetuneConfig
 from eva_rl.errors import UserError
-from eva_rl.report.methods import make_methods
+from eva_rl.report.comparison import Resampling, analyse
+from eva_rl.report.methods import group_tasks, make_methods
 from eva_rl.report.reading import episodes_by_seed, find_runs, is_record
 from eva_rl.report.runs import (
     DIGEST,
@@ -29,6 +30,7 @@ from eva_rl.report.runs import (
     select,
 )
 from eva_rl.report.settings import settings_of
+from eva_rl.report.warnings import warnings_of
 from eva_rl.rollouts.episodes import EpisodeRecord
 from eva_rl.rollouts.evaluation import EvaluationResult
 from tests.report.making_groups import make_run
@@ -158,6 +160,42 @@ def test_a_run_directory_says_what_it_is_in_its_study(tmp_path: Path) -> None:
         runs, (problem,) = read_runs([folder])
         assert (runs, problem.kind) == ([], "damaged")
         assert "study.json names no method of a study" in problem.reason
+
+
+def test_a_run_of_a_study_that_does_not_say_what_it_is_does_not_count(tmp_path: Path) -> None:
+    """Its benchmark was killed: a tuning run was compared as one of the test phase."""
+    folder = run_folder(tmp_path / "run")
+    (folder / "config.yaml").write_text(CONFIG + f"study: {'a' * 64}\n")
+    runs, (problem,) = read_runs([folder])
+    assert (runs, problem.kind) == ([], "unfinished")
+    assert problem.reason == "of a study, without study.json; type the study's command once more"
+    (folder / "study.json").write_text('{"method": "mine", "tuning": {"algo.x": true}}')
+    assert len(read_runs([folder])[0]) == 1
+
+
+def test_a_run_that_diverged_is_named(tmp_path: Path) -> None:
+    """It was "unfinished", and its method was judged by the seeds that survived."""
+    folder = run_folder(tmp_path / "run", None)
+    (folder / "config.yaml").write_text(CONFIG + "  method: eva\nseed: 3\n")
+    (folder / "not_finite.json").write_text('{"reason": "The loss is not finite at step 3."}')
+    runs, (problem,) = read_runs([folder])
+    assert (runs, problem.kind, problem.reason) == ([], "diverged", "The loss is not finite at step 3.")
+    assert problem.run is not None
+    assert (problem.run.task, problem.run.method, problem.run.tuning) == ("t", "eva", None)
+    (group,) = group_tasks([make_run("eva", "t", seed, 0.5) for seed in (1, 2)])
+    told = [warning for warning in warnings_of(analyse(group, Resampling(20)), [problem]) if warning.severe]
+    seed = problem.run.seed
+    assert f"Diverged, and left out of what is said of the method: eva on t, seed {seed}." in {w.text for w in told}
+
+
+def test_links_to_folders_are_followed_once(tmp_path: Path) -> None:
+    """Runs on another disk were left out without a word."""
+    run_folder(tmp_path / "scratch" / "far" / "run")
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "linked").symlink_to(tmp_path / "scratch" / "far")
+    (tmp_path / "scratch" / "far" / "loop").symlink_to(tmp_path / "scratch")
+    (tmp_path / "runs" / "broken").symlink_to(tmp_path / "gone")
+    assert [path.resolve() for path in find_runs([str(tmp_path / "runs")])] == [tmp_path / "scratch" / "far" / "run"]
 
 
 def set_in(*path: str, to: Any) -> Callable[[dict[str, Any]], None]:

@@ -76,6 +76,17 @@ def test_what_was_chosen_and_whether_it_is_at_an_end(key: str, values: list[Any]
     assert "on tuning-task and seeds 0, 1, none of which is tested above" in section.text[0]
 
 
+def test_ends_of_a_grid_of_two_settings_and_its_axis() -> None:
+    """Only the first and the last combination were called ends; a method's own grid came last on the axis."""
+    runs = [tuned("a", {"algo.lr": lr, "adapter.rank": r}, 0.5) for lr in (0.1, 0.2, 0.3) for r in (2, 4, 8)]
+    best = {"algo.lr": 0.3, "adapter.rank": 4}
+    (section,) = tuning_sections([*runs, *chosen("a", best)], chosen("a", best), "final")
+    assert any("At an end of the grid, so that a better value may lie outside: a (lr=0.3)." in t for t in section.text)
+    own = [*grid("b", "algo.lr", [0.01, 0.02]), *grid("a", "algo.lr", [0.1, 0.2])]
+    axes = tuning_figure(tuning_scores(tried_settings(own, "final")), "score").axes[0]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["lr=0.01", "lr=0.02", "lr=0.1", "lr=0.2"]
+
+
 def test_settings_are_ranked_within_tasks() -> None:
     nan = float("nan")
     tried = [

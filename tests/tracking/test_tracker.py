@@ -7,7 +7,9 @@ import sqlite3
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -352,3 +354,22 @@ def test_a_full_disk_is_one_message(tmp_path: Path) -> None:
         tracker.log({"train/loss": 1.0}, 1)
     with pytest.raises(UserError, match="could not be written"):
         tracker.close()
+
+
+def test_a_disk_that_a_tracker_finds_full_is_one_message_too(tmp_path: Path) -> None:
+    """TensorBoard's files grow faster than the record, and ended the run with two tracebacks."""
+
+    class Full:
+        def __getattr__(self, name: str) -> Any:
+            raise OSError(28, "No space left on device")
+
+    tracker = Tracker(tmp_path, trackers=())
+    tracker._sinks = [Full()]
+    for what in (
+        partial(tracker.log, {"train/loss": 1.0}, 1),
+        partial(tracker.histogram, "a", np.zeros(3), 1),
+        partial(tracker.video, "a", tmp_path, 1),
+        tracker.close,
+    ):
+        with pytest.raises(UserError, match=r"could not be written: .*No space left.*Free some space"):
+            what()
