@@ -6,6 +6,7 @@ import io
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from textwrap import fill
 from typing import Any
 
 import matplotlib as mpl
@@ -37,6 +38,10 @@ STYLE: Any = {
     "svg.hashsalt": "eva-rl",  # the same figure is the same file
 }
 MOST_PAIRS = 20
+LEGEND_LETTERS = 100
+"""That fit side by side in a legend below a figure, with six for a line and the room around."""
+TICK_LETTERS = 36
+"""In a line of a method's name beside a figure."""
 WIDTH = 7.0
 """Inches. A page shows figures from the width of a phone to that of its text: letters stay legible at both."""
 
@@ -54,7 +59,7 @@ def aggregate_figure(analysis: Analysis) -> Figure:
         for place, label in enumerate(labels):
             _interval(axes, analysis.aggregates[label][name], place, _colour(analysis, label))
         axes.set(title=name, ylim=(-0.6, len(labels) - 0.4), xlabel=analysis.group.title)
-        axes.set_yticks(range(len(labels)), labels)
+        axes.set_yticks(range(len(labels)), [fill(label, TICK_LETTERS) for label in labels])
         axes.grid(axis="y", visible=False)
         axes.locator_params(axis="x", nbins=4)
         _whole_axis(axes, analysis, wide=False)
@@ -82,7 +87,7 @@ def improvement_figure(analysis: Analysis) -> Figure:
     for place, comparison in enumerate(comparisons):
         _interval(axes, comparison.improvement, place, _colour(analysis, comparison.first))
     axes.axvline(0.5, color=INK, lw=1, ls="--", alpha=0.6)
-    axes.set_yticks(range(len(comparisons)), [f"{c.first} > {c.second}" for c in comparisons])
+    axes.set_yticks(range(len(comparisons)), [fill(f"{c.first} > {c.second}", TICK_LETTERS) for c in comparisons])
     axes.set(
         xlim=(-0.02, 1.02), ylim=(-0.6, len(comparisons) - 0.4), xlabel="probability that a run of the first is better"
     )
@@ -97,7 +102,7 @@ def profile_figure(analysis: Analysis) -> Figure:
     for label, estimate in analysis.profiles.items():
         _band(axes, analysis.thresholds, estimate, _colour(analysis, label), label)
     axes.set(xlabel=f"{analysis.group.title} above", ylabel="share of runs", ylim=(-0.02, 1.02))
-    _legend(axes, len(analysis.profiles))
+    _legend(axes)
     return figure
 
 
@@ -119,7 +124,7 @@ def task_figure(analysis: Analysis) -> Figure:
     axes.set(ylim=(-0.6, len(tasks) - 0.4), xlabel=analysis.group.title)
     _whole_axis(axes, analysis)
     axes.grid(axis="y", visible=False)
-    _legend(axes, len(labels) + 1)
+    _legend(axes)
     return figure
 
 
@@ -133,7 +138,7 @@ def curve_figure(analysis: Analysis, curves: Mapping[str, Sequence[Curve]]) -> F
         axes.set(xlabel=AXES[axis], ylabel=f"IQM of {analysis.group.title}" if index == 0 else "")
         if analysis.group.bounded:
             axes.set_ylim(-0.02, 1.02)
-    _legend(figure.axes[0], len(analysis.group.methods))
+    _legend(figure.axes[0])
     return figure
 
 
@@ -174,10 +179,16 @@ def _band(axes: Axes, places: Any, estimate: stats.Estimate, index: int, label: 
     axes.fill_between(places, estimate.low, estimate.high, color=style["color"], alpha=0.15, lw=0)
 
 
-def _legend(axes: Axes, entries: int) -> None:
-    axes.figure.legend(
-        *axes.get_legend_handles_labels(), loc="outside lower center", ncols=min(entries, 5), fontsize="small"
-    )
+def _legend(axes: Axes) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    columns = legend_columns(labels)
+    axes.figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize="small")
+
+
+def legend_columns(labels: Sequence[str]) -> int:
+    """How many columns of a legend fit below a figure."""
+    longest = max(map(len, labels), default=0)
+    return max(1, min(len(labels), 5, LEGEND_LETTERS // (longest + 6)))
 
 
 def picture(figure: Figure, kind: str) -> bytes:

@@ -146,13 +146,18 @@ NAME = 10
 
 
 def terminal_table(table: Table, width: int) -> RichTable:
-    """A table for a terminal so wide; in a narrow one intervals get lines of their own, then names are folded."""
-    rows = [list(row) for row in table.rows]
-    if _widths(table.columns, rows)[1] > width:
+    """A table for a terminal so wide.
+
+    In a narrow one intervals get lines of their own, then many columns become rows, then names are folded.
+    """
+    columns, rows = list(table.columns), [list(row) for row in table.rows]
+    if _widths(columns, rows)[1] > width:
         rows = [[cell.replace(" [", "\n[") for cell in row] for row in rows]
-    first, whole = _widths(table.columns, rows)
+    if _widths(columns, rows)[1] > width and len(columns) > len(rows) + 1:
+        columns, *rows = map(list, zip(columns, *rows, strict=True))
+    first, whole = _widths(columns, rows)
     shown = RichTable(title=Text(table.title))
-    for index, column in enumerate(table.columns):
+    for index, column in enumerate(columns):
         keep = index > 0 and whole - first + NAME <= width
         shown.add_column(Text(column), justify="right" if index else "left", overflow="fold", no_wrap=keep)
     for row in rows:

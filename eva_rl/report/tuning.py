@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from scipy.stats import rankdata
 
-from eva_rl.report.figures import WIDTH, colour_and_marker, legend_label
+from eva_rl.report.figures import WIDTH, colour_and_marker, legend_columns, legend_label
 from eva_rl.report.page import Picture, Section
 from eva_rl.report.runs import RETURN, Run, score_keys
 from eva_rl.report.stats.aggregates import Floats
@@ -226,7 +226,6 @@ def tuning_figure(scores: Scores, title: str) -> Figure:
     if len(" ".join(settings)) > ROOM:
         axes.tick_params(axis="x", labelrotation=20)
     axes.set(ylabel=title)
-    figure.legend(
-        *axes.get_legend_handles_labels(), loc="outside lower center", ncols=min(len(scores), 5), fontsize="small"
-    )
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=legend_columns(labels), fontsize="small")
     return figure
