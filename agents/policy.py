@@ -57,16 +57,40 @@ class Conditioning:
 
     Attributes:
         target_return: Used for tasks that ``per_env`` does not name.
-        per_env: Target return by env id.
+        per_env: Target return by env id; ``push-v3`` is ``metaworld/push-v3`` here, and ``module:Env-v0`` ``Env-v0``.
     """
 
     target_return: float
     per_env: Mapping[str, float] = field(default_factory=dict)
 
     def of(self, env_id: str) -> float:
-        """Target return for a task, unscaled."""
-        own = self.per_env.get(env_id.partition("?")[0], self.target_return)  # options of a task follow a "?"
-        return self.per_env.get(env_id, own)
+        """Target return for a task, unscaled: for the task with its options, else without them."""
+        for name in (env_id, env_id.partition("?")[0]):  # options of a task follow a "?"
+            if name in self.per_env:
+                return self.per_env[name]
+            if (other := next((one for one in self.per_env if same_task(one, name)), None)) is not None:
+                return self.per_env[other]
+        return self.target_return
+
+    def with_target(self, target_return: float, env_id: str) -> Conditioning:
+        """The same, but for one task."""
+        others = {name: value for name, value in self.per_env.items() if not same_task(name, env_id)}
+        return replace(self, per_env={**others, env_id: float(target_return)})
+
+
+def same_task(first: str, second: str) -> bool:
+    """Whether two names are of one task: one may leave out the module to import, or the namespace."""
+    if first == second:
+        return True
+    (one, own), (other, theirs) = (_task_and_options(name) for name in (first, second))
+    short = one if "/" not in one else other if "/" not in other else ""
+    return own == theirs and (one == other or (short != "" and one.rpartition("/")[2] == other.rpartition("/")[2]))
+
+
+def _task_and_options(name: str) -> tuple[str, str]:
+    """A task's name without the module to import, and its options."""
+    task, _, options = name.partition("?")
+    return task.rpartition(":")[2], options
 
 
 class DecisionTransformerPolicy:
@@ -147,8 +171,7 @@ class DecisionTransformerPolicy:
 
     def set_target_return(self, target_return: float, env_id: str) -> None:
         """Ask for this return on this task from now on."""
-        per_env = {**self.conditioning.per_env, env_id: float(target_return)}
-        self.conditioning = replace(self.conditioning, per_env=per_env)
+        self.conditioning = self.conditioning.with_target(target_return, env_id)
 
     def check_dimensions(self, observation_dim: int, action_dim: int, what: str) -> None:
         """Raise unless the policy fits.

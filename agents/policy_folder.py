@@ -26,6 +26,8 @@ __all__ = ["FORMAT", "FORMAT_VERSION", "find_policy", "load_base_policy", "polic
 
 POLICY_FILE = "policy.json"
 WEIGHTS_FILE = "model.safetensors"
+REPLACED = (POLICY_FILE, WEIGHTS_FILE, "adapter", "README.md")
+"""What a policy that is written may replace."""
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
@@ -35,13 +37,19 @@ def shipped_policies() -> dict[str, Path]:
     return {path.name: path for path in sorted(folder.glob("*")) if (path / POLICY_FILE).is_file()}
 
 
-def find_policy(name_or_path: str) -> Path:
+def find_policy(name_or_path: str | Path) -> Path:
     """Folder (or file of weights) of a policy, given its path, a shipped name or a Hugging Face hub id.
 
     Raises:
         UnknownNameError: None of them.
-        UserError: The hub id could not be fetched.
+        UserError: The hub id could not be fetched, or something other than a name was given.
     """
+    if not isinstance(name_or_path, str | Path):
+        raise UserError(
+            f"A policy is loaded by its name or path, got a {type(name_or_path).__name__}. For a model of transformers "
+            "name the folder that its save_pretrained() wrote."
+        )
+    name_or_path = str(name_or_path)
     path, begun = expanded(name_or_path), False
     with suppress(OSError):  # too long a name is no path
         for folder in (path, path / "policy"):
@@ -82,7 +90,7 @@ def load_base_policy(
     Raises:
         UserError: No such policy, or its files are damaged or do not fit each other.
     """
-    return read_policy(find_policy(str(name_or_path)), options).to(device)
+    return read_policy(find_policy(name_or_path), options).to(device)
 
 
 def read_policy(path: Path, options: ImportOptions | None = None) -> DecisionTransformerPolicy:
@@ -123,21 +131,22 @@ def save_policy(
     """Write a policy folder, completely or not at all.
 
     Args:
-        folder: Where to; what was there is replaced.
+        folder: Where to; a policy that was there is replaced.
         policy: What to write.
         weights: The base network's weights where they are not ``policy.network.state_dict()`` (an adapter is
             injected, say).
         dtype: Precision of the weights on disk; they are loaded as float32.
 
     Raises:
-        UserError: The policy has an adapter, and the base network's weights are not given.
+        UserError: The policy has an adapter, and the base network's weights are not given; or the folder holds
+            something other than a policy.
     """
     if weights is None and any(".base_layer." in name for name in policy.network.state_dict()):
         raise UserError(
             "save_policy writes a policy without adapters, and this one has some. Use "
             "eva_rl.adapters.save_adapted_policy, or PEFT's merge_and_unload() first."
         )
-    write_folder(expanded(folder), lambda aside: write_policy_files(aside, policy, weights, dtype))
+    write_folder(expanded(folder), lambda aside: write_policy_files(aside, policy, weights, dtype), REPLACED)
 
 
 def write_policy_files(

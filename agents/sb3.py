@@ -40,8 +40,8 @@ class PredictAdapter:
         Below a VecNormalize, that is an environment that holds one, the rewards are those before its scaling.
 
         Raises:
-            UserError: No environment of Stable-Baselines3's, or the single environments scale their rewards by a
-                running estimate (NormalizeReward), which cannot be undone.
+            UserError: No environment of Stable-Baselines3's; the single environments scale their rewards by a running
+                estimate (NormalizeReward), which cannot be undone; or a VecNormalize normalises observations.
         """
         if not isinstance(vec_env, VecEnv):
             raise UserError(
@@ -52,6 +52,11 @@ class PredictAdapter:
             raise UserError(
                 "The environments are wrapped in gymnasium's NormalizeReward: returns-to-go cannot be counted down "
                 "from scaled rewards. Make them without it, or use VecNormalize, whose original rewards are known."
+            )
+        if any(layer.norm_obs for layer in _normalizations(vec_env)):
+            raise UserError(
+                "VecNormalize normalises observations, and the policy has a normalisation of its own. Make it with "
+                "norm_obs=False."
             )
         return _RewardListener(vec_env, self)
 
@@ -112,7 +117,7 @@ class _RewardListener(VecEnvWrapper):
     def __init__(self, vec_env: VecEnv, adapter: PredictAdapter) -> None:
         super().__init__(vec_env)
         self._adapter = adapter
-        self._normalize = _innermost_normalize(vec_env)
+        self._normalize = next(iter(_normalizations(vec_env)[::-1]), None)
 
     def reset(self) -> VecEnvObs:
         return self.venv.reset()
@@ -123,11 +128,11 @@ class _RewardListener(VecEnvWrapper):
         return observations, rewards, dones, infos
 
 
-def _innermost_normalize(vec_env: VecEnv) -> VecNormalize | None:
-    """The VecNormalize of a stack that sees rewards first."""
-    found, layer = None, vec_env
+def _normalizations(vec_env: VecEnv) -> list[VecNormalize]:
+    """Those of a stack; the last one sees observations and rewards first."""
+    found, layer = [], vec_env
     while isinstance(layer, VecEnvWrapper):
-        found = layer if isinstance(layer, VecNormalize) else found
+        found += [layer] if isinstance(layer, VecNormalize) else []
         layer = layer.venv
     return found
 

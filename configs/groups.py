@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from eva_rl.data.selection import WEIGHTINGS
-from eva_rl.envs.names import DENSE, REWARD, REWARDS, TIMEOUT, value_of_text, with_options
+from eva_rl.envs.names import DENSE, REWARD, REWARDS, TIMEOUT, with_options
 from eva_rl.options import MANY, Options, group, option
 from eva_rl.rollouts.experts import ActionNoise
 from eva_rl.seeding import MAX_SEED
@@ -41,10 +41,13 @@ class EnvOptions(Options):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.id:
-            kwargs = {key: value_of_text(v) if isinstance(v, str) else v for key, v in self.kwargs.items()}
-            kwargs |= {} if self.reward == DENSE else {REWARD: self.reward}
-            self.id = with_options(self.id, kwargs, self.goal)
+            self.id = self.named(self.id)
             self.kwargs, self.goal, self.reward = {}, None, DENSE  # they are part of the name from here on
+
+    def named(self, task: str) -> str:
+        """A task with these options in its name."""
+        reward = {} if self.reward == DENSE else {REWARD: self.reward}
+        return with_options(task, {**self.kwargs, **reward}, self.goal)
 
 
 @dataclass

@@ -125,7 +125,8 @@ class CheckedEnv(gym.Wrapper[NDArray[np.float32], NDArray[np.float32], Any, Any]
         return row
 
     def _floats(self, value: Any, what: str) -> NDArray[np.float32]:
-        array = np.asarray(value)
+        with self._failures(f"reading {what}"):
+            array = np.asarray(value)
         if array.dtype.kind not in "fiub":
             raise self._error(f"{what} is of type {array.dtype}, not of numbers")
         with np.errstate(over="ignore"):  # becomes infinite, which is found
@@ -173,7 +174,10 @@ def success_of(info: dict[str, Any]) -> bool | None:
     value = info.get("success") if value is None else value
     if value is None:
         return None
-    value = np.asarray(value.cpu() if hasattr(value, "cpu") else value)  # tensors of simulators on a GPU
+    try:
+        value = np.asarray(value.cpu() if hasattr(value, "cpu") else value)  # tensors of simulators on a GPU
+    except (RuntimeError, TypeError, ValueError):
+        return None
     if value.dtype.kind not in "biuf" or np.isnan(value).any():
         return None
     return bool(value.any())

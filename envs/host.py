@@ -140,6 +140,13 @@ class EnvHost:
         """Set an attribute of an environment."""
         self.envs[row].set_wrapper_attr(name, value)
 
+    def is_wrapped(self, row: int, kind: type) -> bool:
+        """Whether one of an environment's wrappers is of this class."""
+        layer: Any = self.envs[row]
+        while layer is not None and not isinstance(layer, kind):
+            layer = getattr(layer, "env", None)
+        return layer is not None
+
     def close(self) -> None:
         """Close the environments."""
         for env in self.envs.values():

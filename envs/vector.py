@@ -157,8 +157,8 @@ class TaskVecEnv(VecEnv):
         ]
 
     def env_is_wrapped(self, wrapper_class: Any, indices: Any = None) -> list[bool]:
-        """Stable-Baselines3 asks for its Monitor; there is none inside."""
-        return [False for _ in self._get_indices(indices)]
+        """Whether a wrapper of an environment's own is of this class; Stable-Baselines3's Monitor is none of them."""
+        return [self._owners[row].call("is_wrapped", row, wrapper_class) for row in self._get_indices(indices)]
 
 
 class LocalHost:
@@ -210,8 +210,19 @@ class EnvBlock:
     def begin_step(
         self, actions: NDArray[Any], chosen: NDArray[np.bool_] | None = None, *, autoreset: bool = False
     ) -> None:
-        """Begin one env step of the block's environments, or of some of them; actions are (len(rows), act)."""
-        self.arrays.actions[self.rows] = actions
+        """Begin one env step of the block's environments, or of some of them; actions are (len(rows), act).
+
+        Raises:
+            UserError: They have another shape, or are no numbers of numpy.
+        """
+        expected = (len(self.rows), *self.arrays.actions.shape[1:])
+        try:
+            given = np.asarray(actions)
+        except (RuntimeError, TypeError, ValueError) as error:  # a tensor that requires a gradient, say
+            raise UserError(f"The policy's actions are no numpy array: {error}") from error
+        if given.shape != expected:
+            raise UserError(f"The policy returned actions of shape {given.shape}, expected (n, act) = {expected}.")
+        self.arrays.actions[self.rows] = given
         self._begin("step", self._chosen(chosen), autoreset)
 
     def finish(self) -> None:

@@ -15,7 +15,7 @@ from eva_rl.agents import DecisionTransformerPolicy
 from eva_rl.agents.context import Acting
 from eva_rl.cli.command import run_command
 from eva_rl.cli.console import console, counting_progress, say
-from eva_rl.cli.loading import open_policy
+from eva_rl.cli.loading import check_has_no_demonstrations, open_policy
 from eva_rl.cli.machine import prepare_machine, versions
 from eva_rl.cli.parsing import register
 from eva_rl.configs.groups import EnvOptions, HeldOutOptions, MachineOptions, PolicyOptions
@@ -101,6 +101,7 @@ def evaluate(config: EvaluateConfig) -> None:
         check_new(out)
     if config.video:
         check_folder(VIDEOS, "working directory, or leave out video=true")
+    check_has_no_demonstrations(config.policy)
     device = prepare_machine(config, config.env.timeout)
     policy = open_policy(
         config.policy, device, adapters=config.adapters, target_return=next(iter(config.targets), None)
@@ -116,10 +117,17 @@ def evaluate(config: EvaluateConfig) -> None:
     if config.video and first:
         check_frames(tasks[0], config.env.horizon)
     set_targets(policy, tasks, config)
-    results, without = play(policy, tasks, config)
-    show(results, without)
-    if out is not None and first:
-        write_json(out, record(config, policy, results, without))
+    played = Played()
+    try:
+        play(policy, tasks, config, played)
+    finally:
+        results, without = played.complete()
+        if results:
+            show(results, without)
+            if len(results) < len(tasks):
+                say(f"Not played to the end: {', '.join(tasks[len(results) :])}.")
+            if out is not None and first:
+                write_json(out, record(config, policy, results, without))
     for task in tasks if config.video and first else ():
         activate_adapter(policy, task, config.adapter != "off")
         path = VIDEOS / f"{task.replace('/', '-')}.gif"
@@ -147,18 +155,35 @@ def chosen_tasks(config: EvaluateConfig, policy: DecisionTransformerPolicy) -> l
             f"The policy {config.policy.path} says that it was trained on {asked!r}, which is imported or built only "
             f"where you ask for it. Type env={asked}."
         )
-    tasks = task_ids(asked)
+    tasks = task_ids(config.env.named(asked))  # where env= was typed, its options are in the name already
     for task in tasks:
-        env_spec(task, config.env.horizon)
+        spec = env_spec(task, config.env.horizon)
+        policy.check_dimensions(spec.observation_dim, spec.action_dim, task)
+        policy.check_action_bounds(spec.action_low, spec.action_high, task)
     return tasks
 
 
-def play(
-    policy: AdaptedPolicy, tasks: Sequence[str], config: EvaluateConfig
-) -> tuple[list[EvaluationResult], list[EvaluationResult]]:
+@dataclass
+class Played:
+    """Evaluations in the order of the tasks.
+
+    Attributes:
+        shown: With the adapter, or without one where it is off.
+        without: Those without it that are compared with them.
+    """
+
+    shown: list[EvaluationResult] = field(default_factory=list)
+    without: list[EvaluationResult] = field(default_factory=list)
+
+    def complete(self) -> tuple[list[EvaluationResult], list[EvaluationResult]]:
+        """Both, of the tasks that were played in all ways."""
+        done = len(self.without) if self.without else len(self.shown)
+        return self.shown[:done], self.without
+
+
+def play(policy: AdaptedPolicy, tasks: Sequence[str], config: EvaluateConfig, played: Played) -> None:
     """Evaluate on each task, and for ``adapter=both`` also without adapters, on the same goals."""
     ways = [True, False] if config.adapter == "both" else [config.adapter == "on"]
-    results: dict[bool, list[EvaluationResult]] = {True: [], False: []}
     with counting_progress(
         "Episodes", ProcessGroup.current().local_count(config.eval.episodes) * len(tasks) * len(ways)
     ) as advance:
@@ -175,8 +200,7 @@ def play(
                     on_episode=advance,
                     stop_at_success=bool(config.eval.stop_at_success),
                 )
-                results[adapted].append(found)
-    return (results[True], results[False]) if ways[0] else (results[False], [])
+                (played.shown if adapted is ways[0] else played.without).append(found)
 
 
 def activate_adapter(policy: AdaptedPolicy, task: str, adapted: bool) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -17,10 +17,11 @@ from eva_rl.adapters.model_card import NEEDED, model_card, pretrained_card
 from eva_rl.adapters.validation import ADAPTER_FILES, ADAPTER_FOLDER
 from eva_rl.agents import DecisionTransformerPolicy
 from eva_rl.agents.huggingface import COMPANION_FILE, CONFIG_FILE, PICKLE_FILE, export_huggingface
+from eva_rl.agents.policy import Conditioning
 from eva_rl.agents.policy_folder import HUB_ID, POLICY_FILE, WEIGHTS_FILE, find_policy, write_policy_files
 from eva_rl.cli.command import run_command
 from eva_rl.cli.console import say
-from eva_rl.cli.loading import open_policy
+from eva_rl.cli.loading import check_has_no_demonstrations, open_policy
 from eva_rl.cli.parsing import register
 from eva_rl.configs.groups import PolicyOptions
 from eva_rl.errors import UserError
@@ -75,6 +76,7 @@ register("export", ExportConfig, {})
 
 def export(config: ExportConfig) -> None:
     """Write the folder, and push it where asked to."""
+    check_has_no_demonstrations(config.policy)
     with TemporaryDirectory() as temporary:
         named = config.out or ("" if config.push else expanded(config.policy.path).absolute().name + ONNX_SUFFIX)
         out = expanded(named) if named else Path(temporary) / "policy"
@@ -94,9 +96,15 @@ def export(config: ExportConfig) -> None:
 def write_exported(out: Path, config: ExportConfig) -> None:
     """Write the policy in the form that ``to`` names, with its model card."""
     if config.to == "adapter":
+        others = [f.name for f in fields(PolicyOptions) if f.name != "path"]
+        if changed := [name for name in others if getattr(config.policy, name) != getattr(PolicyOptions, name)]:
+            given = ", ".join(f"policy.{name}" for name in changed)
+            raise UserError(f"to=adapter copies a policy as it is: leave out {given}, or use to=merged.")
         copy_policy(config.policy.path, out)
         return
     policy = open_policy(config.policy, torch.device("cpu"), merge=True)
+    if config.policy.target_return is not None:
+        policy.conditioning = Conditioning(config.policy.target_return)
     card = card_of(policy, config.policy.path, config.to)
     if config.to == "huggingface":
         export_huggingface(policy, out)

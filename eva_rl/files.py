@@ -10,7 +10,7 @@ import re
 import shutil
 import stat
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -250,12 +250,22 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
             aside.unlink(missing_ok=True)
 
 
-def write_folder(path: Path, write: Callable[[Path], object]) -> None:
+def write_folder(path: Path, write: Callable[[Path], object], own: Collection[str] | None = None) -> None:
     """Let ``write`` fill a folder beside ``path``, then sync it and move it to ``path``, replacing what was there.
 
+    Args:
+        path: Where to.
+        write: Fills the folder that it is given.
+        own: Names of what may be replaced; None replaces anything.
+
     Raises:
-        UserError: The disk is full or not writable; ``path`` is as it was.
+        UserError: There is something else, or the disk is full or not writable; ``path`` is as it was.
     """
+    path = path.absolute()
+    if own is not None and path.exists():
+        others = [path.name] if path.is_file() else sorted(p.name for p in path.iterdir() if p.name not in own)
+        if others:
+            raise UserError(f"{path} holds {', '.join(others[:5])}, which would be lost. Name another folder.")
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
     with disk_errors(path):
         try:

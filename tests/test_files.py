@@ -16,6 +16,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from eva_rl.agents.huggingface import export_huggingface
+from eva_rl.agents.policy_folder import save_policy
+from eva_rl.data.formats.store import write_store
 from eva_rl.errors import UserError
 from eva_rl.files import (
     alone,
@@ -36,6 +39,8 @@ from eva_rl.files import (
 )
 from eva_rl.schema import Integer, Record
 from tests import forks
+from tests.conftest import make_policy
+from tests.data.making import random_trajectories
 
 
 def listed(folder: Path) -> list[str]:
@@ -64,6 +69,27 @@ def test_a_written_folder_replaces_the_old_one_whole(tmp_path: Path) -> None:
     for name in ("first", "second"):
         write_folder(tmp_path / "deep/b", lambda aside, name=name: (aside / name).write_text(name))
     assert listed(tmp_path) == ["deep", "deep/b", "deep/b/second"]
+
+
+def test_only_what_is_its_own_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A policy that was saved into a folder removed all that lay there."""
+    save_policy(tmp_path / "run", make_policy())
+    save_policy(tmp_path / "run", make_policy())
+    (tmp_path / "run" / "thesis.txt").write_text("words")
+    for save in (
+        lambda: save_policy(tmp_path / "run", make_policy()),
+        lambda: export_huggingface(make_policy(), tmp_path / "run"),
+        lambda: write_store(tmp_path / "run", [random_trajectories()], "mine"),
+    ):
+        with pytest.raises(UserError, match=r"run holds .*thesis\.txt, which would be lost\. Name another folder"):
+            save()
+    assert (tmp_path / "run" / "thesis.txt").read_text() == "words"
+    (tmp_path / "file").write_text("words")
+    with pytest.raises(UserError, match="holds file, which would be lost"):
+        save_policy(tmp_path / "file", make_policy())
+    monkeypatch.chdir(tmp_path / "run")
+    with pytest.raises(UserError, match="would be lost"):
+        save_policy(".", make_policy())
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")

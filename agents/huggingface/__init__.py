@@ -183,14 +183,14 @@ def export_huggingface(
 
     Args:
         policy: What to write.
-        folder: Where to; what was there is replaced.
+        folder: Where to; such a folder that was there is replaced.
         weights: The base network's weights where they are not ``policy.network.state_dict()``: merged ones, say.
 
     Returns:
         What the model in the folder does not have or does otherwise, a sentence each.
 
     Raises:
-        UserError: Hugging Face's model cannot represent the policy.
+        UserError: Hugging Face's model cannot represent the policy, or the folder holds something else.
     """
     config = policy.network.config
     theirs = huggingface_config(config)
@@ -208,7 +208,7 @@ def export_huggingface(
         record = policy_record(policy) | {"notes": notes}
         write_json(aside / COMPANION_FILE, sealed(record, aside, [CONFIG_FILE, SAFETENSORS_FILE]))
 
-    write_folder(expanded(folder), write)
+    write_folder(expanded(folder), write, (CONFIG_FILE, SAFETENSORS_FILE, COMPANION_FILE, "README.md"))
     for note in notes:
         log.info("%s: %s", folder, note)
     return notes

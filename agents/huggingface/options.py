@@ -60,6 +60,8 @@ class ImportOptions:
         """What was given, over what is known otherwise, over the defaults."""
         given = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
         defaults = {"context_length": DEFAULT_CONTEXT_LENGTH, "return_scale": DEFAULT_RETURN_SCALE, "env_id": ""}
+        if self.target_return is not None:
+            known = {name: value for name, value in known.items() if name != "per_env"}
         return {**defaults, **known, **given}
 
 

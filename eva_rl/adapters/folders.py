@@ -21,7 +21,7 @@ from eva_rl.adapters.validation import (
 )
 from eva_rl.agents.huggingface.options import ImportOptions
 from eva_rl.agents.policy import DecisionTransformerPolicy
-from eva_rl.agents.policy_folder import find_policy, read_policy, weights_digest, write_policy_files
+from eva_rl.agents.policy_folder import REPLACED, find_policy, read_policy, weights_digest, write_policy_files
 from eva_rl.errors import UserError
 from eva_rl.files import expanded, sealed, write_folder, write_json
 
@@ -37,13 +37,14 @@ def save_adapted_policy(
     ``peft.PeftModel.from_pretrained`` puts the adapter on it.
 
     Args:
-        folder: Where to; what was there is replaced.
+        folder: Where to; a policy that was there is replaced.
         policy: With the adapter attached.
         adapter: What :func:`eva_rl.adapters.attach_adapter` returned.
         model_card: Text of README.md.
 
     Raises:
-        UserError: An adapter is merged into the weights: the base would hold it, too.
+        UserError: An adapter is merged into the weights: the base would hold it, too; or the folder holds something
+            other than a policy.
     """
     refuse_merged(policy.network)
     folder = expanded(folder)
@@ -57,7 +58,7 @@ def save_adapted_policy(
         write_policy_files(aside, policy, weights, torch.float32, adapter_files=files)
         (aside / CARD_FILE).write_text(model_card)
 
-    write_folder(folder, write)
+    write_folder(folder, write, REPLACED)
 
 
 def _write_adapter(folder: Path, adapter: AttachedAdapter, model_card: str) -> None:
@@ -130,7 +131,7 @@ def load_policy(
             f"merge=True leaves open which of the adapters is merged ({', '.join(adapters)}). Leave it out, then call "
             "policy.adapters.use(NAME) and policy.adapters.merge_and_unload()."
         )
-    folder = find_policy(str(name_or_path))
+    folder = find_policy(name_or_path)
     policy = AdaptedPolicy(read_policy(folder, options))
     if not merge:  # merged weights are computed on the CPU: the same for every device
         policy.to(device)  # whose kind decides whether layers are fused

@@ -85,6 +85,19 @@ STD_EPSILON = 1e-6
 """Added to standard deviations, as the original Decision Transformer does."""
 
 
+def check_has_no_demonstrations(options: PolicyOptions) -> None:
+    """Raise where a command that has none is to take an imported policy's normalisation from demonstrations.
+
+    Raises:
+        UserError: It is.
+    """
+    if options.observations_from == FROM_DEMONSTRATIONS:
+        raise UserError(
+            f"policy.observations_from={FROM_DEMONSTRATIONS} stands for the demonstrations of a fine-tuning run, and "
+            "there are none here. Name the data: policy.observations_from=minari:ID."
+        )
+
+
 def _from_demonstrations(options: PolicyOptions) -> bool:
     return options.observations_from == FROM_DEMONSTRATIONS and options.target_return is None
 

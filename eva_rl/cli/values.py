@@ -22,7 +22,10 @@ EXPECTED = {
 INTERPOLATION = "${"
 QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""", re.DOTALL)
 PAIR = re.compile(rf"(?P<name>{QUOTED.pattern}|[^:]*)\s*:(?P<value>.*)", re.DOTALL)
-ENTRY = re.compile(r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|\[[^\]]*\]|\{[^}]*\}|[^,])+""")
+WHOLE = re.compile(r"[+-]?\d+")
+FRACTION = re.compile(r"[+-]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][+-]?\d+)?")
+TOKEN = re.compile(rf"{QUOTED.pattern}|.", re.DOTALL)
+CONSTANTS = {"true": True, "false": False, "null": None}
 
 
 def value_of(key: str, kind: Any, text: str) -> Any:
@@ -72,10 +75,16 @@ def _converted(key: str, kind: Any, text: str) -> Any:
 
 
 def _any(text: str) -> Any:
-    """A list, a whole number, or text."""
-    if text.startswith("["):
+    """A list, a table, a number, true, false, null, or text; what is quoted is text."""
+    if text.startswith("[") and text.endswith("]"):
         return [_any(entry) for entry in split_list(text)]
-    return int(text) if re.fullmatch(r"[+-]?\d+", text) else unquoted(text)
+    if text.startswith("{") and text.endswith("}"):
+        return {name: _any(entry) for name, entry in _pairs(text)}
+    if text in CONSTANTS:
+        return CONSTANTS[text]
+    if WHOLE.fullmatch(text):
+        return int(text)
+    return float(text) if FRACTION.fullmatch(text) else unquoted(text)
 
 
 def _whole(text: str) -> int:
@@ -121,8 +130,10 @@ def as_word(value: Any) -> str:
 
 
 def _as_entry(value: Any) -> str:
-    """As :func:`as_word`, of a list's or a table's entry: text is quoted where it might be taken apart."""
-    if isinstance(value, str | Path) and re.search(r"""[\s,:'"\[\]{}\\]""", str(value)):
+    """As :func:`as_word`, of a list's or a table's entry: text is quoted where it might be taken for something else."""
+    if isinstance(value, str | Path) and (
+        re.search(r"""[\s,:'"\[\]{}\\]""", str(value)) or _any(str(value)) != str(value)
+    ):
         return quoted(literal(str(value)))
     return as_word(value)
 
@@ -130,7 +141,14 @@ def _as_entry(value: Any) -> str:
 def split_list(text: str) -> list[str]:
     """Entries of ``[a=1,b=[2,3]]`` or ``a,b``: commas inside of brackets or quotes do not separate."""
     inner = text[1:-1] if text.startswith("[") and text.endswith("]") else text
-    return [entry.strip() for entry in ENTRY.findall(inner)]
+    entries, depth = [""], 0
+    for token in (found[0] for found in TOKEN.finditer(inner)):
+        depth = max(0, depth + (token in "[{") - (token in "]}"))
+        if token == "," and depth == 0:
+            entries.append("")
+        else:
+            entries[-1] += token
+    return [entry.strip() for entry in entries if entry]
 
 
 def _pairs(text: str) -> list[tuple[str, str]]:

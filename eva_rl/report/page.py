@@ -141,6 +141,8 @@ def _html_table(table: Table, titled: bool = True) -> str:
     return f'{heading}<div class="scroll"><table class="{kind}">\n{body}\n</table></div>{note}'
 
 
+LEAST_COLUMN = 10
+"""Columns of the terminal that a number with its interval takes, on lines of their own."""
 NAME = 10
 """Columns of the terminal that a folded name has at least."""
 
@@ -153,7 +155,7 @@ def terminal_table(table: Table, width: int) -> RichTable:
     columns, rows = list(table.columns), [list(row) for row in table.rows]
     if _widths(columns, rows)[1] > width:
         rows = [[cell.replace(" [", "\n[") for cell in row] for row in rows]
-    if _widths(columns, rows)[1] > width and len(columns) > len(rows) + 1:
+    if len(rows) + 1 < len(columns) and LEAST_COLUMN * len(columns) > width:
         columns, *rows = map(list, zip(columns, *rows, strict=True))
     first, whole = _widths(columns, rows)
     shown = RichTable(title=Text(table.title))

@@ -174,6 +174,11 @@ def evaluate_policy(  # noqa: PLR0913 - one call for users and for training; all
     """
     if isinstance(policy, str | Path):
         raise UserError(f"policy={str(policy)!r} is a name. Load it first: eva_rl.load_policy({str(policy)!r}).")
+    if missing := [name for name in ("observation_dim", "action_dim", "reset", "act") if not hasattr(policy, name)]:
+        raise UserError(
+            f"A {type(policy).__name__} is no policy: it has no {', '.join(missing)}. Load one with "
+            "eva_rl.load_policy(PATH), or give a class of your own these four (docs/tutorial.md)."
+        )
     if not isinstance(episodes, int | np.integer) or episodes < 1:
         raise UserError(f"episodes={episodes}: expected at least 1, and a whole number.")
     between(0, MAX_SEED, seed=seed)

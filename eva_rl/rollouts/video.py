@@ -224,8 +224,17 @@ def _play(policy: Policy, env: Any, env_id: str, seed: int, every: int, on_step:
 
 
 def _frame(env: Any, part: tuple[slice, slice] | None) -> Frame:
-    """A part of a frame, or all of it at half its size."""
-    frame = np.asarray(env.render(), np.uint8)
+    """A part of a frame, or all of it at half its size; grey ones become coloured.
+
+    Raises:
+        UserError: It is no picture of bytes.
+    """
+    rendered = np.asarray(env.render())
+    if rendered.dtype != np.uint8 or rendered.ndim not in {2, 3}:
+        raise UserError(
+            f"render() returned {rendered.dtype} of shape {rendered.shape}, expected uint8 of (height, width, 3)."
+        )
+    frame = np.stack([rendered] * 3, axis=-1) if rendered.ndim == 2 else rendered
     if part is not None and frame.shape[:2] == METAWORLD_FRAME:
         return frame[part].copy()
     return np.asarray(Image.fromarray(frame).reduce(2), np.uint8)

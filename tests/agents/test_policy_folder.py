@@ -17,7 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from eva_rl.agents import load_base_policy, save_policy
-from eva_rl.agents.policy import DecisionTransformerPolicy
+from eva_rl.agents.huggingface import ImportOptions, export_huggingface
+from eva_rl.agents.policy import Conditioning, DecisionTransformerPolicy
 from eva_rl.errors import UserError
 from eva_rl.rollouts.evaluation import evaluate_policy
 from tests.conftest import make_policy, unseal
@@ -149,3 +150,26 @@ def test_a_run_that_has_not_ended_is_told_from_an_unknown_policy(tmp_path: Path)
 def test_an_unknown_name_lists_what_there_is() -> None:
     with pytest.raises(UserError, match=r"Unknown policy 'nothing-like-it'.*policy\.json"):
         load_base_policy("nothing-like-it")
+
+
+def test_a_target_return_is_found_by_every_name_of_its_task() -> None:
+    """The one that was set as ``reach-v3`` was never asked for where the task was called ``metaworld/reach-v3``."""
+    policy = make_policy()
+    policy.conditioning = Conditioning(1.0, {"metaworld/reach-v3": 2.0, "my.module:Base-v0": 3.0, "a/push-v3": 4.0})
+    assert policy.conditioning.of("reach-v3") == policy.conditioning.of("metaworld/reach-v3?goal=7") == 2.0
+    assert policy.conditioning.of("Base-v0") == 3.0
+    assert policy.conditioning.of("b/push-v3") == policy.conditioning.of("other-v3") == 1.0
+    policy.set_target_return(5, "reach-v3")
+    policy.set_target_return(6, "metaworld/reach-v3?goal=7")
+    assert policy.conditioning.of("metaworld/reach-v3") == 5.0
+    assert policy.conditioning.of("reach-v3?goal=7") == 6.0
+    assert len(policy.conditioning.per_env) == 4
+
+
+def test_a_target_return_that_is_given_for_an_import_counts_for_all_tasks(tmp_path: Path) -> None:
+    policy = make_policy()
+    policy.conditioning = Conditioning(1.0, {"metaworld/reach-v3": 2.0})
+    export_huggingface(policy, tmp_path / "hf")
+    assert load_base_policy(tmp_path / "hf").conditioning.of("reach-v3") == 2.0
+    given = load_base_policy(tmp_path / "hf", options=ImportOptions(target_return=7.0))
+    assert given.conditioning.of("reach-v3") == 7.0

@@ -45,6 +45,12 @@ from eva_rl.errors import UserError
         (dict[str, int], "{}", {}),
         (dict[str, Any], "{a:1,b:x,c:[1,y]}", {"a": 1, "b": "x", "c": [1, "y"]}),
         (dict[str, float], "{q_proj:.5}", {"q_proj": 0.5}),
+        (dict[str, Any], "{range:[0.7,2.5],m:[[.1,2e-3],[3,-4]]}", {"range": [0.7, 2.5], "m": [[0.1, 2e-3], [3, -4]]}),
+        (
+            dict[str, Any],
+            "{a:true,b:null,c:'9',d:{e:[1]},f:1.2.3}",
+            {"a": True, "b": None, "c": "9", "d": {"e": [1]}, "f": "1.2.3"},
+        ),
         (int, "${seed}", "${seed}"),
     ],
 )
@@ -103,6 +109,7 @@ def test_quotes_are_undone(text: str) -> None:
         ("a,b", ["a", "b"]),
         ("[a=1,b=[2,3],c={d:4,e:5}]", ["a=1", "b=[2,3]", "c={d:4,e:5}"]),
         ("'a,b',c", ["'a,b'", "c"]),
+        ("a=[[1,2],[3,4]],b={a:[5,6]}", ["a=[[1,2],[3,4]]", "b={a:[5,6]}"]),
         ('"a\\",b",c', ['"a\\",b"', "c"]),
         (" a , b ", ["a", "b"]),
         ("", []),
@@ -154,6 +161,7 @@ def test_lists_and_tables_of_text_given_in_python_come_back(entries: list[str], 
         (int | None, None),
         (list[int], [0, 1]),
         (dict[str, int], {"a": 1}),
+        (dict[str, Any], {"a": [0.7, 2.5, 1e-5], "b": [True, None], "c": {"d": [[1, 2.0], []]}, "e": "9", "f": "true"}),
     ],
 )
 def test_other_values_given_in_python_come_back(kind: Any, value: Any) -> None:

@@ -150,6 +150,15 @@ def test_dict_observations_are_in_the_order_of_their_own_space(space: spaces.Spa
     assert data.source == "minari:goals-v1"
 
 
+def test_a_converted_set_knows_the_order_of_its_parts(root: Path) -> None:
+    """It was lost, so that data in another order than the task's were cloned without a word."""
+    save_goals(space=OWN_ORDER)
+    data = load_dataset("minari:goals-v1?keys=observation,desired_goal")
+    save_minari(data, "mine/flat-v1")
+    again = load_dataset("minari:mine/flat-v1")
+    assert again.metadata["observation_keys"] == data.metadata["observation_keys"] == "observation,desired_goal"
+
+
 def test_an_unknown_order_is_refused_and_can_be_said(root: Path, tmp_path: Path) -> None:
     kept = save_goals(space=OWN_ORDER)
     file = root / "goals-v1" / "data" / "main_data.hdf5"

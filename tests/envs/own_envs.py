@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -56,6 +57,30 @@ class Blind(Point):
         self.render_mode = render_mode
 
 
-for name, cls in {"Point": Point, "Needy": Needy, "Missing": Missing, "Blind": Blind}.items():
-    gym.register(f"Own{name}-v0", entry_point=cls)
+class Recorded(Point):
+    """Writes to a file when it is made and when it is closed, as one that owns a simulator starts and ends it."""
+
+    def __init__(self, file: str) -> None:
+        super().__init__()
+        self._file = file
+        self._write("made")
+
+    def close(self) -> None:
+        self._write("closed")
+
+    def _write(self, word: str) -> None:
+        with Path(self._file).open("a") as file:
+            file.write(f"{word}\n")
+
+
+class Fails(Point):
+    """Fails in its first step."""
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        raise RuntimeError("the cable is off")
+
+
+for cls in (Point, Needy, Missing, Blind, Recorded, Fails):
+    gym.register(f"Own{cls.__name__}-v0", entry_point=cls)
+gym.register("OwnScaled-v0", entry_point=lambda: gym.wrappers.NormalizeReward(Point()), max_episode_steps=30)
 gym.register("OwnPoint-v2", entry_point=Point, max_episode_steps=30)

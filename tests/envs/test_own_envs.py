@@ -11,16 +11,17 @@ import numpy as np
 import pytest
 import torch
 
-from eva_rl import envs, pretrain
+from eva_rl import envs, load_policy, pretrain
 from eva_rl.agents.policy_folder import save_policy
 from eva_rl.cli.parsing import parse
 from eva_rl.configs.groups import EnvOptions
 from eva_rl.data import Episode, Trajectories, write_episodes
-from eva_rl.envs.checked import success_of
+from eva_rl.envs.checked import CheckedEnv, success_of
 from eva_rl.envs.names import split_options, with_options
 from eva_rl.envs.registry import DEFAULT_HORIZON, canonical_id, task_ids
-from eva_rl.errors import UnknownNameError, UserError
+from eva_rl.errors import EnvironmentFailedError, UnknownNameError, UserError
 from eva_rl.evaluate import main as evaluate_main
+from eva_rl.export import main as export_main
 from eva_rl.finetune.command import finetune
 from eva_rl.finetune.command import main as finetune_main
 from eva_rl.rollouts.evaluation import evaluate_policy
@@ -243,3 +244,96 @@ def test_success_in_other_types_is_read(value: Any) -> None:
 def test_an_environment_in_place_of_its_name_is_refused() -> None:
     with pytest.raises(UserError, match=r"env is a TimeLimit, expected the name of a task\. Register yours"):
         canonical_id(gym.make("Pendulum-v1"))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_environments_are_closed_in_workers_too(workers: int, tmp_path: Path) -> None:
+    """A simulator that an environment had started ran on after every evaluation in workers."""
+    name = with_options(f"{OWN}Recorded-v0", {"file": str(tmp_path / "closed")})
+    vec_env = envs.make_vec_env(name, 3, workers=workers)
+    vec_env.reset()
+    vec_env.close()
+    found = (tmp_path / "closed").read_text()
+    assert found.count("made") == found.count("closed") >= 3
+
+
+@pytest.mark.parametrize(
+    ("acts", "told"),
+    [
+        (lambda n: np.zeros(1, np.float32), r"actions of shape \(1,\), expected \(n, act\) = \(2, 1\)"),
+        (lambda n: np.zeros((n, 3), np.float32), r"actions of shape \(2, 3\), expected"),
+        (lambda n: torch.zeros(n, 1, requires_grad=True), "actions are no numpy array: Can't call numpy"),
+    ],
+)
+def test_actions_of_another_shape_are_refused(acts: Any, told: str) -> None:
+    """One action was played in all environments, one number in all joints."""
+
+    class Wrong(Drives):
+        def act(self, observations, rewards, episode_starts):
+            return acts(len(observations))
+
+    with pytest.raises(UserError, match=told):
+        evaluate_policy(Wrong(), f"{OWN}Point-v2", episodes=2)
+
+
+def test_what_is_no_policy_is_told_what_one_has() -> None:
+    with pytest.raises(UserError, match=r"A Linear is no policy: it has no observation_dim, action_dim, reset, act"):
+        evaluate_policy(torch.nn.Linear(2, 1), f"{OWN}Point-v2", episodes=1)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"loaded by its name or path, got a Linear.*save_pretrained"):
+        load_policy(torch.nn.Linear(2, 1))  # type: ignore[arg-type]
+
+
+def test_a_task_s_options_reach_the_task_of_the_policy(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Without env= they were ignored: a sparse reward was dense."""
+    policy = make_policy()
+    policy.env_id = "metaworld/reach-v3"
+    save_policy(tmp_path / "policy", policy)
+    typed = [f"policy={tmp_path / 'policy'}", "env.reward=sparse", "env.horizon=10", "eval.episodes=1"]
+    assert evaluate_main(typed) == 0
+    assert "rewarded at success alone" in " ".join(capfd.readouterr().err.split())
+
+
+def test_evaluations_that_are_finished_are_shown_where_a_later_one_fails(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """An hour of mt50 was lost where its last task failed; a task that does not fit was noticed after the others."""
+    save_policy(tmp_path / "policy", make_policy(2, 1))
+    policy = [f"policy={tmp_path / 'policy'}", "policy.action_bounds=[-2,2]", "eval.episodes=1"]
+    fails = f"{OWN}Fails-v0"
+    assert evaluate_main([*policy, f"env={OWN}Point-v2+{fails}", f"out={tmp_path / 'found.json'}"]) == 2
+    assert list(json.loads((tmp_path / "found.json").read_text())["tasks"]) == [f"{OWN}Point-v2"]
+    said = " ".join(capfd.readouterr().err.split())
+    assert f"Not played to the end: {fails}." in said
+    assert "step() raised RuntimeError: the cable is off" in said
+    assert evaluate_main([*policy, f"env={OWN}Point-v2+Hopper-v5"]) == 2
+    said = capfd.readouterr()
+    assert "the policy takes" in said.err
+    assert "mean return" not in said.out
+
+
+def test_normalisation_by_demonstrations_needs_some(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The policy acted on raw observations with a target return of 0, and was exported so."""
+    for main in (evaluate_main, export_main):
+        assert main([f"policy={tmp_path}", "policy.observations_from=data", f"out={tmp_path / 'out'}"]) == 2
+        assert "Name the data: policy.observations_from=minari:ID" in " ".join(capfd.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    ("observation", "info", "told"),
+    [
+        ([np.zeros(3), 1.0], {}, "reading an observation raised ValueError"),
+        (torch.zeros(2, requires_grad=True), {}, "reading an observation raised RuntimeError"),
+        (np.zeros(2), {"success": [[1], [1, 2]]}, None),
+    ],
+)
+def test_what_numpy_cannot_read_is_an_error_of_the_environment(observation: Any, info: Any, told: str | None) -> None:
+    class Odd(gym.Env[Any, Any]):
+        observation_space, action_space = gym.spaces.Box(-1, 1, (2,)), gym.spaces.Box(-1, 1, (1,))
+
+        def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
+            return observation, info
+
+    assert success_of(info) is None
+    if told is not None:
+        with pytest.raises(EnvironmentFailedError, match=told):
+            CheckedEnv(Odd(), "Odd-v0").reset(seed=0)

@@ -101,6 +101,16 @@ def test_figures_of_hostile_names_are_sound() -> None:
     assert "#0a0b0c" not in found, "in the page's own text colour"
 
 
+def test_many_columns_become_rows() -> None:
+    """Of 26 methods at 80 columns all but one were shown empty."""
+    methods = [f"eva_{number}" for number in range(12)]
+    table = Table("", ["task", *methods], [("push", *("0.8 [0.7, 0.9]" for _ in methods))])
+    console = Console(width=80, file=io.StringIO())
+    with console.capture() as captured:
+        console.print(terminal_table(table, 80))
+    assert [line.split()[1] for line in captured.get().splitlines() if "eva_" in line] == methods
+
+
 @pytest.mark.parametrize("width", [40, 60, 80, 120])
 def test_a_narrow_terminal_shows_every_character(width: int) -> None:
     """Names had ended in an ellipsis, so that two of them could look alike."""

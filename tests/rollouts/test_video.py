@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import ctypes.util
 from pathlib import Path
+from types import SimpleNamespace
 
 import imageio.v3 as iio
 import numpy as np
@@ -9,8 +10,9 @@ import pytest
 from PIL import Image, ImageSequence
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from eva_rl.errors import UserError
 from eva_rl.finetune import command as finetune
-from eva_rl.rollouts.video import CAPTION_HEIGHT, GAP, Clip, side_by_side, write_video
+from eva_rl.rollouts.video import CAPTION_HEIGHT, GAP, Clip, _frame, side_by_side, write_video
 
 
 def clip(frames: int, first_success: int | None = None) -> Clip:
@@ -98,3 +100,17 @@ def test_finetuning_films_before_and_after(
     (image,) = events.Images("eval/before_and_after")
     assert image.encoded_image_string == (run_dir / "videos" / "metaworld-reach-v3.gif").read_bytes()
     assert [event.step for event in events.Histograms("eval/action_0")] == [0, 4]
+
+
+@pytest.mark.parametrize(
+    ("frame", "shape"),
+    [(np.zeros((40, 60), np.uint8), (20, 30, 3)), (np.zeros((40, 60, 3)), None), (np.zeros(4, np.uint8), None)],
+)
+def test_frames_are_grey_or_coloured_bytes(frame: np.ndarray, shape: tuple[int, ...] | None) -> None:
+    """Grey ones ended in a traceback after the evaluation, floating-point ones in a black video."""
+    env = SimpleNamespace(render=lambda: frame)
+    if shape is not None:
+        assert _frame(env, None).shape == shape
+    else:
+        with pytest.raises(UserError, match=r"render\(\) returned .*expected uint8 of \(height, width, 3\)"):
+            _frame(env, None)

@@ -94,6 +94,8 @@ def _download(dataset_id: str) -> None:
 
 
 METADATA = "metadata.json"
+OBSERVATION_KEYS = "observation_keys"
+"""The parts of observations that were a Dict, in the order in which they lie side by side."""
 
 
 def _metadata(folder: Path) -> dict[str, Any]:
@@ -131,7 +133,9 @@ def iterate_minari(folder: Path, name: str, options: ReadOptions) -> Iterator[Tr
     origin = {"env_id": _env_id(metadata), "source": f"minari:{name}", "dataset": name}
     origin |= {key: str(metadata[key]) for key in REFERENCES if isinstance(metadata.get(key), int | float)}
     if spaces.observations is not None:
-        origin["observation_keys"] = ",".join(leaf_names(spaces.observations, keys=options.keys))
+        origin[OBSERVATION_KEYS] = ",".join(leaf_names(spaces.observations, keys=options.keys))
+    elif isinstance(metadata.get(OBSERVATION_KEYS), str):
+        origin[OBSERVATION_KEYS] = metadata[OBSERVATION_KEYS]
     if metadata.get("data_format", "hdf5") == "hdf5":
         yield from iterate_episodes(folder / "main_data.hdf5", options, spaces, origin)
     else:
@@ -254,6 +258,8 @@ def _action_space(trajectories: Trajectories, bounds: ActionBounds | None) -> Bo
 
 def _extra_metadata(trajectories: Trajectories, references: tuple[float, float] | None) -> dict[str, Any]:
     extra: dict[str, Any] = {"env_id": trajectories.env_id} if trajectories.env_id else {}
+    if (parts := trajectories.metadata.get(OBSERVATION_KEYS)) is not None:  # the order of what a Dict held
+        extra[OBSERVATION_KEYS] = parts
     known = [trajectories.metadata.get(key) for key in REFERENCES]
     if references is None and None not in known:
         references = (float(str(known[0])), float(str(known[1])))

@@ -24,12 +24,14 @@ OPTIONAL = frozenset({"successes", "target_actions"})
 
 
 def write_store(folder: Path, parts: Iterable[Trajectories], source: str) -> None:
-    """Write a store part by part, completely or not at all; memory for one part is needed.
+    """Write a store part by part, completely or not at all; memory for one part is needed. A store there is replaced.
 
     Raises:
-        UserError: There is no episode, the parts do not fit each other, or the disk is full.
+        UserError: There is no episode, the parts do not fit each other, the disk is full, or the folder holds something
+            else.
     """
-    write_folder(folder, lambda aside: _write_parts(aside, parts, source))
+    own = (INDEX, *(f"{name}.npy" for name in (*COLUMNS, "offsets")))
+    write_folder(folder, lambda aside: _write_parts(aside, parts, source), own)
 
 
 def is_store(path: Path) -> bool:
