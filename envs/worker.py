@@ -179,14 +179,15 @@ def _serve(connection: Connection, assignment: Assignment, parent: int) -> None:
     for other in list(_open_connections):
         with contextlib.suppress(OSError):
             other.close()
-    host = None
+    host: Any = None
     with contextlib.suppress(EOFError, OSError):
         host = _attempt(connection, assignment.host)
         while _waits(connection, parent):
             method, args, kwargs = connection.recv()
             _attempt(connection, lambda: getattr(host, method)(*args, **kwargs))  # noqa: B023 - called at once
     with contextlib.suppress(Exception):
-        host.close()  # simulators, sockets and recorders of environments that own some
+        if host is not None:
+            host.close()  # simulators, sockets and recorders of environments that own some
     os._exit(0)  # what the parent has registered to happen at its exit is not for the worker
 
 

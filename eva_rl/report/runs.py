@@ -239,8 +239,9 @@ def make_run(
     settings = settings_of(config, summary)
     study = str(config.get("study") or "")
     names = summary["env"], summary["method"], summary["seed"]
-    how = {"evaluates": bool((config.get("eval") or {}).get("at")), "counts_env_steps": ONLINE in dict(settings)}
-    return Run(place, *names, settings, summary, goals, rows, versions, study, **how)
+    found = Run(place, *names, settings, summary, goals, rows, versions, study)
+    evaluates = bool((config.get("eval") or {}).get("at"))
+    return replace(found, evaluates=evaluates, counts_env_steps=ONLINE in dict(settings))
 
 
 def digest(body: Mapping[str, Any]) -> str:
