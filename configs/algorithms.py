@@ -91,7 +91,7 @@ class OnlineAlgo(OnlineOptions, AlgoOptions):
 
     num_envs: int = option(10, "parallel environments", above=0)
     workers: int = option(
-        0, "0 steps all environments in this process, 1 gives each a process of its own", low=0, high=1
+        0, "0: all environments in this process (DummyVecEnv); 1: a process for each (SubprocVecEnv)", low=0, high=1
     )
     bc: BCFirst = group(BCFirst, "behaviour cloning before; algo.bc.updates=0 for none")
 

@@ -61,7 +61,9 @@ class AdapterOptions(Options):
     rank: int = option(
         EvaOptions.rank, "rank of each target layer (on average, where EVA redistributes ranks)", above=0
     )
-    alpha: float | None = option(None, "LoRA's alpha; null uses the rank, an update scale of 1", above=0)
+    alpha: float | None = option(
+        None, "LoRA's alpha; null uses the rank: a scale alpha / rank of 1 (rslora: alpha / sqrt(rank))", above=0
+    )
     dropout: float = option(0.0, "LoRA's dropout", low=0, high=0.99)
     targets: list[str] = option(list(PROJECTIONS), "layers that get an adapter, by (ending of) name")
     rank_caps: dict[str, int] = option({}, "highest rank of some layers, by (ending of) name: {action_head:2}")
@@ -82,8 +84,8 @@ class AdapterOptions(Options):
     )
     gain: str = option(
         "own",
-        "scale of A where B starts at zero: own, lora or eva (that of LoRA's or EVA's start), or a number, the mean "
-        "squared length of A x in every layer",
+        "scale of A where B starts at zero: own, lora or eva (of LoRA's or EVA's initialisation), or a number, the "
+        "mean squared length of A x in every layer",
     )
     eva: EvaSourceOptions = group(EvaSourceOptions, "data of EVA, CorDA, LoRA-GA and LoRA-One")
 
@@ -124,7 +126,7 @@ class FinetuneDataOptions(DataOptions):
 
     source: str = option(
         "auto",
-        f"{SOURCES_OF_DATA}; none; auto for the expert where there is something to clone; same as data=",
+        f"{SOURCES_OF_DATA}; none; auto for the scripted expert if demonstrations are cloned, else none; same as data=",
     )
     returns_to_go: str = option(
         OBTAINED,

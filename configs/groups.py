@@ -127,9 +127,13 @@ class PolicyOptions(Options):
         "a shipped name (finetune: auto for the one that fits the task), a policy folder, a run directory, or a "
         "Hugging Face folder or hub id; same as policy=",
     )
-    target_return: float | None = option(None, "target return; null uses the demonstrations' or the policy's own")
+    target_return: float | None = option(
+        None, "target return; null uses the demonstrations' 0.9 quantile, else the policy's own"
+    )
     context_length: int | None = option(None, "env steps an imported policy was trained to see; null uses 20", above=0)
-    allow_pickle: bool = option(False, "read imported weights from a torch.save file, admitting tensors alone")
+    allow_pickle: bool = option(
+        False, "read imported weights from a torch.save file, admitting tensors and arrays alone"
+    )
     observations_from: str = option(
         "",
         "data whose mean and std normalise an imported policy's observations, as data= takes them; finetune: data for "
@@ -182,7 +186,12 @@ class AlgoOptions(Options):
 class MachineOptions(Options):
     """What the commands that use a network share."""
 
-    seed: int = option(0, "random seed of whatever has none of its own", low=0, high=MAX_SEED)
+    seed: int = option(
+        0,
+        "random seed of initialisation, batches and exploration; data.seed and eval.seed are others",
+        low=0,
+        high=MAX_SEED,
+    )
     device: str = option("auto", "auto, cpu, cuda or cuda:1")
     threads: int = option(
         0, "CPU threads; 0 uses those that affinity, container quota and OMP_NUM_THREADS allow", low=0, high=4096

@@ -58,7 +58,7 @@ def _choice(
     about = (type(option).__doc__ or "").strip().splitlines()[0]
     for index, part in enumerate(groups_of(option, {}, group)):
         label = f"{group}={name}" + ("" if index == 0 else f", {part.name}")
-        kept = [key for key in part.keys if key.name != f"{group}.name"]
+        kept = [key for key in part.keys if not (key.name.startswith(f"{group}.") and key.name.endswith(".name"))]
         before, known = seen.setdefault(frozenset(key.name for key in kept), (label, kept))
         differing = kept if before == label else [key for key in kept if key not in known]
         again = "" if before == label else f" As `{before}`" + (", but for:" if differing else ".")

@@ -115,13 +115,14 @@ class Speed:
 def measure(config: DoctorConfig, device: torch.device) -> dict[str, Speed]:
     """The speed of the simulator, of a policy that acts in one environment, and of its gradient steps."""
     from eva_rl.adapters import load_policy
+    from eva_rl.training.options import BCOptions
 
     policy = load_policy(config.policy, device, merge=True)
     policy.network.requires_grad_(True)  # a loaded adapter is frozen, and so is what it was merged into
     return {
         f"env steps of {config.env}": _simulator(config),
         f"policy steps of {config.policy}": _acting(policy, config.seconds),
-        f"gradient steps of {config.policy} (64 windows)": _learning(policy, config.seconds),
+        f"gradient steps of {config.policy} ({BCOptions.batch_size} windows)": _learning(policy, config.seconds),
     }
 
 
@@ -156,8 +157,9 @@ def _learning(policy: DecisionTransformerPolicy, seconds: float) -> Speed:
     import torch
 
     from eva_rl.batch import WindowBatch
+    from eva_rl.training.options import BCOptions
 
-    shape, device = (64, policy.network.config.context_length), policy.device
+    shape, device = (BCOptions.batch_size, policy.network.config.context_length), policy.device
     batch = WindowBatch(
         observations=torch.zeros(*shape, policy.observation_dim, device=device),
         actions=torch.zeros(*shape, policy.action_dim, device=device),

@@ -261,6 +261,7 @@ def record(
         "adapter": config.adapter,
         "adapters": config.adapters,
         "seed": config.eval.seed,
+        "validation": config.validation,
         "mean_success_rate": _mean_success(results),
         **({"mean_success_rate_without_adapter": _mean_success(without)} if without else {}),
         "versions": versions(),

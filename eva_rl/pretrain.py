@@ -64,7 +64,7 @@ class SizeOptions(Options):
     PREFIX: ClassVar[str] = "size."
     name: str = option(
         "custom",
-        "small (1M), base (13M) or large (43M parameters); overrides the next four; same as size=",
+        "small (0.9M), base (13M) or large (43M parameters); overrides the next four; same as size=",
         choices=("custom", *SIZES),
     )
     hidden_size: int = option(DecisionTransformerConfig.hidden_size, "width", above=0)

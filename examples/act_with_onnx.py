@@ -7,7 +7,7 @@ import numpy as np
 import onnxruntime
 
 
-class OnnxPolicy:  # acts in one environment: start() before each episode, act() at each env step
+class Actor:  # acts in one environment: start() before each episode, act() at each env step
     def __init__(self, path):
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1
@@ -33,7 +33,7 @@ class OnnxPolicy:  # acts in one environment: start() before each episode, act()
 
 
 path = sys.argv[1] if sys.argv[1:] else sys.exit(__doc__)
-policy, generator = OnnxPolicy(path), np.random.default_rng(0)
+policy, generator = Actor(path), np.random.default_rng(0)
 policy.start()
 for step in range(30):
     print(step, policy.act(generator.normal(policy.about["observation_mean"], policy.about["observation_std"])))

@@ -148,6 +148,7 @@ def _tasks(key: str, width: int, *, several: bool) -> Iterator[str]:
         "cw10": f"Continual World: {plain(CW10)}",
         "mt40": f"the other {len(MT40)} tasks of Meta-World",
         "mt50": f"all {len(METAWORLD_TASKS)} tasks of Meta-World",
+        "Meta-World's": "mt10, mt25, ml10, ml25, ml45; the ml ones also with -train or -test",
     }
     yield from ("", f"Tasks ({key})")
     for name, text in {**rows, **(groups if several else {})}.items():

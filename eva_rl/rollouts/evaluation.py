@@ -160,13 +160,17 @@ def evaluate_policy(  # noqa: PLR0913 - one call for users and for training; all
         seed: Chooses the episodes, 0 to 40,000.
         horizon: Env steps an episode; None takes the task's own.
         validation: Play validation episodes, for choices that a report must not see, rather than held-out ones.
-        references: Returns that score 0 and 100, where the data bring their own.
+        references: (low, high), returns that score 0 and 100, where the data bring their own.
         vec_env: Environments to use again, as :func:`evaluation_envs` makes them; made and closed here when None.
         on_episode: Called after each episode.
         on_actions: Called with the executed actions (m, act) of each step.
         share: The episodes that are played, of those asked for, where several processes divide them; None plays all.
         stop_at_success: End an episode at its first success: the same success rate for less time. Returns and lengths
             are then not measured.
+
+    Returns:
+        Among others ``success_rate``, from 0 to 1, NaN where the task reports no success, and ``mean_reward``, the mean
+        undiscounted return. A :class:`DecisionTransformerPolicy` asks for the target return of its ``conditioning``.
 
     Raises:
         UserError: No such task, the policy does not fit it, an environment failed, ``episodes`` is
@@ -201,10 +205,11 @@ def evaluate_policy(  # noqa: PLR0913 - one call for users and for training; all
         if made is not vec_env:
             made.close()
     stopping = ", ended at the first success" if stop_at_success else ""
+    played = counted(episodes, "validation episode" if validation else "episode")
     return EvaluationResult(
         spec.env_id,
         tuple(records),
-        f"{spec.protocol}; {counted(episodes, 'episode')} of seed {seed}, deterministic action{stopping}",
+        f"{spec.protocol}; {played} of seed {seed}, deterministic action{stopping}",
         spec.reports_success or any(record.reports_success for record in records),
         references,
     )
