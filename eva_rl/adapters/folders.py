@@ -115,9 +115,9 @@ def load_policy(
 
     Args:
         name_or_path: A policy folder, a run directory that holds one, a shipped name such as ``mt40``, or a Hugging
-            Face Decision Transformer (folder or hub id).
+            Face Decision Transformer (folder or hub id, which is downloaded unless it is there).
         device: Where the network goes.
-        options: What checkpoints of other projects do not say of themselves.
+        options: What checkpoints of other projects do not say of themselves: their normalisation, say.
         merge: Fold the adapter into the weights, so that another one can be attached.
         is_trainable: Whether the adapter is going to be trained further (``policy.adapters.attached()``).
         adapters: More adapters by name, each a policy folder, a run directory or an adapter's folder; with them, the

@@ -133,8 +133,10 @@ def load_dataset(
         source: ``d4rl:NAME`` or ``d4rl:PATH``, ``minari:ID``, ``trajectories:PATH`` (a file of this package, a store,
             a folder with one ``.npz``, ``.hdf5`` or ``.pkl`` per episode, a pickled list, or a file of d3rlpy or
             robomimic), or just a path; ``?actions=clip``, ``?horizon=1000`` and ``?keys=a,b`` may follow. Or the data
-            themselves: a dict of arrays under their usual names (``observations``, ``actions``, ``rewards``,
-            ``terminations``, ...), or a list of such dicts, one an episode.
+            themselves: a dict of arrays under their usual names (``observations`` (N, obs), ``actions`` (N, act),
+            ``rewards``, ``terminations``, ``truncations`` (N,)), or a list of such dicts, one an episode, whose
+            observations may be (T + 1, obs). Names of D4RL and Minari are downloaded unless they are there; what the
+            scripted experts show comes from :func:`eva_rl.rollouts.experts.collect_expert`.
         allow_pickle: Whether pickles may be opened; even then only numpy arrays and builtin containers are admitted.
         memory_map: Whether to keep a flat copy in :func:`cache_folder` and map it instead of reading everything into
             memory; None decides by size.
@@ -144,7 +146,8 @@ def load_dataset(
             step, are left out, with a warning, instead of refused.
 
     Returns:
-        Whole episodes, checked: numbers are finite, actions within known bounds, and no episode is empty.
+        Whole episodes, flat: N env steps of E episodes, ``final_observations`` (E, obs), ``offsets`` (E + 1,). They are
+        checked: numbers are finite, actions within known bounds, and no episode is empty.
 
     Raises:
         UserError: Nothing there, or not what it should be; with file, key and row.

@@ -56,16 +56,21 @@ def finetune_policy(
     Args:
         policy: A policy, or the name of one as ``policy=`` takes it; its active adapter becomes part of its weights,
             and without an active one the base is fine-tuned.
-        env: The task.
+        env: The task, as ``env=`` takes it: ``push-v3``, ``Hopper-v5`` or ``module:Env-v0``.
         data: Demonstrations as ``eva_rl.load_dataset`` takes or returns them, or their source as ``data=`` takes it;
             None takes the scripted expert where one is needed.
         run_dir: New folder for everything; an unfinished one is continued. A policy and data given as objects are
             written to its folder ``inputs``.
-        adapter: The method.
+        adapter: A name in :data:`eva_rl.adapters.METHODS`.
         settings: Any other keys of the command: ``{"algo.updates": 100, "adapter.rank": 4}``.
 
+    Returns:
+        The fine-tuned policy, the results, and where everything lies. As the command does, this prints its progress and
+        sets torch's number of threads.
+
     Raises:
-        UserError: As the command, or ``settings`` has what an argument says.
+        UserError: As the command, for a ``run_dir`` that holds a finished run, say; or ``settings`` has what an
+            argument says.
     """
     _check_settings(settings or {})
     place = expanded(run_dir).resolve()
