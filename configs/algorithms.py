@@ -260,13 +260,18 @@ def for_method(algo: AlgoOptions, name: str) -> AlgoOptions:
     return replace(algo, bc=algo.bc.with_default(learning_rate)) if isinstance(algo, OnlineAlgo) else algo
 
 
-def check_method(algo: AlgoOptions, method: Method) -> None:
+def check_method(algo: AlgoOptions, method: Method, variant: str | None = None) -> None:
     """Raise unless an algorithm can train an adapter's method.
+
+    Args:
+        algo: What trains.
+        method: What is trained.
+        variant: Of EVA's directions.
 
     Raises:
         UserError: The method prunes while it trains or has two learning rates, and the algorithm is
             Stable-Baselines3's; weights are averaged while ranks are pruned; or EVA's directions are to be refreshed,
-            and the method has none that stay.
+            and the method has none that stay, or a variant of them.
     """
     if isinstance(algo, SB3Algo) and method.adalora:
         raise UserError(
@@ -284,13 +289,23 @@ def check_method(algo: AlgoOptions, method: Method) -> None:
             f"adapter={method.name} gives B a learning rate of its own, in our own loops; algo={algo.name} is "
             "Stable-Baselines3's. Use adapter=lora, or algo=odt_td3."
         )
-    if isinstance(algo, ResidualAlgo) and algo.refresh_every:
+    if isinstance(algo, ReplayOptions) and algo.refresh_every:
+        _check_refresh(algo, algo.refresh_every, method, variant)
+
+
+def _check_refresh(algo: AlgoOptions, every: int, method: Method, variant: str | None) -> None:
+    if isinstance(algo, ResidualAlgo):
         raise UserError(
-            f"algo.refresh_every={algo.refresh_every}: algo={algo.name} leaves the policy's adapter as it is until "
+            f"algo.refresh_every={every}: algo={algo.name} leaves the policy's adapter as it is until "
             "distillation. Use algo.refresh_every=0, or algo=odt_td3."
         )
-    if isinstance(algo, ReplayOptions) and algo.refresh_every and (not method.eva or method.adalora):
+    if not method.eva or method.adalora:
         raise UserError(
-            f"algo.refresh_every={algo.refresh_every} refreshes EVA's directions; adapter={method.name} has none "
+            f"algo.refresh_every={every} refreshes EVA's directions; adapter={method.name} has none "
             "that stay. Use adapter=eva, eva_dora or eva_rslora, or algo.refresh_every=0."
+        )
+    if variant is not None:
+        raise UserError(
+            f"algo.refresh_every={every} refreshes EVA's plain directions; adapter.variant={variant} "
+            "changes them at the start alone. Use adapter.variant=null, or algo.refresh_every=0."
         )

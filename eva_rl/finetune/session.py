@@ -262,7 +262,7 @@ def _check_video(config: FinetuneConfig, process_group: ProcessGroup) -> None:
 
 
 def _check_algorithm(policy: DecisionTransformerPolicy, config: FinetuneConfig) -> None:
-    check_method(config.algo, find_method(config.adapter.method))
+    check_method(config.algo, find_method(config.adapter.method), config.adapter.variant)
     if isinstance(config.algo, ODTTD3Algo):
         check_context(policy)
     if isinstance(config.algo, SB3Algo):

@@ -233,9 +233,9 @@ def test_directions_are_looked_at_as_at_first(
     """Of the covariance where the first ones are."""
     found: list[bool] = []
 
-    def refresh(model: PeftModel, result: EvaResult, threshold: float) -> Refresh:
+    def refresh(model: PeftModel, result: EvaResult, threshold: float, gain: str) -> Refresh:
         found.append(result.options.center)
-        return refresh_directions(model, result, threshold)
+        return refresh_directions(model, result, threshold, gain)
 
     monkeypatch.setattr(phases, "refresh_directions", refresh)
     more = ["algo.refresh_every=120", "algo.refresh_below=1", "adapter.center=true"]
@@ -251,6 +251,7 @@ def test_directions_are_looked_at_as_at_first(
         (["algo=odt", "adapter.eva.source=trajectories"], "needs demonstrations"),
         (["algo=odt", "adapter=lora_ga"], "nothing to clone"),
         (["algo=odt", "algo.refresh_every=100", "adapter=lora"], "refreshes EVA's directions"),
+        (["algo=odt", "algo.refresh_every=100", "adapter.variant=whiten"], "refreshes EVA's plain directions"),
         (["algo=residual", "algo.distill.rounds=0", "algo.refresh_every=100"], "leaves the policy's adapter as it is"),
         (["algo=ppo", "adapter=adalora"], "Stable-Baselines3's"),
         (["algo=odt", "algo.initial_std=50"], "initial_std=50"),
