@@ -14,7 +14,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from eva_rl.adapters.extensions import ADAPTER_NAME
-from eva_rl.adapters.starts import set_directions
+from eva_rl.adapters.starts import check_widths, set_directions
 from eva_rl.errors import UserError
 from eva_rl.eva import EvaResult, compute
 from eva_rl.eva.result import exact_pattern
@@ -57,7 +57,7 @@ def attach_eva(
     """
     _check(model, lora_config)
     names = targeted_layers(model, lora_config)
-    known = {layer.name for layer in find_layers(model, "all-linear")}
+    known = {layer.name: layer.width for layer in find_layers(model, "all-linear")}
     chosen, others = [n for n in names if n in known], [n for n in names if n not in known]
     if not chosen:
         raise UserError(f"EVA needs Linear or Conv1D layers; target_modules names {', '.join(names[:5])} alone.")
@@ -77,10 +77,12 @@ def attach_eva(
     if missing := [name for name in chosen if name not in result.layers]:
         raise UserError(f"The EVA result has no layer {missing[0]!r}. Compute it for the targets of lora_config.")
     ranks = {name: rank for name, rank in result.ranks.items() if name in chosen}
+    directions = {name: result.layers[name].components for name in ranks}
+    check_widths(known, directions)
     every = [name for name, _ in model.named_modules()]
     final = _final_config(lora_config, ranks, result, others, every)
     peft_model = get_peft_model(model, final, adapter_name=adapter_name)
-    set_directions(peft_model, {name: result.layers[name].components for name in ranks}, adapter_name)
+    set_directions(peft_model, directions, adapter_name)
     return peft_model
 
 
