@@ -92,7 +92,8 @@ def activation_source(config: FinetuneConfig, has_data: bool) -> str:
 def activation_env_steps(config: FinetuneConfig, has_data: bool) -> int:
     """Env steps that the policy plays before training to measure its activations; 0 where trajectories serve."""
     options, method = config.adapter, find_method(config.adapter.method)
-    rescaled = method.adapter and options.gain != "own" and method.needs != DIRECTIONS  # EVA's pass serves both
+    loaded = bool(config.shared) and ProcessGroup.current().world_size == 1  # without the moments of EVA's pass
+    rescaled = method.adapter and options.gain != "own" and (loaded or method.needs != DIRECTIONS)
     passes = (method.needs in {DIRECTIONS, MOMENTS}) + rescaled
     if not passes or activation_source(config, has_data) == "trajectories":
         return 0
@@ -163,7 +164,8 @@ def _input_moments(
     if measured_alone and sampler is not None:
         drawn = windows(policy, ShardedSampler(sampler, process_group), options.eva.batch_size)
         return input_moments(policy, matrices, drawn, None, max_batches=min(most, MEASURED_BATCHES))
-    most = most if found is None else found.batches
+    if found is not None and activation_source(config, sampler is not None) == "trajectories":
+        most = found.batches  # which counts the forwards of rollouts, too
     with _sources(policy, sampler, config, process_group) as (batches, rollouts):
         return input_moments(policy, matrices, batches, rollouts, max_batches=most)
 
