@@ -17,11 +17,19 @@ from eva_rl.adapters.extensions import (
     LoraPlus,
     RewrittenBase,
     initial_rank,
-    schedule,
 )
 from eva_rl.adapters.gain import LayerStart
 from eva_rl.adapters.layers import capped, rank_limits
-from eva_rl.adapters.methods import DIRECTIONS, GRADIENTS, MOMENTS, PROJECTIONS, Method, find_method
+from eva_rl.adapters.methods import (
+    DIRECTIONS,
+    GRADIENTS,
+    LEAST_UPDATES,
+    MOMENTS,
+    PROJECTIONS,
+    Method,
+    adalora_schedule,
+    find_method,
+)
 from eva_rl.adapters.starts import (
     Backward,
     check_widths,
@@ -288,8 +296,10 @@ def _adalora_config(
 ) -> AdaLoraConfig:
     from peft import AdaLoraConfig
 
-    if total_updates < 3:
-        raise UserError(f"AdaLoRA needs total_updates= of at least 3 for its schedule, {total_updates} were given.")
+    if total_updates < LEAST_UPDATES:
+        raise UserError(
+            f"AdaLoRA needs total_updates= of at least {LEAST_UPDATES} for its schedule, {total_updates} were given."
+        )
     first = initial_rank(rank)
     return AdaLoraConfig(
         init_r=first,
@@ -298,7 +308,7 @@ def _adalora_config(
         lora_dropout=dropout,
         target_modules=layers,
         orth_reg_weight=ORTHOGONALITY,
-        **schedule(total_updates),
+        **adalora_schedule(total_updates),
     )
 
 

@@ -28,6 +28,7 @@ from eva_rl.adapters import (
     set_gain,
     target_layers,
 )
+from eva_rl.adapters.layers import check_mixed
 from eva_rl.agents import DecisionTransformerPolicy
 from eva_rl.batch import WindowBatch
 from eva_rl.cli.console import counting_progress, say
@@ -60,11 +61,14 @@ def check_adapter(policy: DecisionTransformerPolicy, options: AdapterOptions) ->
     """Raise unless the policy can carry the adapter that the options ask for, and has the data that it needs.
 
     Raises:
-        UserError: See :func:`eva_rl.adapters.rank_limits`; or a source of data that the method cannot use.
+        UserError: See :func:`eva_rl.adapters.rank_limits`; directions of a variant that would be cut; or a source of
+            data that the method cannot use.
     """
     method = find_method(options.method)
     if method.adapter:
-        rank_limits(policy.network, method, options.rank, options.targets, options.rank_caps)
+        limits = rank_limits(policy.network, method, options.rank, options.targets, options.rank_caps)
+        if method.eva and options.rho == 1:  # else the data decide how many directions each layer gets
+            check_mixed(options.variant, dict.fromkeys(limits, options.rank), limits)
     if method.needs == GRADIENTS and options.eva.source in {"rollouts", "mixed"}:
         raise UserError(
             f"adapter.eva.source={options.eva.source}: adapter={method.name} starts from the gradient of the loss, and "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from eva_rl.options import MANY, Options, option
@@ -54,6 +55,11 @@ class BCOptions(OptimizerOptions):
         "none", "torch.compile: none, default or reduce-overhead (CUDA graphs)", choices=COMPILE_MODES
     )
     log_every: int = option(20, "gradient steps between logged training metrics", above=0)
+
+    @property
+    def averaged_updates(self) -> int:
+        """Gradient steps, the last ones, over which the weights are averaged."""
+        return math.ceil(self.ema * self.updates - 1e-9)  # 0.07 * 100 is a little above 7
 
 
 @dataclass

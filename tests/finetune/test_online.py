@@ -259,18 +259,36 @@ def test_directions_are_looked_at_as_at_first(
         (["algo=dqn"], "dqn"),
         (["algo=ppo", "algo.batch_size=1"], "batch_size=1: expected a number above 1"),
         (["algo=ppo", "algo.rollout_steps=1", "algo.num_envs=1"], "advantages of one env step have no spread"),
+        (["algo=bc", "adapter=adalora", "algo.updates=2"], "takes 2; expected at least 3. Raise algo.updates"),
+        (
+            ["algo=bc", "adapter.variant=rotate", "adapter.rank_caps={q_proj:1}"],
+            "adapter.variant=rotate mixes all 2 directions of blocks.0.attention.q_proj, which takes 1 at most",
+        ),
+        (["algo=bc", "algo.compile=default"], "Install g++, or use algo.compile=none"),
+        (
+            ["algo=residual", "algo.distill.rounds=0", "algo.distill.compile=default"],
+            "Install g++, or use algo.distill.compile=none",
+        ),
         (["algo=odt_td3", "adapter.targets=[]"], "adapter.targets=[] names no layer"),
         (["algo=odt_td3", "adapter.tau=0"], "tau=0.0: expected a number above 0"),
         (["algo=odt_td3", "policy.num_heads=1"], "says its num_heads itself"),
     ],
 )
 def test_what_does_not_fit_is_refused(
-    arguments: list[str], message: str, policy_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    arguments: list[str],
+    message: str,
+    policy_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Before anything is collected or played, and in keys that can be typed."""
+    monkeypatch.setattr("eva_rl.training.compiling.shutil.which", lambda name: None)
     small = [o for o in SMALL if arguments[0] != "algo=bc" or not o.startswith("algo.")]
     small = [o for o in small if "checkpoint_every" not in o or arguments[0] not in {"algo=dqn", "algo=ppo"}]
     assert main([f"policy={policy_folder}", f"run_dir={tmp_path / 'run'}", *small, *arguments]) == 2
     assert message in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
