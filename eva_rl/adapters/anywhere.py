@@ -53,7 +53,8 @@ def attach_eva(
         PEFT's own initialisation, with a warning.
 
     Raises:
-        UserError: A config that leaves EVA no choice, or see :func:`eva_rl.eva.compute`.
+        UserError: A config that leaves EVA no choice, a result of another rank, alpha or model, or see
+            :func:`eva_rl.eva.compute`.
     """
     _check(model, lora_config)
     names = targeted_layers(model, lora_config)
@@ -68,7 +69,7 @@ def attach_eva(
             stacklevel=2,
         )
     if isinstance(batches, EvaResult):
-        result = _given(batches, options | {"rho": rho, "tau": tau})
+        result = _given(batches, lora_config, options | {"rho": rho, "tau": tau})
     else:
         exact = "(?:" + "|".join(re.escape(name) for name in chosen) + ")"
         # exact moments, while memory_budget lasts: sketches capture less where the spectrum is flat
@@ -86,12 +87,19 @@ def attach_eva(
     return peft_model
 
 
-def _given(result: EvaResult, options: Mapping[str, Any]) -> EvaResult:
+def _given(result: EvaResult, config: LoraConfig, options: Mapping[str, Any]) -> EvaResult:
     if further := [name for name, value in options.items() if value is not None]:
         raise UserError(
             f"batches is an EvaResult, which was computed with options of its own: {', '.join(further)} would have no "
             "effect. Give them to eva_rl.eva.compute, or batches of data here."
         )
+    for name, key, own in (("r", "rank", result.options.rank), ("lora_alpha", "alpha", result.options.alpha)):
+        given = getattr(config, name)
+        if own is not None and given != own:
+            raise UserError(
+                f"lora_config has {name}={given:g}, and the EvaResult was computed with {key}={own:g}. Set "
+                f"{name}={own:g}, or give {key}={given:g} to eva_rl.eva.compute."
+            )
     return result
 
 

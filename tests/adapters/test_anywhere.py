@@ -168,6 +168,20 @@ def test_a_result_found_before_can_be_given() -> None:
         attach_eva(Named(), LoraConfig(r=3, target_modules="all-linear"), _without(result, "proj"))
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"r": 8}, r"r=8, and the EvaResult was computed with rank=3\. Set r=3"),
+        ({"r": 3, "lora_alpha": 16}, r"lora_alpha=16, and the EvaResult was computed with alpha=6\. Set lora_alpha=6"),
+    ],
+)
+def test_a_result_of_another_size_is_refused(given: dict[str, Any], message: str) -> None:
+    """Its own ranks were taken without a word, whatever the config said."""
+    result = eva.compute(Named(), data(), targets="all-linear", rank=3, alpha=6)
+    with pytest.raises(UserError, match=message):
+        attach_eva(Named(), LoraConfig(target_modules="all-linear", **given), result)
+
+
 def _without(result: eva.EvaResult, name: str) -> eva.EvaResult:
     from dataclasses import replace
 
