@@ -199,6 +199,13 @@ class PPOAlgo(PPOOptions, OnlineAlgo):
             raise UserError(
                 "algo.rollout_steps=1 algo.num_envs=1: advantages of one env step have no spread. Increase one of them."
             )
+        rollout = self.rollout_steps * self.num_envs
+        if self.env_steps < rollout:
+            raise UserError(
+                f"algo.env_steps={self.env_steps}: PPO plays whole rollouts of algo.rollout_steps={self.rollout_steps} "
+                f"in each of algo.num_envs={self.num_envs} environments, {rollout} env steps. Type "
+                f"algo.env_steps={rollout} or more, or lower one of the others."
+            )
 
     @property
     def total_updates(self) -> int:

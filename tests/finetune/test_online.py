@@ -253,7 +253,7 @@ def test_directions_are_looked_at_as_at_first(
         (["algo=odt", "algo.refresh_every=100", "adapter=lora"], "refreshes EVA's directions"),
         (["algo=odt", "algo.refresh_every=100", "adapter.variant=whiten"], "refreshes EVA's plain directions"),
         (["algo=residual", "algo.distill.rounds=0", "algo.refresh_every=100"], "leaves the policy's adapter as it is"),
-        (["algo=ppo", "adapter=adalora"], "Stable-Baselines3's"),
+        (["algo=ppo", "algo.rollout_steps=30", "adapter=adalora"], "Stable-Baselines3's"),
         (["algo=odt", "algo.initial_std=50"], "initial_std=50"),
         (["algo=odt", "algo.replay_size=1"], "replay_size"),
         (["algo=dqn"], "dqn"),
@@ -262,6 +262,7 @@ def test_directions_are_looked_at_as_at_first(
         (["algo=bc", "adapter=adalora", "algo.updates=2"], "takes 2; expected at least 3. Raise algo.updates"),
         (
             ["algo=bc", "adapter.variant=rotate", "adapter.rank_caps={q_proj:1}"],
+        (["algo=ppo", "algo.rollout_steps=121"], "242 env steps. Type algo.env_steps=242 or more"),
             "adapter.variant=rotate mixes all 2 directions of blocks.0.attention.q_proj, which takes 1 at most",
         ),
         (["algo=bc", "algo.compile=default"], "Install g++, or use algo.compile=none"),
