@@ -33,6 +33,7 @@ from eva_rl.agents import DecisionTransformerPolicy
 from eva_rl.batch import WindowBatch
 from eva_rl.cli.console import counting_progress, say
 from eva_rl.cli.parsing import flat
+from eva_rl.configs.algorithms import clonings
 from eva_rl.configs.finetune import AdapterOptions, FinetuneConfig
 from eva_rl.data import WindowSampler
 from eva_rl.data.samplers import Sampler, ShardedSampler
@@ -42,6 +43,7 @@ from eva_rl.errors import UserError, counted
 from eva_rl.eva import EvaResult, SecondMoment
 from eva_rl.seeding import ROLLOUTS, episode_seeds
 from eva_rl.training.losses import clone_loss
+from eva_rl.training.options import BCOptions
 
 log = logging.getLogger(__name__)
 MEASURED_BATCHES = 4
@@ -221,13 +223,13 @@ def _moments(
 def _backward(
     policy: DecisionTransformerPolicy, sampler: WindowSampler | None, config: FinetuneConfig
 ) -> Callable[[], None]:
-    """The loss of the first windows that training will see."""
-    options = config.adapter.eva
-    draw = _trajectories(sampler, config)
+    """The loss of the first windows that training will see, as it will be cloned."""
+    options, draw = config.adapter.eva, _trajectories(sampler, config)
+    loss = next((cloning.loss for cloning, _ in clonings(config.algo)), BCOptions.loss)
 
     def run() -> None:
         for batch in islice(windows(policy, draw, options.batch_size), options.max_batches):
-            clone_loss(policy.network, batch).backward()  # type: ignore[no-untyped-call]
+            clone_loss(policy.network, batch, loss).backward()  # type: ignore[no-untyped-call]
 
     return run
 
