@@ -63,8 +63,8 @@ class Method:
             key: Which, such as ``adapter.rho``.
             settings: All of them, by such keys.
         """
-        if not self.adapter:
-            return True
+        if not self.adapter or (self.miss and key == "adapter.alpha") or (self.adalora and key == "adapter.rho"):
+            return True  # MiSS has no scale, and AdaLoRA begins with one rank in every layer
         if key == "adapter.variant":  # rotate is every method's
             return not self.eva and settings[key] is None
         if key.startswith("adapter.eva."):  # a gain is measured on it

@@ -272,6 +272,7 @@ class DistillOptions(BCOptions):
 
     updates: int = option(500, "gradient steps of each round, and of the first one on the replay", above=0)
     batch_size: int = option(64, "windows per gradient step", above=0)
+    log_every: int = option(20, "without effect: the loss is recorded once a round", above=0)
     rounds: int = option(4, "DAgger rounds: the clone acts, the residual policy labels", low=0, high=100)
     env_steps: int = option(
         5_000,

@@ -110,10 +110,13 @@ def test_a_policy_learns_without_demonstrations(algo: str, policy_folder: Path, 
     assert load_policy(run_dir).env_id == "metaworld/reach-v3"
 
 
-def test_a_residual_is_learned_and_distilled(policy_folder: Path, tmp_path: Path) -> None:
+def test_a_residual_is_learned_and_distilled(
+    policy_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     run_dir = tmp_path / "run"
-    others = ["algo.bc.updates=2", "eval.every=1", "eval.stop_at_success=false"]
+    others = ["algo.bc.updates=2", "eval.every=1", "eval.stop_at_success=false", "algo.distill.log_every=5"]
     assert main(command(policy_folder, run_dir, "bc_then_residual", *others)) == 0
+    assert "algo.distill.log_every=5 has no effect" in caplog.text
     found = summary(run_dir)
     assert list(json.loads((run_dir / "evaluation.json").read_text())) == ["before", "cloned", "residual", "after"]
     assert found["updates"] == 6  # in the three iterations of 60 env steps before distillation
@@ -259,10 +262,10 @@ def test_directions_are_looked_at_as_at_first(
         (["algo=dqn"], "dqn"),
         (["algo=ppo", "algo.batch_size=1"], "batch_size=1: expected a number above 1"),
         (["algo=ppo", "algo.rollout_steps=1", "algo.num_envs=1"], "advantages of one env step have no spread"),
+        (["algo=ppo", "algo.rollout_steps=121"], "242 env steps. Type algo.env_steps=242 or more"),
         (["algo=bc", "adapter=adalora", "algo.updates=2"], "takes 2; expected at least 3. Raise algo.updates"),
         (
             ["algo=bc", "adapter.variant=rotate", "adapter.rank_caps={q_proj:1}"],
-        (["algo=ppo", "algo.rollout_steps=121"], "242 env steps. Type algo.env_steps=242 or more"),
             "adapter.variant=rotate mixes all 2 directions of blocks.0.attention.q_proj, which takes 1 at most",
         ),
         (["algo=bc", "algo.compile=default"], "Install g++, or use algo.compile=none"),
