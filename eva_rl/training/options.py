@@ -215,7 +215,7 @@ class ResidualOptions(ReplayOptions):
     steps_per_iteration: int = option(200, "env steps, over all environments, of an iteration", above=0)
     updates_per_iteration: int = option(200, "gradient steps of an iteration", above=0)
     learning_starts: int = option(
-        2_000, "env steps of the frozen policy before the first gradient step", low=0, high=MANY
+        2_000, "env steps of the frozen policy, with noise, before the first gradient step", low=0, high=MANY
     )
     batch_size: int = option(
         128, "transitions per gradient step; algo.demonstration_share of them are from demonstrations", above=1
@@ -313,7 +313,9 @@ class OffPolicyOptions(SB3Options):
     """What SAC and TD3 share; TD3 (arXiv 1802.09477) has no more."""
 
     replay_size: int = option(200_000, "capacity in env steps; each is stored once", low=MIN_REPLAY, high=MAX_REPLAY)
-    learning_starts: int = option(1_000, "env steps before the first gradient step", low=0, high=MANY)
+    learning_starts: int = option(
+        1_000, "env steps, of uniformly random actions, before the first gradient step", low=0, high=MANY
+    )
     train_freq: int = option(10, "env steps of each environment between two updates", above=0)
     gradient_steps: int = option(10, "gradient steps of an update", above=0)
     tau: float = option(0.005, "soft update of the target networks, per gradient step", low=0, high=1)
