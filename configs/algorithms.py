@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
 from eva_rl.adapters import METHODS, Method
+from eva_rl.adapters.methods import LEAST_UPDATES, adalora_schedule
 from eva_rl.configs.groups import AlgoOptions
 from eva_rl.errors import UserError
 from eva_rl.options import Options, group, option
@@ -198,6 +199,13 @@ class PPOAlgo(PPOOptions, OnlineAlgo):
             raise UserError(
                 "algo.rollout_steps=1 algo.num_envs=1: advantages of one env step have no spread. Increase one of them."
             )
+        rollout = self.rollout_steps * self.num_envs
+        if self.env_steps < rollout:
+            raise UserError(
+                f"algo.env_steps={self.env_steps}: PPO plays whole rollouts of algo.rollout_steps={self.rollout_steps} "
+                f"in each of algo.num_envs={self.num_envs} environments, {rollout} env steps. Type "
+                f"algo.env_steps={rollout} or more, or lower one of the others."
+            )
 
     @property
     def total_updates(self) -> int:
@@ -231,8 +239,6 @@ _ONLINE: Mapping[str, type[OnlineAlgo]] = {
     "td3": TD3Algo,
 }
 BC_FIRST = "bc_then_"
-MOST_AVERAGED = 0.5
-"""Part of the gradient steps in which AdaLoRA's ranks stay as they are."""
 
 ALGORITHMS: Mapping[str, AlgoOptions] = {
     "bc": BCAlgo(),
@@ -260,37 +266,85 @@ def for_method(algo: AlgoOptions, name: str) -> AlgoOptions:
     return replace(algo, bc=algo.bc.with_default(learning_rate)) if isinstance(algo, OnlineAlgo) else algo
 
 
-def check_method(algo: AlgoOptions, method: Method) -> None:
+def clonings(algo: AlgoOptions) -> list[tuple[BCOptions, int]]:
+    """The options of each cloning, of distillation as its first round, with the gradient steps before it.
+
+    Args:
+        algo: What ``algo=`` says.
+    """
+    if isinstance(algo, BCAlgo):
+        return [(algo, 0)]
+    found: list[tuple[BCOptions, int]] = []
+    if isinstance(algo, OnlineAlgo) and algo.bc.updates:
+        found.append((algo.bc, 0))
+    if isinstance(algo, ResidualAlgo):
+        found.append((algo.distill, algo.bc.updates))
+    return found
+
+
+def check_method(algo: AlgoOptions, method: Method, variant: str | None = None) -> None:
     """Raise unless an algorithm can train an adapter's method.
+
+    Args:
+        algo: What trains.
+        method: What is trained.
+        variant: Of EVA's directions.
 
     Raises:
         UserError: The method prunes while it trains or has two learning rates, and the algorithm is
-            Stable-Baselines3's; weights are averaged while ranks are pruned; or EVA's directions are to be refreshed,
-            and the method has none that stay.
+            Stable-Baselines3's; there are too few gradient steps to prune in, or weights are averaged while it does;
+            or EVA's directions are to be refreshed, and the method has none that stay, or a variant of them.
     """
     if isinstance(algo, SB3Algo) and method.adalora:
         raise UserError(
             f"adapter={method.name} prunes while it trains, in our own loops; algo={algo.name} is Stable-Baselines3's. "
             "Use adapter=eva, or algo=odt_td3."
         )
-    cloning = algo if isinstance(algo, BCAlgo) else getattr(algo, "bc", None)
-    if method.adalora and isinstance(cloning, BCAlgo) and cloning.ema > MOST_AVERAGED:
-        raise UserError(
-            f"{cloning.PREFIX}ema={cloning.ema:g}: adapter={method.name} prunes in the first half of the gradient "
-            f"steps, and pruned weights have no mean. Use at most {MOST_AVERAGED:g}."
-        )
+    if method.adalora:
+        _check_pruning(algo, method)
     if isinstance(algo, SB3Algo) and method.plus:
         raise UserError(
             f"adapter={method.name} gives B a learning rate of its own, in our own loops; algo={algo.name} is "
             "Stable-Baselines3's. Use adapter=lora, or algo=odt_td3."
         )
-    if isinstance(algo, ResidualAlgo) and algo.refresh_every:
+    if isinstance(algo, ReplayOptions) and algo.refresh_every:
+        _check_refresh(algo, algo.refresh_every, method, variant)
+
+
+def _check_pruning(algo: AlgoOptions, method: Method) -> None:
+    total = algo.adapter_updates
+    if total < LEAST_UPDATES:
+        named = {BCAlgo: "algo.updates", ResidualAlgo: "algo.distill.updates"}
+        key = next((key for kind, key in named.items() if isinstance(algo, kind)), "algo.env_steps")
         raise UserError(
-            f"algo.refresh_every={algo.refresh_every}: algo={algo.name} leaves the policy's adapter as it is until "
+            f"adapter={method.name} prunes over the gradient steps of the whole training, of which algo={algo.name} "
+            f"takes {total}; expected at least {LEAST_UPDATES}. Raise {key}, or use adapter=lora."
+        )
+    schedule = adalora_schedule(total)
+    fixed = schedule["total_step"] - schedule["tfinal"]
+    for options, before in clonings(algo):
+        first = before + options.updates - options.averaged_updates + 1
+        if options.averaged_updates and first < fixed:
+            most = max(0, 100 * (before + options.updates - fixed) // options.updates) / 100
+            raise UserError(
+                f"{options.PREFIX}ema={options.ema:g} averages from gradient step {first} on; adapter={method.name} "
+                f"prunes until step {fixed} of {total}, and pruned weights have no mean. Use at most {most:g}."
+            )
+
+
+def _check_refresh(algo: AlgoOptions, every: int, method: Method, variant: str | None) -> None:
+    if isinstance(algo, ResidualAlgo):
+        raise UserError(
+            f"algo.refresh_every={every}: algo={algo.name} leaves the policy's adapter as it is until "
             "distillation. Use algo.refresh_every=0, or algo=odt_td3."
         )
-    if isinstance(algo, ReplayOptions) and algo.refresh_every and (not method.eva or method.adalora):
+    if not method.eva or method.adalora:
         raise UserError(
-            f"algo.refresh_every={algo.refresh_every} refreshes EVA's directions; adapter={method.name} has none "
+            f"algo.refresh_every={every} refreshes EVA's directions; adapter={method.name} has none "
             "that stay. Use adapter=eva, eva_dora or eva_rslora, or algo.refresh_every=0."
+        )
+    if variant is not None:
+        raise UserError(
+            f"algo.refresh_every={every} refreshes EVA's plain directions; adapter.variant={variant} "
+            "changes them at the start alone. Use adapter.variant=null, or algo.refresh_every=0."
         )

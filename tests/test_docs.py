@@ -280,6 +280,8 @@ def small_training(words: list[str]) -> list[str]:
     learner = algo.removeprefix("bc_then_")
     if learner not in {"ppo", "sac", "td3"}:
         small += ["algo.updates_per_iteration=2"]
+    if learner == "ppo":
+        small += ["algo.rollout_steps=48"]
     if learner in {"odt_td3", "residual"}:
         small += ["algo.critic_warmup=2"]
     return small

@@ -14,7 +14,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from eva_rl.adapters.extensions import ADAPTER_NAME
-from eva_rl.adapters.starts import set_directions
+from eva_rl.adapters.starts import check_widths, set_directions
 from eva_rl.errors import UserError
 from eva_rl.eva import EvaResult, compute
 from eva_rl.eva.result import exact_pattern
@@ -53,11 +53,12 @@ def attach_eva(
         PEFT's own initialisation, with a warning.
 
     Raises:
-        UserError: A config that leaves EVA no choice, or see :func:`eva_rl.eva.compute`.
+        UserError: A config that leaves EVA no choice, a result of another rank, alpha or model, or see
+            :func:`eva_rl.eva.compute`.
     """
     _check(model, lora_config)
     names = targeted_layers(model, lora_config)
-    known = {layer.name for layer in find_layers(model, "all-linear")}
+    known = {layer.name: layer.width for layer in find_layers(model, "all-linear")}
     chosen, others = [n for n in names if n in known], [n for n in names if n not in known]
     if not chosen:
         raise UserError(f"EVA needs Linear or Conv1D layers; target_modules names {', '.join(names[:5])} alone.")
@@ -68,7 +69,7 @@ def attach_eva(
             stacklevel=2,
         )
     if isinstance(batches, EvaResult):
-        result = _given(batches, options | {"rho": rho, "tau": tau})
+        result = _given(batches, lora_config, options | {"rho": rho, "tau": tau})
     else:
         exact = "(?:" + "|".join(re.escape(name) for name in chosen) + ")"
         # exact moments, while memory_budget lasts: sketches capture less where the spectrum is flat
@@ -77,19 +78,28 @@ def attach_eva(
     if missing := [name for name in chosen if name not in result.layers]:
         raise UserError(f"The EVA result has no layer {missing[0]!r}. Compute it for the targets of lora_config.")
     ranks = {name: rank for name, rank in result.ranks.items() if name in chosen}
+    directions = {name: result.layers[name].components for name in ranks}
+    check_widths(known, directions)
     every = [name for name, _ in model.named_modules()]
     final = _final_config(lora_config, ranks, result, others, every)
     peft_model = get_peft_model(model, final, adapter_name=adapter_name)
-    set_directions(peft_model, {name: result.layers[name].components for name in ranks}, adapter_name)
+    set_directions(peft_model, directions, adapter_name)
     return peft_model
 
 
-def _given(result: EvaResult, options: Mapping[str, Any]) -> EvaResult:
+def _given(result: EvaResult, config: LoraConfig, options: Mapping[str, Any]) -> EvaResult:
     if further := [name for name, value in options.items() if value is not None]:
         raise UserError(
             f"batches is an EvaResult, which was computed with options of its own: {', '.join(further)} would have no "
             "effect. Give them to eva_rl.eva.compute, or batches of data here."
         )
+    for name, key, own in (("r", "rank", result.options.rank), ("lora_alpha", "alpha", result.options.alpha)):
+        given = getattr(config, name)
+        if own is not None and given != own:
+            raise UserError(
+                f"lora_config has {name}={given:g}, and the EvaResult was computed with {key}={own:g}. Set "
+                f"{name}={own:g}, or give {key}={given:g} to eva_rl.eva.compute."
+            )
     return result
 
 

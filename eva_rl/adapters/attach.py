@@ -17,12 +17,27 @@ from eva_rl.adapters.extensions import (
     LoraPlus,
     RewrittenBase,
     initial_rank,
-    schedule,
 )
 from eva_rl.adapters.gain import LayerStart
 from eva_rl.adapters.layers import capped, rank_limits
-from eva_rl.adapters.methods import DIRECTIONS, GRADIENTS, MOMENTS, PROJECTIONS, Method, find_method
-from eva_rl.adapters.starts import Backward, prepare_corda, prepare_gradients, set_directions, set_start
+from eva_rl.adapters.methods import (
+    DIRECTIONS,
+    GRADIENTS,
+    LEAST_UPDATES,
+    MOMENTS,
+    PROJECTIONS,
+    Method,
+    adalora_schedule,
+    find_method,
+)
+from eva_rl.adapters.starts import (
+    Backward,
+    check_widths,
+    prepare_corda,
+    prepare_gradients,
+    set_directions,
+    set_start,
+)
 from eva_rl.agents.policy import DecisionTransformerPolicy
 from eva_rl.errors import UserError
 from eva_rl.eva import EvaOptions, EvaResult
@@ -95,7 +110,8 @@ def attach_adapter(  # noqa: PLR0913 - PEFT's names for what a user may set
 
     Raises:
         UserError: Unknown method or target, a rank or layer that the method cannot do, data that it lacks, a rank or
-            an alpha other than those of EVA's result, or a policy that has an adapter already.
+            an alpha other than those of EVA's result, directions of another network, or a policy that has an adapter
+            already; the policy is as it was.
     """
     chosen = find_method(method)
     network = policy.network
@@ -113,7 +129,7 @@ def attach_adapter(  # noqa: PLR0913 - PEFT's names for what a user may set
     from eva_rl.adapters.fused import fuse_where_faster
 
     limits = rank_limits(network, chosen, rank, targets, rank_caps)
-    eva = None if eva is None else _complete(capped(eva, limits), limits)
+    eva = None if eva is None else _fitting(network, capped(eva, limits), limits)
     if chosen.adalora:
         _check_directions(eva, initial_rank(rank))
         peft_config: PeftConfig = _adalora_config(list(limits), rank, alpha, dropout, total_updates)
@@ -166,9 +182,10 @@ def _check_data(method: Method, given: Mapping[str, object]) -> None:
             raise UserError(f"adapter={method.name} {'needs' if method.needs == kind else 'takes no'} {_WAYS[kind]}.")
 
 
-def _complete(eva: EvaResult, limits: Mapping[str, int]) -> EvaResult:
+def _fitting(network: nn.Module, eva: EvaResult, limits: Mapping[str, int]) -> EvaResult:
     if missing := [name for name in limits if name not in eva.layers]:
         raise UserError(f"EVA found no directions for {', '.join(missing[:3])}. Compute it with the same targets.")
+    check_widths({name: network.get_parameter(f"{name}.weight").shape[1] for name in limits}, eva.state_dict())
     return eva
 
 
@@ -279,8 +296,10 @@ def _adalora_config(
 ) -> AdaLoraConfig:
     from peft import AdaLoraConfig
 
-    if total_updates < 3:
-        raise UserError(f"AdaLoRA needs total_updates= of at least 3 for its schedule, {total_updates} were given.")
+    if total_updates < LEAST_UPDATES:
+        raise UserError(
+            f"AdaLoRA needs total_updates= of at least {LEAST_UPDATES} for its schedule, {total_updates} were given."
+        )
     first = initial_rank(rank)
     return AdaLoraConfig(
         init_r=first,
@@ -289,7 +308,7 @@ def _adalora_config(
         lora_dropout=dropout,
         target_modules=layers,
         orth_reg_weight=ORTHOGONALITY,
-        **schedule(total_updates),
+        **adalora_schedule(total_updates),
     )
 
 

@@ -22,7 +22,7 @@ from eva_rl.data.windows import WindowSampler
 from eva_rl.envs import make_vec_env
 from eva_rl.errors import UserError
 from eva_rl.eva import ActivationStatistics, EvaOptions, EvaResult, SecondMoment, StorageOptions, compute
-from eva_rl.eva.computation import check_batches
+from eva_rl.eva.computation import check_batches, evaluating
 from eva_rl.eva.options import Method
 from eva_rl.seeding import ROLLOUTS, episode_seeds
 
@@ -82,7 +82,7 @@ def compute_eva(
     asked = EvaOptions(**options)
     began = time.perf_counter()
     storage = StorageOptions("auto", round(asked.rank * asked.rho), seed=asked.seed, exact=keep_moments)
-    with frozen(policy.network), ActivationStatistics(policy.network, list(targets), storage) as statistics:
+    with _listening(policy, targets, storage) as statistics:
         _accumulate(policy, statistics, islice(batches or (), max_batches), rollouts)
         result = replace(statistics.evaluate(asked), seconds=time.perf_counter() - began)
         return replace(result, moments=statistics.second_moments()) if keep_moments else result
@@ -134,10 +134,19 @@ def input_moments(
         max_batches: Batches taken at most.
         method: ``moments`` keeps them exactly in layers of any width.
     """
-    storage = StorageOptions(method)
-    with frozen(policy.network), ActivationStatistics(policy.network, list(targets), storage) as statistics:
+    with _listening(policy, targets, StorageOptions(method)) as statistics:
         _accumulate(policy, statistics, islice(batches or (), max_batches), rollouts)
         return statistics.second_moments()
+
+
+@contextmanager
+def _listening(
+    policy: DecisionTransformerPolicy, targets: Sequence[str], storage: StorageOptions
+) -> Iterator[ActivationStatistics]:
+    """Statistics of what layers see of a policy that does not learn, without dropout."""
+    network = policy.network
+    with evaluating(network), frozen(network), ActivationStatistics(network, list(targets), storage) as statistics:
+        yield statistics
 
 
 def _accumulate(

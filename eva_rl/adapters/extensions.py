@@ -191,16 +191,6 @@ def keep_live_ranks(model: PeftModel) -> None:
                 config.rank_pattern[key] = [a or b for a, b in zip(kept, live, strict=True)]
 
 
-def schedule(total_updates: int) -> dict[str, int]:
-    """AdaLoRA's phases: a tenth to warm up, pruning, and the last half with fixed ranks.
-
-    Args:
-        total_updates: Gradient steps of the whole training.
-    """
-    total = max(total_updates, 3)
-    return {"total_step": total, "tinit": total // 10, "tfinal": total // 2, "deltaT": max(1, total // 100)}
-
-
 class AdaLoraExtension:
     """Prunes after each gradient step, and keeps its directions orthogonal.
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eva_rl.adapters.extensions import low_rank_layers
+from eva_rl.adapters.extensions import LowRankLayer, low_rank_layers
 from eva_rl.adapters.methods import EVA_GAIN, LORA_GAIN, OWN_GAIN
 from eva_rl.errors import UserError
 from eva_rl.eva import SecondMoment, effective_rank, gain
@@ -70,6 +70,26 @@ def reference_gain(reference: str, moment: SecondMoment, rank: int) -> float:
     return float(reference)
 
 
+def gain_factor(layer: LowRankLayer, moments: Mapping[str, SecondMoment], reference: str) -> float:
+    """What a layer's A has to be multiplied by to have a reference gain; 1 where A x vanishes.
+
+    Args:
+        layer: Low-rank layer.
+        moments: Second moments of the layers' inputs.
+        reference: See :func:`reference_gain`; ``own`` gives 1.
+
+    Raises:
+        UserError: The layer's inputs were not seen.
+    """
+    if reference == OWN_GAIN:
+        return 1.0
+    if layer.name not in moments:
+        raise UserError(f"adapter.gain={reference}: the inputs of {layer.name} were not seen. Use adapter.gain=own.")
+    moment = moments[layer.name]
+    own, wanted = gain(layer.A, moment), reference_gain(reference, moment, layer.A.shape[0])
+    return float((wanted / own) ** 0.5) if own > 0 else 1.0  # the gain grows with the square of A
+
+
 def set_gain(model: PeftModel, moments: Mapping[str, SecondMoment], reference: str) -> None:
     """Rescale each layer's A to a reference gain; where B is zero the function stays what it was.
 
@@ -81,18 +101,10 @@ def set_gain(model: PeftModel, moments: Mapping[str, SecondMoment], reference: s
     Raises:
         UserError: A layer's inputs were not seen.
     """
-    if reference == OWN_GAIN:
-        return
     for layer in low_rank_layers(model):
-        if layer.name not in moments:
-            raise UserError(
-                f"adapter.gain={reference}: the inputs of {layer.name} were not seen. Use adapter.gain=own."
-            )
-        moment, own = moments[layer.name], gain(layer.A, moments[layer.name])
-        if own > 0:
-            wanted = reference_gain(reference, moment, layer.A.shape[0])
-            with torch.no_grad():
-                layer.A.mul_((wanted / own) ** 0.5)  # the gain grows with the square of A
+        factor = gain_factor(layer, moments, reference)
+        with torch.no_grad():
+            layer.A.mul_(factor)
 
 
 def rotate(model: PeftModel, seed: int) -> None:

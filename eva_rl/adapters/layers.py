@@ -105,20 +105,33 @@ def _checked(method: Method, rank: int, limits: dict[str, int]) -> dict[str, int
     return limits
 
 
+def check_mixed(variant: str | None, ranks: Mapping[str, int], limits: Mapping[str, int]) -> None:
+    """Raise where a layer has too many directions and they are mixed: none of them can go.
+
+    Args:
+        variant: Of EVA's directions.
+        ranks: Directions of each layer.
+        limits: The highest rank of each layer.
+
+    Raises:
+        UserError: A layer's directions would be cut.
+    """
+    if variant not in {"rotate", "permute"}:
+        return
+    if cut := [name for name, limit in limits.items() if ranks.get(name, 0) > limit]:
+        raise UserError(
+            f"adapter.variant={variant} mixes all {ranks[cut[0]]} directions of {cut[0]}, which takes {limits[cut[0]]} "
+            "at most. Leave it out of adapter.targets or adapter.rank_caps, or lower adapter.rank."
+        )
+
+
 def capped(eva: EvaResult, limits: Mapping[str, int]) -> EvaResult:
     """EVA's result with no layer above its limit; what is cut off goes to no other layer.
 
     Raises:
-        UserError: The directions of a layer that has too many were mixed: none of them can go.
+        UserError: See :func:`check_mixed`.
     """
-    mixed = eva.options.variant in {"rotate", "permute"}
-    if mixed and (
-        cut := [name for name, limit in limits.items() if name in eva.layers and eva.layers[name].rank > limit]
-    ):
-        raise UserError(
-            f"variant={eva.options.variant} mixes all {eva.layers[cut[0]].rank} directions of {cut[0]}, which takes "
-            f"{limits[cut[0]]} at most. Leave it out of adapter.targets or adapter.rank_caps, or lower adapter.rank."
-        )
+    check_mixed(eva.options.variant, eva.ranks, limits)
     return replace(eva, layers={name: _cut(eva, layer, limits.get(name, 0)) for name, layer in eva.layers.items()})
 
 

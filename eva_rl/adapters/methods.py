@@ -16,6 +16,8 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj")
 """Every weight matrix of the blocks: the default targets."""
 OWN_GAIN, LORA_GAIN, EVA_GAIN = GAINS = ("own", "lora", "eva")
 """References of a start's gain by name, besides a number."""
+LEAST_UPDATES = 3
+"""Gradient steps in which AdaLoRA can prune."""
 EVA_KEYS = ("adapter.rho", "adapter.tau", "adapter.center", "adapter.score")
 """Settings of EVA alone."""
 
@@ -61,8 +63,8 @@ class Method:
             key: Which, such as ``adapter.rho``.
             settings: All of them, by such keys.
         """
-        if not self.adapter:
-            return True
+        if not self.adapter or (self.miss and key == "adapter.alpha") or (self.adalora and key == "adapter.rho"):
+            return True  # MiSS has no scale, and AdaLoRA begins with one rank in every layer
         if key == "adapter.variant":  # rotate is every method's
             return not self.eva and settings[key] is None
         if key.startswith("adapter.eva."):  # a gain is measured on it
@@ -183,6 +185,16 @@ METHODS = {
         Method("head", "the action head alone", "", adapter=False, learning_rate=1e-2),
     )
 }
+
+
+def adalora_schedule(total_updates: int) -> dict[str, int]:
+    """AdaLoRA's phases, in PEFT's words: a tenth to warm up, pruning, and the last half with fixed ranks.
+
+    Args:
+        total_updates: Gradient steps of the whole training.
+    """
+    total = max(total_updates, LEAST_UPDATES)
+    return {"total_step": total, "tinit": total // 10, "tfinal": total // 2, "deltaT": max(1, total // 100)}
 
 
 def find_method(name: str) -> Method:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from eva_rl.adapters.extensions import low_rank_layers
+from eva_rl.adapters.gain import gain_factor
+from eva_rl.adapters.methods import OWN_GAIN
 from eva_rl.eva import EvaResult
 
 if TYPE_CHECKING:
@@ -59,24 +61,33 @@ def subspace_overlap(directions: Tensor, others: Tensor) -> float:
     return float(shared)
 
 
-def refresh_directions(model: PeftModel, found: EvaResult, threshold: float) -> Refresh:
-    """Compare the adapter's input directions with the current principal directions.
+def refresh_directions(model: PeftModel, found: EvaResult, threshold: float, gain: str = OWN_GAIN) -> Refresh:
+    """Compare the adapter's input directions with as many of the current principal directions.
 
     Where they overlap less than ``threshold``, B A is written in terms of its own singular vectors and the directions
     it does not use are reinitialised from the leading new ones, with zeros in B: the function stays the same.
 
     Args:
         model: With a LoRA adapter (DoRA and rsLoRA included); changed in place.
-        found: EVA's result for the current model.
+        found: EVA's result for the current model; with its ``moments`` unless ``gain`` is own.
         threshold: Overlap below which a layer is reinitialised.
+        gain: What A is rescaled to in a reinitialised layer, and B against it, by the current inputs; see
+            :func:`eva_rl.adapters.set_gain`. With ``own`` its rows have length 1.
+
+    Raises:
+        UserError: The inputs of a layer that is to be rescaled were not seen.
     """
     overlaps, reinitialised, changed = {}, {}, []
     for layer in low_rank_layers(model):
         components = found.layers[layer.name].components.to(layer.A.device)
-        overlaps[layer.name] = subspace_overlap(layer.A.data, components)
+        overlaps[layer.name] = subspace_overlap(layer.A.data, components[: len(layer.A)])
         if overlaps[layer.name] < threshold and (count := _reinitialise_unused(layer.A, layer.B, components)):
             reinitialised[layer.name] = count
             changed += [layer.A, layer.B]
+            factor = gain_factor(layer, found.moments, gain)
+            with torch.no_grad():
+                layer.A.mul_(factor)
+                layer.B.div_(factor)
     return Refresh(overlaps, reinitialised, tuple(changed))
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -49,6 +50,8 @@ def prepare_corda(network: nn.Module, peft_config: LoraConfig, moments: Mapping[
 def prepare_gradients(network: nn.Module, peft_config: LoraConfig, backward: Backward) -> None:
     """Leave the gradient of the loss at each target layer, where PEFT's LoRA-GA and :func:`start_lora_one` find it.
 
+    Where the backward pass fails, the network is as it was.
+
     Args:
         network: Without an adapter.
         peft_config: Names the target layers.
@@ -56,9 +59,31 @@ def prepare_gradients(network: nn.Module, peft_config: LoraConfig, backward: Bac
     """
     from peft.tuners.lora.loraga import preprocess_loraga
 
-    with warnings.catch_warnings():  # layers that read the data themselves have no input to differentiate
+    with (
+        _restored(network),
+        warnings.catch_warnings(),
+    ):  # layers that read the data themselves have no input to differentiate
         warnings.filterwarnings("ignore", message=".*no inputs require gradients.*")
         preprocess_loraga(network, peft_config, backward)
+
+
+@contextmanager
+def _restored(network: nn.Module) -> Iterator[None]:
+    """Take back what PEFT changes to see gradients and leaves so where the backward pass fails."""
+    asking = [(parameter, parameter.requires_grad, parameter.grad) for parameter in network.parameters()]
+    modules = [(module, module.training, set(module._backward_hooks)) for module in network.modules()]
+    try:
+        yield
+    finally:
+        for parameter, requires_grad, gradient in asking:
+            parameter.requires_grad_(requires_grad)
+            if gradient is None:
+                parameter.grad = None
+        for module, training, hooks in modules:
+            module.training = training
+            for hook in set(module._backward_hooks) - hooks:
+                del module._backward_hooks[hook]
+            vars(module).pop("_peft_loraga_grad_count", None)
 
 
 def start_milora(layer: LowRankLayer) -> None:
@@ -108,6 +133,24 @@ def _set(layer: LowRankLayer, a: Tensor, b: Tensor) -> None:
     with torch.no_grad():
         layer.A.copy_(a)
         layer.B.copy_(b)
+
+
+def check_widths(widths: Mapping[str, int], directions: Mapping[str, Tensor]) -> None:
+    """Raise unless directions are of the inputs of the layers that they are for.
+
+    Args:
+        widths: Input features by layer.
+        directions: (R, in) by layer; layers without a width are passed over.
+
+    Raises:
+        UserError: They were found in a model of another size.
+    """
+    for name, rows in directions.items():
+        if widths.get(name, rows.shape[1]) != rows.shape[1]:
+            raise UserError(
+                f"EVA directions of {name} have {rows.shape[1]} features, and its input has {widths[name]}. Compute "
+                "them with this model."
+            )
 
 
 def set_directions(model: PeftModel, directions: Mapping[str, Tensor], adapter: str = ADAPTER_NAME) -> None:

@@ -28,10 +28,12 @@ from eva_rl.adapters import (
     set_gain,
     target_layers,
 )
+from eva_rl.adapters.layers import check_mixed
 from eva_rl.agents import DecisionTransformerPolicy
 from eva_rl.batch import WindowBatch
 from eva_rl.cli.console import counting_progress, say
 from eva_rl.cli.parsing import flat
+from eva_rl.configs.algorithms import clonings
 from eva_rl.configs.finetune import AdapterOptions, FinetuneConfig
 from eva_rl.data import WindowSampler
 from eva_rl.data.samplers import Sampler, ShardedSampler
@@ -41,6 +43,7 @@ from eva_rl.errors import UserError, counted
 from eva_rl.eva import EvaResult, SecondMoment
 from eva_rl.seeding import ROLLOUTS, episode_seeds
 from eva_rl.training.losses import clone_loss
+from eva_rl.training.options import BCOptions
 
 log = logging.getLogger(__name__)
 MEASURED_BATCHES = 4
@@ -60,11 +63,14 @@ def check_adapter(policy: DecisionTransformerPolicy, options: AdapterOptions) ->
     """Raise unless the policy can carry the adapter that the options ask for, and has the data that it needs.
 
     Raises:
-        UserError: See :func:`eva_rl.adapters.rank_limits`; or a source of data that the method cannot use.
+        UserError: See :func:`eva_rl.adapters.rank_limits`; directions of a variant that would be cut; or a source of
+            data that the method cannot use.
     """
     method = find_method(options.method)
     if method.adapter:
-        rank_limits(policy.network, method, options.rank, options.targets, options.rank_caps)
+        limits = rank_limits(policy.network, method, options.rank, options.targets, options.rank_caps)
+        if method.eva and options.rho == 1:  # else the data decide how many directions each layer gets
+            check_mixed(options.variant, dict.fromkeys(limits, options.rank), limits)
     if method.needs == GRADIENTS and options.eva.source in {"rollouts", "mixed"}:
         raise UserError(
             f"adapter.eva.source={options.eva.source}: adapter={method.name} starts from the gradient of the loss, and "
@@ -92,7 +98,8 @@ def activation_source(config: FinetuneConfig, has_data: bool) -> str:
 def activation_env_steps(config: FinetuneConfig, has_data: bool) -> int:
     """Env steps that the policy plays before training to measure its activations; 0 where trajectories serve."""
     options, method = config.adapter, find_method(config.adapter.method)
-    rescaled = method.adapter and options.gain != "own" and method.needs != DIRECTIONS  # EVA's pass serves both
+    loaded = bool(config.shared) and ProcessGroup.current().world_size == 1  # without the moments of EVA's pass
+    rescaled = method.adapter and options.gain != "own" and (loaded or method.needs != DIRECTIONS)
     passes = (method.needs in {DIRECTIONS, MOMENTS}) + rescaled
     if not passes or activation_source(config, has_data) == "trajectories":
         return 0
@@ -163,7 +170,8 @@ def _input_moments(
     if measured_alone and sampler is not None:
         drawn = windows(policy, ShardedSampler(sampler, process_group), options.eva.batch_size)
         return input_moments(policy, matrices, drawn, None, max_batches=min(most, MEASURED_BATCHES))
-    most = most if found is None else found.batches
+    if found is not None and activation_source(config, sampler is not None) == "trajectories":
+        most = found.batches  # which counts the forwards of rollouts, too
     with _sources(policy, sampler, config, process_group) as (batches, rollouts):
         return input_moments(policy, matrices, batches, rollouts, max_batches=most)
 
@@ -215,13 +223,13 @@ def _moments(
 def _backward(
     policy: DecisionTransformerPolicy, sampler: WindowSampler | None, config: FinetuneConfig
 ) -> Callable[[], None]:
-    """The loss of the first windows that training will see."""
-    options = config.adapter.eva
-    draw = _trajectories(sampler, config)
+    """The loss of the first windows that training will see, as it will be cloned."""
+    options, draw = config.adapter.eva, _trajectories(sampler, config)
+    loss = next((cloning.loss for cloning, _ in clonings(config.algo)), BCOptions.loss)
 
     def run() -> None:
         for batch in islice(windows(policy, draw, options.batch_size), options.max_batches):
-            clone_loss(policy.network, batch).backward()  # type: ignore[no-untyped-call]
+            clone_loss(policy.network, batch, loss).backward()  # type: ignore[no-untyped-call]
 
     return run
 

@@ -311,8 +311,9 @@ def make_refresh(
                 rank=rank,
                 tau=options.tau,
                 center=options.center,
+                keep_moments=options.gain != "own",
             )
-            done = refresh_directions(model, found, algo.refresh_below)
+            done = refresh_directions(model, found, algo.refresh_below, options.gain)
         learner.forget(done.changed)
         return done.metrics()
 

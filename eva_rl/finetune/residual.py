@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 
@@ -22,10 +23,12 @@ from eva_rl.training.collector import OnlineCounters, TaskEnvs
 from eva_rl.training.failures import warn_untrained
 from eva_rl.training.losses import clone_loss
 from eva_rl.training.online import train_online
-from eva_rl.training.options import ResidualOptions
+from eva_rl.training.options import DistillOptions, ResidualOptions
 from eva_rl.training.residual.actor import frozen_copy
 from eva_rl.training.residual.distillation import LabelledWindows, roll_out
 from eva_rl.training.residual.learner import ResidualLearner
+
+logger = logging.getLogger(__name__)
 
 MEASURED_WINDOWS, MEASURED_BATCHES, MEASURED_FROM = 64, 2, 10**9
 """Windows on which the clone's error is measured, drawn as those of gradient steps that nobody takes."""
@@ -56,6 +59,10 @@ def learn_residual(
         tracker: The record.
         vec_env: Where both act.
     """
+    if algo.distill.log_every != DistillOptions.log_every:
+        logger.warning(
+            "algo.distill.log_every=%d has no effect: see distill/loss, once a round.", algo.distill.log_every
+        )
     task = session.online_task(vec_env)
     learner = make_learner(session, algo)
     replay = learner.new_replay(algo.replay_size, session.run_dir / "replay" if algo.replay_on_disk else None)

@@ -33,7 +33,7 @@ from eva_rl.cli.machine import prepare_machine
 from eva_rl.cli.profiling import Phases
 from eva_rl.cli.run_dir import open_run
 from eva_rl.cli.saving import data_references
-from eva_rl.configs.algorithms import ODTAlgo, ODTTD3Algo, OnlineAlgo, SB3Algo, check_method
+from eva_rl.configs.algorithms import ODTAlgo, ODTTD3Algo, OnlineAlgo, SB3Algo, check_method, clonings
 from eva_rl.configs.finetune import ASKED, FinetuneConfig
 from eva_rl.configs.groups import DataOptions
 from eva_rl.data import Trajectories, WindowSampler
@@ -56,6 +56,7 @@ from eva_rl.tracking import Resume
 from eva_rl.training.bc import VALIDATION_STEPS
 from eva_rl.training.checkpoint import Checkpoints, latest_step
 from eva_rl.training.collector import TaskEnvs
+from eva_rl.training.compiling import check_compiler
 from eva_rl.training.losses import clone_loss
 from eva_rl.training.odt_td3 import check_context
 
@@ -262,7 +263,9 @@ def _check_video(config: FinetuneConfig, process_group: ProcessGroup) -> None:
 
 
 def _check_algorithm(policy: DecisionTransformerPolicy, config: FinetuneConfig) -> None:
-    check_method(config.algo, find_method(config.adapter.method))
+    check_method(config.algo, find_method(config.adapter.method), config.adapter.variant)
+    for options, _ in clonings(config.algo):
+        check_compiler(options.compile, policy.device, f"{options.PREFIX}compile")
     if isinstance(config.algo, ODTTD3Algo):
         check_context(policy)
     if isinstance(config.algo, SB3Algo):

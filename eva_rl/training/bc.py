@@ -234,7 +234,7 @@ class _Run:
         """Begin, or resume from the latest checkpoint, at the same step with the same weights on every process."""
         parameters = trainable_parameters(policy.network)
         factor = extension.learning_rate_factor if extension else None
-        averaged = math.ceil(options.ema * options.updates - 1e-9)  # 0.07 * 100 is a little above 7
+        averaged = options.averaged_updates
         average = WeightAverage(parameters, options.updates - averaged + 1) if averaged else None
         losses, optimizer = torch.zeros(2, device=policy.device), make_optimizer(parameters, options, factor)
         run = cls(parameters, optimizer, extension, Counters(), average, losses)

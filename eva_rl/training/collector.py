@@ -66,6 +66,8 @@ class OnlineCounters:
         failures: Episodes, retries apart, in which the task was not solved.
         failures_learned: Those of them before the last gradient steps.
         truncated_at: Env steps when unfinished episodes were last truncated.
+        validated_at: Env steps up to which every validation that was due has been played.
+        measured_at: Env steps up to which every measurement that was due has been played.
     """
 
     env_steps: int = 0
@@ -84,6 +86,8 @@ class OnlineCounters:
     failures: int = 0
     failures_learned: int = 0
     truncated_at: int = 0
+    validated_at: int = 0
+    measured_at: int = 0
 
     @classmethod
     def of(cls, task: TaskEnvs) -> OnlineCounters:

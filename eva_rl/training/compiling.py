@@ -24,18 +24,24 @@ def compiled(network: nn.Module, mode: str) -> Callable[..., Any]:
     """
     if mode == "none":
         return network
-    check_compiler(next(network.parameters()).device)
+    check_compiler(mode, next(network.parameters()).device)
     call: Callable[..., Any] = torch.compile(network, mode=None if mode == "default" else mode, dynamic=False)
     return call
 
 
-def check_compiler(device: torch.device) -> None:
-    """Raise unless torch.compile can work on the device.
+def check_compiler(mode: str, device: torch.device, key: str = "compile") -> None:
+    """Raise unless torch.compile can do what is asked on the device.
+
+    Args:
+        mode: See :func:`compiled`.
+        device: Of the network.
+        key: What a user types to choose the mode.
 
     Raises:
         UserError: There is no C++ compiler.
     """
-    if device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++"))):
+    if mode != "none" and device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++"))):
         raise UserError(
-            "torch.compile needs a C++ compiler on a CPU, and there is none. Install g++, or use compile=none."
+            f"{key}={mode}: torch.compile needs a C++ compiler on a CPU, and there is none. Install g++, or use "
+            f"{key}=none."
         )

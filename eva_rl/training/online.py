@@ -41,7 +41,8 @@ def train_online(  # noqa: PLR0913 - one call for all algorithms; all but four h
 
     Episodes are truncated where the run is validated or saved, so that a resumed run meets the same episodes as one
     that was never interrupted; but not before every environment had the time for a whole one, until when nothing is
-    saved, and validations interrupt nothing.
+    saved, and validations interrupt nothing. What an environment's failure kept from being validated or measured is
+    played when the run resumes.
 
     Args:
         learner: Its policy acts; its options say how long and how often.
@@ -67,6 +68,8 @@ def train_online(  # noqa: PLR0913 - one call for all algorithms; all but four h
     counters = run.counters
     if evaluate is not None and options.keep_best and counters.best_step < 0:
         run.validate(evaluate, log)
+    run.measure_if_due(measure, measure_at, log)
+    run.validate_if(run.due(), evaluate, log)
     while counters.env_steps < options.env_steps:
         began, before = time.perf_counter(), counters.env_steps
         run.collect()
@@ -75,15 +78,11 @@ def train_online(  # noqa: PLR0913 - one call for all algorithms; all but four h
             metrics |= refresh(counters.update)
         counters.seconds += time.perf_counter() - began
         log(metrics | counters.metrics(), counters.env_steps_played)
-        if measure is not None and run.measures(before, measure_at):
-            with run.saving_on_failure():
-                log(measure(counters.env_steps), counters.env_steps_played)
-        due = run.due(before)
+        run.measure_if_due(measure, measure_at, log)
+        due = run.due()
         if due.truncate:
             run.collector.truncate_episodes(replay, counters)
-        if evaluate is not None and due.validate:
-            with run.saving_on_failure():
-                run.validate(evaluate, log)
+        run.validate_if(due, evaluate, log)
         run.save_if(due)
     if options.keep_best:
         run.best.restore(learner.acting_parameters)
@@ -107,7 +106,7 @@ class _Best:
 
 @dataclass(frozen=True)
 class _Due:
-    """What comes after an iteration.
+    """What comes after an iteration, or before the first one of a run that resumes.
 
     Attributes:
         truncate: Whether episodes are truncated, so that something can be saved.
@@ -178,19 +177,31 @@ class _Run:
         learner.policy.network.eval()
         return metrics
 
-    def due(self, before: int) -> _Due:
-        """What comes after an iteration that began after ``before`` env steps."""
+    def due(self) -> _Due:
+        """What comes next, by what was done before."""
         options, counters = self.learner.options, self.counters
         done = counters.env_steps >= options.env_steps
-        validating = _due(counters, options.eval_every, before)
+        validating = _due(counters, options.eval_every, counters.validated_at)
         saving = done or _due(counters, options.checkpoint_every, counters.truncated_at)
         truncating = done or ((validating or saving) and self.collector.may_truncate(counters))
-        return _Due(truncating, options.keep_best if done else validating, saving)
+        at_the_end = options.keep_best and counters.validated_at < counters.env_steps
+        return _Due(truncating, at_the_end if done else validating, saving)
 
-    def measures(self, before: int, at: Collection[int]) -> bool:
-        """Whether one of those env steps was reached since there were ``before``, and training goes on."""
-        steps = self.counters.env_steps
-        return steps < self.learner.options.env_steps and any(before < one <= steps for one in at)
+    def measure_if_due(self, measure: Evaluate | None, at: Collection[int], log: Log) -> None:
+        """Measure where one of those env steps was reached since the last measurement, and training goes on."""
+        steps, before = self.counters.env_steps, self.counters.measured_at
+        reached = steps < self.learner.options.env_steps and any(before < one <= steps for one in at)
+        if measure is not None and reached:
+            with self.saving_on_failure():
+                log(measure(steps), self.counters.env_steps_played)
+        self.counters.measured_at = steps
+
+    def validate_if(self, due: _Due, evaluate: Evaluate | None, log: Log) -> None:
+        """Validate, where it is time."""
+        if evaluate is not None and due.validate:
+            with self.saving_on_failure():
+                self.validate(evaluate, log)
+        self.counters.validated_at = self.counters.env_steps
 
     def save_if(self, due: _Due) -> None:
         """Save, where episodes were truncated and it is time."""
@@ -245,4 +256,5 @@ def _resume(
         best.parameters = below(state.tensors, BEST)
         if "random/torch" in state.tensors:  # not in older ones
             restore_random_state(state.tensors, learner.policy.device)
-        return OnlineCounters(**state.record)
+        steps = state.record["env_steps"]
+        return OnlineCounters(**{"validated_at": steps, "measured_at": steps} | state.record)  # not in older ones

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from eva_rl.options import MANY, Options, option
@@ -54,6 +55,11 @@ class BCOptions(OptimizerOptions):
         "none", "torch.compile: none, default or reduce-overhead (CUDA graphs)", choices=COMPILE_MODES
     )
     log_every: int = option(20, "gradient steps between logged training metrics", above=0)
+
+    @property
+    def averaged_updates(self) -> int:
+        """Gradient steps, the last ones, over which the weights are averaged."""
+        return math.ceil(self.ema * self.updates - 1e-9)  # 0.07 * 100 is a little above 7
 
 
 @dataclass
@@ -209,7 +215,7 @@ class ResidualOptions(ReplayOptions):
     steps_per_iteration: int = option(200, "env steps, over all environments, of an iteration", above=0)
     updates_per_iteration: int = option(200, "gradient steps of an iteration", above=0)
     learning_starts: int = option(
-        2_000, "env steps of the frozen policy before the first gradient step", low=0, high=MANY
+        2_000, "env steps of the frozen policy, with noise, before the first gradient step", low=0, high=MANY
     )
     batch_size: int = option(
         128, "transitions per gradient step; algo.demonstration_share of them are from demonstrations", above=1
@@ -266,6 +272,7 @@ class DistillOptions(BCOptions):
 
     updates: int = option(500, "gradient steps of each round, and of the first one on the replay", above=0)
     batch_size: int = option(64, "windows per gradient step", above=0)
+    log_every: int = option(20, "without effect: the loss is recorded once a round", above=0)
     rounds: int = option(4, "DAgger rounds: the clone acts, the residual policy labels", low=0, high=100)
     env_steps: int = option(
         5_000,
@@ -306,7 +313,9 @@ class OffPolicyOptions(SB3Options):
     """What SAC and TD3 share; TD3 (arXiv 1802.09477) has no more."""
 
     replay_size: int = option(200_000, "capacity in env steps; each is stored once", low=MIN_REPLAY, high=MAX_REPLAY)
-    learning_starts: int = option(1_000, "env steps before the first gradient step", low=0, high=MANY)
+    learning_starts: int = option(
+        1_000, "env steps, of uniformly random actions, before the first gradient step", low=0, high=MANY
+    )
     train_freq: int = option(10, "env steps of each environment between two updates", above=0)
     gradient_steps: int = option(10, "gradient steps of an update", above=0)
     tau: float = option(0.005, "soft update of the target networks, per gradient step", low=0, high=1)

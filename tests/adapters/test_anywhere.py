@@ -168,6 +168,20 @@ def test_a_result_found_before_can_be_given() -> None:
         attach_eva(Named(), LoraConfig(r=3, target_modules="all-linear"), _without(result, "proj"))
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"r": 8}, r"r=8, and the EvaResult was computed with rank=3\. Set r=3"),
+        ({"r": 3, "lora_alpha": 16}, r"lora_alpha=16, and the EvaResult was computed with alpha=6\. Set lora_alpha=6"),
+    ],
+)
+def test_a_result_of_another_size_is_refused(given: dict[str, Any], message: str) -> None:
+    """Its own ranks were taken without a word, whatever the config said."""
+    result = eva.compute(Named(), data(), targets="all-linear", rank=3, alpha=6)
+    with pytest.raises(UserError, match=message):
+        attach_eva(Named(), LoraConfig(target_modules="all-linear", **given), result)
+
+
 def _without(result: eva.EvaResult, name: str) -> eva.EvaResult:
     from dataclasses import replace
 
@@ -191,6 +205,11 @@ def test_what_cannot_be_done_is_said_and_leaves_the_model_as_it_was() -> None:
     assert [name for name, _ in model.named_modules()] == [name for name, _ in Named().named_modules()]
     assert not hasattr(model, "peft_config")
     assert [p.requires_grad for p in model.parameters()] == [False, *[True] * 4]
+    wider = nn.ModuleDict({"proj": nn.Linear(10, 4)})
+    of_another = eva.compute(wider, [torch.randn(20, 10)], rank=2, forward=lambda model, x: model["proj"](x))
+    with pytest.raises(UserError, match=r"directions of proj have 10 features, and its input has 6"):
+        attach_eva(model, LoraConfig(r=2, target_modules="proj"), of_another)
+    assert [name for name, _ in model.named_modules()] == [name for name, _ in Named().named_modules()]
     adapted = attach_eva(model, LoraConfig(r=2, target_modules=["proj"]), data())
     with pytest.raises(UserError, match="has an adapter already"):
         attach_eva(adapted, LoraConfig(target_modules=["proj"]), data())

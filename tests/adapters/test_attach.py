@@ -21,7 +21,7 @@ from eva_rl.training.bc import train_bc
 from eva_rl.training.checkpoint import Checkpoints
 from eva_rl.training.losses import clone_loss
 from eva_rl.training.options import BCOptions
-from tests.adapters.making import RANK, REWRITING, UPDATES, attached, measure, sampler, train, usual_first
+from tests.adapters.making import RANK, REWRITING, UPDATES, attached, backward, measure, sampler, train, usual_first
 from tests.adapters.test_folders import windows
 from tests.conftest import make_policy
 
@@ -292,3 +292,34 @@ def test_directions_that_are_mixed_are_not_cut(
     with pytest.raises(UserError, match=f"variant={variant} mixes all 4 directions of .*q_proj, which takes 2 at most"):
         attach_adapter(policy, "eva", rank=RANK, eva=found, rank_caps={"q_proj": 2})
     attach_adapter(policy, "eva", rank=RANK, eva=found)
+
+
+def test_directions_of_another_network_leave_the_policy_alone(reach_demonstrations: Trajectories) -> None:
+    """They were refused when PEFT had made its layers: the policy had an untrained adapter, and took no other."""
+    policy, other = make_policy(hidden_size=48, num_heads=2), make_policy()
+    found, before = measure(other, reach_demonstrations, rank=RANK), list(policy.network.state_dict())
+    with pytest.raises(
+        UserError, match=r"q_proj have 32 features, and its input has 48\. Compute them with this model"
+    ):
+        attach_adapter(policy, "eva", rank=RANK, eva=found)
+    assert list(policy.network.state_dict()) == before
+    assert all(parameter.requires_grad for parameter in policy.network.parameters())
+    attach_adapter(policy, "lora", rank=RANK)
+
+
+@pytest.mark.parametrize("method", ["lora_ga", "lora_one"])
+def test_a_backward_pass_that_fails_leaves_the_policy_alone(method: str, reach_demonstrations: Trajectories) -> None:
+    """Hooks stayed behind, and all parameters but the targets' were frozen."""
+    policy = make_policy()
+
+    def fails() -> None:
+        backward(policy, reach_demonstrations)()
+        raise UserError("the data ended")
+
+    with pytest.raises(UserError, match="the data ended"):
+        attach_adapter(policy, method, rank=RANK, backward=fails)
+    modules = list(policy.network.modules())
+    assert not any(module.training or module._backward_hooks for module in modules)
+    assert not any("loraga" in key for module in modules for key in vars(module))
+    assert all(p.requires_grad and p.grad is None for p in policy.network.parameters())
+    attached(method, reach_demonstrations, policy=policy)

@@ -11,7 +11,7 @@ import torch
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from eva_rl import envs, eva
-from eva_rl.adapters import Rollouts, compute_eva, target_layers
+from eva_rl.adapters import Rollouts, compute_eva, second_moments, target_layers
 from eva_rl.batch import WindowBatch
 from eva_rl.data import Trajectories, WindowSampler
 from eva_rl.errors import UserError
@@ -92,6 +92,23 @@ def test_mixed_adds_both(reach_demonstrations: Trajectories) -> None:
     real = sum(48 if (m := sampler.sample(8, s).attention_mask) is None else int(m.sum()) for s in range(3))
     assert real <= offline
     assert both.layers[LAYER].rows == acted.layers[LAYER].rows + real
+
+
+def test_what_is_measured_is_measured_without_dropout(reach_demonstrations: Trajectories) -> None:
+    """A network in training mode had its dropout in the second moments, and those of two passes differed."""
+    trained, policy = make_policy(dropout=0.5), make_policy(dropout=0.5)
+    trained.network.train()
+    sampler = WindowSampler(reach_demonstrations, 6, policy.scaling)
+    found = [
+        [
+            second_moments(one, [LAYER], [sampler.sample(8, 0)], None, max_batches=1)[LAYER],
+            compute_eva(one, [LAYER], None, rollouts(), max_batches=1, rank=3).layers[LAYER].singular_values,
+        ]
+        for one in (trained, policy)
+    ]
+    for noisy, plain in zip(*found, strict=True):
+        torch.testing.assert_close(noisy, plain)
+    assert all(module.training for module in trained.network.modules())
 
 
 @pytest.mark.slow

@@ -11,7 +11,14 @@ import pytest
 import torch
 
 from eva_rl import eva
-from eva_rl.adapters import attach_adapter, compute_eva, refresh_directions, subspace_overlap, target_layers
+from eva_rl.adapters import (
+    attach_adapter,
+    compute_eva,
+    measure_start,
+    refresh_directions,
+    subspace_overlap,
+    target_layers,
+)
 from eva_rl.agents import DecisionTransformerPolicy
 from eva_rl.batch import WindowBatch
 from eva_rl.data import Trajectories, WindowSampler
@@ -108,3 +115,44 @@ def test_layers_that_still_overlap_are_left_alone(reach_demonstrations: Trajecto
     done = refresh_directions(adapter.model, found, threshold=0.99)
     assert not done.changed
     assert done.metrics()["eva/overlap_min"] == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("used", [0, 2])
+def test_a_refreshed_layer_keeps_the_gain_that_was_asked_for(used: int, reach_demonstrations: Trajectories) -> None:
+    """New rows were of length 1: a start rescaled to LoRA's gain was tens of times as strong after the refresh."""
+    policy = make_policy()
+    found = compute_eva(
+        policy, NAMES, batches(policy, reach_demonstrations), None, max_batches=6, rank=RANK, keep_moments=True
+    )
+    adapter = attach_adapter(policy, "eva", rank=RANK, eva=found)
+    assert adapter.model is not None
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in policy.network.named_parameters():
+            if "lora_A" in name:
+                parameter.copy_(torch.linalg.qr(torch.randn(parameter.shape, generator=generator).T)[0].T)
+            elif "lora_B" in name:
+                parameter[:, :used] = torch.randn(parameter.shape[0], used, generator=generator) * 0.3
+        before = policy.network(next(batches(policy, reach_demonstrations)))
+    done = refresh_directions(adapter.model, found, 1.0, "2.5")
+    assert set(done.reinitialised) == set(NAMES)
+    gains = [start.gain for start in measure_start(adapter.model, found.moments).values()]
+    assert gains == pytest.approx([2.5] * len(NAMES), rel=1e-3)
+    with torch.no_grad():
+        after = policy.network(next(batches(policy, reach_demonstrations)))
+    torch.testing.assert_close(after, before, atol=1e-5, rtol=1e-5)
+
+
+def test_each_layer_is_compared_with_as_many_directions_as_it_has(reach_demonstrations: Trajectories) -> None:
+    """Where EVA gave layers different ranks, a small one was compared with the largest one's number of directions: it
+    lay in them however far it was from the first of them."""
+    policy = make_policy()
+    found = look(policy, reach_demonstrations)
+    adapter = attach_adapter(policy, "lora", rank=1)
+    assert adapter.model is not None
+    with torch.no_grad():
+        for name in NAMES:
+            policy.network.get_submodule(name).lora_A["default"].weight.copy_(found.layers[name].components[-1:])
+    done = refresh_directions(adapter.model, found, threshold=0.5)
+    assert max(done.overlaps.values()) == pytest.approx(0, abs=1e-6)
+    assert set(done.reinitialised) == set(NAMES)

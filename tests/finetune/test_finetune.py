@@ -163,6 +163,11 @@ def test_settings_that_an_adapter_does_not_use_are_named(caplog: pytest.LogCaptu
     warn_of_unused(AdapterOptions(method="full", rank=4))
     assert "adapter=full does not use adapter.rank=4." in caplog.text
     caplog.clear()
+    for method, key, value in [("miss", "alpha", 64.0), ("eva_adalora", "rho", 2.0)]:
+        caplog.clear()
+        warn_of_unused(AdapterOptions(method=method, **{key: value}))
+        assert f"adapter={method} does not use adapter.{key}={value}." in caplog.text
+    caplog.clear()
     warn_of_unused(AdapterOptions(method="eva", rank=4, rho=2.0))
     assert caplog.text == ""
 

@@ -110,10 +110,13 @@ def test_a_policy_learns_without_demonstrations(algo: str, policy_folder: Path, 
     assert load_policy(run_dir).env_id == "metaworld/reach-v3"
 
 
-def test_a_residual_is_learned_and_distilled(policy_folder: Path, tmp_path: Path) -> None:
+def test_a_residual_is_learned_and_distilled(
+    policy_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     run_dir = tmp_path / "run"
-    others = ["algo.bc.updates=2", "eval.every=1", "eval.stop_at_success=false"]
+    others = ["algo.bc.updates=2", "eval.every=1", "eval.stop_at_success=false", "algo.distill.log_every=5"]
     assert main(command(policy_folder, run_dir, "bc_then_residual", *others)) == 0
+    assert "algo.distill.log_every=5 has no effect" in caplog.text
     found = summary(run_dir)
     assert list(json.loads((run_dir / "evaluation.json").read_text())) == ["before", "cloned", "residual", "after"]
     assert found["updates"] == 6  # in the three iterations of 60 env steps before distillation
@@ -233,9 +236,9 @@ def test_directions_are_looked_at_as_at_first(
     """Of the covariance where the first ones are."""
     found: list[bool] = []
 
-    def refresh(model: PeftModel, result: EvaResult, threshold: float) -> Refresh:
+    def refresh(model: PeftModel, result: EvaResult, threshold: float, gain: str) -> Refresh:
         found.append(result.options.center)
-        return refresh_directions(model, result, threshold)
+        return refresh_directions(model, result, threshold, gain)
 
     monkeypatch.setattr(phases, "refresh_directions", refresh)
     more = ["algo.refresh_every=120", "algo.refresh_below=1", "adapter.center=true"]
@@ -251,25 +254,45 @@ def test_directions_are_looked_at_as_at_first(
         (["algo=odt", "adapter.eva.source=trajectories"], "needs demonstrations"),
         (["algo=odt", "adapter=lora_ga"], "nothing to clone"),
         (["algo=odt", "algo.refresh_every=100", "adapter=lora"], "refreshes EVA's directions"),
+        (["algo=odt", "algo.refresh_every=100", "adapter.variant=whiten"], "refreshes EVA's plain directions"),
         (["algo=residual", "algo.distill.rounds=0", "algo.refresh_every=100"], "leaves the policy's adapter as it is"),
-        (["algo=ppo", "adapter=adalora"], "Stable-Baselines3's"),
+        (["algo=ppo", "algo.rollout_steps=30", "adapter=adalora"], "Stable-Baselines3's"),
         (["algo=odt", "algo.initial_std=50"], "initial_std=50"),
         (["algo=odt", "algo.replay_size=1"], "replay_size"),
         (["algo=dqn"], "dqn"),
         (["algo=ppo", "algo.batch_size=1"], "batch_size=1: expected a number above 1"),
         (["algo=ppo", "algo.rollout_steps=1", "algo.num_envs=1"], "advantages of one env step have no spread"),
+        (["algo=ppo", "algo.rollout_steps=121"], "242 env steps. Type algo.env_steps=242 or more"),
+        (["algo=bc", "adapter=adalora", "algo.updates=2"], "takes 2; expected at least 3. Raise algo.updates"),
+        (
+            ["algo=bc", "adapter.variant=rotate", "adapter.rank_caps={q_proj:1}"],
+            "adapter.variant=rotate mixes all 2 directions of blocks.0.attention.q_proj, which takes 1 at most",
+        ),
+        (["algo=bc", "algo.compile=default"], "Install g++, or use algo.compile=none"),
+        (
+            ["algo=residual", "algo.distill.rounds=0", "algo.distill.compile=default"],
+            "Install g++, or use algo.distill.compile=none",
+        ),
         (["algo=odt_td3", "adapter.targets=[]"], "adapter.targets=[] names no layer"),
         (["algo=odt_td3", "adapter.tau=0"], "tau=0.0: expected a number above 0"),
         (["algo=odt_td3", "policy.num_heads=1"], "says its num_heads itself"),
     ],
 )
 def test_what_does_not_fit_is_refused(
-    arguments: list[str], message: str, policy_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    arguments: list[str],
+    message: str,
+    policy_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Before anything is collected or played, and in keys that can be typed."""
+    monkeypatch.setattr("eva_rl.training.compiling.shutil.which", lambda name: None)
     small = [o for o in SMALL if arguments[0] != "algo=bc" or not o.startswith("algo.")]
     small = [o for o in small if "checkpoint_every" not in o or arguments[0] not in {"algo=dqn", "algo=ppo"}]
     assert main([f"policy={policy_folder}", f"run_dir={tmp_path / 'run'}", *small, *arguments]) == 2
     assert message in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow

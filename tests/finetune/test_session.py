@@ -7,17 +7,20 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from eva_rl.cli.parsing import parse
-from eva_rl.data import write_episodes
+from eva_rl.data import Trajectories, WindowSampler, write_episodes
 from eva_rl.data.selection import target_return
 from eva_rl.errors import UserError
 from eva_rl.finetune import command  # noqa: F401 - registers its config
+from eva_rl.finetune.adapter import attach
 from eva_rl.finetune.origin import ORIGIN_FILE, check_origin
 from eva_rl.finetune.session import choose_target_return, open_session
 from eva_rl.seeding import MAX_SEED
 from eva_rl.tracking import Resume
 from eva_rl.training.checkpoint import TrainState, save_checkpoint
+from eva_rl.training.losses import clone_loss
 from tests.conftest import make_policy
 from tests.finetune.test_call import data_of
 
@@ -67,6 +70,34 @@ def test_what_a_run_builds_on_is_looked_up_once(policy_folder: Path, tmp_path: P
         save_checkpoint(session.checkpoint_dir / "online", TrainState(40, {}, {}))
         assert cloned.resumed == Resume(3, cloning=True)
         assert replace(session).resumed == Resume(40)
+
+
+@pytest.mark.parametrize(
+    ("words", "loss"),
+    [
+        (["algo.loss=l1"], "l1"),
+        (["algo=bc_then_odt", "algo.bc.loss=l1"], "l1"),
+        (["algo=residual", "algo.distill.loss=l1"], "l1"),
+        (["algo=odt"], "mse"),
+    ],
+)
+def test_gradients_are_those_of_the_loss_that_is_cloned(
+    words: list[str], loss: str, reach_demonstrations: Trajectories
+) -> None:
+    """LoRA-GA and LoRA-One started from the squared error's, whatever loss they then cloned by."""
+    starts = []
+    for more in (words, ["algo.loss=" + loss]):
+        policy = make_policy()
+        config = parse("finetune", ["env=reach-v3", "adapter=lora_one", "adapter.eva.max_batches=1", *more])
+        attach(policy, WindowSampler(reach_demonstrations, 6, policy.scaling), config)
+        starts.append(policy.network.get_parameter("blocks.0.mlp.up_proj.lora_A.default.weight").detach())
+    assert torch.equal(*starts)
+    policy = make_policy()
+    weight = policy.network.get_parameter("blocks.0.mlp.up_proj.weight")
+    clone_loss(policy.network, WindowSampler(reach_demonstrations, 6, policy.scaling).sample(64, 0), loss).backward()
+    assert weight.grad is not None
+    leading = torch.linalg.svd(weight.grad)[2][0]
+    assert float((starts[0][0] @ leading).abs() / starts[0][0].norm()) == pytest.approx(1, abs=1e-4)
 
 
 def test_a_run_goes_on_with_what_it_began_with(tmp_path: Path) -> None:

@@ -7,11 +7,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor
 
 from eva_rl.agents import DecisionTransformerPolicy
 from eva_rl.agents.policy_folder import save_policy
 from eva_rl.cli.parsing import parse
+from eva_rl.eva import EvaResult
 from eva_rl.finetune import command  # noqa: F401 - registers its config
+from eva_rl.finetune.adapter import activation_env_steps, attach
 from eva_rl.finetune.locations import data_folder
 from eva_rl.finetune.session import Session, make_sampler, open_session
 from eva_rl.finetune.shared import before_key, eva_key, evaluate_before
@@ -114,3 +118,24 @@ def test_successes_count_since_they_weigh_the_windows(session: Session) -> None:
     assert session.data.successes is not None
     other = replace(session.data, successes=~session.data.successes)
     assert eva_key(replace(session, data=other)) != eva_key(session)
+
+
+@pytest.mark.parametrize("source", ["trajectories", "mixed", "rollouts"])
+def test_a_shared_pass_is_rescaled_by_what_it_saw(source: str, session: Session) -> None:
+    """Its moments are measured again: the forwards of rollouts counted as batches of demonstrations, and the env steps
+    of the second pass not at all."""
+    words = ["adapter.gain=lora", "adapter.rank=2", f"adapter.eva.source={source}", "adapter.eva.max_batches=2"]
+    config = parse("finetune", [*SMALL, *words, "adapter.eva.rollout_envs=2", "adapter.eva.rollout_steps=10"])
+    found: list[dict[str, Tensor]] = []
+    for shared in (False, True):
+        policy = make_policy()
+        attach(policy, session.sampler, config, without_moments if shared else lambda compute: compute())
+        found.append({name: p for name, p in policy.network.named_parameters() if ".lora_A." in name})
+    for name, rows in found[0].items():
+        torch.testing.assert_close(found[1][name], rows)
+    passes = [activation_env_steps(one, has_data=True) for one in (config, replace(config, shared="shared"))]
+    assert passes == ([0, 0] if source == "trajectories" else [20, 40])
+
+
+def without_moments(compute: Callable[[], EvaResult]) -> EvaResult:
+    return replace(compute(), moments={})

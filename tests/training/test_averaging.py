@@ -11,7 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from eva_rl.adapters import METHODS, load_policy, save_adapted_policy
-from eva_rl.configs.algorithms import BCAlgo, check_method
+from eva_rl.configs.algorithms import (
+    BCAlgo,
+    BCFirst,
+    DistillAlgo,
+    ODTAlgo,
+    OnlineAlgo,
+    ResidualAlgo,
+    check_method,
+)
 from eva_rl.data import Trajectories
 from eva_rl.errors import UserError
 from eva_rl.training.averaging import WeightAverage
@@ -101,8 +109,41 @@ def test_saved_policies_act_as_the_mean_does(method: str, tmp_path: Path, reach_
 def test_averaging_while_adalora_prunes_is_refused() -> None:
     check_method(BCAlgo(ema=0.5), METHODS["adalora"])
     check_method(BCAlgo(ema=1.0), METHODS["lora"])
-    with pytest.raises(UserError, match=r"algo.ema=0.6.*prunes.*at most 0.5"):
+    with pytest.raises(UserError, match=r"algo.ema=0.6.*prunes until step 50 of 100.*at most 0.5"):
         check_method(BCAlgo(ema=0.6), METHODS["adalora"])
+
+
+@pytest.mark.parametrize(
+    ("algo", "message"),
+    [
+        (ODTAlgo(bc=BCFirst(updates=20, ema=0.2)), r"algo.bc.ema=0.2 averages from gradient step 17 on.*at most 0\."),
+        (
+            ResidualAlgo(distill=DistillAlgo(ema=0.5)),
+            r"algo.distill.ema=0.5 .* step 251 on.*until step 1250 of 2500.*at most 0\.",
+        ),
+        (
+            ResidualAlgo(bc=BCFirst(updates=900), distill=DistillAlgo(updates=1000, rounds=0, ema=0.96)),
+            r"algo.distill.ema=0.96 averages from gradient step 941 on.*until step 950 of 1900.*at most 0.95\.",
+        ),
+    ],
+)
+def test_what_is_averaged_lies_after_all_pruning(algo: OnlineAlgo, message: str) -> None:
+    """Pruning goes by the gradient steps of the whole training: the last part of a cloning may lie in its midst."""
+    with pytest.raises(UserError, match=message):
+        check_method(algo, METHODS["adalora"])
+    check_method(algo, METHODS["lora"])
+    check_method(ResidualAlgo(distill=DistillAlgo(rounds=0, ema=0.5)), METHODS["adalora"])
+
+
+def test_adalora_needs_gradient_steps_to_prune_in() -> None:
+    """It was found out when demonstrations were collected and the policy evaluated, in words of Python."""
+    for algo, key in [
+        (BCAlgo(updates=2), "algo.updates"),
+        (ResidualAlgo(distill=DistillAlgo(updates=1, rounds=1)), "algo.distill.updates"),
+        (ODTAlgo(env_steps=10, updates_per_iteration=2), "algo.env_steps"),
+    ]:
+        with pytest.raises(UserError, match=f"takes 2; expected at least 3. Raise {key}, or use adapter=lora"):
+            check_method(algo, METHODS["adalora"])
 
 
 def test_nothing_is_averaged_where_no_step_counts() -> None:

@@ -402,3 +402,56 @@ def test_an_environment_that_fails_in_a_validation_costs_nothing_that_was_learne
     )
     assert counters.env_steps == 60
     assert counters.update == 6
+
+
+@pytest.mark.parametrize("which", ["validate", "measure"])
+def test_what_an_environment_kept_from_being_evaluated_is_evaluated_after_the_resume(
+    which: str, tmp_path: Path
+) -> None:
+    """The curves lacked a point, and the best parameters may have been those it would have found."""
+    played: dict[str, list[int]] = {"validate": [], "measure": []}
+
+    def play(kind: str, step: int, fails: bool) -> Mapping[str, float]:
+        if fails and (kind, step) == (which, 20):
+            raise EnvironmentFailedError("bandit", "in reset()", "the server is gone")
+        played[kind].append(step)
+        return {}
+
+    def train(fails: bool) -> None:
+        learner = bandit(env_steps=60, steps_per_iteration=10, updates_per_iteration=1, eval_every=20)
+        train_online(
+            learner,
+            TrajectoryReplay(500, 2, 1),
+            make_task(Bandit, 1),
+            log=lambda *_: None,
+            evaluate=lambda step: play("validate", step, fails),
+            measure=lambda step: play("measure", step, fails),
+            measure_at=[20, 30],
+            checkpoints=Checkpoints(tmp_path),
+        )
+
+    with pytest.raises(EnvironmentFailedError):
+        train(fails=True)
+    train(fails=False)
+    assert played == {"validate": [20, 40], "measure": [20, 30]}
+
+
+def test_checkpoints_of_before_validations_were_remembered_are_read(tmp_path: Path) -> None:
+    """Whatever they hold has been validated as far as anyone knows."""
+    checkpoints, steps = Checkpoints(tmp_path), list[int]()
+    once = {"steps_per_iteration": 10, "updates_per_iteration": 1, "eval_every": 20}
+    for env_steps in (20, 60):
+        learner = bandit(env_steps=env_steps, checkpoint_every=20, **once)
+        train_online(
+            learner,
+            TrajectoryReplay(500, 2, 1),
+            make_task(Bandit, 1),
+            log=lambda *_: None,
+            evaluate=lambda step: {"step": steps.append(step) or 0.0},  # type: ignore[func-returns-value]
+            checkpoints=checkpoints,
+        )
+        state = checkpoints.load()
+        assert state is not None
+        record = {key: value for key, value in state.record.items() if key not in {"validated_at", "measured_at"}}
+        checkpoints.save(dataclasses.replace(state, record=record))
+    assert steps == [40]

@@ -18,7 +18,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from eva_rl import envs
 from eva_rl.adapters import attach_adapter
 from eva_rl.adapters.fused import unfuse
-from eva_rl.errors import UserError
+from eva_rl.errors import EnvironmentFailedError, UserError
 from eva_rl.training.checkpoint import Checkpoints
 from eva_rl.training.collector import TaskEnvs
 from eva_rl.training.failures import NotFiniteError
@@ -328,6 +328,30 @@ def test_ppo_compares_the_policy_with_itself_whatever_its_dropout() -> None:
     assert len(divergences) == 1, "Stable-Baselines3 writes those of an update with the rollout after it"
     assert max(map(abs, divergences)) < 1e-6
     assert found["updates"] == 16, "two rollouts, two epochs each of 40 env steps in batches of 10"
+
+
+@pytest.mark.parametrize("name", SAC_FIRST)
+def test_what_an_environment_kept_from_being_validated_is_validated_after_the_resume(name: str, tmp_path: Path) -> None:
+    """The curve lacked a point."""
+    few = {"rollout_steps": 10} if name == "ppo" else {"train_freq": 5, "gradient_steps": 1}
+    chosen, played = options(name, 160, eval_every=40, batch_size=8, **few), list[int]()
+
+    def train(fails_at: int) -> None:
+        def evaluate(step: int) -> dict[str, float]:
+            if step == fails_at:
+                raise EnvironmentFailedError("two steps", "in reset()", "the server is gone")
+            played.append(step)
+            return {}
+
+        task = make_task(TwoSteps, 4)
+        model = make_model(make_learner(), task, chosen)
+        train_sb3(model, task, chosen, log=lambda *_: None, evaluate=evaluate, checkpoints=Checkpoints(tmp_path))
+
+    for step in (40, 120):
+        with pytest.raises(EnvironmentFailedError, match="what was learned before is saved"):
+            train(step)
+    train(0)
+    assert played == [40, 80, 120]
 
 
 def test_episodes_are_longer_than_a_stretch_between_validations(caplog: pytest.LogCaptureFixture) -> None:

@@ -132,7 +132,8 @@ def train_sb3(
         task: Where it acts.
         options: How long.
         log: Takes Stable-Baselines3's metrics, and the env step they belong to; those of validations count, too.
-        evaluate: Called after each stretch but the last; what it returns is logged.
+        evaluate: Called after each stretch but the last; what it returns is logged. Where an environment fails in it,
+            the run that resumes calls it first.
         checkpoints: Where to save; None keeps no checkpoint.
         callback: Of Stable-Baselines3.
 
@@ -155,6 +156,19 @@ def train_sb3(
         checkpoints.save(_state(model, played))
 
     keeping = partial(saved_on_failure, save if checkpoints else None)
+
+    def validate() -> None:
+        model.policy.set_training_mode(False)
+        steps = model.num_timesteps
+        if evaluate is None or steps // stretch == played.validated_at // stretch or steps >= options.env_steps:
+            return
+        with keeping():
+            metrics = evaluate(steps)
+        played.validated(metrics)
+        played.validated_at = steps
+        log(metrics, steps + played.validation_steps)
+
+    validate()
     if isinstance(model, PPO):
         model.policy.optimizer.register_step_post_hook(partial(_count_step, played))
     while model.num_timesteps < options.env_steps:
@@ -171,12 +185,7 @@ def train_sb3(
             with keeping():
                 raise failure
         _check_finite(model)
-        model.policy.set_training_mode(False)
-        if evaluate is not None and model.num_timesteps < options.env_steps:
-            with keeping():
-                metrics = evaluate(model.num_timesteps)
-            played.validated(metrics)
-            log(metrics, model.num_timesteps + played.validation_steps)
+        validate()
         if checkpoints is not None:
             checkpoints.save(_state(model, played))
     steps = int(model.num_timesteps)
@@ -292,6 +301,7 @@ def _state(model: Model, played: OnlineCounters) -> TrainState:
         "episodes": int(getattr(model, "_episode_num", 0)),  # of off-policy algorithms, which log every few of them
         "next_episode": played.next_seed,
         "validation_steps": played.validation_steps,
+        "validated_at": played.validated_at,
         "numpy": [str(kind), int(position), int(has_gauss), float(cached)],
         "action_space": model.action_space.np_random.bit_generator.state,  # draws the first, random actions
         "recent": [{key: float(value) for key, value in one.items()} for one in model.ep_info_buffer or ()],
@@ -335,3 +345,4 @@ def _restore(model: Model, played: OnlineCounters, state: TrainState) -> None:
         model.ep_success_buffer = deque(record["recent_successes"], maxlen=model._stats_window_size)
     played.next_seed, played.validation_steps = int(record["next_episode"]), int(record.get("validation_steps", 0))
     played.update = int(record.get("gradient_steps", record["updates"]))
+    played.validated_at = int(record.get("validated_at", model.num_timesteps))
