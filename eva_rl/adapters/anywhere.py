@@ -33,6 +33,8 @@ def attach_eva(
 ) -> PeftModel:
     """Put LoRA on a model, initialised with Explained Variance Adaptation, in place of PEFT's own initialisation.
 
+    A of each layer, (r, in), has orthonormal rows: the leading right-singular vectors of the layer's inputs (arXiv
+    2410.07170), not centred unless ``center`` says so, of at most 16 batches unless ``max_batches`` says otherwise.
     The model computes what it computed before (B = 0). The adapter is plain PEFT: it is saved and loaded as any other,
     and its config says which layers it has, with patterns that match one layer each. Under torch.distributed all
     processes call this, each with batches of its own, and get the same adapter.

@@ -95,18 +95,23 @@ def attach_adapter(  # noqa: PLR0913 - PEFT's names for what a user may set
 
     Args:
         policy: Changed in place.
-        method: A name in :data:`eva_rl.adapters.METHODS`.
+        method: A name in :data:`eva_rl.adapters.METHODS`, which say where each was published (``METHODS[name].paper``);
+            the default needs ``eva``.
         rank: Rank of each target layer, 8 by default; EVA's result brings its own ranks. No layer gets more than its
             weight has.
-        alpha: LoRA's alpha; None takes the rank, so that the update is not scaled. EVA's result brings its own; MiSS
-            has none.
+        alpha: LoRA's alpha; None takes the rank, a scale of 1, with rsLoRA of sqrt(rank). EVA's result brings its own;
+            MiSS has none.
         dropout: LoRA's dropout.
         targets: Names, or endings of names, of layers.
         rank_caps: Highest rank of some of them, by name or ending; the scale of the update stays that of ``rank``.
         eva: What ``eva_rl.eva.compute`` found; needed by the EVA methods, and by no other.
         moments: (in, in) by layer, what :func:`eva_rl.adapters.second_moments` found; needed by CorDA.
-        backward: Forward and backward passes of the loss; needed by LoRA-GA and LoRA-One.
+        backward: Called without arguments; leaves the gradient of the loss in the parameters. Needed by LoRA-GA and
+            LoRA-One.
         total_updates: Gradient steps to come, for AdaLoRA's schedule; other methods do without.
+
+    Returns:
+        What was attached; its ``extension`` belongs in :func:`eva_rl.training.bc.train_bc`.
 
     Raises:
         UserError: Unknown method or target, a rank or layer that the method cannot do, data that it lacks, a rank or
