@@ -107,8 +107,7 @@ def evaluate(config: EvaluateConfig) -> None:
     )
     policy.window = "full" if config.window == "full" else "cached"
     policy.acting = Acting(config.precision, config.compile)
-    if config.compile != "none":
-        check_compiler(policy.device)
+    check_compiler(config.compile, policy.device)
     first = ProcessGroup.current().is_main
     if config.adapter != "on":
         check_adapters(policy)

@@ -257,4 +257,4 @@ def _resume(
         if "random/torch" in state.tensors:  # not in older ones
             restore_random_state(state.tensors, learner.policy.device)
         steps = state.record["env_steps"]
-        return OnlineCounters(**{"validated_at": steps, "measured_at": steps} | state.record)  # not in older ones
+        return OnlineCounters(**{"validated_at": steps, "measured_at": steps, **state.record})  # not in older ones
