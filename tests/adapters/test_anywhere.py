@@ -206,7 +206,7 @@ def test_what_cannot_be_done_is_said_and_leaves_the_model_as_it_was() -> None:
     assert not hasattr(model, "peft_config")
     assert [p.requires_grad for p in model.parameters()] == [False, *[True] * 4]
     wider = nn.ModuleDict({"proj": nn.Linear(10, 4)})
-    of_another = eva.compute(wider, [torch.randn(20, 10)], rank=2, forward=lambda model, x: model["proj"](x))
+    of_another = eva.compute(wider, [torch.randn(20, 10)], rank=2, forward=lambda _, x: wider["proj"](x))
     with pytest.raises(UserError, match=r"directions of proj have 10 features, and its input has 6"):
         attach_eva(model, LoraConfig(r=2, target_modules="proj"), of_another)
     assert [name for name, _ in model.named_modules()] == [name for name, _ in Named().named_modules()]

@@ -112,6 +112,14 @@ def test_nothing_to_turn_off(folder: Path, capsys: pytest.CaptureFixture[str]) -
     refused(capsys, "'puhs-v3'", "push-v3")
 
 
+def test_compiling_without_a_compiler_is_refused(
+    policy_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("eva_rl.training.compiling.shutil.which", lambda name: None)
+    assert evaluate.main([f"policy={policy_folder}", "compile=default", *PLAY]) == 2
+    refused(capsys, "compile=default: torch.compile needs a C++ compiler", "use compile=none")
+
+
 def test_the_summary_counts_what_it_costs(folder: Path) -> None:
     summary = read(folder / "push/summary.json")
     file = folder / "push/policy/adapter/adapter_model.safetensors"

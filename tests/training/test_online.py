@@ -439,6 +439,11 @@ def test_what_an_environment_kept_from_being_evaluated_is_evaluated_after_the_re
 def test_checkpoints_of_before_validations_were_remembered_are_read(tmp_path: Path) -> None:
     """Whatever they hold has been validated as far as anyone knows."""
     checkpoints, steps = Checkpoints(tmp_path), list[int]()
+
+    def validate(step: int) -> Mapping[str, float]:
+        steps.append(step)
+        return {}
+
     once = {"steps_per_iteration": 10, "updates_per_iteration": 1, "eval_every": 20}
     for env_steps in (20, 60):
         learner = bandit(env_steps=env_steps, checkpoint_every=20, **once)
@@ -447,7 +452,7 @@ def test_checkpoints_of_before_validations_were_remembered_are_read(tmp_path: Pa
             TrajectoryReplay(500, 2, 1),
             make_task(Bandit, 1),
             log=lambda *_: None,
-            evaluate=lambda step: {"step": steps.append(step) or 0.0},  # type: ignore[func-returns-value]
+            evaluate=validate,
             checkpoints=checkpoints,
         )
         state = checkpoints.load()
