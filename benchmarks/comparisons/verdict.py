@@ -269,7 +269,7 @@ def numbers(study_name: str) -> str:
         everything += runs
         tested += [run for run in runs if not run.tuning]
         planned += len(list(product(study.tasks, study.methods, study.seeds)))
-        if study.tuning_tasks:
+        if tuned:
             names = ", ".join(task.removeprefix("metaworld/") for task in study.tuning_tasks)
             parts.append(f"**{name}**, tuned on {names}: {len(tuned)} of {total} runs. Area at each rate (runs):")
             parts.append(tuning_table(study, tuned))
