@@ -28,6 +28,7 @@ from eva_rl.training.options import (
     SACOptions,
     SelfImitationOptions,
     TD3Options,
+    averaged_updates,
 )
 
 AUTO = "auto"
@@ -323,8 +324,9 @@ def _check_pruning(algo: AlgoOptions, method: Method) -> None:
     schedule = adalora_schedule(total)
     fixed = schedule["total_step"] - schedule["tfinal"]
     for options, before in clonings(algo):
-        first = before + options.updates - options.averaged_updates + 1
-        if options.averaged_updates and first < fixed:
+        averaged = averaged_updates(options.ema, options.updates)
+        first = before + options.updates - averaged + 1
+        if averaged and first < fixed:
             most = max(0, 100 * (before + options.updates - fixed) // options.updates) / 100
             raise UserError(
                 f"{options.PREFIX}ema={options.ema:g} averages from gradient step {first} on; adapter={method.name} "

@@ -47,7 +47,8 @@ def help_lines(name: str, help_text: str, words: Sequence[str], width: int) -> I
     yield ""
     yield from _prose(help_text, width)
     yield from _first_keys(command.choices, chosen, {s: keys[key] for s, key in short.items()}, width)
-    hidden = {*short.values(), *(f"{group}.name" for group in chosen)}
+    names = (key for key in keys if key.partition(".")[0] in chosen and key.endswith(".name"))
+    hidden = {*short.values(), *names}
     for group in groups:
         yield from _section(group, hidden, width)
         if group.name in chosen:

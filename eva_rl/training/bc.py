@@ -33,7 +33,7 @@ from eva_rl.training.optimizer import (
     set_learning_rate,
     trainable_parameters,
 )
-from eva_rl.training.options import BCOptions
+from eva_rl.training.options import BCOptions, averaged_updates
 from eva_rl.training.precision import choose_precision
 
 Log: TypeAlias = Callable[[Mapping[str, float], int], None]
@@ -234,7 +234,7 @@ class _Run:
         """Begin, or resume from the latest checkpoint, at the same step with the same weights on every process."""
         parameters = trainable_parameters(policy.network)
         factor = extension.learning_rate_factor if extension else None
-        averaged = options.averaged_updates
+        averaged = averaged_updates(options.ema, options.updates)
         average = WeightAverage(parameters, options.updates - averaged + 1) if averaged else None
         losses, optimizer = torch.zeros(2, device=policy.device), make_optimizer(parameters, options, factor)
         run = cls(parameters, optimizer, extension, Counters(), average, losses)

@@ -56,10 +56,10 @@ class BCOptions(OptimizerOptions):
     )
     log_every: int = option(20, "gradient steps between logged training metrics", above=0)
 
-    @property
-    def averaged_updates(self) -> int:
-        """Gradient steps, the last ones, over which the weights are averaged."""
-        return math.ceil(self.ema * self.updates - 1e-9)  # 0.07 * 100 is a little above 7
+
+def averaged_updates(ema: float, updates: int) -> int:
+    """How many of the last gradient steps are averaged, by the share of all that are."""
+    return math.ceil(ema * updates - 1e-9)  # 0.07 * 100 is a little above 7
 
 
 @dataclass
