@@ -62,10 +62,10 @@ class CollectConfig:
     noise: NoiseOptions = group(NoiseOptions, "action noise of a scripted expert")
 
     def __post_init__(self) -> None:
-        if self.expert.name == "sac" and self.noise.std:
+        given = [f"noise.{key}={value:g}" for key, value in asdict(self.noise).items() if value]
+        if self.expert.name == "sac" and given:
             raise UserError(
-                f"noise.std={self.noise.std:g}: expert=sac explores with noise of its own. Leave it out, or use "
-                "expert=scripted."
+                f"{', '.join(given)}: expert=sac explores with noise of its own. Leave it out, or use expert=scripted."
             )
         positive(episodes=self.episodes, workers=self.workers)
         between(0, MAX_SEED, seed=self.seed)

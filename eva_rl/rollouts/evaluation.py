@@ -81,7 +81,12 @@ class EvaluationResult:
         )
 
     def success_interval(self) -> tuple[float, float]:
-        """95% Wilson score interval of the success rate (Wilson 1927); episodes that are all alike count as one."""
+        """95% Wilson score interval of the success rate (Wilson 1927); episodes that are all alike count as one.
+
+        NaN where the task reports no success.
+        """
+        if not self.reports_success:
+            return float("nan"), float("nan")
         n, p, z = 1 if self.alike else len(self.episodes), self.success_rate, 1.959964
         center = (p + z**2 / (2 * n)) / (1 + z**2 / n)
         half = z / (1 + z**2 / n) * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
@@ -189,6 +194,8 @@ def evaluate_policy(  # noqa: PLR0913 - one call for users and for training; all
     spec = env_spec(env, horizon)
     _check_fit(policy, spec)
     first, end, _ = (share or slice(None)).indices(episodes)
+    if vec_env is not None and (others := {*vec_env.names} - {spec.env_id}):
+        raise UserError(f"vec_env= holds environments of {', '.join(sorted(others))}, expected {spec.env_id}.")
     made = vec_env or evaluation_envs(env, max(1, end - first), horizon)
     try:
         made.seed(episode_seeds(VALIDATION if validation else EVALUATION, seed) + first)

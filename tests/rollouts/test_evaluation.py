@@ -187,6 +187,7 @@ def test_d4rl_scores_are_in_the_metrics() -> None:
     own = EvaluationResult("Hopper-v5", records, "", False, references=(0.0, 2000.0)).metrics()
     assert own["eval/normalized_score"] == pytest.approx(25)
     assert "eval/success_rate" not in metrics
+    assert np.isnan(EvaluationResult("Hopper-v5", records, "", False).success_interval()).all(), "there is no success"
     assert "eval/normalized_score" not in result([True]).metrics()
 
 
@@ -201,3 +202,7 @@ def test_a_policy_that_does_not_fit() -> None:
         evaluate_policy("runs/a", "push-v3")  # type: ignore[arg-type]
     with pytest.raises(UserError, match=r"^seed=40001: expected 0 to 40000"):
         evaluate_policy(make_policy(), "push-v3", episodes=1, seed=40_001)
+    vec_env = evaluation_envs("reach-v3", 1, workers=0)
+    with pytest.raises(UserError, match="holds environments of metaworld/reach-v3, expected metaworld/push-v3"):
+        evaluate_policy(make_policy(), "push-v3", episodes=1, vec_env=vec_env)
+    vec_env.close()

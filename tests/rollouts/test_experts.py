@@ -75,9 +75,9 @@ def test_collecting_names_the_expert_that_there_is(tmp_path: Path, capsys: pytes
 
 def test_an_agent_explores_by_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The noise was passed over, and noted in the file."""
-    words = ["env=Hopper-v5", "expert=sac", "noise.std=0.4", f"out={tmp_path / 'hopper.h5'}"]
-    assert collect.main(words) == 2
-    assert "expert=sac explores with noise of its own" in " ".join(capsys.readouterr().err.split())
+    for noise in ("noise.std=0.4", "noise.burst_probability=0.5"):
+        assert collect.main(["env=Hopper-v5", "expert=sac", noise, f"out={tmp_path / 'hopper.h5'}"]) == 2
+        assert f"{noise}: expert=sac explores with noise of its own" in " ".join(capsys.readouterr().err.split())
     with pytest.raises(UserError, match=r"expert\.steps=100: the agent is evaluated every 5000 env steps"):
         collect_trained("Hopper-v5", 1, TrainedExpert(max_steps=100, until=1000.0))
 
