@@ -80,11 +80,10 @@ class Conditioning:
 
 def same_task(first: str, second: str) -> bool:
     """Whether two names are of one task: one may leave out the module to import, or the namespace."""
-    if first == second:
-        return True
     (one, own), (other, theirs) = (_task_and_options(name) for name in (first, second))
-    short = one if "/" not in one else other if "/" not in other else ""
-    return own == theirs and (one == other or (short != "" and one.rpartition("/")[2] == other.rpartition("/")[2]))
+    if "/" not in one or "/" not in other:
+        one, other = one.rpartition("/")[2], other.rpartition("/")[2]
+    return (one, own) == (other, theirs)
 
 
 def _task_and_options(name: str) -> tuple[str, str]:

@@ -14,6 +14,7 @@ import torch
 from eva_rl.adapters import load_policy
 from eva_rl.adapters.extensions import WEIGHTS_FILE as ADAPTER_WEIGHTS
 from eva_rl.adapters.model_card import NEEDED, model_card, pretrained_card
+from eva_rl.adapters.switching import AdaptedPolicy
 from eva_rl.adapters.validation import ADAPTER_FILES, ADAPTER_FOLDER
 from eva_rl.agents import DecisionTransformerPolicy
 from eva_rl.agents.huggingface import COMPANION_FILE, CONFIG_FILE, PICKLE_FILE, export_huggingface
@@ -102,9 +103,7 @@ def write_exported(out: Path, config: ExportConfig) -> None:
             raise UserError(f"to=adapter copies a policy as it is: leave out {given}, or use to=merged.")
         copy_policy(config.policy.path, out)
         return
-    policy = open_policy(config.policy, torch.device("cpu"), merge=True)
-    if config.policy.target_return is not None:
-        policy.conditioning = Conditioning(config.policy.target_return)
+    policy = open_exported(config.policy, merge=True)
     card = card_of(policy, config.policy.path, config.to)
     if config.to == "huggingface":
         export_huggingface(policy, out)
@@ -116,6 +115,14 @@ def write_exported(out: Path, config: ExportConfig) -> None:
         (aside / CARD_FILE).write_text(card)
 
     write_folder(out, write)
+
+
+def open_exported(options: PolicyOptions, *, merge: bool) -> AdaptedPolicy:
+    """The policy; a target return that is given is that of all tasks."""
+    policy = open_policy(options, torch.device("cpu"), merge=merge)
+    if options.target_return is not None:
+        policy.conditioning = Conditioning(options.target_return)
+    return policy
 
 
 def copy_policy(name_or_path: str, out: Path) -> None:
@@ -161,7 +168,7 @@ def write_onnx(out: Path, folder: Path, config: ExportConfig) -> Path:
 
     path = out if out.suffix == ONNX_SUFFIX else out.with_name(out.name + ONNX_SUFFIX)
     check_new(path)
-    policy = open_policy(config.policy, torch.device("cpu"))
+    policy = open_exported(config.policy, merge=False)
     hashes = {"base_sha256": policy.adapters.base_sha256, "adapter_sha256": _adapter_digest(config.policy.path)}
     policy.adapters.merge_and_unload()
     facts = finetuning_of(policy) or {}

@@ -59,10 +59,8 @@ def prepare_gradients(network: nn.Module, peft_config: LoraConfig, backward: Bac
     """
     from peft.tuners.lora.loraga import preprocess_loraga
 
-    with (
-        _restored(network),
-        warnings.catch_warnings(),
-    ):  # layers that read the data themselves have no input to differentiate
+    with _restored(network), warnings.catch_warnings():
+        # layers that read the data themselves have no input to differentiate
         warnings.filterwarnings("ignore", message=".*no inputs require gradients.*")
         preprocess_loraga(network, peft_config, backward)
 

@@ -81,7 +81,7 @@ def find_adapter(path: str | Path) -> Path:
     given = expanded(path)
     if any((given / name).is_file() for name in ADAPTER_FILES):
         return given
-    folder = find_policy(str(path))
+    folder = find_policy(path)
     if not has_adapter_files(folder):
         raise UserError(f"{path} holds no adapter. Expected a run of an adapter method, or an adapter's folder.")
     return folder / ADAPTER_FOLDER

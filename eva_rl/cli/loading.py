@@ -18,6 +18,7 @@ from eva_rl.cli.console import say
 from eva_rl.configs.groups import DataOptions, PolicyOptions
 from eva_rl.data import Trajectories, concatenate, load_dataset, read_episodes, select_episodes, write_episodes
 from eva_rl.data.selection import target_return
+from eva_rl.data.trajectories import OBSERVATION_KEYS
 from eva_rl.envs import EnvSpec, canonical_id, env_spec
 from eva_rl.envs.observations import observation_keys
 from eva_rl.errors import UserError, check_dimensions, counted
@@ -303,7 +304,7 @@ def _registered(env_id: str) -> str:
 
 def _check_order(data: Trajectories, spec: EnvSpec) -> None:
     """Refuse data whose Dict observations are laid side by side in another order than the task's."""
-    said = data.metadata.get("observation_keys")
+    said = data.metadata.get(OBSERVATION_KEYS)
     if not said:
         return
     expected = ",".join(observation_keys(spec.env_id))

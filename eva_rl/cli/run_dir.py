@@ -42,9 +42,9 @@ PHASES_FILE = "phases.json"
 """What a run has spent so far, for the process that continues it."""
 LOCK_FILE = ".lock"
 INPUTS = "inputs"
+"""Folder of a run directory with what a caller in Python gave as objects; it is there before the run begins."""
 ABOUT_FILE = "study.json"
 """In the run directories of a benchmark: which of its methods a run belongs to, and what was tuned."""
-"""Folder of a run directory with what a caller in Python gave as objects; it is there before the run begins."""
 FREE_BYTES = 200 * 2**20
 """A run that would start with less room on its disk is refused."""
 FREE_TO_CHANGE = {"run_dir", "shared", "resume", "threads", "device", "checkpoint", "tracker", "video", "weight_dtype"}

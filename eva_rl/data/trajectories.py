@@ -31,6 +31,8 @@ COLUMNS: dict[str, tuple[type[np.generic], int]] = {
     "target_actions": (np.float32, 2),
 }
 """Type and axes of each array besides the offsets."""
+OBSERVATION_KEYS = "observation_keys"
+"""Metadata: the parts of observations that were a Dict, in the order in which they lie side by side."""
 
 
 @dataclass(frozen=True)

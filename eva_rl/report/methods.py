@@ -84,10 +84,10 @@ class TaskGroup:
 
         Each pair, too, where the reference is the name of several rows.
         """
-        if not reference or len(self.named(reference)) > 1:
-            return list(combinations(self.methods, 2))
         own = self.called(reference)
-        return [(method, own) for method in self.methods if method is not own] if own is not None else []
+        if own is not None:
+            return [(method, own) for method in self.methods if method is not own]
+        return list(combinations(self.methods, 2)) if not reference or self.named(reference) else []
 
     def called(self, name: str) -> Method | None:
         """The method of that label, or the only one of that name."""

@@ -8,6 +8,7 @@ from itertools import combinations
 
 import numpy as np
 
+from eva_rl.agents.policy import same_task
 from eva_rl.errors import counted
 from eva_rl.report.comparison import Analysis, overlapping
 from eva_rl.report.methods import RANK, TaskGroup, differing_settings, paired_runs, plain_setting
@@ -61,7 +62,8 @@ def _diverged(group: TaskGroup, problems: Sequence[Problem]) -> Iterator[ReportW
     """Runs of the test phase that diverged, without which their method looks better than it is."""
     runs = [problem.run for problem in problems if problem.run is not None and problem.run.tuning is None]
     tasks = {*group.tasks, *group.partial}
-    if named := [f"{run.method} on {run.task}, seed {run.seed}" for run in runs if run.task in tasks]:
+    own = [run for run in runs if any(same_task(run.task, task) for task in tasks)]  # a config has it as it was typed
+    if named := [f"{run.method} on {run.task}, seed {run.seed}" for run in own]:
         yield ReportWarning(f"Diverged, and left out of what is said of the method: {_listed(named)}.", severe=True)
 
 

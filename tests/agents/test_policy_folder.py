@@ -16,8 +16,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from eva_rl import export
 from eva_rl.agents import load_base_policy, save_policy
 from eva_rl.agents.huggingface import ImportOptions, export_huggingface
+from eva_rl.agents.onnx import OnnxPolicy
 from eva_rl.agents.policy import Conditioning, DecisionTransformerPolicy
 from eva_rl.errors import UserError
 from eva_rl.rollouts.evaluation import evaluate_policy
@@ -173,3 +175,19 @@ def test_a_target_return_that_is_given_for_an_import_counts_for_all_tasks(tmp_pa
     assert load_base_policy(tmp_path / "hf").conditioning.of("reach-v3") == 2.0
     given = load_base_policy(tmp_path / "hf", options=ImportOptions(target_return=7.0))
     assert given.conditioning.of("reach-v3") == 7.0
+
+
+@pytest.mark.parametrize("to", ["merged", "huggingface", "onnx"])
+def test_an_export_asks_for_the_return_that_is_given(to: str, policy_folder: Path, tmp_path: Path) -> None:
+    """The targets of single tasks won over it."""
+    policy = load_base_policy(policy_folder)
+    policy.set_target_return(2.0, "metaworld/reach-v3")
+    save_policy(policy_folder, policy)
+    out = tmp_path / ("out.onnx" if to == "onnx" else "out")
+    assert export.main([f"policy={policy_folder}", f"to={to}", f"out={out}", "policy.target_return=7"]) == 0
+    if to == "onnx":
+        about = OnnxPolicy(out).about
+        found = Conditioning(about["target_return"], about["per_env"])
+    else:
+        found = load_base_policy(out).conditioning
+    assert found.of("metaworld/reach-v3") == 7.0

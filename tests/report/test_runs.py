@@ -186,6 +186,9 @@ def test_a_run_that_diverged_is_named(tmp_path: Path) -> None:
     told = [warning for warning in warnings_of(analyse(group, Resampling(20)), [problem]) if warning.severe]
     seed = problem.run.seed
     assert f"Diverged, and left out of what is said of the method: eva on t, seed {seed}." in {w.text for w in told}
+    (group,) = group_tasks([make_run("eva", "metaworld/t", seed, 0.5) for seed in (1, 2)])
+    told = [warning for warning in warnings_of(analyse(group, Resampling(20)), [problem]) if warning.severe]
+    assert any("Diverged" in warning.text for warning in told), "a config has the task as it was typed"
 
 
 def test_links_to_folders_are_followed_once(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from eva_rl.data.formats.episodes import ReadOptions
 from eva_rl.data.formats.minari_arrow import arrow_episodes
 from eva_rl.data.formats.minari_file import iterate_episodes
 from eva_rl.data.formats.spaces import Spaces, leaf_names, read_spaces
-from eva_rl.data.trajectories import Trajectories
+from eva_rl.data.trajectories import OBSERVATION_KEYS, Trajectories
 from eva_rl.errors import UnknownNameError, UserError
 from eva_rl.files import expanded, read_json
 
@@ -94,8 +94,6 @@ def _download(dataset_id: str) -> None:
 
 
 METADATA = "metadata.json"
-OBSERVATION_KEYS = "observation_keys"
-"""The parts of observations that were a Dict, in the order in which they lie side by side."""
 
 
 def _metadata(folder: Path) -> dict[str, Any]:
