@@ -88,7 +88,20 @@ class EvaluateConfig(MachineOptions):
                 f"policy.target_return={self.policy.target_return:g} and targets={self.targets}: expected one of them. "
                 "Leave out policy.target_return= to have one of the targets chosen, or targets= to set it."
             )
-        self.adapters = {canonical_id(task): path for task, path in self.adapters.items()}
+        self.adapters = {_task_of(task, path): path for task, path in self.adapters.items()}
+
+
+def _task_of(task: str, path: str) -> str:
+    """The canonical name of an adapter's task.
+
+    Raises:
+        UserError: No such task, or its name has a colon and no quotes, so that a part of it is in the path.
+    """
+    rest, colon, place = path.rpartition(":")
+    if colon and not expanded(path).exists():
+        quoted = f"\"{{'{task}:{rest}':{place}}}\""
+        raise UserError(f"adapters={{{task}:{path}}}: the name of a task that has a colon is quoted: adapters={quoted}")
+    return canonical_id(task)
 
 
 register("evaluate", EvaluateConfig, {})

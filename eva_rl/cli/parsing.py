@@ -346,7 +346,10 @@ def _stored_values(name: str, stored: Mapping[str, Any], chosen: Mapping[str, st
         elif entry:
             yield table, {entry: literal(value)}, True
         else:
-            raise UserError(f"{CONFIG}=: the file sets {key}, {suggestion(name, key, str(value), chosen)}")
+            raise UserError(
+                f"{CONFIG}=: the file sets {key}, {suggestion(name, key, str(value), chosen)} It has to hold settings "
+                f"of {name}, not of another command; the policy of a run is policy=RUN."
+            )
 
 
 def _set(config: DictConfig, key: str, value: Any, is_entry: bool) -> None:

@@ -77,6 +77,19 @@ def test_what_other_commands_and_programs_call_a_policy() -> None:
     assert "algo.name" not in message("finetune", "name=x")
 
 
+def test_a_task_with_a_colon_is_quoted_in_a_table() -> None:
+    """The rest of its name was taken for the adapter's folder, and its module for an unknown task."""
+    said = message("evaluate", "policy=mt40", "adapters={mine:Reach-v0:runs/x}")
+    assert said.endswith("""quoted: adapters="{'mine:Reach-v0':runs/x}\"""")
+
+
+def test_the_settings_of_another_command_are_called_so(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("tracker: [tensorboard]\n")
+    said = message("evaluate", f"config={tmp_path}")
+    assert "the file sets tracker" in said
+    assert "settings of evaluate, not of another command; the policy of a run is policy=RUN" in said
+
+
 def test_an_algorithm_by_its_long_name_brings_its_keys() -> None:
     """It was written down as the algorithm of a run that cloned."""
     assert (
