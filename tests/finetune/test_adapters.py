@@ -103,6 +103,16 @@ def test_one_adapter_a_task(folder: Path, tmp_path: Path) -> None:
     assert set(read(default)["tasks"]) == {"metaworld/push-v3", "metaworld/reach-v3"}
 
 
+def test_episodes_of_another_length_than_the_run_s_are_said(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The target return is that of the run's episodes."""
+    asked = ["eval.episodes=1", "threads=1", f"policy={folder}/push"]
+    assert evaluate.main(asked) == 0
+    note = "played other episodes (Meta-World v3, goal visible, 40 env steps"
+    assert note in " ".join(capsys.readouterr().err.split())
+    assert evaluate.main([*asked, "env.horizon=40"]) == 0
+    assert "other episodes" not in capsys.readouterr().err
+
+
 def test_nothing_to_turn_off(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert evaluate.main([f"policy={folder}/base", "adapter=both", *PLAY]) == 2
     refused(capsys, "no adapter to turn off, and was not fine-tuned. Leave adapter= out")
