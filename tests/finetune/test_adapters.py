@@ -113,6 +113,15 @@ def test_episodes_of_another_length_than_the_run_s_are_said(folder: Path, capsys
     assert "other episodes" not in capsys.readouterr().err
 
 
+def test_the_bar_counts_what_the_policy_does_for_eva(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It stood at 0 of 16 while the policy acted."""
+    acts = ["adapter=eva", "adapter.eva.source=rollouts", "adapter.eva.rollout_steps=7", "adapter.eva.rollout_envs=2"]
+    run(folder / "base", tmp_path / "run", *acts)
+    assert "EVA (batches): 7 of 7" in capsys.readouterr().err
+
+
 def test_nothing_to_turn_off(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert evaluate.main([f"policy={folder}/base", "adapter=both", *PLAY]) == 2
     refused(capsys, "no adapter to turn off, and was not fine-tuned. Leave adapter= out")
