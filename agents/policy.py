@@ -221,7 +221,13 @@ class DecisionTransformerPolicy:
         )
 
     def reset(self, env_ids: Sequence[str]) -> None:
-        """Forget all histories and prepare for one environment per name."""
+        """Forget all histories and prepare for one environment per name.
+
+        Raises:
+            UserError: One name was given alone, which would be taken for a name a letter.
+        """
+        if isinstance(env_ids, str):
+            raise UserError(f"env_ids={env_ids!r} is one name, expected one for each environment: [{env_ids!r}].")
         targets = torch.tensor([self.conditioning.of(env_id) for env_id in env_ids], device=self.device)
         self._context = RolloutContext(
             self.network, self.scaling, targets.float(), self.window, self.on_window, self.acting, self._context

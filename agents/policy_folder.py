@@ -26,6 +26,8 @@ __all__ = ["FORMAT", "FORMAT_VERSION", "find_policy", "load_base_policy", "polic
 
 POLICY_FILE = "policy.json"
 WEIGHTS_FILE = "model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+"""PEFT's, in the folder of an adapter."""
 REPLACED = (POLICY_FILE, WEIGHTS_FILE, "adapter", "README.md")
 """What a policy that is written may replace."""
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -42,7 +44,7 @@ def find_policy(name_or_path: str | Path) -> Path:
 
     Raises:
         UnknownNameError: None of them.
-        UserError: The hub id could not be fetched, or something other than a name was given.
+        UserError: The hub id could not be fetched, a part of a policy was named, or something other than a name given.
     """
     if not isinstance(name_or_path, str | Path):
         raise UserError(
@@ -50,17 +52,20 @@ def find_policy(name_or_path: str | Path) -> Path:
             "name the folder that its save_pretrained() wrote."
         )
     name_or_path = str(name_or_path)
-    path, begun = expanded(name_or_path), False
+    path, begun, instead = expanded(name_or_path), False, ""
     with suppress(OSError):  # too long a name is no path
         for folder in (path, path / "policy"):
             if (folder / POLICY_FILE).is_file() or (folder / CONFIG_FILE).is_file():
                 return folder
-        if path.is_file():
+        instead = _named_instead(path)
+        if path.is_file() and not instead:
             return path
         begun = (path / "config.yaml").is_file() and (path / "versions.json").is_file()
     shipped = shipped_policies()
     if name_or_path in shipped:
         return shipped[name_or_path]
+    if instead:
+        raise UserError(instead)
     if HUB_ID.fullmatch(name_or_path) and not path.parent.exists():
         return download(name_or_path)
     if begun:
@@ -74,6 +79,24 @@ def find_policy(name_or_path: str | Path) -> Path:
         shipped,
         f"Expected one of them, a Hugging Face hub id, or a folder that holds {POLICY_FILE} or {CONFIG_FILE}.",
     )
+
+
+def _named_instead(path: Path) -> str:
+    """What to name in place of a part of a policy, or of a folder that holds some; empty where it is neither."""
+    if (path / ADAPTER_CONFIG).is_file() and not (path.parent / POLICY_FILE).is_file():
+        return (
+            f"{path} is an adapter alone. Name the policy it was trained on, and the adapter beside it: "
+            f"adapters={{TASK:{path}}} of evaluate, eva_rl.load_policy(POLICY, adapters={{NAME: {str(path)!r}}})."
+        )
+    if (path / ADAPTER_CONFIG).is_file() or (
+        path.name in {WEIGHTS_FILE, POLICY_FILE} and (path.parent / POLICY_FILE).is_file()
+    ):
+        return f"{path} is a part of a policy. Name the whole: policy={path.parent}"
+    inside = [
+        one for one in path.glob("*") if (one / POLICY_FILE).is_file() or (one / "policy" / POLICY_FILE).is_file()
+    ]
+    named = ", ".join(f"policy={one}" for one in sorted(inside)[:5]) + (", ..." if len(inside) > 5 else "")
+    return f"{path} is no policy, and holds some. Name one: {named}" if inside else ""
 
 
 def load_base_policy(

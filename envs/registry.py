@@ -62,7 +62,6 @@ def _task_set(name: str) -> tuple[str, ...] | None:
     return TASK_SETS.get(name)
 
 
-@cache
 def canonical_id(name: str) -> str:
     """Resolve a task name as a user may type it.
 
@@ -84,6 +83,11 @@ def canonical_id(name: str) -> str:
             f"env is a {type(name).__name__}, expected the name of a task. Register yours with gymnasium.register and "
             "name it, or name MODULE:ID of the module that registers it."
         )
+    return _canonical_id(name)
+
+
+@cache
+def _canonical_id(name: str) -> str:
     base, options = split_options(name.strip())
     resolved = _resolve(base)
     goal = options.pop(GOAL, None) if resolved.startswith(METAWORLD_PREFIX) else None

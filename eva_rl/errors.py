@@ -88,8 +88,9 @@ class UnknownNameError(UserError):
 
 
 def close_matches(name: str, known: Iterable[str]) -> list[str]:
-    """The three names at most that a misspelt one may stand for, the closest first."""
-    return difflib.get_close_matches(name, list(dict.fromkeys(known)), n=3, cutoff=0.5)
+    """The three names at most that a misspelt one may stand for, the closest first; capitals do not count."""
+    plain = {one.lower(): one for one in reversed(list(known))}
+    return [plain[one] for one in difflib.get_close_matches(name.lower(), reversed(plain), n=3, cutoff=0.5)]
 
 
 def counted(number: int, noun: str) -> str:

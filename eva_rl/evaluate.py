@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import zip_longest
@@ -20,7 +20,7 @@ from eva_rl.cli.machine import prepare_machine, versions
 from eva_rl.cli.parsing import register
 from eva_rl.configs.groups import EnvOptions, HeldOutOptions, MachineOptions, PolicyOptions
 from eva_rl.distributed import ProcessGroup
-from eva_rl.envs import canonical_id, env_spec
+from eva_rl.envs import EnvSpec, canonical_id, env_spec
 from eva_rl.envs.registry import is_known, task_ids
 from eva_rl.errors import UserError
 from eva_rl.files import check_folder, check_new, expanded, write_json
@@ -88,7 +88,20 @@ class EvaluateConfig(MachineOptions):
                 f"policy.target_return={self.policy.target_return:g} and targets={self.targets}: expected one of them. "
                 "Leave out policy.target_return= to have one of the targets chosen, or targets= to set it."
             )
-        self.adapters = {canonical_id(task): path for task, path in self.adapters.items()}
+        self.adapters = {_task_of(task, path): path for task, path in self.adapters.items()}
+
+
+def _task_of(task: str, path: str) -> str:
+    """The canonical name of an adapter's task.
+
+    Raises:
+        UserError: No such task, or its name has a colon and no quotes, so that a part of it is in the path.
+    """
+    rest, colon, place = path.rpartition(":")
+    if colon and not expanded(path).exists():
+        quoted = f"\"{{'{task}:{rest}':{place}}}\""
+        raise UserError(f"adapters={{{task}:{path}}}: the name of a task that has a colon is quoted: adapters={quoted}")
+    return canonical_id(task)
 
 
 register("evaluate", EvaluateConfig, {})
@@ -159,7 +172,17 @@ def chosen_tasks(config: EvaluateConfig, policy: DecisionTransformerPolicy) -> l
         spec = env_spec(task, config.env.horizon)
         policy.check_dimensions(spec.observation_dim, spec.action_dim, task)
         policy.check_action_bounds(spec.action_low, spec.action_high, task)
+        if task == policy.env_id and config.env.horizon is None:
+            note_other_episodes(policy, spec)
     return tasks
+
+
+def note_other_episodes(policy: DecisionTransformerPolicy, spec: EnvSpec) -> None:
+    """Say where the run that made a policy played its task's episodes otherwise: its target return is theirs."""
+    facts = policy.metadata.get("finetuning")
+    protocol = facts.get("protocol") if isinstance(facts, Mapping) else None
+    if isinstance(protocol, str) and not protocol.startswith(f"{spec.protocol};"):
+        say(f"The policy's run played other episodes ({protocol}). For the same, type env.horizon= as it had.")
 
 
 @dataclass

@@ -16,8 +16,9 @@ class Actor:  # acts in one environment: start() before each episode, act() at e
         self.about = json.loads(self.session.get_modelmeta().custom_metadata_map["eva_rl"])
 
     def start(self):
-        self.to_go, self.steps, self.seen = self.about["target_return"], [], 0
-        self.action = np.zeros_like(self.about["action_low"])
+        about, self.steps, self.seen = self.about, [], 0
+        self.to_go = about["per_env"].get(about["env_id"], about["target_return"])  # of its task, else of any
+        self.action = np.zeros_like(about["action_low"])
 
     def act(self, observation, reward=0.0):  # the reward that the env step before gave
         self.to_go -= reward

@@ -68,12 +68,15 @@ def export_onnx(policy: DecisionTransformerPolicy, path: str | Path, about: Mapp
 
 
 def _facts(policy: DecisionTransformerPolicy) -> dict[str, Any]:
-    config, record = policy.network.config, policy_record(policy)
+    config, record, conditioning = policy.network.config, policy_record(policy), policy.conditioning
+    if policy.env_id:  # by the very name, which a program without this package looks up
+        conditioning = conditioning.with_target(conditioning.of(policy.env_id), policy.env_id)
     return {
         "format": FORMAT,
         "version": FORMAT_VERSION,
         **record["scaling"],
-        **record["conditioning"],
+        "target_return": conditioning.target_return,
+        "per_env": dict(conditioning.per_env),
         "env_id": policy.env_id,
         "context_length": config.context_length,
         "token_order": list(config.token_order),

@@ -140,6 +140,11 @@ def _without_adapters(model: nn.Module) -> None:
 
 
 def _check(model: nn.Module, config: LoraConfig) -> None:
+    if not isinstance(model, nn.Module):
+        raise UserError(
+            f"model is a {type(model).__name__}, expected a torch.nn.Module. Of a policy give policy.network, or use "
+            "eva_rl.attach_adapter."
+        )
     if type(config) is not LoraConfig:
         raise UserError(f"lora_config is a {type(config).__name__}; expected peft.LoraConfig.")
     if isinstance(model, PeftModel) or any(".lora_" in name for name, _ in model.named_parameters()):

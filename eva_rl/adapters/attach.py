@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import numpy as np
 from torch import Tensor, nn
 
 from eva_rl.adapters.extensions import (
@@ -118,6 +119,11 @@ def attach_adapter(  # noqa: PLR0913 - PEFT's names for what a user may set
             an alpha other than those of EVA's result, directions of another network, or a policy that has an adapter
             already; the policy is as it was.
     """
+    if not isinstance(policy, DecisionTransformerPolicy):
+        raise UserError(
+            f"policy is a {type(policy).__name__}: expected what eva_rl.load_policy returns. Another torch model gets "
+            "EVA's adapter from eva_rl.attach_eva."
+        )
     chosen = find_method(method)
     network = policy.network
     if has_adapter(network):
@@ -166,8 +172,8 @@ def _of_result(options: EvaOptions, rank: int | None, alpha: float | None) -> tu
 
 
 def _check_sizes(rank: int, alpha: float | None, dropout: float) -> None:
-    if rank < 1:
-        raise UserError(f"rank={rank}: expected at least 1.")
+    if not isinstance(rank, int | np.integer) or rank < 1:
+        raise UserError(f"rank={rank!r}: expected at least 1, and a whole number.")
     if alpha is not None and not alpha > 0:
         raise UserError(f"alpha={alpha}: expected a number above 0, or None for that of the rank.")
     if not 0 <= dropout < 1:

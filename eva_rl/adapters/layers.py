@@ -14,7 +14,7 @@ from eva_rl.eva import EvaResult, LayerResult
 
 
 def target_layers(network: nn.Module, targets: Sequence[str] = PROJECTIONS) -> list[str]:
-    """Names of the Linear and Embedding layers whose name is, or ends with, one of the targets.
+    """Names of the Linear and Embedding layers whose name is, or ends with, one of the targets, or the only one.
 
     Raises:
         UserError: A target matches nothing, or there is none; the message lists what exists.
@@ -22,7 +22,8 @@ def target_layers(network: nn.Module, targets: Sequence[str] = PROJECTIONS) -> l
     known = [name for name, module in network.named_modules() if isinstance(module, nn.Linear | nn.Embedding)]
     if not targets:
         raise UserError(f"adapter.targets=[] names no layer. Expected some of {_endings(known)}.")
-    chosen = {name for target in targets for name in _matching(target, known, "adapter.targets")}
+    several = [targets] if isinstance(targets, str) else targets
+    chosen = {name for target in several for name in _matching(target, known, "adapter.targets")}
     return [name for name in known if name in chosen]
 
 

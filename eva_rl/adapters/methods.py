@@ -207,7 +207,8 @@ def find_method(name: str) -> Method:
     if name not in METHODS and "," in name and set(map(str.strip, name.split(","))) <= METHODS.keys():
         raise UserError(f"adapter={name} names several, and a run has one. To run each: --multirun adapter={name}")
     if name not in METHODS:
-        raise UnknownNameError("adapter", name, METHODS)
+        without = "adapter=full trains every weight, without one." if name.lower() in {"none", "null", "false"} else ""
+        raise UnknownNameError("adapter", name, METHODS, without)
     if not _in_peft(METHODS[name]):
         raise UserError(f"The installed peft has no {name}. Install a newer one: pip install -U 'peft>=0.21.2'.")
     return METHODS[name]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 from torch import nn
 
-from eva_rl.adapters.attach import AttachedAdapter, base_weights, extension_of, is_merged, refuse_merged
+from eva_rl.adapters.attach import AttachedAdapter, base_weights, extension_of, has_adapter, is_merged, refuse_merged
 from eva_rl.adapters.methods import METHODS
 from eva_rl.adapters.validation import changed_weights, check_adapter, find_adapter, read_origin
 from eva_rl.agents.policy import DecisionTransformerPolicy
@@ -79,15 +79,15 @@ class Adapters:
             is_trainable: Whether it is going to be trained: its parameters ask for gradients while it acts.
 
         Raises:
-            UserError: A file is missing or damaged, it was made for another base, its shapes are others, or the name
-                is taken or none that PyTorch takes.
+            UserError: A file is missing or damaged, it was made for another base, its shapes are others, the name is
+                taken or none that PyTorch takes, or ``attach_adapter`` put an adapter on the policy.
         """
         from eva_rl.adapters.fused import fuse_where_faster
 
         if name in self._origins:
             raise UserError(f"The policy has an adapter {name!r} already. Give this one another name.")
         _check_name(name)
-        self._refuse_merged()
+        self._refuse_others()
         folder = find_adapter(path)
         origin = read_origin(folder)
         if origin.get("base_sha256", self._base) != self._base:
@@ -154,13 +154,13 @@ class Adapters:
 
         Raises:
             UnknownNameError: There is none of that name.
-            UserError: Another one is merged.
+            UserError: Another one is merged, or acts that ``attach_adapter`` put on the policy.
         """
         if name is not None and name not in self._origins:
             raise UnknownNameError("adapter", name, self.names)
         if name == self._active and name is not None and not self._off():
             return
-        self._refuse_merged()
+        self._refuse_others()
         if self._model is not None:
             if name is None:
                 self._model.base_model.disable_adapter_layers()
@@ -224,7 +224,7 @@ class Adapters:
         Raises:
             UserError: None of the adapters is active, or one is merged already.
         """
-        self._refuse_merged()
+        self._refuse_others()
         if self._model is not None:
             self._model.merge_adapter([self._chosen()])
 
@@ -239,7 +239,7 @@ class Adapters:
         Raises:
             UserError: None of the adapters is active, or one is merged already.
         """
-        self._refuse_merged()
+        self._refuse_others()
         if self._model is None:
             return
         self._model.merge_and_unload(adapter_names=[self._chosen()])
@@ -252,7 +252,7 @@ class Adapters:
         Raises:
             UserError: One is merged; :meth:`unmerge` takes it out of the base weights first.
         """
-        self._refuse_merged()
+        self._refuse_others()
         if self._model is not None:
             self._model.unload()
             self._forget()
@@ -266,7 +266,7 @@ class Adapters:
         Raises:
             UserError: There is none, there are several, or it is merged.
         """
-        self._refuse_merged()
+        self._refuse_others()
         if self._model is None or len(self._origins) != 1:
             raise UserError(f"Expected one adapter to train or save, the policy has {len(self._origins)}.")
         method = METHODS.get(next(iter(self._origins.values())).get("method", ""), METHODS["lora"])
@@ -287,8 +287,14 @@ class Adapters:
     def _off(self) -> bool:
         return any(getattr(module, "disable_adapters", False) for module in self._policy.network.modules())
 
-    def _refuse_merged(self) -> None:
+    def _refuse_others(self) -> None:
+        """Raise where an adapter is merged, or acts that is none of these: nothing here would turn it off."""
         refuse_merged(self._policy.network, self._active or "")
+        if self._model is None and has_adapter(self._policy.network):
+            raise UserError(
+                "The policy has an adapter from attach_adapter, which policy.adapters does not know. Save it with "
+                "eva_rl.adapters.save_adapted_policy, and switch or merge it in what eva_rl.load_policy returns."
+            )
 
 
 def _check_name(name: str) -> None:

@@ -53,9 +53,26 @@ SYNONYMS = {
     "r": "rank",
     "lora_r": "rank",
     "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "target_modules": "targets",
     "output_dir": "run_dir",
     "log_dir": "run_dir",
+    "out": "run_dir",
+    "run_dir": "policy",
+    "checkpoint": "policy",
+    "logger": "tracker",
+    "report_to": "tracker",
+    "format": "to",
     "gpu": "device",
+    "total_timesteps": "env_steps",
+    "n_envs": "num_envs",
+    "n_steps": "rollout_steps",
+    "n_epochs": "epochs",
+    "gamma": "discount",
+    "ent_coef": "entropy",
+    "buffer_size": "replay_size",
+    "embedding_dim": "hidden_size",
+    "seq_len": "context_length",
 }
 """What other programs call a key."""
 CONFIG = "config"
@@ -181,9 +198,17 @@ def _is_switch(name: str, key: str) -> bool:
 def _key_and_value(name: str, word: str) -> tuple[str, str]:
     found = WORD.fullmatch(word)
     if found is None:
-        guess = f" A task is named by env={word}." if re.fullmatch(r"[\w/-]+-v\d|mujoco/\w+", word) else ""
-        raise UserError(f"{word!r} is not KEY=VALUE.{guess} {see_help(name)}")
+        raise UserError(f"{word!r} is not KEY=VALUE.{_meant_by(name, word)} {see_help(name)}")
     return found["key"], found["value"]
+
+
+def _meant_by(name: str, word: str) -> str:
+    """The key that a value alone may be of."""
+    if re.fullmatch(r"[\w/-]+-v\d|mujoco/\w+", word):
+        return f" A task is named by env={word}."
+    if SHORT_KEYS["policy"] in known_keys(name, first_options(name)) and expanded(word).is_dir():
+        return f" A policy is named by policy={word}."
+    return ""
 
 
 def first_options(name: str) -> dict[str, str]:
@@ -197,9 +222,12 @@ def chosen_options(name: str, typed: Typed, stored: Mapping[str, Any]) -> dict[s
     Raises:
         UserError: There is no such option.
     """
-    chosen = first_options(name)
+    chosen, asked = first_options(name), dict(typed)
     for group, options in COMMANDS[name].choices.items():
-        chosen[group] = dict(typed).get(group) or stored.get(f"{group}.name", chosen[group])
+        long = f"{group}.name"
+        chosen[group] = asked.get(group) or asked.get(long) or stored.get(long, chosen[group])
+        if asked.get(long, chosen[group]) != chosen[group]:
+            raise UserError(f"{group}={chosen[group]} and {long}={asked[long]}: expected one of them.")
         if chosen[group] not in options:
             close = close_matches(chosen[group], options)
             expected = f"Did you mean {' or '.join(close)}?" if close else f"Expected one of {', '.join(options)}."
@@ -241,7 +269,7 @@ def _typed_values(name: str, typed: Typed, chosen: Mapping[str, str]) -> Iterato
 def suggestion(name: str, key: str, text: str, chosen: Mapping[str, str]) -> str:
     """What somebody may have meant by a key that does not exist: the key to type instead."""
     known = known_keys(name, chosen)
-    takes = [short for short, long in SHORT_KEYS.items() if long in known] + list(known)
+    takes = [short for short, long in SHORT_KEYS.items() if long in known] + list(filter(_is_offered, known))
     last = key.rpartition(".")[2]
     wanted = {last, SYNONYMS.get(last, last)}
     same = [other for other in takes if other in wanted or other.rpartition(".")[2] in wanted]
@@ -249,13 +277,27 @@ def suggestion(name: str, key: str, text: str, chosen: Mapping[str, str]) -> str
         first = " (of the cloning that comes first)" if same[0].startswith("algo.bc.") else ""
         return "there is no such key. Type " + " or ".join(f"{other}={text}" for other in same[:3]) + f"{first}."
     for group, options in COMMANDS[name].choices.items():
-        having = [option for option in options if key in known_keys(name, {**chosen, group: option})]
+        keys = {key, *(f"{group}.{own}" for own in wanted)}
+        having = {option: own[0] for option in options if (own := _of_option(name, {**chosen, group: option}, keys))}
         if having:
-            return f"that is a key of {group}={' or '.join(having[:3])}. Type {group}={having[0]} as well."
+            first, found = next(iter(having.items()))
+            several = " or ".join(list(having)[:3])
+            typed = f"{group}={first} as well" if found == key else f"{group}={first} {found}={text}"
+            return f"{'that' if found == key else found} is a key of {group}={several}. Type {typed}."
     if instead := COMMANDS[name].elsewhere(key, text):
         return f"there is no such key. {instead}"
     close = close_matches(key, takes)
     return "there is no such key." + (f" Did you mean {' or '.join(f'{c}={text}' for c in close)}?" if close else "")
+
+
+def _of_option(name: str, chosen: Mapping[str, str], keys: Container[str]) -> list[str]:
+    """Those of the keys that a command has with these options."""
+    return [key for key in known_keys(name, chosen) if key in keys and _is_offered(key)]
+
+
+def _is_offered(key: str) -> bool:
+    """Whether a key is one to type: a group that is chosen by name is typed as such."""
+    return not key.endswith(".name") or key in SHORT_KEYS.values()
 
 
 def stored_settings(name: str, paths: Sequence[Path]) -> dict[str, Any]:
@@ -304,7 +346,10 @@ def _stored_values(name: str, stored: Mapping[str, Any], chosen: Mapping[str, st
         elif entry:
             yield table, {entry: literal(value)}, True
         else:
-            raise UserError(f"{CONFIG}=: the file sets {key}, {suggestion(name, key, str(value), chosen)}")
+            raise UserError(
+                f"{CONFIG}=: the file sets {key}, {suggestion(name, key, str(value), chosen)} It has to hold settings "
+                f"of {name}, not of another command; the policy of a run is policy=RUN."
+            )
 
 
 def _set(config: DictConfig, key: str, value: Any, is_entry: bool) -> None:

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from itertools import count, islice
 
+from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
+from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
 from torch import Tensor, nn
 
 from eva_rl.adapters import (
@@ -180,13 +182,13 @@ def _compute_eva(policy: DecisionTransformerPolicy, sampler: WindowSampler | Non
     options, pruned = config.adapter, find_method(config.adapter.method).adalora
     with (
         _sources(policy, sampler, config, ProcessGroup.current()) as (batches, rollouts),
-        counting_progress("EVA (batches)", options.eva.max_batches) as advance,
+        counting_progress("EVA (batches)", _most_batches(options.eva.max_batches, batches, rollouts)) as advance,
     ):  # compute_eva() adds up all processes'
         result = compute_eva(
             policy,
             target_layers(policy.network, options.targets),
             None if batches is None else _counted(batches, advance),
-            rollouts,
+            None if rollouts is None else replace(rollouts, vec_env=_CountedEnvs(rollouts.vec_env, advance)),
             max_batches=options.eva.max_batches,
             rank=initial_rank(options.rank) if pruned else options.rank,
             rho=1.0 if pruned else options.rho,
@@ -204,6 +206,27 @@ def _compute_eva(policy: DecisionTransformerPolicy, sampler: WindowSampler | Non
         f"{result.seconds:.1f} s; {explained:.0%} of the variance explained on average"
     )
     return result
+
+
+def _most_batches(most: int, batches: Iterator[WindowBatch] | None, rollouts: Rollouts | None) -> int:
+    """How many batches EVA sees at most: of windows, and one for each env step that the policy takes at once."""
+    return (0 if batches is None else most) + (0 if rollouts is None else rollouts.steps)
+
+
+class _CountedEnvs(VecEnvWrapper):
+    """Calls ``advance`` after each env step."""
+
+    def __init__(self, vec_env: VecEnv, advance: Callable[[object], None]) -> None:
+        super().__init__(vec_env)
+        self._advance = advance
+
+    def reset(self) -> VecEnvObs:
+        return self.venv.reset()
+
+    def step_wait(self) -> VecEnvStepReturn:
+        returned = self.venv.step_wait()
+        self._advance(returned)
+        return returned
 
 
 def _counted(batches: Iterator[WindowBatch], advance: Callable[[object], None]) -> Iterator[WindowBatch]:

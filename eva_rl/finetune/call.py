@@ -95,6 +95,8 @@ def _check_settings(settings: Mapping[str, Any]) -> None:
     for key, value in settings.items():
         if (name := ARGUMENTS.get(key, key)) in arguments:
             raise UserError(f"settings[{key!r}]={value!r}: that is an argument of its own. Give {name}=... instead.")
+        if isinstance(value, Mapping) and "." not in key:
+            raise UserError(f"settings[{key!r}]={value!r}: write the whole key, {key}.{next(iter(value), 'KEY')}.")
 
 
 def _policy_path(policy: DecisionTransformerPolicy | str | Path, folder: Path) -> str:

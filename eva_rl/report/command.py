@@ -195,7 +195,9 @@ def nothing_to_compare(places: Sequence[str], tuned: Sequence[Run], problems: Se
     """Why there is no run to report on."""
     if problems:
         reasons = "; ".join(f"{p.place}: {p.kind}, {p.reason}" for p in problems[:3])
-        return f"No finished, undamaged run among {len(problems)} ({reasons}). Continue them first."
+        unfinished = any(p.kind == "unfinished" for p in problems)
+        advice = "Continue them first." if unfinished else "Name runs of finetune or benchmark that have ended well."
+        return f"No finished, undamaged run among {len(problems)} ({reasons}). {advice}"
     where = ", ".join(places)
     return f"{where} holds tuning runs only ({len(tuned)}). Name the folder with the study's test runs, too."
 

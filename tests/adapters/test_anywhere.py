@@ -215,6 +215,12 @@ def test_what_cannot_be_done_is_said_and_leaves_the_model_as_it_was() -> None:
         attach_eva(adapted, LoraConfig(target_modules=["proj"]), data())
 
 
+def test_a_policy_is_named_by_its_network() -> None:
+    policy: Any = make_policy()
+    with pytest.raises(UserError, match=r"model is a \w+Policy, expected a torch\.nn\.Module.*policy\.network"):
+        attach_eva(policy, LoraConfig(target_modules=["q_proj"]), data())
+
+
 def test_the_call_has_three_addresses() -> None:
     assert eva_rl.attach_eva is attach_eva
     assert eva.attach is attach_eva

@@ -11,7 +11,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from eva_rl.adapters import METHODS, attach_adapter, initial_rank, load_policy, save_adapted_policy
+from eva_rl.adapters import METHODS, attach_adapter, initial_rank, load_policy, save_adapted_policy, target_layers
 from eva_rl.adapters.extensions import AdaLoraExtension
 from eva_rl.agents import DecisionTransformerPolicy
 from eva_rl.batch import WindowBatch
@@ -182,6 +182,7 @@ def test_a_method_without_its_data_is_refused(method: str, lacks: str) -> None:
     ("wrong", "said"),
     [
         ({"rank": 0}, "rank=0: expected at least 1"),
+        ({"rank": 4.0}, "rank=4.0: expected at least 1, and a whole number"),
         ({"alpha": 0.0}, "alpha=0.0: expected a number above 0"),
         ({"dropout": 1.0}, "dropout=1.0: expected a probability"),
     ],
@@ -222,6 +223,15 @@ def test_sizes_that_contradict_evas_result_are_refused(
 def test_unknown_targets_are_an_error_with_the_names_that_exist() -> None:
     with pytest.raises(UserError, match=r"'query' matches no layer.*q_proj"):
         attach_adapter(make_policy(), "lora", targets=["q_proj", "query"])
+    with pytest.raises(UserError, match=r"'all-linear' matches no layer"):
+        attach_adapter(make_policy(), "lora", targets="all-linear")
+    assert target_layers(make_policy().network, "q_proj") == target_layers(make_policy().network, ["q_proj"])
+
+
+@pytest.mark.parametrize("given", ["mt40", make_policy().network])
+def test_what_is_no_policy_gets_no_adapter(given: Any) -> None:
+    with pytest.raises(UserError, match=r"policy is a \w+: expected what eva_rl\.load_policy returns.*attach_eva"):
+        attach_adapter(given, "lora")
 
 
 def test_a_second_adapter_is_refused(reach_demonstrations: Trajectories) -> None:

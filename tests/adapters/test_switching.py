@@ -13,7 +13,7 @@ import pytest
 import torch
 from peft.helpers import rescale_adapter_scale
 
-from eva_rl.adapters import load_policy, save_adapted_policy
+from eva_rl.adapters import attach_adapter, load_policy, save_adapted_policy
 from eva_rl.agents import DecisionTransformerPolicy, save_policy
 from eva_rl.batch import WindowBatch
 from eva_rl.data import Trajectories
@@ -65,6 +65,23 @@ def test_a_merged_adapter_is_neither_saved_nor_trained(tmp_path: Path, reach_dem
     policy.adapters.unmerge()
     save_adapted_policy(tmp_path / "again", policy, policy.adapters.attached(), "card")
     assert close(acted(load_policy(tmp_path / "again"), batch), expected)
+
+
+def test_an_attached_adapter_is_not_taken_for_none(tmp_path: Path, reach_demonstrations: Trajectories) -> None:
+    """What the base does alone would else be measured with the adapter at work."""
+    save_policy(tmp_path / "base", make_policy())
+    policy = load_policy(tmp_path / "base")
+    train(policy, reach_demonstrations, attach_adapter(policy, "lora", rank=2))
+    calls = (
+        lambda: policy.adapters.off().__enter__(),
+        policy.adapters.merge,
+        policy.adapters.merge_and_unload,
+        policy.adapters.unload,
+        policy.adapters.attached,
+    )
+    for call in calls:
+        with pytest.raises(UserError, match=r"from attach_adapter.*save_adapted_policy"):
+            call()
 
 
 def test_one_adapter_a_task(tmp_path: Path, reach_demonstrations: Trajectories) -> None:

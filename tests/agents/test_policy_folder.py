@@ -149,6 +149,28 @@ def test_a_run_that_has_not_ended_is_told_from_an_unknown_policy(tmp_path: Path)
         load_base_policy(tmp_path)
 
 
+def test_a_part_of_a_policy_is_answered_with_the_whole(
+    policy_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As PEFT's users name the adapter, and others the file of weights."""
+    adapter = policy_folder / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").touch()
+    for part in (adapter, policy_folder / "model.safetensors", policy_folder / "policy.json"):
+        with pytest.raises(UserError, match=f"part of a policy. Name the whole: policy={policy_folder}$"):
+            load_base_policy(part)
+    with pytest.raises(UserError, match=f"holds some. Name one: policy={policy_folder}$"):
+        load_base_policy(policy_folder.parent)
+    (tmp_path / "hopper").mkdir()
+    policy_folder.rename(tmp_path / "hopper" / "mine")
+    monkeypatch.chdir(tmp_path)
+    assert load_base_policy("hopper").observation_dim == 11, "the shipped one: no folder of runs is a policy"
+    adapter = tmp_path / "hopper" / "mine" / "adapter"
+    alone = adapter.rename(tmp_path / "alone")
+    with pytest.raises(UserError, match=r"alone is an adapter alone. Name the policy it was trained on"):
+        load_base_policy(alone)
+
+
 def test_an_unknown_name_lists_what_there_is() -> None:
     with pytest.raises(UserError, match=r"Unknown policy 'nothing-like-it'.*policy\.json"):
         load_base_policy("nothing-like-it")

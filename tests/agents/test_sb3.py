@@ -104,6 +104,11 @@ def test_rewards_and_starts_of_other_shapes_are_refused() -> None:
         adapter.predict(np.zeros((2, 11)), state)
 
 
+def test_one_name_alone_is_not_taken_for_many() -> None:
+    with pytest.raises(UserError, match=r"env_ids='Hopper-v5' is one name, expected one for each.*\['Hopper-v5'\]"):
+        hopper_policy().reset("Hopper-v5")
+
+
 def test_only_stable_baselines3s_environments_can_be_listened_to() -> None:
     for env in (gym.make("Hopper-v5"), gym.make_vec("Hopper-v5", 2)):
         with pytest.raises(UserError, match=r"listen\(\) wraps .*call observe\(rewards\)"):

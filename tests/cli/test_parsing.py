@@ -38,6 +38,19 @@ def message(name: str, *words: str) -> str:
         (["model.lr=1"], "Type algo.learning_rate=1"),
         (["task=push-v3"], "Type env=push-v3"),
         (["algo.env_steps=5"], "a key of algo=self_imitation or odt_td3 or odt. Type algo=self_imitation as well"),
+        (
+            ["gamma=0.9"],
+            "algo.discount is a key of algo=odt_td3 or residual or ppo. Type algo=odt_td3 algo.discount=0.9.",
+        ),
+        (["algo=ppo", "total_timesteps=9"], "there is no such key. Type algo.env_steps=9."),
+        (["algo.total_timesteps=9"], "Type algo=self_imitation algo.env_steps=9."),
+        (["target_modules=[q_proj]"], "Type adapter.targets=[q_proj]."),
+        (["out=x"], "Type run_dir=x."),
+        (["logger=wandb"], "Type tracker=wandb."),
+        (["algo=PPO"], "Did you mean ppo"),
+        (["algo=odt", "algo.name=bc"], "algo=odt and algo.name=bc: expected one of them"),
+        (["algo.name=od"], "Did you mean odt"),
+        (["."], "'.' is not KEY=VALUE. A policy is named by policy=."),
         (["algo=od"], "Did you mean odt"),
         (["algo=nothing_like_it"], "Expected one of bc, self_imitation"),
         (["push-v3"], "'push-v3' is not KEY=VALUE. A task is named by env=push-v3"),
@@ -56,6 +69,32 @@ def message(name: str, *words: str) -> str:
 )
 def test_mistakes_are_answered_with_what_to_type(words: list[str], expected: str) -> None:
     assert expected in message("finetune", *words)
+
+
+def test_what_other_commands_and_programs_call_a_policy() -> None:
+    for key in ("run_dir", "checkpoint", "model"):
+        assert "Type policy=runs/push." in message("evaluate", f"{key}=runs/push")
+    assert "algo.name" not in message("finetune", "name=x")
+
+
+def test_a_task_with_a_colon_is_quoted_in_a_table() -> None:
+    """The rest of its name was taken for the adapter's folder, and its module for an unknown task."""
+    said = message("evaluate", "policy=mt40", "adapters={mine:Reach-v0:runs/x}")
+    assert said.endswith("""quoted: adapters="{'mine:Reach-v0':runs/x}\"""")
+
+
+def test_the_settings_of_another_command_are_called_so(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("tracker: [tensorboard]\n")
+    said = message("evaluate", f"config={tmp_path}")
+    assert "the file sets tracker" in said
+    assert "settings of evaluate, not of another command; the policy of a run is policy=RUN" in said
+
+
+def test_an_algorithm_by_its_long_name_brings_its_keys() -> None:
+    """It was written down as the algorithm of a run that cloned."""
+    assert (
+        parse("finetune", ["env=push-v3", "algo.name=odt"]).algo == parse("finetune", ["env=push-v3", "algo=odt"]).algo
+    )
 
 
 def test_every_way_of_writing_a_key() -> None:

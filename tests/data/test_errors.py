@@ -146,5 +146,5 @@ def test_bounds_of_the_caller(tmp_path: Path) -> None:
     write_episodes(path, random_trajectories())
     with pytest.raises(UserError, match=r"episode_0/actions, row \d: .* outside the bounds -0.01 to 0.01"):
         load_dataset(str(path), action_bounds=([-0.01] * 2, [0.01] * 2))
-    with pytest.raises(UserError, match="2 numbers a row, expected 3"):
+    with pytest.raises(UserError, match=r"2 numbers a row, expected 3, .* Name other data=, or the task"):
         load_dataset(str(path), action_bounds=([-1] * 3, [1] * 3))

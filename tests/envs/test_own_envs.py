@@ -244,6 +244,8 @@ def test_success_in_other_types_is_read(value: Any) -> None:
 def test_an_environment_in_place_of_its_name_is_refused() -> None:
     with pytest.raises(UserError, match=r"env is a TimeLimit, expected the name of a task\. Register yours"):
         canonical_id(gym.make("Pendulum-v1"))  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="env is a list, expected the name of a task"):
+        envs.env_spec(["Pendulum-v1"])  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from eva_rl import envs
+from eva_rl.envs import registry
 from eva_rl.envs.registry import is_known
 from eva_rl.errors import UnknownNameError, UserError
 
@@ -35,7 +36,7 @@ def test_names(typed: str, meant: str) -> None:
 
 
 def test_v2_names_are_mapped_with_a_message(caplog: pytest.LogCaptureFixture) -> None:
-    envs.canonical_id.cache_clear()
+    registry._canonical_id.cache_clear()
     with caplog.at_level(logging.WARNING):
         assert envs.canonical_id("drawer-open-v2") == "metaworld/drawer-open-v3"
     assert "drawer-open-v2" in caplog.text

@@ -103,6 +103,25 @@ def test_one_adapter_a_task(folder: Path, tmp_path: Path) -> None:
     assert set(read(default)["tasks"]) == {"metaworld/push-v3", "metaworld/reach-v3"}
 
 
+def test_episodes_of_another_length_than_the_run_s_are_said(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The target return is that of the run's episodes."""
+    asked = ["eval.episodes=1", "threads=1", f"policy={folder}/push"]
+    assert evaluate.main(asked) == 0
+    note = "played other episodes (Meta-World v3, goal visible, 40 env steps"
+    assert note in " ".join(capsys.readouterr().err.split())
+    assert evaluate.main([*asked, "env.horizon=40"]) == 0
+    assert "other episodes" not in capsys.readouterr().err
+
+
+def test_the_bar_counts_what_the_policy_does_for_eva(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It stood at 0 of 16 while the policy acted."""
+    acts = ["adapter=eva", "adapter.eva.source=rollouts", "adapter.eva.rollout_steps=7", "adapter.eva.rollout_envs=2"]
+    run(folder / "base", tmp_path / "run", *acts)
+    assert "EVA (batches): 7 of 7" in capsys.readouterr().err
+
+
 def test_nothing_to_turn_off(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert evaluate.main([f"policy={folder}/base", "adapter=both", *PLAY]) == 2
     refused(capsys, "no adapter to turn off, and was not fine-tuned. Leave adapter= out")

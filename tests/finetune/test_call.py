@@ -139,6 +139,12 @@ def test_settings_do_not_override_arguments(key: str, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+def test_settings_are_whole_keys(tmp_path: Path) -> None:
+    settings = {"algo": {"updates": 3}}
+    with pytest.raises(UserError, match=r"write the whole key, algo\.updates"):
+        eva_rl.finetune_policy("mt40-small", "reach-v3", run_dir=tmp_path / "run", settings=settings)
+
+
 def test_arrays_are_data_and_networks_are_no_policy(tmp_path: Path) -> None:
     steps = {"observations": np.zeros((4, 39)), "actions": np.full((4, 4), 2.0), "rewards": np.zeros(4)}
     with pytest.raises(UserError, match="outside the bounds -1 to 1"):  # read, and found wanting

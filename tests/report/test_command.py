@@ -83,6 +83,9 @@ def test_places_that_are_none() -> None:
     problems = [Problem(Path(f"r{k}"), "damaged", "why") for k in range(5)]
     text = nothing_to_compare(["x"], [], problems)
     assert text.startswith("No finished, undamaged run among 5 (r0: damaged, why; r1")
+    assert "Continue them" not in text
+    unfinished = [*problems, Problem(Path("r5"), "unfinished", "why")]
+    assert nothing_to_compare(["x"], [], unfinished).endswith("Continue them first.")
     assert "r3" not in text
     tuned = make_runs({"a": {"t": [0.5]}})
     assert nothing_to_compare(["x", "y"], tuned, []).startswith("x, y holds tuning runs only (1).")

@@ -196,7 +196,10 @@ class Source:
             return actions
         low, high = np.asarray(bounds.low, np.float32), np.asarray(bounds.high, np.float32)
         if low.ndim and low.shape != actions.shape[1:]:
-            raise UserError(f"{self} has {counted(actions.shape[1], 'number')} a row, expected {len(low)}.")
+            raise UserError(
+                f"{self} has {counted(actions.shape[1], 'number')} a row, expected {len(low)}, as many as the task's "
+                "actions. Name other data=, or the task that they were made in with env=."
+            )
         if bounds.outside == "keep":
             return actions
         if bounds.outside == "clip":
