@@ -27,6 +27,7 @@ from eva_rl.data import (
     write_episodes,
     write_store,
 )
+from eva_rl.data.formats.hdf5 import HdfFile
 from eva_rl.data.formats.pickles import read_pickle
 from eva_rl.errors import UserError
 from tests import forks
@@ -48,6 +49,15 @@ def test_file_and_store_round_trip(tmp_path: Path) -> None:
     assert read_episodes(tmp_path / "a.h5").metadata["seed"] == "3"
     assert read_episodes(tmp_path / "a.h5").content_hash == data.content_hash
     assert read_store(tmp_path / "store").source == "parts"
+
+
+def test_arrays_of_a_file_are_closed_when_they_are_read(tmp_path: Path) -> None:
+    """HDF5 keeps what was read of an open array: converting a file took three times its size in memory."""
+    write_episodes(tmp_path / "a.h5", random_trajectories())
+    with HdfFile(tmp_path / "a.h5") as file:
+        for name in ("episode_0", "episode_1", "episode_0"):
+            assert len(file.read(f"{name}/observations"))
+            assert h5py.h5f.get_obj_count(file._file.id, h5py.h5f.OBJ_DATASET) == 0
 
 
 def test_the_content_hash_tells_target_actions_apart() -> None:
