@@ -187,7 +187,7 @@ def _same(source: Source, names: Sequence[str], arrays: Arrays) -> NDArray[Any]:
 def _with_dones(source: Source, dones: NDArray[Any], flags: Arrays) -> dict[str, NDArray[Any]]:
     """Terminations and truncations, of which at most one says all, and ends of either kind."""
     known = [name for name in ("terminations", "truncations") if name in flags]
-    ends = source.flags(dones) if np.ndim(dones) else dones
+    ends = source.flags(dones)
     for name in known:
         array = (source / name).flags(flags[name])
         (source / name).check_rows(len(array), len(ends), "there are as many ends")
