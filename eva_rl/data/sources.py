@@ -197,12 +197,14 @@ def _given(source: Any, options: ReadOptions) -> Trajectories:
 
 def _bounded_store(data: Trajectories, source: str, bounds: ActionBounds | None) -> Trajectories:
     """The same with actions within their bounds, looked at part by part; a clipped copy of them is in memory."""
-    parts = []
-    for begin in range(0, data.num_steps, CHECK_ROWS) if bounds is not None else ():
-        where = Source(source or "trajectories", "actions", begin)
-        parts.append(where.bounded(data.actions[begin : begin + CHECK_ROWS], bounds))
-    if bounds is not None and bounds.outside == "clip":
-        data = replace(data, actions=np.concatenate(parts))
+    for name in ("actions", "target_actions") if bounds is not None else ():
+        actions, parts = getattr(data, name), []
+        for begin in range(0, 0 if actions is None else data.num_steps, CHECK_ROWS):
+            where = Source(source or "trajectories", name, begin)
+            parts.append(where.bounded(actions[begin : begin + CHECK_ROWS], bounds))
+        if parts and bounds is not None and bounds.outside == "clip":
+            changed: dict[str, Any] = {name: np.concatenate(parts)}
+            data = replace(data, **changed)
     return replace(data, source=source)
 
 

@@ -60,6 +60,21 @@ def test_arrays_of_a_file_are_closed_when_they_are_read(tmp_path: Path) -> None:
             assert h5py.h5f.get_obj_count(file._file.id, h5py.h5f.OBJ_DATASET) == 0
 
 
+@pytest.mark.parametrize("suffix", [".h5", ""])
+def test_bounds_hold_for_target_actions_too(tmp_path: Path, suffix: str) -> None:
+    """They are what a clone does, and were neither checked nor moved to the bound."""
+    data, path = random_trajectories(), tmp_path / f"a{suffix}"
+    assert data.target_actions is not None
+    write = write_episodes if suffix else lambda path, data: write_store(path, [data], "far")
+    write(path, replace(data, target_actions=3 * data.target_actions))
+    with pytest.raises(UserError, match=r"target_actions, row \d+: -?[12]\.\d+ .* outside the bounds -1 to 1"):
+        load_dataset(path, action_bounds=(-1, 1))
+    moved = load_dataset(f"{path}?actions=clip", action_bounds=(-1, 1))
+    assert np.array_equal(moved.target_actions, np.clip(3 * data.target_actions, -1, 1))
+    assert np.array_equal(moved.actions, data.actions)
+    assert load_dataset(f"{path}?actions=keep", action_bounds=(-1, 1)).target_actions.max() > 1
+
+
 def test_the_content_hash_tells_target_actions_apart() -> None:
     data = random_trajectories()
     assert data.target_actions is not None

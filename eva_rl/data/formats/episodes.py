@@ -103,7 +103,11 @@ class EpisodeChecker:
             self._damaged.append(str(error))
             return None
         self._first = self._first or episode
-        return replace(episode, actions=(source / "actions").bounded(episode.actions, self._options.bounds))
+        bounds, targets = self._options.bounds, episode.target_actions
+        actions = (source / "actions").bounded(episode.actions, bounds)
+        if targets is not None:
+            targets = (source / "target_actions").bounded(targets, bounds)
+        return replace(episode, actions=actions, target_actions=targets)
 
     def close(self) -> None:
         """Say how many episodes were left out, and how many ends were assumed.
