@@ -27,7 +27,7 @@ from eva_rl.configs.algorithms import BCAlgo
 from eva_rl.configs.groups import CheckpointOptions, DataOptions, EnvOptions, TrainOptions
 from eva_rl.data import Trajectories, WindowSampler
 from eva_rl.data.samplers import ShardedSampler, prefetching
-from eva_rl.data.selection import return_scale, sampling_weights
+from eva_rl.data.selection import observation_statistics, return_scale, sampling_weights
 from eva_rl.distributed import ProcessGroup
 from eva_rl.envs import env_spec
 from eva_rl.envs.registry import task_ids
@@ -199,7 +199,7 @@ def _validation_metrics(scores: Mapping[str, TaskScore]) -> dict[str, float]:
 def _new_policy(config: PretrainConfig, tasks: Sequence[str], found: Demonstrations) -> DecisionTransformerPolicy:
     """A policy with random weights: what it may do is the tasks', how numbers are scaled is the data's."""
     data, specs = found.data, [env_spec(task, config.env.horizon) for task in tasks]
-    mean, std = (getattr(data.observations, name)(0, dtype=np.float64) for name in ("mean", "std"))
+    mean, std = observation_statistics(data)
     found_scale = float(np.clip(return_scale(data), STD.low, STD.high))
     scale = found_scale if config.return_scale is None else config.return_scale
     scaling = InputScaling.create(

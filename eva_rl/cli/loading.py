@@ -17,7 +17,7 @@ from eva_rl.cli.collecting import collect_shown
 from eva_rl.cli.console import say
 from eva_rl.configs.groups import DataOptions, PolicyOptions
 from eva_rl.data import Trajectories, concatenate, load_dataset, read_episodes, select_episodes, write_episodes
-from eva_rl.data.selection import target_return
+from eva_rl.data.selection import observation_statistics, target_return
 from eva_rl.data.trajectories import OBSERVATION_KEYS
 from eva_rl.envs import EnvSpec, canonical_id, env_spec
 from eva_rl.envs.observations import observation_keys
@@ -115,7 +115,7 @@ def _normalisation(options: PolicyOptions) -> tuple[Sequence[float] | None, Sequ
 
 
 def _statistics(data: Trajectories) -> tuple[list[float], list[float]]:
-    mean, std = (getattr(data.observations, name)(0, dtype=np.float64) for name in ("mean", "std"))
+    mean, std = observation_statistics(data)
     return mean.tolist(), (std + STD_EPSILON).tolist()
 
 

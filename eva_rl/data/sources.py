@@ -13,6 +13,7 @@ from urllib.parse import parse_qsl
 
 import numpy as np
 
+from eva_rl.data.arrays import MEMORY_FRACTION, cache_folder
 from eva_rl.data.formats import d4rl_names
 from eva_rl.data.formats.checks import IN_MEMORY, ActionBounds, Source
 from eva_rl.data.formats.d4rl import read_d4rl
@@ -39,8 +40,6 @@ OUTSIDE = ("check", "clip", "keep")
 OPTIONS = ("actions", "horizon", "keys")
 CHECK_ROWS = 1 << 18
 """Rows of a mapped array that are looked at at a time."""
-MEMORY_FRACTION = 0.25
-"""Data are mapped instead of read when their files are larger than this part of the memory that the process may use."""
 
 
 @dataclass(frozen=True)
@@ -114,11 +113,6 @@ def _with_option(source: ParsedSource, key: str, value: str) -> ParsedSource:
     raise UserError(f"{key}={value!r} in the data source: expected {expected}.")
 
 
-def cache_folder() -> Path:
-    """Where downloads and memory maps are kept: ``EVA_RL_CACHE`` or ``~/.cache/eva-rl``."""
-    return expanded(os.environ.get("EVA_RL_CACHE") or "~/.cache/eva-rl")
-
-
 def load_dataset(
     source: GivenData,
     *,
@@ -138,8 +132,8 @@ def load_dataset(
             observations may be (T + 1, obs). Names of D4RL and Minari are downloaded unless they are there; what the
             scripted experts show comes from :func:`eva_rl.rollouts.experts.collect_expert`.
         allow_pickle: Whether pickles may be opened; even then only numpy arrays and builtin containers are admitted.
-        memory_map: Whether to keep a flat copy in :func:`cache_folder` and map it instead of reading everything into
-            memory; None decides by size.
+        memory_map: Whether to keep a flat copy in the cache (``EVA_RL_CACHE``) and map it instead of reading everything
+            into memory; None decides by size.
         action_bounds: Lowest and highest action of the task, each (act,) or a number; None takes those that the data
             say.
         skip_damaged: Whether episodes that are damaged, such as those without the observation after their last env
