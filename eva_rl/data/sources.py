@@ -49,7 +49,8 @@ class ParsedSource:
     Attributes:
         kind: One of :data:`KINDS`.
         name: Path, name or id.
-        horizon: Env steps of an episode, for D4RL files without timeouts; None takes what the name says.
+        horizon: Env steps of an episode at most, for D4RL files; None takes what the name says where timeouts are
+            missing.
         actions: What to do with actions out of bounds: ``check``, ``clip`` or ``keep``.
         keys: Parts of Dict observations in their order; none takes the data's own.
     """
@@ -261,7 +262,7 @@ def _d4rl_parts(source: ParsedSource, path: Path, options: ReadOptions) -> Itera
             "it out, and repair the rows that the message names."
         )
     if source.horizon is not None:
-        rules = replace(rules, horizon=source.horizon)
+        rules = replace(rules, horizon=source.horizon, cuts=True)
     bounds = options.bounds
     if bounds is None and rules.unit_actions:
         bounds = ActionBounds(-1.0, 1.0, source.actions)

@@ -150,6 +150,26 @@ def test_one_end_in_one_chunk_is_enough(tmp_path: Path, caplog: pytest.LogCaptur
     assert caplog.text.count("read as one") == 2
 
 
+def test_a_horizon_that_is_asked_for_cuts_noted_episodes_too(tmp_path: Path) -> None:
+    """It was passed over where the file notes a time limit."""
+    path = write_h5(tmp_path / "mine.hdf5", table())
+    assert load_dataset(f"d4rl:{path}").lengths.tolist() == [4, 3, 5]
+    data = load_dataset(f"d4rl:{path}?horizon=2")
+    assert data.lengths.tolist() == [2, 2, 2, 1, 2, 2, 1]
+    assert np.flatnonzero(data.terminations).tolist() == [3]
+    assert np.flatnonzero(data.truncations).tolist() == [1, 5, 6, 8, 10, 11]
+    assert load_dataset(f"d4rl:{write_h5(tmp_path / 'pen-mine.hdf5', table())}").lengths.tolist() == [4, 3, 5]
+
+
+def test_a_goal_of_a_maze_is_no_end_to_count_the_time_limit_from(tmp_path: Path) -> None:
+    """Two of three episodes were lost: those that began after terminals without a timeout."""
+    near_the_goal = np.isin(np.arange(12), [2, 3, 6, 7])
+    path = write_h5(tmp_path / "antmaze-mine.hdf5", table(terminals=near_the_goal, timeouts=None))
+    data = load_dataset(f"d4rl:{path}?horizon=4")
+    assert data.lengths.tolist() == [3, 3, 4]
+    assert data.observations[data.offsets[:-1], 0].tolist() == [0, 4, 8]
+
+
 def test_horizon_of_named_files() -> None:
     names = [
         "hopper-medium-v0",
