@@ -21,6 +21,7 @@ from eva_rl.cli.command import run_command
 from eva_rl.cli.console import say, training_progress
 from eva_rl.cli.loading import Demonstrations, load_demonstrations
 from eva_rl.cli.machine import prepare_machine
+from eva_rl.cli.origin import check_origin
 from eva_rl.cli.parsing import register
 from eva_rl.cli.run_dir import flat_hyperparameters, open_run, write_summary
 from eva_rl.configs.algorithms import BCAlgo
@@ -135,9 +136,9 @@ def pretrain(config: PretrainConfig) -> None:
         found = load_demonstrations(tasks, config.data, run_dir / "data", config.env.horizon)
     joined = replace(found.data, source=f"{config.data.source}:{config.env.id}")
     policy = _new_policy(config, tasks, found).to(device)
+    process_group.broadcast_object(lambda: check_origin(run_dir, None, joined))
     _say_what_was_found(policy, found)
-    weights = sampling_weights(joined, config.data.after_success, config.data.weight_by)
-    sampler = WindowSampler(joined, config.size.context_length, policy.scaling, seed=config.seed, weights=weights)
+    sampler = _sampler(config, policy, joined)
     data_seconds = perf_counter() - began
     validator = MultiTaskValidator.of(process_group, tasks, config.env.horizon)
 
@@ -224,6 +225,11 @@ def _new_policy(config: PretrainConfig, tasks: Sequence[str], found: Demonstrati
     policy = DecisionTransformerPolicy(network, scaling, conditioning, env_id=env_id)
     check_record(policy, f"{config.data.source}, as a policy")
     return policy
+
+
+def _sampler(config: PretrainConfig, policy: DecisionTransformerPolicy, data: Trajectories) -> WindowSampler:
+    weights = sampling_weights(data, config.data.after_success, config.data.weight_by)
+    return WindowSampler(data, config.size.context_length, policy.scaling, seed=config.seed, weights=weights)
 
 
 def _say_what_was_found(policy: DecisionTransformerPolicy, found: Demonstrations) -> None:
