@@ -41,6 +41,8 @@ DEFAULTS: Mapping[str, Any] = {
     "add_cross_attention": False,
 }
 """Hugging Face's own; a config.json leaves out what equals them."""
+ALIASES = {"num_attention_heads": "n_head", "num_hidden_layers": "n_layer"}
+"""Names that transformers takes for its own, as in a config.json that is written by hand."""
 
 _size, _flag = Integer(1, LARGEST_SIZE), Boolean()
 CONFIG = Record(
@@ -146,7 +148,8 @@ def complete_config(config: Any, where: str) -> dict[str, Any]:
             f"{where} describes model_type {model_type!r}; expected {MODEL_TYPE!r}. Name the folder of a Decision "
             "Transformer."
         )
-    full = {**DEFAULTS, **CONFIG.of(config, where)}
+    named = {ALIASES[name]: value for name, value in config.items() if name in ALIASES}
+    full = {**DEFAULTS, **CONFIG.of({**config, **named}, where)}
     if full["add_cross_attention"] or full["layer_norm_epsilon"] != LAYER_NORM_EPSILON:
         raise UserError(
             f"{where}: add_cross_attention={full['add_cross_attention']} and layer_norm_epsilon="

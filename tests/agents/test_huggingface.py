@@ -51,6 +51,16 @@ def their_model(folder: Path, **config: Any) -> DecisionTransformerModel:
     return model
 
 
+def test_other_names_of_heads_and_blocks_are_read(tmp_path: Path) -> None:
+    """They were passed over: a network of four heads acted with one, as nothing else of it depends on them."""
+    model = their_model(tmp_path, n_head=4)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["num_attention_heads"], config["num_hidden_layers"] = config.pop("n_head"), config.pop("n_layer")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert DecisionTransformerModel.from_pretrained(tmp_path).config.n_head == 4
+    assert difference(load_base_policy(tmp_path, options=OPTIONS).network, model) < 1e-5
+
+
 def masked_batch(B: int = 6, T: int = 9) -> WindowBatch:
     """Windows of which all but the first are padded on the left, with rubbish in the padding."""
     torch.manual_seed(2)
