@@ -61,6 +61,7 @@ def read_huggingface(folder: Path, options: ImportOptions) -> DecisionTransforme
     """
     where = str(folder / CONFIG_FILE)
     full = complete_config(read_json(folder / CONFIG_FILE), where)
+    _check_known(options, full, where)
     facts = options.merged_with(_companion(folder) or card_of(folder))
     config = architecture(full, int(facts["context_length"]), where)
     if (folder / SAFETENSORS_FILE).is_file() or not (folder / PICKLE_FILE).is_file():
@@ -70,6 +71,13 @@ def read_huggingface(folder: Path, options: ImportOptions) -> DecisionTransforme
         path = folder / PICKLE_FILE
         weights = read_state_dict(path)
     return _build(weights, config, full, facts, path)
+
+
+def _check_known(options: ImportOptions, full: Mapping[str, Any], where: str) -> None:
+    """Raise where something else was given than a config says of the architecture."""
+    for name, key in {"num_heads": "n_head", "activation": "activation_function"}.items():
+        if (given := getattr(options, name)) not in {None, full[key]}:
+            raise UserError(f"{name}={given}: {where} says {key}={full[key]}. Leave it out, or name another policy.")
 
 
 def read_original(path: Path, options: ImportOptions) -> DecisionTransformerPolicy:

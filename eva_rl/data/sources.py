@@ -22,6 +22,7 @@ from eva_rl.data.formats.episodes import ReadOptions, unknown_bounds
 from eva_rl.data.formats.groups import iterate_d3rlpy, iterate_robomimic, layout_of
 from eva_rl.data.formats.minari import METADATA, iterate_minari, minari_data_folder, minari_folder
 from eva_rl.data.formats.minari_file import iterate_episodes
+from eva_rl.data.formats.spaces import one_array
 from eva_rl.data.formats.store import FORMAT, is_store, read_store, write_store
 from eva_rl.data.trajectories import Trajectories, concatenate
 from eva_rl.errors import UnknownNameError, UserError
@@ -155,6 +156,10 @@ def load_dataset(
     options = ReadOptions(bounds, parsed.actions, allow_pickle, skip_damaged, parsed.keys)
     path = locate(parsed)
     if parsed.kind == "trajectories" and is_store(path):
+        if parsed.keys:
+            raise one_array(Source(path, "observations"), parsed.keys)
+        if parsed.actions == "clip" and bounds is None:
+            raise unknown_bounds(path)
         return _bounded_store(read_store(path), source, bounds)
     if memory_map if memory_map is not None else _too_large(path):
         return _converted(parsed, path, options, _store_folder(source, path, options), source)

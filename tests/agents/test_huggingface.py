@@ -61,6 +61,16 @@ def test_other_names_of_heads_and_blocks_are_read(tmp_path: Path) -> None:
     assert difference(load_base_policy(tmp_path, options=OPTIONS).network, model) < 1e-5
 
 
+def test_another_architecture_than_the_configs_is_refused(tmp_path: Path) -> None:
+    """What was given of it was passed over."""
+    their_model(tmp_path, n_head=4)
+    assert load_base_policy(tmp_path, options=replace(OPTIONS, num_heads=4, activation="relu")).observation_dim == OBS
+    with pytest.raises(UserError, match=r"num_heads=2: .*config\.json says n_head=4"):
+        load_base_policy(tmp_path, options=replace(OPTIONS, num_heads=2))
+    with pytest.raises(UserError, match=r"activation=gelu: .*config\.json says activation_function=relu"):
+        load_base_policy(tmp_path, options=replace(OPTIONS, activation="gelu"))
+
+
 def masked_batch(B: int = 6, T: int = 9) -> WindowBatch:
     """Windows of which all but the first are padded on the left, with rubbish in the padding."""
     torch.manual_seed(2)

@@ -75,6 +75,24 @@ def test_bounds_hold_for_target_actions_too(tmp_path: Path, suffix: str) -> None
     assert load_dataset(f"{path}?actions=keep", action_bounds=(-1, 1)).target_actions.max() > 1
 
 
+@pytest.mark.parametrize("suffix", [".h5", ""])
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ("keys=eef,gripper", "observations is one array, without parts"),
+        ("actions=clip", "nothing says what the bounds"),
+    ],
+)
+def test_options_that_a_file_of_ours_cannot_follow_are_refused(
+    tmp_path: Path, suffix: str, options: str, told: str
+) -> None:
+    """A store passed them over."""
+    data, path = random_trajectories(), tmp_path / f"a{suffix}"
+    write_episodes(path, data) if suffix else write_store(path, [data], "mine")
+    with pytest.raises(UserError, match=told):
+        load_dataset(f"{path}?{options}")
+
+
 def test_the_content_hash_tells_target_actions_apart() -> None:
     data = random_trajectories()
     assert data.target_actions is not None
