@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from eva_rl.data.formats.checks import ActionBounds, Source, warn_of_repeated_ends
 from eva_rl.data.formats.d4rl_names import Conventions
+from eva_rl.data.formats.episodes import DONES
 from eva_rl.data.formats.hdf5 import HdfFile
 from eva_rl.data.trajectories import Flags, Floats, Trajectories
 from eva_rl.errors import UserError, counted
@@ -136,7 +137,7 @@ def _table(file: HdfFile, group: str) -> _Table:
 def _episodes(table: _Table, rules: Conventions) -> tuple[Rows, Rows, Flags, Flags]:
     """First row and row after the last of each finished episode; terminations and truncations of all rows."""
     terminals = table.flags("terminals")
-    timeouts = _noted_timeouts(table, terminals)
+    timeouts = _noted_timeouts(table, terminals, rules)
     if timeouts is None and rules.horizon is None and not terminals.any():
         timeouts = np.zeros_like(terminals)
     elif timeouts is None or rules.cuts or (rules.horizon is not None and not timeouts.any()):
@@ -175,11 +176,12 @@ def _one_episode(table: _Table, rules: Conventions) -> tuple[Rows, Rows, Flags, 
     return rows[:1], rows[-1:] + 1, np.zeros(table.rows, bool), rows == table.rows - 1
 
 
-def _noted_timeouts(table: _Table, terminals: Flags) -> Flags | None:
+def _noted_timeouts(table: _Table, terminals: Flags, rules: Conventions) -> Flags | None:
     name = next((name for name in TIMEOUTS if name in table.arrays), None)
     if name is None:
         return None
-    return table.flags(name) if name == "timeouts" else table.flags(name) & ~terminals
+    ambiguous = name in DONES or not rules.goal_ends  # in a maze a terminal is no end that a time limit could repeat
+    return table.flags(name) & ~terminals if ambiguous and name != "timeouts" else table.flags(name)
 
 
 def _counted_timeouts(table: _Table, terminals: Flags, noted: Flags | None, rules: Conventions) -> Flags:
