@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from eva_rl.agents.decision_transformer import DecisionTransformer, DecisionTransformerConfig
-from eva_rl.agents.huggingface import CONFIG_FILE, read_huggingface, read_original
+from eva_rl.agents.huggingface import COMPANION_FILE, CONFIG_FILE, read_huggingface, read_original
 from eva_rl.agents.huggingface.options import ImportOptions, download
 from eva_rl.agents.policy import DecisionTransformerPolicy
 from eva_rl.agents.policy_record import FORMAT, FORMAT_VERSION, policy_record, read_record
@@ -74,6 +74,11 @@ def find_policy(name_or_path: str | Path) -> Path:
         shipped,
         f"Expected one of them, a Hugging Face hub id, or a folder that holds {POLICY_FILE} or {CONFIG_FILE}.",
     )
+
+
+def says_its_bounds(path: Path) -> bool:
+    """Whether what :func:`find_policy` returned was written here, with its action bounds beside the weights."""
+    return (path / POLICY_FILE).is_file() or (path / COMPANION_FILE).is_file()
 
 
 def load_base_policy(

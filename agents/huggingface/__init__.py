@@ -18,6 +18,7 @@ from eva_rl.agents.huggingface.gym_cards import card_of
 from eva_rl.agents.huggingface.layout import (
     POSITIONS,
     UNUSED,
+    absorb_action_units,
     absorb_quirks,
     architecture,
     complete_config,
@@ -110,7 +111,7 @@ def read_original(path: Path, options: ImportOptions) -> DecisionTransformerPoli
         )
     found = recognise(weights, str(path))
     full = complete_config(_config_of_shapes(found, options, path), str(path))
-    facts = options.merged_with(known)
+    facts = options.merged_with({**known, "raw_actions": True} if found.raw_actions else known)
     config = architecture(full, int(facts["context_length"]), str(path))
     return _build(found.weights, config, full, facts, path, found.log_std_head)
 
@@ -159,6 +160,8 @@ def _build(
         state |= {name: value.float() for name, value in log_std_head.items()}
         check_weights(state, DecisionTransformer.empty(config).state_dict(), str(path), "its config")
     scaling, conditioning = scaling_and_target(facts, config, str(path))
+    if facts.get("raw_actions", not config.action_tanh):
+        absorb_action_units(state, scaling, head=not config.action_tanh)
     network = DecisionTransformer.with_weights(config, state)
     metadata = facts.get("metadata") or {"imported_from": path.parent.name}
     return DecisionTransformerPolicy(network, scaling, conditioning, env_id=facts["env_id"], metadata=metadata)
@@ -178,6 +181,7 @@ def _companion(folder: Path) -> dict[str, Any]:
         "per_env": conditioning.per_env,
         "env_id": record.get("env_id", ""),
         "metadata": record.get("metadata"),
+        "raw_actions": False,
     }
 
 

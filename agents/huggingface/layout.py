@@ -12,6 +12,7 @@ from torch import Tensor
 
 from eva_rl.agents.decision_transformer import TOKEN_ORDERS, DecisionTransformerConfig
 from eva_rl.agents.policy_record import LARGEST_SIZE
+from eva_rl.batch import InputScaling
 from eva_rl.errors import UserError
 from eva_rl.schema import Boolean, Integer, Number, OneOf, Optional, Record
 
@@ -134,6 +135,22 @@ def absorb_quirks(state: dict[str, Tensor], config: Mapping[str, Any], position:
         for kind in ("weight", "bias") if scale != 1.0 else ():
             name = f"blocks.{i}.attention.q_proj.{kind}"
             state[name] = state[name] * scale
+
+
+def absorb_action_units(state: dict[str, Tensor], scaling: InputScaling, *, head: bool) -> None:
+    """Let a network that takes actions in the environment's units take them scaled to [-1, 1], exactly.
+
+    Args:
+        state: Weights under our names; changed.
+        scaling: Where the bounds of the actions are.
+        head: Whether it gives them in the environment's units as well.
+    """
+    center, divisor, embed = scaling.action_center, scaling.action_divisor, state["embed_action.weight"]
+    state["embed_action.bias"] = state["embed_action.bias"] + embed @ center
+    state["embed_action.weight"] = embed * divisor
+    if head:
+        state["action_head.bias"] = (state["action_head.bias"] - center) / divisor
+        state["action_head.weight"] = state["action_head.weight"] / divisor[:, None]
 
 
 def complete_config(config: Any, where: str) -> dict[str, Any]:
