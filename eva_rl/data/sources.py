@@ -178,7 +178,16 @@ def _converted(parsed: ParsedSource, path: Path, options: ReadOptions, folder: P
 def _bounds(sides: tuple[Side, Side] | None, outside: str = "check") -> ActionBounds | None:
     if sides is None:
         return None
-    low, high = (np.asarray(list(side) if isinstance(side, Iterable) else side, np.float32) for side in sides)
+    try:
+        low, high = (np.asarray(list(side) if isinstance(side, Iterable) else side, np.float32) for side in sides)
+        ordered = bool((low <= high).all())
+    except (TypeError, ValueError):
+        ordered = False
+    if not ordered:
+        raise UserError(
+            f"action_bounds={sides!r}: expected the lowest and the highest action, (LOW, HIGH), each a number or one "
+            "for each of an action's."
+        )
     return ActionBounds(low, high, outside)
 
 

@@ -450,6 +450,16 @@ def test_two_names_of_one_are_equal_or_refused() -> None:
         load_dataset(flat(dones=FIFTH, states=np.ones((10, 1))))
 
 
+def test_success_in_infos_that_begin_with_that_of_the_reset() -> None:
+    """Which is empty: all of it was passed over."""
+    infos: list[dict[str, Any]] = [{}, *({"success": step == 3} for step in range(10))]
+    data = load_dataset([flat(observations=np.arange(11.0)[:, None], infos=infos)])
+    assert data.successes is not None
+    assert data.successes.tolist() == [False] * 3 + [True] * 7
+    with pytest.raises(UserError, match="successes has 12 rows, expected 10"):
+        load_dataset([flat(infos=[*infos, {"success": True}])])
+
+
 def test_success_by_its_other_name_and_of_a_whole_episode() -> None:
     by_step = load_dataset([flat(is_success=np.arange(10) == 3)])
     assert by_step.successes is not None

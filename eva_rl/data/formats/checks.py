@@ -195,8 +195,9 @@ class Source:
         if bounds is None:
             return actions
         low, high = np.asarray(bounds.low, np.float32), np.asarray(bounds.high, np.float32)
-        if low.ndim and low.shape != actions.shape[1:]:
-            raise UserError(f"{self} has {counted(actions.shape[1], 'number')} a row, expected {len(low)}.")
+        for bound in (low, high):
+            if bound.ndim and bound.shape != actions.shape[1:]:
+                raise UserError(f"{self} has {counted(actions.shape[1], 'number')} a row, expected {len(bound)}.")
         if bounds.outside == "keep":
             return actions
         if bounds.outside == "clip":

@@ -225,6 +225,7 @@ def _success_in(infos: Any) -> Any:
             told = infos.get(name)
         elif isinstance(infos, Sequence) and all(isinstance(info, Mapping) for info in infos):
             told = [info.get(name) for info in infos]
+            told[:1] = [False if first is None else first for first in told[:1]]  # that of reset() tells nothing
         if told is not None and _tells(told):
             return told
     return None
