@@ -201,7 +201,8 @@ class Trajectories:
         return array
 
     def episode(self, index: int) -> Episode:
-        """Episode number ``index`` with its own observation after the last step."""
+        """Episode number ``index``, from the end where it is negative, with its own observation after the last step."""
+        index = range(self.num_episodes)[index]
         rows = slice(int(self.offsets[index]), int(self.offsets[index + 1]))
         return Episode(
             observations=np.concatenate([self.observations[rows], self.final_observations[index : index + 1]]),
@@ -215,7 +216,7 @@ class Trajectories:
 
     def select(self, episodes: Sequence[int] | NDArray[np.int64]) -> Trajectories:
         """The given episodes, in the given order, as new trajectories; mapped from a file where they are large."""
-        chosen = np.asarray(episodes, np.int64)
+        chosen = np.arange(self.num_episodes)[np.asarray(episodes, np.int64)]
         arrays = {name: getattr(self, name) for name in COLUMNS if name != "final_observations"}
         arrays = {name: array for name, array in arrays.items() if array is not None}
         columns: dict[str, Any] = dict(gathered(arrays, self.offsets[chosen], self.offsets[chosen + 1]))

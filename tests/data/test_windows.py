@@ -269,6 +269,19 @@ def test_episodes_that_are_large_are_chosen_without_a_copy_in_memory(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_episodes_are_counted_from_the_end_too() -> None:
+    """The last one was empty."""
+    data = random_trajectories((4, 1, 6))
+    assert np.array_equal(data.episode(-1).observations, data.episode(2).observations)
+    assert len(data.episode(-1).rewards) == 6
+    assert data.select([-1, 0]).lengths.tolist() == [6, 4]
+    for beyond in (3, -4):
+        with pytest.raises(IndexError):
+            data.episode(beyond)
+        with pytest.raises(IndexError):
+            data.select([beyond])
+
+
 def test_large_choices_that_find_no_room_on_disk_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("EVA_RL_CACHE", str(tmp_path / "file"))
