@@ -175,6 +175,16 @@ def test_what_lies_beside_the_data_counts_as_well(tmp_path: Path, cache: Path) -
         load_dataset(tmp_path, memory_map=True)
 
 
+@pytest.mark.parametrize("name", ["push.0", "push.0.npz", "task/push.0"])
+def test_lengths_are_those_of_names_with_dots(tmp_path: Path, name: str) -> None:
+    """What follows the last dot was cut off a name without a suffix, and the file not checked."""
+    steps = {"observations": np.zeros((4, 2)), "actions": np.zeros((4, 1)), "rewards": np.zeros(4)}
+    np.savez(tmp_path / "push.0.npz", **steps)
+    (tmp_path / "episode_lengths.json").write_text(json.dumps({name: 9}))
+    with pytest.raises(UserError, match=r"push\.0\.npz: rewards has 4 rows, expected 9: episode_lengths"):
+        load_dataset(tmp_path)
+
+
 def test_processes_that_want_the_same_data_convert_them_once(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -135,7 +135,11 @@ def _stated_lengths(path: Path) -> dict[str, int]:
     with Source(file).reading():
         stated = json.loads(file.read_text())
     items = stated.items() if isinstance(stated, dict) else ()
-    return {Path(name).stem: length for name, length in items if isinstance(length, int)}
+    return {_without_suffix(Path(name)): length for name, length in items if isinstance(length, int)}
+
+
+def _without_suffix(file: Path) -> str:
+    return file.stem if file.suffix in SUFFIXES else file.name
 
 
 def _with_length(source: Source, read: Read, stated: int | None) -> Arrays:
