@@ -207,18 +207,7 @@ class DecisionTransformerPolicy:
         Raises:
             UserError: Naming ``what`` and the bounds on both sides.
         """
-        expected, own = (np.asarray(low, np.float32), np.asarray(high, np.float32)), self.action_bounds
-        close = [np.isclose(o, e, rtol=1e-3, atol=1e-4) | ~np.isfinite(e) for o, e in zip(own, expected, strict=True)]
-        if np.all(close):
-            return
-        given, asked = (f"{_numbers(pair[0])} to {_numbers(pair[1])}" for pair in (own, expected))
-        uniform = all(len(set(bound.tolist())) == 1 for bound in expected)
-        pair = f"[{_numbers(expected[0])},{_numbers(expected[1])}]"
-        how = f"add policy.action_bounds={pair} (in Python: policy.set_action_bounds)" if uniform else BY_DIMENSION
-        raise UserError(
-            f"{what} takes actions from {asked}, the policy acts from {given}. If its actions are meant to span the "
-            f"task's, {how}; else name another policy= or env=."
-        )
+        compare_action_bounds(self.action_bounds, low, high, what)
 
     def reset(self, env_ids: Sequence[str]) -> None:
         """Forget all histories and prepare for one environment per name.
@@ -281,6 +270,34 @@ class DecisionTransformerPolicy:
 
     def _tensor(self, array: NDArray[Any]) -> Tensor:
         return torch.as_tensor(array, dtype=torch.float32, device=self.device)
+
+
+def compare_action_bounds(
+    own: tuple[NDArray[np.float32], NDArray[np.float32]], low: ArrayLike, high: ArrayLike, what: str
+) -> None:
+    """Raise unless a policy's actions span those of a task; where a task has no bounds, any do.
+
+    Args:
+        own: Lowest and highest actions (act,) of the policy.
+        low: Lowest action of the task.
+        high: Highest action of the task.
+        what: What to call the task.
+
+    Raises:
+        UserError: Naming ``what`` and the bounds on both sides.
+    """
+    expected = np.asarray(low, np.float32), np.asarray(high, np.float32)
+    close = [np.isclose(o, e, rtol=1e-3, atol=1e-4) | ~np.isfinite(e) for o, e in zip(own, expected, strict=True)]
+    if np.all(close):
+        return
+    given, asked = (f"{_numbers(pair[0])} to {_numbers(pair[1])}" for pair in (own, expected))
+    uniform = all(len(set(bound.tolist())) == 1 for bound in expected)
+    pair = f"[{_numbers(expected[0])},{_numbers(expected[1])}]"
+    how = f"add policy.action_bounds={pair} (in Python: policy.set_action_bounds)" if uniform else BY_DIMENSION
+    raise UserError(
+        f"{what} takes actions from {asked}, the policy acts from {given}. If its actions are meant to span the "
+        f"task's, {how}; else name another policy= or env=."
+    )
 
 
 def check_shapes(expected: Mapping[str, tuple[int, ...]], **given: NDArray[Any]) -> None:

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from eva_rl.agents.decision_transformer import DecisionTransformer, DecisionTransformerConfig
-from eva_rl.agents.huggingface import CONFIG_FILE, read_huggingface, read_original
+from eva_rl.agents.huggingface import COMPANION_FILE, CONFIG_FILE, read_huggingface, read_original
 from eva_rl.agents.huggingface.options import ImportOptions, download
 from eva_rl.agents.policy import DecisionTransformerPolicy
 from eva_rl.agents.policy_record import FORMAT, FORMAT_VERSION, policy_record, read_record
@@ -97,6 +97,11 @@ def _named_instead(path: Path) -> str:
     ]
     named = ", ".join(f"policy={one}" for one in sorted(inside)[:5]) + (", ..." if len(inside) > 5 else "")
     return f"{path} is no policy, and holds some. Name one: {named}" if inside else ""
+
+
+def says_its_bounds(path: Path) -> bool:
+    """Whether what :func:`find_policy` returned was written here, with its action bounds beside the weights."""
+    return (path / POLICY_FILE).is_file() or (path / COMPANION_FILE).is_file()
 
 
 def load_base_policy(

@@ -22,7 +22,8 @@ Step = tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]
 class CheckedEnv(gym.Wrapper[NDArray[np.float32], NDArray[np.float32], Any, Any]):
     """Checks what goes into an environment and what comes out of it.
 
-    Actions are handed on in the shape and dtype of the environment's own space. Observations come out as float32.
+    Actions are handed on in the shape and dtype of the environment's own space, as copies that an environment may keep.
+    Observations come out as float32.
 
     Args:
         env: With Box observations of one dimension and Box actions.
@@ -92,7 +93,7 @@ class CheckedEnv(gym.Wrapper[NDArray[np.float32], NDArray[np.float32], Any, Any]
             raise self._error(f"the action has {action.size} numbers, its action space {self._native} has other ones")
         if not np.isfinite(action).all():
             raise ActionNotFiniteError(*self._error(f"the policy's action is not finite: {action}").args)
-        return self._unrounded(action.reshape(self._native.shape).astype(self._native.dtype, copy=False))
+        return self._unrounded(action.reshape(self._native.shape).astype(self._native.dtype))
 
     def _unrounded(self, action: NDArray[Any]) -> NDArray[Any]:
         """A bound that float32 rounded is the space's own again: 0.4 becomes 0.40000001, which lies outside."""

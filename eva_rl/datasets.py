@@ -18,10 +18,10 @@ from eva_rl.cli.command import run_command
 from eva_rl.cli.parsing import register
 from eva_rl.cli.saving import check_output, data_references, write_output
 from eva_rl.data import Trajectories, load_dataset, local_minari_sets, select_episodes
+from eva_rl.data.arrays import cache_folder
 from eva_rl.data.formats.d4rl_names import D4RL_FILES
 from eva_rl.data.formats.minari import minari_root
 from eva_rl.data.formats.store import is_store
-from eva_rl.data.sources import cache_folder
 from eva_rl.envs import score_between
 from eva_rl.errors import UserError, counted
 from eva_rl.files import expanded, read_json

@@ -21,13 +21,14 @@ from eva_rl.cli.command import run_command
 from eva_rl.cli.console import say, training_progress
 from eva_rl.cli.loading import Demonstrations, load_demonstrations
 from eva_rl.cli.machine import prepare_machine
+from eva_rl.cli.origin import check_origin
 from eva_rl.cli.parsing import register
 from eva_rl.cli.run_dir import flat_hyperparameters, open_run, write_summary
 from eva_rl.configs.algorithms import BCAlgo
 from eva_rl.configs.groups import CheckpointOptions, DataOptions, EnvOptions, TrainOptions
 from eva_rl.data import Trajectories, WindowSampler
 from eva_rl.data.samplers import ShardedSampler, prefetching
-from eva_rl.data.selection import return_scale, sampling_weights
+from eva_rl.data.selection import observation_statistics, return_scale, sampling_weights
 from eva_rl.distributed import ProcessGroup
 from eva_rl.envs import env_spec
 from eva_rl.envs.registry import task_ids
@@ -135,9 +136,9 @@ def pretrain(config: PretrainConfig) -> None:
         found = load_demonstrations(tasks, config.data, run_dir / "data", config.env.horizon)
     joined = replace(found.data, source=f"{config.data.source}:{config.env.id}")
     policy = _new_policy(config, tasks, found).to(device)
+    process_group.broadcast_object(lambda: check_origin(run_dir, None, joined))
     _say_what_was_found(policy, found)
-    weights = sampling_weights(joined, config.data.after_success, config.data.weight_by)
-    sampler = WindowSampler(joined, config.size.context_length, policy.scaling, seed=config.seed, weights=weights)
+    sampler = _sampler(config, policy, joined)
     data_seconds = perf_counter() - began
     validator = MultiTaskValidator.of(process_group, tasks, config.env.horizon)
 
@@ -199,7 +200,7 @@ def _validation_metrics(scores: Mapping[str, TaskScore]) -> dict[str, float]:
 def _new_policy(config: PretrainConfig, tasks: Sequence[str], found: Demonstrations) -> DecisionTransformerPolicy:
     """A policy with random weights: what it may do is the tasks', how numbers are scaled is the data's."""
     data, specs = found.data, [env_spec(task, config.env.horizon) for task in tasks]
-    mean, std = (getattr(data.observations, name)(0, dtype=np.float64) for name in ("mean", "std"))
+    mean, std = observation_statistics(data)
     found_scale = float(np.clip(return_scale(data), STD.low, STD.high))
     scale = found_scale if config.return_scale is None else config.return_scale
     scaling = InputScaling.create(
@@ -224,6 +225,11 @@ def _new_policy(config: PretrainConfig, tasks: Sequence[str], found: Demonstrati
     policy = DecisionTransformerPolicy(network, scaling, conditioning, env_id=env_id)
     check_record(policy, f"{config.data.source}, as a policy")
     return policy
+
+
+def _sampler(config: PretrainConfig, policy: DecisionTransformerPolicy, data: Trajectories) -> WindowSampler:
+    weights = sampling_weights(data, config.data.after_success, config.data.weight_by)
+    return WindowSampler(data, config.size.context_length, policy.scaling, seed=config.seed, weights=weights)
 
 
 def _say_what_was_found(policy: DecisionTransformerPolicy, found: Demonstrations) -> None:

@@ -256,6 +256,26 @@ def test_the_policy_is_saved_before_it_is_evaluated(tmp_path: Path, monkeypatch:
     assert eva_rl.load_policy(tmp_path / "run" / "policy").observation_dim == 39
 
 
+def test_a_run_goes_on_with_the_data_it_began_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With other data under the same name it went on with their scaling, and named them for the whole run."""
+    path, saved = tmp_path / "pendulum.hdf5", pretrain._save
+    command = ["env=Pendulum-v1", f"data=d4rl:{write_h5(path, swing_up())}", *TINY]
+    command += ["algo.updates=2", "checkpoint.every=1", "eval.every=2", f"run_dir={tmp_path / 'run'}"]
+    monkeypatch.setattr(pretrain, "_save", lambda *_: 1 / 0)
+    with contextlib.suppress(ZeroDivisionError):
+        assert pretrain.main(command) != 0
+    assert (tmp_path / "run" / "checkpoint").exists()
+    monkeypatch.setattr(pretrain, "_save", saved)
+    arrays = swing_up()
+    write_h5(path, arrays | {"observations": arrays["observations"] + 1})
+    assert pretrain.main(command) == 2
+    assert "holds an unfinished run, and what data= names has changed" in printed(capsys)
+    write_h5(path, arrays)
+    assert pretrain.main(command) == 0
+
+
 @pytest.mark.parametrize(("largest", "scale"), [(1e-12, 1e-10), (1e14, 1e10)])
 def test_returns_of_any_size_make_a_policy_that_can_be_read(tmp_path: Path, largest: float, scale: float) -> None:
     """Its return_scale was saved beyond what a policy file may hold, so that the policy could not be loaded."""

@@ -18,6 +18,7 @@ from eva_rl.agents.huggingface.gym_cards import card_of
 from eva_rl.agents.huggingface.layout import (
     POSITIONS,
     UNUSED,
+    absorb_action_units,
     absorb_quirks,
     architecture,
     complete_config,
@@ -61,6 +62,7 @@ def read_huggingface(folder: Path, options: ImportOptions) -> DecisionTransforme
     """
     where = str(folder / CONFIG_FILE)
     full = complete_config(read_json(folder / CONFIG_FILE), where)
+    _check_known(options, full, where)
     facts = options.merged_with(_companion(folder) or card_of(folder))
     config = architecture(full, int(facts["context_length"]), where)
     if (folder / SAFETENSORS_FILE).is_file() or not (folder / PICKLE_FILE).is_file():
@@ -70,6 +72,13 @@ def read_huggingface(folder: Path, options: ImportOptions) -> DecisionTransforme
         path = folder / PICKLE_FILE
         weights = read_state_dict(path)
     return _build(weights, config, full, facts, path)
+
+
+def _check_known(options: ImportOptions, full: Mapping[str, Any], where: str) -> None:
+    """Raise where something else was given than a config says of the architecture."""
+    for name, key in {"num_heads": "n_head", "activation": "activation_function"}.items():
+        if (given := getattr(options, name)) not in {None, full[key]}:
+            raise UserError(f"{name}={given}: {where} says {key}={full[key]}. Leave it out, or name another policy.")
 
 
 def read_original(path: Path, options: ImportOptions) -> DecisionTransformerPolicy:
@@ -102,7 +111,7 @@ def read_original(path: Path, options: ImportOptions) -> DecisionTransformerPoli
         )
     found = recognise(weights, str(path))
     full = complete_config(_config_of_shapes(found, options, path), str(path))
-    facts = options.merged_with(known)
+    facts = options.merged_with({**known, "raw_actions": True} if found.raw_actions else known)
     config = architecture(full, int(facts["context_length"]), str(path))
     return _build(found.weights, config, full, facts, path, found.log_std_head)
 
@@ -151,6 +160,8 @@ def _build(
         state |= {name: value.float() for name, value in log_std_head.items()}
         check_weights(state, DecisionTransformer.empty(config).state_dict(), str(path), "its config")
     scaling, conditioning = scaling_and_target(facts, config, str(path))
+    if facts.get("raw_actions", not config.action_tanh):
+        absorb_action_units(state, scaling, head=not config.action_tanh)
     network = DecisionTransformer.with_weights(config, state)
     metadata = facts.get("metadata") or {"imported_from": path.parent.name}
     return DecisionTransformerPolicy(network, scaling, conditioning, env_id=facts["env_id"], metadata=metadata)
@@ -170,6 +181,7 @@ def _companion(folder: Path) -> dict[str, Any]:
         "per_env": conditioning.per_env,
         "env_id": record.get("env_id", ""),
         "metadata": record.get("metadata"),
+        "raw_actions": False,
     }
 
 

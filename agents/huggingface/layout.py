@@ -12,6 +12,7 @@ from torch import Tensor
 
 from eva_rl.agents.decision_transformer import TOKEN_ORDERS, DecisionTransformerConfig
 from eva_rl.agents.policy_record import LARGEST_SIZE
+from eva_rl.batch import InputScaling
 from eva_rl.errors import UserError
 from eva_rl.schema import Boolean, Integer, Number, OneOf, Optional, Record
 
@@ -41,6 +42,8 @@ DEFAULTS: Mapping[str, Any] = {
     "add_cross_attention": False,
 }
 """Hugging Face's own; a config.json leaves out what equals them."""
+ALIASES = {"num_attention_heads": "n_head", "num_hidden_layers": "n_layer"}
+"""Names that transformers takes for its own, as in a config.json that is written by hand."""
 
 _size, _flag = Integer(1, LARGEST_SIZE), Boolean()
 CONFIG = Record(
@@ -134,6 +137,22 @@ def absorb_quirks(state: dict[str, Tensor], config: Mapping[str, Any], position:
             state[name] = state[name] * scale
 
 
+def absorb_action_units(state: dict[str, Tensor], scaling: InputScaling, *, head: bool) -> None:
+    """Let a network that takes actions in the environment's units take them scaled to [-1, 1], exactly.
+
+    Args:
+        state: Weights under our names; changed.
+        scaling: Where the bounds of the actions are.
+        head: Whether it gives them in the environment's units as well.
+    """
+    center, divisor, embed = scaling.action_center, scaling.action_divisor, state["embed_action.weight"]
+    state["embed_action.bias"] = state["embed_action.bias"] + embed @ center
+    state["embed_action.weight"] = embed * divisor
+    if head:
+        state["action_head.bias"] = (state["action_head.bias"] - center) / divisor
+        state["action_head.weight"] = state["action_head.weight"] / divisor[:, None]
+
+
 def complete_config(config: Any, where: str) -> dict[str, Any]:
     """A config.json with Hugging Face's defaults filled in.
 
@@ -146,7 +165,8 @@ def complete_config(config: Any, where: str) -> dict[str, Any]:
             f"{where} describes model_type {model_type!r}; expected {MODEL_TYPE!r}. Name the folder of a Decision "
             "Transformer."
         )
-    full = {**DEFAULTS, **CONFIG.of(config, where)}
+    named = {ALIASES[name]: value for name, value in config.items() if name in ALIASES}
+    full = {**DEFAULTS, **CONFIG.of({**config, **named}, where)}
     if full["add_cross_attention"] or full["layer_norm_epsilon"] != LAYER_NORM_EPSILON:
         raise UserError(
             f"{where}: add_cross_attention={full['add_cross_attention']} and layer_norm_epsilon="

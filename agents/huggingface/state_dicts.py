@@ -44,11 +44,13 @@ class StateDict:
         weights: By name.
         defaults: Keys of Hugging Face's config.
         log_std_head: Weight and bias of a tanh-Gaussian policy's log standard deviation; empty without one.
+        raw_actions: Whether the network takes actions in the environment's units, whatever their bounds.
     """
 
     weights: dict[str, Tensor]
     defaults: Mapping[str, Any] = field(default_factory=dict)
     log_std_head: Mapping[str, Tensor] = field(default_factory=dict)
+    raw_actions: bool = False
 
 
 def recognise(weights: Mapping[str, Tensor], where: str) -> StateDict:
@@ -107,13 +109,16 @@ def _kinds(named: Mapping[str, Tensor], prefix: str) -> list[str]:
 
 
 def _corl(named: Mapping[str, Tensor]) -> StateDict:
-    """Its attention is ``nn.MultiheadAttention``'s: queries, keys and values in one matrix, (out, in)."""
+    """Its attention is ``nn.MultiheadAttention``'s: queries, keys and values in one matrix, (out, in).
+
+    What its tanh gives is multiplied by ``max_action``, and its actions are embedded as they are executed.
+    """
     found = {}
     for name, value in named.items():
         if not name.endswith(".causal_mask"):
             theirs, transposed = _corl_name(name)
             found[theirs] = value.T.contiguous() if transposed and value.ndim == 2 else value
-    return StateDict(found, {"n_head": 1, "activation_function": "gelu"})
+    return StateDict(found, {"n_head": 1, "activation_function": "gelu"}, raw_actions=True)
 
 
 def _corl_name(name: str) -> tuple[str, bool]:

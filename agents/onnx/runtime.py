@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from eva_rl.agents.onnx.graph import INPUTS, OUTPUTS
-from eva_rl.agents.policy import Conditioning, check_shapes
+from eva_rl.agents.policy import Conditioning, check_shapes, compare_action_bounds
 from eva_rl.agents.policy_record import CONDITIONING, LARGEST_SIZE, SCALING
 from eva_rl.errors import UserError
 from eva_rl.files import regular_size
@@ -144,6 +144,11 @@ class OnnxPolicy:
     def action_dim(self) -> int:
         """Numbers in one action."""
         return len(self.about["action_low"])
+
+    def check_action_bounds(self, low: ArrayLike, high: ArrayLike, what: str) -> None:
+        """Raise unless the actions span those of a task; see :func:`eva_rl.agents.policy.compare_action_bounds`."""
+        lowest, highest = (np.array(self.about[key], np.float32) for key in ("action_low", "action_high"))
+        compare_action_bounds((lowest, highest), low, high, what)
 
     def reset(self, env_ids: Sequence[str]) -> None:
         """Forget all histories and prepare for one environment per name."""

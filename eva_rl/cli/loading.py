@@ -13,11 +13,12 @@ import torch
 from eva_rl.adapters import AdaptedPolicy, load_policy
 from eva_rl.agents import DecisionTransformerPolicy
 from eva_rl.agents.huggingface.options import ImportOptions
+from eva_rl.agents.policy_folder import find_policy, says_its_bounds
 from eva_rl.cli.collecting import collect_shown
 from eva_rl.cli.console import say
 from eva_rl.configs.groups import DataOptions, PolicyOptions
 from eva_rl.data import Trajectories, concatenate, load_dataset, read_episodes, select_episodes, write_episodes
-from eva_rl.data.selection import target_return
+from eva_rl.data.selection import observation_statistics, target_return
 from eva_rl.data.trajectories import OBSERVATION_KEYS
 from eva_rl.envs import EnvSpec, canonical_id, env_spec
 from eva_rl.envs.observations import observation_keys
@@ -63,21 +64,32 @@ def open_policy(
     """
     mean, std = _normalisation(options)
     given = target_return if options.target_return is None else options.target_return
+    low, high = _bounds_of_import(options)
     imported = ImportOptions(
         context_length=options.context_length,
         observation_mean=mean,
         observation_std=std,
         return_scale=options.return_scale,
         target_return=0.0 if _from_demonstrations(options) else given,
+        action_low=low,
+        action_high=high,
         num_heads=options.num_heads,
         allow_pickle=options.allow_pickle,
     )
     policy = load_policy(options.path, device, imported, merge=merge, adapters=adapters)
     if options.action_bounds is not None:
-        if len(options.action_bounds) != 2:
-            raise UserError(f"policy.action_bounds={options.action_bounds}: expected two numbers, [LOW,HIGH].")
         policy.set_action_bounds(*options.action_bounds)
     return policy
+
+
+def _bounds_of_import(options: PolicyOptions) -> tuple[Sequence[float] | None, Sequence[float] | None]:
+    """Lowest and highest action of a policy of another project, where they are given: it may act in their units."""
+    bounds = options.action_bounds
+    if bounds is not None and len(bounds) != 2:
+        raise UserError(f"policy.action_bounds={bounds}: expected two numbers, [LOW,HIGH].")
+    if bounds is None or says_its_bounds(find_policy(options.path)):
+        return None, None
+    return bounds[:1], bounds[1:]
 
 
 FROM_DEMONSTRATIONS = "data"
@@ -115,7 +127,7 @@ def _normalisation(options: PolicyOptions) -> tuple[Sequence[float] | None, Sequ
 
 
 def _statistics(data: Trajectories) -> tuple[list[float], list[float]]:
-    mean, std = (getattr(data.observations, name)(0, dtype=np.float64) for name in ("mean", "std"))
+    mean, std = observation_statistics(data)
     return mean.tolist(), (std + STD_EPSILON).tolist()
 
 

@@ -20,6 +20,8 @@ SCALED_RETURN = 5.0
 """Largest return-to-go that a network sees; the Decision Transformer's own scales give 3.6 (Hopper) to 12."""
 DRAW = 2_311
 """Tells the generator of :func:`select_episodes` from others of the same seed."""
+PART_ROWS = 1 << 16
+"""Rows of observations that are looked at at a time."""
 GRACE = 10
 """Env steps from the first success on that are sampled with full weight."""
 
@@ -99,6 +101,18 @@ def window_weights(trajectories: Trajectories, by: str) -> NDArray[np.float64] |
         above = (returns - returns.min()) / spread if differ else np.ones_like(returns)
         per_step = np.maximum(above, 0.01) / lengths
     return np.repeat(per_step, trajectories.lengths)
+
+
+def observation_statistics(data: Trajectories) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Mean and standard deviation of observations, (obs,) each, part by part: numpy's own would copy all of them."""
+    rows, total, squares = data.observations, np.zeros(data.observation_dim), np.zeros(data.observation_dim)
+    parts = [slice(begin, begin + PART_ROWS) for begin in range(0, data.num_steps, PART_ROWS)]
+    for part in parts:
+        total += rows[part].sum(0, dtype=np.float64)
+    mean = total / data.num_steps
+    for part in parts:
+        squares += np.square(rows[part] - mean).sum(0)
+    return mean, np.sqrt(squares / data.num_steps)
 
 
 def target_return(data: Trajectories) -> float:

@@ -13,6 +13,7 @@ from urllib.parse import parse_qsl
 
 import numpy as np
 
+from eva_rl.data.arrays import MEMORY_FRACTION, cache_folder
 from eva_rl.data.formats import d4rl_names
 from eva_rl.data.formats.checks import IN_MEMORY, ActionBounds, Source
 from eva_rl.data.formats.d4rl import read_d4rl
@@ -21,6 +22,7 @@ from eva_rl.data.formats.episodes import ReadOptions, unknown_bounds
 from eva_rl.data.formats.groups import iterate_d3rlpy, iterate_robomimic, layout_of
 from eva_rl.data.formats.minari import METADATA, iterate_minari, minari_data_folder, minari_folder
 from eva_rl.data.formats.minari_file import iterate_episodes
+from eva_rl.data.formats.spaces import one_array
 from eva_rl.data.formats.store import FORMAT, is_store, read_store, write_store
 from eva_rl.data.trajectories import Trajectories, concatenate
 from eva_rl.errors import UnknownNameError, UserError
@@ -39,8 +41,6 @@ OUTSIDE = ("check", "clip", "keep")
 OPTIONS = ("actions", "horizon", "keys")
 CHECK_ROWS = 1 << 18
 """Rows of a mapped array that are looked at at a time."""
-MEMORY_FRACTION = 0.25
-"""Data are mapped instead of read when their files are larger than this part of the memory that the process may use."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,8 @@ class ParsedSource:
     Attributes:
         kind: One of :data:`KINDS`.
         name: Path, name or id.
-        horizon: Env steps of an episode, for D4RL files without timeouts; None takes what the name says.
+        horizon: Env steps of an episode at most, for D4RL files; None takes what the name says where timeouts are
+            missing.
         actions: What to do with actions out of bounds: ``check``, ``clip`` or ``keep``.
         keys: Parts of Dict observations in their order; none takes the data's own.
     """
@@ -114,11 +115,6 @@ def _with_option(source: ParsedSource, key: str, value: str) -> ParsedSource:
     raise UserError(f"{key}={value!r} in the data source: expected {expected}.")
 
 
-def cache_folder() -> Path:
-    """Where downloads and memory maps are kept: ``EVA_RL_CACHE`` or ``~/.cache/eva-rl``."""
-    return expanded(os.environ.get("EVA_RL_CACHE") or "~/.cache/eva-rl")
-
-
 def load_dataset(
     source: GivenData,
     *,
@@ -138,8 +134,8 @@ def load_dataset(
             observations may be (T + 1, obs). Names of D4RL and Minari are downloaded unless they are there; what the
             scripted experts show comes from :func:`eva_rl.rollouts.experts.collect_expert`.
         allow_pickle: Whether pickles may be opened; even then only numpy arrays and builtin containers are admitted.
-        memory_map: Whether to keep a flat copy in :func:`cache_folder` and map it instead of reading everything into
-            memory; None decides by size.
+        memory_map: Whether to keep a flat copy in the cache (``EVA_RL_CACHE``) and map it instead of reading everything
+            into memory; None decides by size.
         action_bounds: Lowest and highest action of the task, each (act,) or a number; None takes those that the data
             say.
         skip_damaged: Whether episodes that are damaged, such as those without the observation after their last env
@@ -160,6 +156,10 @@ def load_dataset(
     options = ReadOptions(bounds, parsed.actions, allow_pickle, skip_damaged, parsed.keys)
     path = locate(parsed)
     if parsed.kind == "trajectories" and is_store(path):
+        if parsed.keys:
+            raise one_array(Source(path, "observations"), parsed.keys)
+        if parsed.actions == "clip" and bounds is None:
+            raise unknown_bounds(path)
         return _bounded_store(read_store(path), source, bounds)
     if memory_map if memory_map is not None else _too_large(path):
         return _converted(parsed, path, options, _store_folder(source, path, options), source)
@@ -178,7 +178,16 @@ def _converted(parsed: ParsedSource, path: Path, options: ReadOptions, folder: P
 def _bounds(sides: tuple[Side, Side] | None, outside: str = "check") -> ActionBounds | None:
     if sides is None:
         return None
-    low, high = (np.asarray(list(side) if isinstance(side, Iterable) else side, np.float32) for side in sides)
+    try:
+        low, high = (np.asarray(list(side) if isinstance(side, Iterable) else side, np.float32) for side in sides)
+        ordered = bool((low <= high).all())
+    except (TypeError, ValueError):
+        ordered = False
+    if not ordered:
+        raise UserError(
+            f"action_bounds={sides!r}: expected the lowest and the highest action, (LOW, HIGH), each a number or one "
+            "for each of an action's."
+        )
     return ActionBounds(low, high, outside)
 
 
@@ -197,13 +206,19 @@ def _given(source: Any, options: ReadOptions) -> Trajectories:
 
 def _bounded_store(data: Trajectories, source: str, bounds: ActionBounds | None) -> Trajectories:
     """The same with actions within their bounds, looked at part by part; a clipped copy of them is in memory."""
-    parts = []
-    for begin in range(0, data.num_steps, CHECK_ROWS) if bounds is not None else ():
-        where = Source(source or "trajectories", "actions", begin)
-        parts.append(where.bounded(data.actions[begin : begin + CHECK_ROWS], bounds))
-    if bounds is not None and bounds.outside == "clip":
-        data = replace(data, actions=np.concatenate(parts))
-    return replace(data, source=source)
+    data = replace(data, source=source)
+    if bounds is None:
+        return data
+    for name in ("actions", "target_actions"):
+        rows = getattr(data, name)
+        parts = [
+            Source(source or "trajectories", name, begin).bounded(rows[begin : begin + CHECK_ROWS], bounds)
+            for begin in range(0, 0 if rows is None else len(rows), CHECK_ROWS)
+        ]
+        if parts and bounds.outside == "clip":
+            changed: dict[str, Any] = {name: np.concatenate(parts)}
+            data = replace(data, **changed)
+    return data
 
 
 def locate(source: ParsedSource) -> Path:
@@ -265,7 +280,7 @@ def _d4rl_parts(source: ParsedSource, path: Path, options: ReadOptions) -> Itera
             "it out, and repair the rows that the message names."
         )
     if source.horizon is not None:
-        rules = replace(rules, horizon=source.horizon)
+        rules = replace(rules, horizon=source.horizon, cuts=True)
     bounds = options.bounds
     if bounds is None and rules.unit_actions:
         bounds = ActionBounds(-1.0, 1.0, source.actions)

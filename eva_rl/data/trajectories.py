@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from eva_rl.data.arrays import gathered
 from eva_rl.data.formats.checks import Source, check_episode, warn_of_repeated_ends
 from eva_rl.errors import UserError, check_dimensions, counted
 
@@ -200,7 +201,8 @@ class Trajectories:
         return array
 
     def episode(self, index: int) -> Episode:
-        """Episode number ``index`` with its own observation after the last step."""
+        """Episode number ``index``, from the end where it is negative, with its own observation after the last step."""
+        index = range(self.num_episodes)[index]
         rows = slice(int(self.offsets[index]), int(self.offsets[index + 1]))
         return Episode(
             observations=np.concatenate([self.observations[rows], self.final_observations[index : index + 1]]),
@@ -213,13 +215,13 @@ class Trajectories:
         )
 
     def select(self, episodes: Sequence[int] | NDArray[np.int64]) -> Trajectories:
-        """The given episodes, in the given order, as new trajectories."""
-        return Trajectories.from_episodes(
-            (self.episode(int(index)) for index in episodes),
-            env_id=self.env_id,
-            source=self.source,
-            metadata=self.metadata,
-        )
+        """The given episodes, in the given order, as new trajectories; mapped from a file where they are large."""
+        chosen = np.arange(self.num_episodes)[np.asarray(episodes, np.int64)]
+        arrays = {name: getattr(self, name) for name in COLUMNS if name != "final_observations"}
+        arrays = {name: array for name, array in arrays.items() if array is not None}
+        columns: dict[str, Any] = dict(gathered(arrays, self.offsets[chosen], self.offsets[chosen + 1]))
+        offsets = np.append(0, np.cumsum(self.lengths[chosen]))
+        return replace(self, **columns, final_observations=self.final_observations[chosen], offsets=offsets)
 
     @classmethod
     def from_episodes(

@@ -14,6 +14,7 @@ from eva_rl.agents.policy_folder import policy_record, weights_digest
 from eva_rl.cli.parsing import parse
 from eva_rl.cli.run_dir import INPUTS, check_run_dir, read_summary
 from eva_rl.cli.values import as_word
+from eva_rl.configs.finetune import FinetuneConfig
 from eva_rl.data import load_dataset, write_episodes
 from eva_rl.data.sources import GivenData
 from eva_rl.data.trajectories import COLUMNS
@@ -78,12 +79,22 @@ def finetune_policy(
     own = {
         "policy": _policy_path(policy, place / INPUTS),
         "env": env,
-        "data": _data_path(data, place / INPUTS, env),
+        "data": _data_path(data, place / INPUTS, _task(env, settings or {})),
         "adapter": adapter,
         "run_dir": str(run_dir),
     }
-    finetune(parse("finetune", [f"{key}={as_word(value)}" for key, value in {**own, **(settings or {})}.items()]))
+    finetune(_config({**own, **(settings or {})}))
     return FinetuneResult(load_policy(place), read_summary(place), place)
+
+
+def _config(settings: Mapping[str, Any]) -> FinetuneConfig:
+    config: FinetuneConfig = parse("finetune", [f"{key}={as_word(value)}" for key, value in settings.items()])
+    return config
+
+
+def _task(env: str, settings: Mapping[str, Any]) -> str:
+    """The task's name with what the settings say of it: it may be made with arguments alone, or have other bounds."""
+    return _config({"env": env} | {key: value for key, value in settings.items() if key.startswith("env.")}).env.id
 
 
 ARGUMENTS = {"policy.path": "policy", "env.id": "env", "data.source": "data", "adapter.method": "adapter"}

@@ -30,6 +30,7 @@ from eva_rl.cli.loading import (
     resolve_policy,
 )
 from eva_rl.cli.machine import prepare_machine
+from eva_rl.cli.origin import check_origin
 from eva_rl.cli.profiling import Phases
 from eva_rl.cli.run_dir import open_run
 from eva_rl.cli.saving import data_references
@@ -47,7 +48,6 @@ from eva_rl.errors import UserError
 from eva_rl.files import alone
 from eva_rl.finetune.adapter import activation_source, check_adapter
 from eva_rl.finetune.locations import data_folder, place_key
-from eva_rl.finetune.origin import check_origin
 from eva_rl.rollouts.evaluation import EvaluationResult, evaluate_distributed, evaluate_policy, shared_envs
 from eva_rl.rollouts.experts import has_script
 from eva_rl.rollouts.video import check_frames

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from eva_rl.agents.policy import DecisionTransformerPolicy, Policy
+from eva_rl.agents.policy import Policy
 from eva_rl.distributed import ProcessGroup
 from eva_rl.envs import EnvSpec, env_spec, reference_scores, score_between
 from eva_rl.envs.vector import AUTO, TaskVecEnv, make_task_vec_env, make_vec_env
@@ -271,8 +271,9 @@ def _task_score(records: Sequence[EpisodeRecord]) -> TaskScore:
 def _check_fit(policy: Policy, spec: EnvSpec) -> None:
     own, known = (spec.observation_dim, spec.action_dim), (policy.observation_dim, policy.action_dim)
     check_dimensions(spec.env_id, own, "the policy takes", known, "Name another policy= or env=.")
-    if isinstance(policy, DecisionTransformerPolicy):  # others say nothing of their bounds
-        policy.check_action_bounds(spec.action_low, spec.action_high, spec.env_id)
+    check = getattr(policy, "check_action_bounds", None)  # classes of users' own say nothing of their bounds
+    if check is not None:
+        check(spec.action_low, spec.action_high, spec.env_id)
 
 
 def evaluate_distributed(

@@ -26,6 +26,8 @@ from eva_rl.agents import (
 from eva_rl.agents.decision_transformer import TOKEN_ORDERS
 from eva_rl.agents.huggingface.gym_cards import STATISTICS, card_of
 from eva_rl.batch import WindowBatch
+from eva_rl.cli.loading import open_policy
+from eva_rl.configs.groups import PolicyOptions
 from eva_rl.errors import UnknownNameError, UserError
 from tests.conftest import make_policy
 
@@ -49,6 +51,26 @@ def their_model(folder: Path, **config: Any) -> DecisionTransformerModel:
             parameter.add_(torch.randn_like(parameter) * 0.2)
     model.save_pretrained(folder)
     return model
+
+
+def test_other_names_of_heads_and_blocks_are_read(tmp_path: Path) -> None:
+    """They were passed over: a network of four heads acted with one, as nothing else of it depends on them."""
+    model = their_model(tmp_path, n_head=4)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["num_attention_heads"], config["num_hidden_layers"] = config.pop("n_head"), config.pop("n_layer")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert DecisionTransformerModel.from_pretrained(tmp_path).config.n_head == 4
+    assert difference(load_base_policy(tmp_path, options=OPTIONS).network, model) < 1e-5
+
+
+def test_another_architecture_than_the_configs_is_refused(tmp_path: Path) -> None:
+    """What was given of it was passed over."""
+    their_model(tmp_path, n_head=4)
+    assert load_base_policy(tmp_path, options=replace(OPTIONS, num_heads=4, activation="relu")).observation_dim == OBS
+    with pytest.raises(UserError, match=r"num_heads=2: .*config\.json says n_head=4"):
+        load_base_policy(tmp_path, options=replace(OPTIONS, num_heads=2))
+    with pytest.raises(UserError, match=r"activation=gelu: .*config\.json says activation_function=relu"):
+        load_base_policy(tmp_path, options=replace(OPTIONS, activation="gelu"))
 
 
 def masked_batch(B: int = 6, T: int = 9) -> WindowBatch:
@@ -96,6 +118,25 @@ def test_the_forward_equals_transformers(tmp_path: Path, config: Mapping[str, An
         attention.q_proj, attention.k_proj = attention.k_proj, attention.q_proj
         attention.v_proj, attention.q_proj = attention.q_proj, attention.v_proj
         assert difference(policy.network, model) > 1e-3
+
+
+@torch.no_grad()
+def test_without_tanh_actions_are_in_the_units_of_their_bounds(tmp_path: Path) -> None:
+    """They were taken for parts of the bounds: with bounds of -2 and 2 the policy did twice what the model says."""
+    model = their_model(tmp_path, action_tanh=False, n_head=2)
+    options = replace(OPTIONS, action_low=[-20.0, 0.0, -10.0], action_high=[20.0, 30.0, 5.0])
+    policy, batch = load_base_policy(tmp_path, options=options), masked_batch()
+    scaled = replace(batch, actions=policy.scaling.actions(batch.actions))
+    found = policy.scaling.raw_actions(policy.network(scaled))
+    assert batch.attention_mask is not None
+    assert (found - their_actions(model, batch))[batch.attention_mask].abs().max() < 1e-4
+    export_huggingface(policy, tmp_path / "out")
+    assert torch.equal(load_base_policy(tmp_path / "out").network(scaled), policy.network(scaled))
+    uniform = PolicyOptions(str(tmp_path), action_bounds=[-2.0, 2.0], observation_mean=[0], observation_std=[1])
+    by_command = open_policy(replace(uniform, target_return=1.0), torch.device("cpu"))
+    scaled = replace(batch, actions=by_command.scaling.actions(batch.actions))
+    found = by_command.scaling.raw_actions(by_command.network(scaled))
+    assert (found - their_actions(model, batch))[batch.attention_mask].abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("stochastic", [False, True])

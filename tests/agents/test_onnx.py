@@ -24,6 +24,7 @@ from eva_rl.data import Trajectories
 from eva_rl.envs import make_vec_env
 from eva_rl.errors import UserError
 from eva_rl.export import main
+from eva_rl.rollouts.evaluation import evaluate_policy
 from tests.adapters.making import attached, train
 from tests.conftest import make_policy
 
@@ -70,6 +71,19 @@ def test_a_task_with_options_asks_for_the_same_return(tmp_path: Path) -> None:
     assert export_onnx(policy, tmp_path / "policy.onnx") < 1e-5
     policy.set_target_return(300.0, "metaworld/reach-v3?fixed")
     assert largest_difference(policy, tmp_path / "policy.onnx", steps=5) > 1e-4, "the target return matters"
+
+
+def test_bounds_are_held_against_the_tasks(tmp_path: Path) -> None:
+    """A policy whose actions end at 1 played Pendulum, whose torque ends at 2, without a word."""
+    policy = make_policy(3, 1)
+    export_onnx(policy, tmp_path / "policy.onnx")
+    with pytest.raises(UserError, match="Pendulum-v1 takes actions from -2 to 2, the policy acts from -1 to 1"):
+        evaluate_policy(OnnxPolicy(tmp_path / "policy.onnx"), "Pendulum-v1", episodes=1, horizon=2)
+    policy.set_action_bounds(-2, 2)
+    export_onnx(policy, tmp_path / "policy.onnx")
+    assert (
+        len(evaluate_policy(OnnxPolicy(tmp_path / "policy.onnx"), "Pendulum-v1", episodes=1, horizon=2).episodes) == 1
+    )
 
 
 def test_a_full_window_and_steps_with_memory_give_the_same(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,18 @@ def test_corl(tmp_path: Path, heads: int) -> None:
     if heads == 4:
         other = load_base_policy(tmp_path / "dt.pt", options=ImportOptions(allow_pickle=True, target_return=1.0))
         assert (other.network(windows()) - model(windows())).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_corl_embeds_actions_as_they_are_executed(tmp_path: Path) -> None:
+    """With a max_action of 2 its network saw half of each action that it had taken."""
+    model, batch = Corl(1).eval(), windows()
+    random_(model)
+    save_file(model.state_dict(), tmp_path / "dt.safetensors")
+    options = ImportOptions(**GIVEN, context_length=T, action_low=[-2.0], action_high=[2.0])
+    policy = load_base_policy(tmp_path / "dt.safetensors", options=options)
+    scaled = replace(batch, actions=policy.scaling.actions(batch.actions))
+    torch.testing.assert_close(policy.scaling.raw_actions(policy.network(scaled)), 2 * model(batch), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("ordering", [False, True])

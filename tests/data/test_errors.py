@@ -148,3 +148,20 @@ def test_bounds_of_the_caller(tmp_path: Path) -> None:
         load_dataset(str(path), action_bounds=([-0.01] * 2, [0.01] * 2))
     with pytest.raises(UserError, match=r"2 numbers a row, expected 3, .* Name other data=, or the task"):
         load_dataset(str(path), action_bounds=([-1] * 3, [1] * 3))
+
+
+@pytest.mark.parametrize(
+    ("bounds", "told"),
+    [
+        ((-1, [1, 1, 1]), r"actions has 2 numbers a row, expected 3"),
+        (([-1, -1], [1, 1, 1]), r"action_bounds=.*expected the lowest and the highest action"),
+        ((1, -1), r"action_bounds=\(1, -1\): expected the lowest and the highest action"),
+        ((float("nan"), 1), r"action_bounds=\(nan, 1\)"),  # it let everything pass
+        ((-1,), r"action_bounds=\(-1,\)"),
+        (3, r"action_bounds=3"),
+    ],
+)
+def test_bounds_that_are_none_are_said(bounds: Any, told: str) -> None:
+    arrays = {"observations": np.zeros((4, 2)), "actions": np.zeros((4, 2)), "rewards": np.zeros(4)}
+    with pytest.raises(UserError, match=told):
+        load_dataset(arrays, action_bounds=bounds)

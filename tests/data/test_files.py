@@ -27,6 +27,7 @@ from eva_rl.data import (
     write_episodes,
     write_store,
 )
+from eva_rl.data.formats.hdf5 import HdfFile
 from eva_rl.data.formats.pickles import read_pickle
 from eva_rl.errors import UserError
 from tests import forks
@@ -48,6 +49,48 @@ def test_file_and_store_round_trip(tmp_path: Path) -> None:
     assert read_episodes(tmp_path / "a.h5").metadata["seed"] == "3"
     assert read_episodes(tmp_path / "a.h5").content_hash == data.content_hash
     assert read_store(tmp_path / "store").source == "parts"
+
+
+def test_arrays_of_a_file_are_closed_when_they_are_read(tmp_path: Path) -> None:
+    """HDF5 keeps what was read of an open array: converting a file took three times its size in memory."""
+    write_episodes(tmp_path / "a.h5", random_trajectories())
+    with HdfFile(tmp_path / "a.h5") as file:
+        for name in ("episode_0", "episode_1", "episode_0"):
+            assert len(file.read(f"{name}/observations"))
+            assert h5py.h5f.get_obj_count(file._file.id, h5py.h5f.OBJ_DATASET) == 0
+
+
+@pytest.mark.parametrize("suffix", [".h5", ""])
+def test_bounds_hold_for_target_actions_too(tmp_path: Path, suffix: str) -> None:
+    """They are what a clone does, and were neither checked nor moved to the bound."""
+    data, path = random_trajectories(), tmp_path / f"a{suffix}"
+    assert data.target_actions is not None
+    write = write_episodes if suffix else lambda path, data: write_store(path, [data], "far")
+    write(path, replace(data, target_actions=3 * data.target_actions))
+    with pytest.raises(UserError, match=r"target_actions, row \d+: -?[12]\.\d+ .* outside the bounds -1 to 1"):
+        load_dataset(path, action_bounds=(-1, 1))
+    moved = load_dataset(f"{path}?actions=clip", action_bounds=(-1, 1))
+    assert np.array_equal(moved.target_actions, np.clip(3 * data.target_actions, -1, 1))
+    assert np.array_equal(moved.actions, data.actions)
+    assert load_dataset(f"{path}?actions=keep", action_bounds=(-1, 1)).target_actions.max() > 1
+
+
+@pytest.mark.parametrize("suffix", [".h5", ""])
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ("keys=eef,gripper", "observations is one array, without parts"),
+        ("actions=clip", "nothing says what the bounds"),
+    ],
+)
+def test_options_that_a_file_of_ours_cannot_follow_are_refused(
+    tmp_path: Path, suffix: str, options: str, told: str
+) -> None:
+    """A store passed them over."""
+    data, path = random_trajectories(), tmp_path / f"a{suffix}"
+    write_episodes(path, data) if suffix else write_store(path, [data], "mine")
+    with pytest.raises(UserError, match=told):
+        load_dataset(f"{path}?{options}")
 
 
 def test_the_content_hash_tells_target_actions_apart() -> None:
@@ -130,6 +173,16 @@ def test_what_lies_beside_the_data_counts_as_well(tmp_path: Path, cache: Path) -
     (tmp_path / "episode_lengths.json").write_text('{"0.npz": 9}')
     with pytest.raises(UserError, match="expected 9"):
         load_dataset(tmp_path, memory_map=True)
+
+
+@pytest.mark.parametrize("name", ["push.0", "push.0.npz", "task/push.0"])
+def test_lengths_are_those_of_names_with_dots(tmp_path: Path, name: str) -> None:
+    """What follows the last dot was cut off a name without a suffix, and the file not checked."""
+    steps = {"observations": np.zeros((4, 2)), "actions": np.zeros((4, 1)), "rewards": np.zeros(4)}
+    np.savez(tmp_path / "push.0.npz", **steps)
+    (tmp_path / "episode_lengths.json").write_text(json.dumps({name: 9}))
+    with pytest.raises(UserError, match=r"push\.0\.npz: rewards has 4 rows, expected 9: episode_lengths"):
+        load_dataset(tmp_path)
 
 
 def test_processes_that_want_the_same_data_convert_them_once(

@@ -423,11 +423,41 @@ def test_what_other_flags_do_not_say_done_says(
     assert np.flatnonzero(data.truncations).tolist() == truncations
 
 
+@pytest.mark.parametrize("name", ["success", "dones", "rewards", "terminals"])
+def test_a_single_number_in_a_table_is_named(name: str) -> None:
+    """It was asked for its length: TypeError."""
+    flags = {"timeouts": FIFTH} | ({"terminals": NONE} if name == "dones" else {})
+    with pytest.raises(UserError, match=r"arrays: \w+ (has 1 row|is a single number|has 10 rows, expected 1)"):
+        load_dataset(flat(**flags | {name: 1.0}))
+
+
+def test_a_file_with_damaged_flags_is_left_out_where_that_is_asked_for(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its flags say where its episodes end, and so it was refused before it was one that may be damaged."""
+    np.savez(tmp_path / "0.npz", **flat(dones=FIFTH))
+    np.savez(tmp_path / "1.npz", **flat(dones=np.full(10, 0.5)))
+    with pytest.raises(UserError, match=r"1\.npz: dones, row 0: 0\.5, expected 0 or 1"):
+        load_dataset(tmp_path)
+    assert load_dataset(tmp_path, skip_damaged=True).lengths.tolist() == [5, 5]
+    assert "1 of 3 episodes are damaged" in caplog.text
+
+
 def test_two_names_of_one_are_equal_or_refused() -> None:
     same = load_dataset(flat(dones=FIFTH, obs=np.arange(10.0)[:, None]))
     assert same.observations[:, 0].tolist() == list(range(10))
     with pytest.raises(UserError, match="observations and states, which are names of the same and differ"):
         load_dataset(flat(dones=FIFTH, states=np.ones((10, 1))))
+
+
+def test_success_in_infos_that_begin_with_that_of_the_reset() -> None:
+    """Which is empty: all of it was passed over."""
+    infos: list[dict[str, Any]] = [{}, *({"success": step == 3} for step in range(10))]
+    data = load_dataset([flat(observations=np.arange(11.0)[:, None], infos=infos)])
+    assert data.successes is not None
+    assert data.successes.tolist() == [False] * 3 + [True] * 7
+    with pytest.raises(UserError, match="successes has 12 rows, expected 10"):
+        load_dataset([flat(infos=[*infos, {"success": True}])])
 
 
 def test_success_by_its_other_name_and_of_a_whole_episode() -> None:

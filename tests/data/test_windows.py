@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import mmap
 import threading
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -14,14 +16,15 @@ from eva_rl.data import (
     PrefetchingSampler,
     Trajectories,
     WindowSampler,
+    arrays,
     read_store,
     select_episodes,
     window_weights,
     write_store,
 )
-from eva_rl.data.selection import asked_returns_to_go
+from eva_rl.data.selection import asked_returns_to_go, observation_statistics
 from eva_rl.errors import UserError
-from tests.data.making import random_trajectories
+from tests.data.making import differences, random_trajectories
 
 SCALING = InputScaling.create([1.0, 2.0, 3.0], [2.0, 4.0, 0.5], 10.0, [-2.0, 0.0], [2.0, 4.0])
 
@@ -243,3 +246,61 @@ def test_a_sample_of_episodes_is_drawn_by_its_seed() -> None:
     assert all(len(set(found)) == 2 and found == sorted(found) for found in sets)
     counts = np.bincount(np.concatenate(sets), minlength=6)
     assert counts.min() > 60 < counts.max() < 140  # of 100 expected
+
+
+@pytest.mark.parametrize("chosen", [[2, 0], [1, 2], [0, 1, 2], [1]])
+@pytest.mark.parametrize("room", [1 << 40, 0])
+def test_episodes_that_are_large_are_chosen_without_a_copy_in_memory(
+    chosen: list[int], room: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All that was chosen of mapped data was copied into memory, twice over."""
+    monkeypatch.setenv("EVA_RL_CACHE", str(tmp_path))
+    monkeypatch.setattr(arrays, "memory_limit", lambda: room)
+    data = random_trajectories()
+    found = data.select(chosen)
+    assert differences(found, Trajectories.from_episodes([data.episode(index) for index in chosen])) == []
+    assert found.returns.tolist() == data.returns[chosen].tolist()
+    follows = len(chosen) == 1 or chosen[0] < chosen[1]
+    assert np.shares_memory(found.observations, data.observations) == (room == 0 and follows)
+    base: object = found.rewards
+    while isinstance(base, np.ndarray):
+        base = base.base
+    assert isinstance(base, mmap.mmap) == (room == 0 and not follows)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_episodes_are_counted_from_the_end_too() -> None:
+    """The last one was empty."""
+    data = random_trajectories((4, 1, 6))
+    assert np.array_equal(data.episode(-1).observations, data.episode(2).observations)
+    assert len(data.episode(-1).rewards) == 6
+    assert data.select([-1, 0]).lengths.tolist() == [6, 4]
+    for beyond in (3, -4):
+        with pytest.raises(IndexError):
+            data.episode(beyond)
+        with pytest.raises(IndexError):
+            data.select([beyond])
+
+
+def test_large_choices_that_find_no_room_on_disk_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("EVA_RL_CACHE", str(tmp_path / "file"))
+    monkeypatch.setattr(arrays, "memory_limit", lambda: 0)
+    with pytest.raises(UserError, match=r"too large for the memory and cannot be kept in .*EVA_RL_CACHE"):
+        random_trajectories().select([2, 0])
+
+
+def test_statistics_of_observations_are_taken_part_by_part() -> None:
+    """numpy's standard deviation took twice the memory of all observations."""
+    rng = np.random.default_rng(0)
+    observations = rng.normal(1000, 0.1, size=(300_000, 8)).astype(np.float32)
+    data = Trajectories.from_arrays(observations, np.zeros((300_000, 1)), np.zeros(300_000))
+    tracemalloc.start()
+    try:
+        mean, std = observation_statistics(data)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < observations.nbytes
+    np.testing.assert_allclose(mean, observations.mean(0, dtype=np.float64), rtol=1e-12)
+    np.testing.assert_allclose(std, observations.std(0, dtype=np.float64), rtol=1e-9)

@@ -235,6 +235,33 @@ def test_pretraining_knows_success_from_returns(tmp_path: Path, caplog: pytest.L
     assert "demonstrations of" not in caplog.text, "they are this very environment's, named without its module"
 
 
+class Smooth(gym.Env[Any, Any]):
+    """Pays for the change of its action, of which it keeps the last one as it was given."""
+
+    observation_space, action_space = gym.spaces.Box(-1, 1, (1,), np.float32), gym.spaces.Box(-1, 1, (1,), np.float32)
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
+        self._last = np.zeros(1, np.float32)
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        change, self._last = float(np.abs(action - self._last).sum()), action
+        return np.zeros(1, np.float32), -change, False, False, {}
+
+
+gym.register("Smooth-v0", Smooth, max_episode_steps=9)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_environment_may_keep_its_last_action(workers: int) -> None:
+    """The rows through which actions are passed are written anew at each step."""
+    vec_env = envs.make_vec_env("Smooth-v0", 2, workers=workers)
+    vec_env.reset()
+    paid = [vec_env.step(np.full((2, 1), action, np.float32))[1].tolist() for action in (0.5, -0.5, -0.25)]
+    vec_env.close()
+    assert paid == [[-0.5, -0.5], [-1, -1], [-0.25, -0.25]]
+
+
 @pytest.mark.parametrize("value", [torch.tensor(True), np.array([True]), 1, np.float32(1)])
 def test_success_in_other_types_is_read(value: Any) -> None:
     """Simulators on PyTorch give tensors, which numpy's any() does not take."""

@@ -21,6 +21,7 @@ from eva_rl.finetune.results import warn_of_worse_data
 from eva_rl.rollouts.evaluation import EvaluationResult, evaluate_policy
 from tests import forks
 from tests.conftest import make_policy
+from tests.data.making import random_trajectories
 
 SMALL = {
     "env.horizon": 24,
@@ -67,6 +68,17 @@ def test_the_base_is_fine_tuned_where_no_adapter_is_active(
     before = "eval_before/mean_reward"
     assert again.summary[before] == done.summary[before]
     assert done.policy.adapters.names, "the caller's own is as it was"
+
+
+def test_data_are_held_against_the_task_with_its_arguments(tmp_path: Path) -> None:
+    """The task was made without them, and refused where it needs some, or is another one with them."""
+    settings = {"env.kwargs": {"must": 3}}
+    data, env = random_trajectories(dims=(2, 1)), "tests.envs.own_envs:OwnNeedy-v0"
+    far = replace(data, actions=5 + data.actions, target_actions=None)
+    with pytest.raises(UserError, match=r"actions, row 0: \d.* outside the bounds -2 to 2"):
+        eva_rl.finetune_policy("mt40", env, far, run_dir=tmp_path / "a", settings=settings)
+    with pytest.raises(UserError, match=r"OwnNeedy-v0\?must=3 has 2 numbers in an observation"):
+        eva_rl.finetune_policy("mt40", env, data, run_dir=tmp_path / "b", settings=settings)
 
 
 def test_policies_show_what_they_are() -> None:

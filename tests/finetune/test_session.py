@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from eva_rl.cli.origin import ORIGIN_FILE, check_origin
 from eva_rl.cli.parsing import parse
 from eva_rl.data import Trajectories, WindowSampler, write_episodes
 from eva_rl.data.selection import target_return
 from eva_rl.errors import UserError
 from eva_rl.finetune import command  # noqa: F401 - registers its config
 from eva_rl.finetune.adapter import attach
-from eva_rl.finetune.origin import ORIGIN_FILE, check_origin
 from eva_rl.finetune.session import choose_target_return, open_session
 from eva_rl.seeding import MAX_SEED
 from eva_rl.tracking import Resume

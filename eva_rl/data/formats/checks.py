@@ -195,11 +195,12 @@ class Source:
         if bounds is None:
             return actions
         low, high = np.asarray(bounds.low, np.float32), np.asarray(bounds.high, np.float32)
-        if low.ndim and low.shape != actions.shape[1:]:
-            raise UserError(
-                f"{self} has {counted(actions.shape[1], 'number')} a row, expected {len(low)}, as many as the task's "
-                "actions. Name other data=, or the task that they were made in with env=."
-            )
+        for bound in (low, high):
+            if bound.ndim and bound.shape != actions.shape[1:]:
+                raise UserError(
+                    f"{self} has {counted(actions.shape[1], 'number')} a row, expected {len(bound)}, as many as the "
+                    "task's actions. Name other data=, or the task that they were made in with env=."
+                )
         if bounds.outside == "keep":
             return actions
         if bounds.outside == "clip":

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from eva_rl.data.formats.checks import ActionBounds, Source, warn_of_repeated_ends
 from eva_rl.data.formats.d4rl_names import Conventions
+from eva_rl.data.formats.episodes import DONES
 from eva_rl.data.formats.hdf5 import HdfFile
 from eva_rl.data.trajectories import Flags, Floats, Trajectories
 from eva_rl.errors import UserError, counted
@@ -66,9 +67,9 @@ def read_d4rl(
 ) -> Iterator[Trajectories]:
     """Read a file part by part.
 
-    An episode ends where ``terminals`` or ``timeouts`` say so; where no timeout is noted, after ``rules.horizon`` env
-    steps. What follows the last end is an unfinished episode and is left out, as D4RL's own ``sequence_dataset`` does.
-    A file without any end is one episode, truncated at its last row, which a warning says.
+    An episode ends where ``terminals`` or ``timeouts`` say so; where no timeout is noted, or ``rules.cuts``, after
+    ``rules.horizon`` env steps. What follows the last end is an unfinished episode and is left out, as D4RL's own
+    ``sequence_dataset`` does. A file without any end is one episode, truncated at its last row, which a warning says.
     The observation after the last env step is that of ``next_observations``; where the file has none, the last
     observation is repeated, since the next row belongs to another episode. Where there are no ``timeouts``,
     ``truncations``, ``dones`` or the ``episode_terminals`` of d3rlpy's version 1 count as such where they are no
@@ -136,11 +137,11 @@ def _table(file: HdfFile, group: str) -> _Table:
 def _episodes(table: _Table, rules: Conventions) -> tuple[Rows, Rows, Flags, Flags]:
     """First row and row after the last of each finished episode; terminations and truncations of all rows."""
     terminals = table.flags("terminals")
-    timeouts = _noted_timeouts(table, terminals)
+    timeouts = _noted_timeouts(table, terminals, rules)
     if timeouts is None and rules.horizon is None and not terminals.any():
         timeouts = np.zeros_like(terminals)
-    elif timeouts is None or (rules.horizon is not None and not timeouts.any()):
-        timeouts = _counted_timeouts(table, terminals, rules)
+    elif timeouts is None or rules.cuts or (rules.horizon is not None and not timeouts.any()):
+        timeouts = _counted_timeouts(table, terminals, timeouts, rules)
     if not rules.goal_ends and (repeated := int((terminals[1:] & terminals[:-1]).sum())):
         log.warning(
             "%s: %s of one env step, each after a terminal: keep only the first of several. AntMaze repeats "
@@ -175,25 +176,28 @@ def _one_episode(table: _Table, rules: Conventions) -> tuple[Rows, Rows, Flags, 
     return rows[:1], rows[-1:] + 1, np.zeros(table.rows, bool), rows == table.rows - 1
 
 
-def _noted_timeouts(table: _Table, terminals: Flags) -> Flags | None:
+def _noted_timeouts(table: _Table, terminals: Flags, rules: Conventions) -> Flags | None:
     name = next((name for name in TIMEOUTS if name in table.arrays), None)
     if name is None:
         return None
-    return table.flags(name) if name == "timeouts" else table.flags(name) & ~terminals
+    ambiguous = name in DONES or not rules.goal_ends  # in a maze a terminal is no end that a time limit could repeat
+    return table.flags(name) & ~terminals if ambiguous and name != "timeouts" else table.flags(name)
 
 
-def _counted_timeouts(table: _Table, terminals: Flags, rules: Conventions) -> Flags:
-    """Time limits of a file that does not note them: after ``horizon`` env steps without a terminal."""
+def _counted_timeouts(table: _Table, terminals: Flags, noted: Flags | None, rules: Conventions) -> Flags:
+    """Time limits, noted ones and others: after ``horizon`` env steps without an end."""
     if rules.horizon is None:
         raise UserError(
             f"{table.source('timeouts')} is missing, and the name of the file does not say how "
             "long an episode lasts. Add ?horizon=STEPS to the source, for instance d4rl:FILE?horizon=1000."
         )
+    noted = np.zeros_like(terminals) if noted is None else noted
+    ends = noted if rules.goal_ends else terminals | noted  # in a maze the ant goes on after its goal
     rows = np.arange(table.rows)
-    resets = np.where(np.concatenate([[True], terminals[:-1]]), rows, 0)
+    resets = np.where(np.concatenate([[True], ends[:-1]]), rows, 0)
     since = rows - np.maximum.accumulate(resets)
-    timeouts: Flags = (since + 1) % rules.horizon == 0
-    return timeouts & ~terminals
+    counted: Flags = (since + 1) % rules.horizon == 0
+    return noted | (counted if rules.goal_ends else counted & ~terminals)
 
 
 def _cut_at_goals(starts: Rows, stops: Rows, terminals: Flags) -> tuple[Rows, Rows]:

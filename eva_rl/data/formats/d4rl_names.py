@@ -95,12 +95,14 @@ class Conventions:
         goal_ends: The first terminal of an episode ends it and the rows until its timeout are left out: AntMaze,
             where terminals are repeated while the ant stays near its goal (D4RL issue 199).
         unit_actions: Actions are known to lie in [-1, 1].
+        cuts: The horizon was asked for: it cuts episodes of a file that notes time limits, too.
     """
 
     env_id: str
     horizon: int | None
     goal_ends: bool
     unit_actions: bool
+    cuts: bool = False
 
 
 def conventions(name: str) -> Conventions:

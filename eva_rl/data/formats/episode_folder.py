@@ -135,7 +135,11 @@ def _stated_lengths(path: Path) -> dict[str, int]:
     with Source(file).reading():
         stated = json.loads(file.read_text())
     items = stated.items() if isinstance(stated, dict) else ()
-    return {Path(name).stem: length for name, length in items if isinstance(length, int)}
+    return {_without_suffix(Path(name)): length for name, length in items if isinstance(length, int)}
+
+
+def _without_suffix(file: Path) -> str:
+    return file.stem if file.suffix in SUFFIXES else file.name
 
 
 def _with_length(source: Source, read: Read, stated: int | None) -> Arrays:
@@ -151,21 +155,28 @@ def _episodes_of(file: Path, options: ReadOptions) -> Iterator[tuple[Source, Rea
     if file.suffix in {".pkl", ".pickle"}:
         yield from from_content(source, read_pickle(file, options.allow_pickle))
     elif file.suffix in SUFFIXES:
-        read = _read_npz if file.suffix == ".npz" else _read_hdf5
         try:
-            arrays = read(file)
+            episodes = _split_file(source, file)
         except UserError:
             if not options.skip_damaged:
                 raise
-            yield source, partial(read, file)  # raises again, and is counted as a damaged episode
+            yield source, partial(_raised_again, source, file)  # and counted as a damaged episode
             return
-        yield from split(source, arrays)
+        yield from episodes
     else:
         kind = kind_of_file(file)
         raise UserError(
             f"{file}{kind and f' is {kind}'}: expected a file {', '.join(sorted(SUFFIXES))}. Convert it, "
             "for instance with numpy.savez(FILE, observations=..., actions=..., rewards=..., terminals=...)."
         )
+
+
+def _split_file(source: Source, file: Path) -> list[tuple[Source, Read]]:
+    return list(split(source, _read_npz(file) if file.suffix == ".npz" else _read_hdf5(file)))
+
+
+def _raised_again(source: Source, file: Path) -> Arrays:
+    return _split_file(source, file)[0][1]()
 
 
 def from_content(source: Source, content: Any) -> Iterator[tuple[Source, Read]]:
@@ -218,6 +229,7 @@ def _success_in(infos: Any) -> Any:
             told = infos.get(name)
         elif isinstance(infos, Sequence) and all(isinstance(info, Mapping) for info in infos):
             told = [info.get(name) for info in infos]
+            told[:1] = [False if first is None else first for first in told[:1]]  # that of reset() tells nothing
         if told is not None and _tells(told):
             return told
     return None
@@ -246,9 +258,9 @@ def split(source: Source, arrays: Arrays) -> Iterator[tuple[Source, Read]]:
             f"{(source / inside[0]).at(first)}: an episode ends there and the file goes on: it holds several episodes. "
             f"{reader_for(arrays, source.path)}"
         )
-    rows = len(raw["rewards"])
+    rows = len(np.atleast_1d(raw["rewards"]))
     for name, column in raw.items():
-        (source / name).check_rows(len(column), rows, f"there are {rows} rewards")
+        (source / name).check_rows(len(np.atleast_1d(column)), rows, f"there are {rows} rewards")
     flags = [(source / name).flags(raw[name]) for name in ("terminations", "truncations") if name in raw]
     ends = np.logical_or.reduce(flags)
     warn_of_repeated_ends(source, ends)

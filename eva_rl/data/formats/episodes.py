@@ -103,7 +103,11 @@ class EpisodeChecker:
             self._damaged.append(str(error))
             return None
         self._first = self._first or episode
-        return replace(episode, actions=(source / "actions").bounded(episode.actions, self._options.bounds))
+        bounds, targets = self._options.bounds, episode.target_actions
+        actions = (source / "actions").bounded(episode.actions, bounds)
+        if targets is not None:
+            targets = (source / "target_actions").bounded(targets, bounds)
+        return replace(episode, actions=actions, target_actions=targets)
 
     def close(self) -> None:
         """Say how many episodes were left out, and how many ends were assumed.
@@ -187,7 +191,7 @@ def _same(source: Source, names: Sequence[str], arrays: Arrays) -> NDArray[Any]:
 def _with_dones(source: Source, dones: NDArray[Any], flags: Arrays) -> dict[str, NDArray[Any]]:
     """Terminations and truncations, of which at most one says all, and ends of either kind."""
     known = [name for name in ("terminations", "truncations") if name in flags]
-    ends = source.flags(dones) if np.ndim(dones) else dones
+    ends = source.flags(dones)
     for name in known:
         array = (source / name).flags(flags[name])
         (source / name).check_rows(len(array), len(ends), "there are as many ends")

@@ -42,7 +42,7 @@ class HdfFile:
     def __init__(self, path: Path) -> None:
         check_regular_file(path)
         self.path = path
-        self._arrays: dict[str, h5py.Dataset] = {}
+        self._checked: set[str] = set()
         self._addresses: dict[int, str] = {}
         self._left = MAX_COMPRESSION * path.stat().st_size
         self._heaps_checked = False
@@ -93,14 +93,14 @@ class HdfFile:
         Raises:
             UserError: Missing, a group, not numbers, a scalar, stored in other files, or larger than what is stored.
         """
-        if key not in self._arrays:
-            found = self._member(key)
-            if not isinstance(found, h5py.Dataset):
-                parent, _, name = key.rpartition("/")
-                raise self.source(parent).missing(name, expected or "an array of numbers", self.names(parent))
+        found = self._member(key)
+        if not isinstance(found, h5py.Dataset):
+            parent, _, name = key.rpartition("/")
+            raise self.source(parent).missing(name, expected or "an array of numbers", self.names(parent))
+        if key not in self._checked:  # the array itself is not kept: open ones hold what was read of them
             self._check(self.source(key), found, MAX_LINKS)
-            self._arrays[key] = found
-        return self._arrays[key]
+            self._checked.add(key)
+        return found
 
     def read(self, key: str, rows: slice = slice(None), expected: str = "") -> NDArray[Any]:
         """Rows of an array.

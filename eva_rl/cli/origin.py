@@ -16,18 +16,18 @@ ORIGIN_FILE = "origin.json"
 ORIGIN = Record({"policy": Text(), "data": Optional(Text())})
 
 
-def check_origin(run_dir: Path, policy: DecisionTransformerPolicy, data: Trajectories | None) -> None:
+def check_origin(run_dir: Path, policy: DecisionTransformerPolicy | None, data: Trajectories | None) -> None:
     """Note what a run is made from as it begins, and compare where it goes on from a checkpoint.
 
     Args:
         run_dir: Its folder.
-        policy: As it is before fine-tuning.
+        policy: As it is before fine-tuning; None where it begins with random weights.
         data: Demonstrations, or None.
 
     Raises:
         UserError: A policy or a data set is another one than when the run began.
     """
-    weights = weights_digest(policy.network.state_dict())
+    weights = "" if policy is None else weights_digest(policy.network.state_dict())
     found = {"policy": weights, "data": None if data is None else data.content_hash}
     path = run_dir / ORIGIN_FILE
     if not path.exists() or not (run_dir / "checkpoint").exists():
