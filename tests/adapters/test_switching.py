@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -221,6 +222,32 @@ def test_each_adapter_of_a_task_has_its_own_target_return(tmp_path: Path, reach_
     loaded.set_target_return(7.0, "metaworld/reach-v3")
     loaded.adapters.use("b")
     assert loaded.conditioning.of("metaworld/reach-v3") == 7.0, "set by the user since"
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("return_scale", {"return_scale": 20.0}),
+        ("observation_mean", {"observation_mean": torch.full((39,), 0.5)}),
+        ("action_high", {"action_half_range": torch.full((4,), 0.5)}),
+    ],
+)
+def test_an_adapter_of_another_scaling_is_refused(
+    name: str, changes: dict[str, Any], tmp_path: Path, reach_demonstrations: Trajectories
+) -> None:
+    """The weights of the base are the same; what they would be shown is not."""
+    policy = make_policy()
+    policy.scaling = replace(policy.scaling, **changes)
+    save_adapted_policy(tmp_path / "run", *attached("lora", reach_demonstrations, policy=policy), "card")
+    save_policy(tmp_path / "base", make_policy())
+    with pytest.raises(UserError, match=f"another .*{name}"):
+        load_policy(tmp_path / "base", adapters={"run": tmp_path / "run"})
+    assert load_policy(tmp_path / "run", adapters={"again": tmp_path / "run"}).adapters.names == ("default", "again")
+    unseal(tmp_path / "run/adapter/eva_rl.json")
+    origin = json.loads((tmp_path / "run/adapter/eva_rl.json").read_text())
+    (tmp_path / "run/adapter/eva_rl.json").write_text(json.dumps({k: v for k, v in origin.items() if k != "scaling"}))
+    earlier = load_policy(tmp_path / "base", adapters={"run": tmp_path / "run/adapter"})
+    assert earlier.adapters.names == ("run",), "earlier versions did not say"
 
 
 def test_an_adapter_that_does_not_fit_leaves_the_others(tmp_path: Path, reach_demonstrations: Trajectories) -> None:
