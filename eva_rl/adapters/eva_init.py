@@ -254,11 +254,12 @@ def comparable_directions(model: PeftModel, adapters: Sequence[str]) -> dict[str
 
 
 def captured_variance(directions: Mapping[str, Tensor], moments: Mapping[str, SecondMoment]) -> float:
-    """Share of the inputs' variance along some directions, the mean over layers.
+    """Share of the inputs' variance along some directions, the mean over layers that saw more than zeros.
 
     Args:
         directions: Orthonormal rows (R, in) by layer.
         moments: Second moments of the same layers' inputs.
     """
-    shares = [float(moments[name].projected(rows).trace()) / moments[name].trace for name, rows in directions.items()]
-    return float(np.mean(shares))
+    seen = {name: rows for name, rows in directions.items() if moments[name].trace > 0}  # no action before the first
+    shares = [float(moments[name].projected(rows).trace()) / moments[name].trace for name, rows in seen.items()]
+    return float(np.mean(shares)) if shares else 0.0

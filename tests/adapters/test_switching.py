@@ -287,6 +287,19 @@ def test_choose_the_adapter_that_fits(tmp_path: Path, reach_demonstrations: Traj
         load_policy(tmp_path / "base").adapters.choose("reach-v3")
 
 
+def test_a_layer_that_saw_zeros_alone_says_nothing_of_a_task(
+    tmp_path: Path, reach_demonstrations: Trajectories
+) -> None:
+    """As the one that embeds actions does in a first step."""
+    save_policy(tmp_path / "base", make_policy())
+    for name in "ab":
+        policy, adapter = attached("lora", reach_demonstrations, targets=["embed_action", "q_proj"])
+        save_adapted_policy(tmp_path / name, policy, adapter, "card")
+    policy = load_policy(tmp_path / "base", adapters={name: tmp_path / name for name in "ab"})
+    scores = policy.adapters.choose("reach-v3", steps=1, episodes=2)
+    assert all(0 < score <= 1.0001 for score in scores.values())
+
+
 def test_merging_asks_which_where_none_acts(tmp_path: Path, reach_demonstrations: Trajectories) -> None:
     trained("lora", reach_demonstrations, tmp_path / "push")
     save_policy(tmp_path / "base", make_policy())
