@@ -82,15 +82,20 @@ def activation_source(config: FinetuneConfig, has_data: bool) -> str:
     """Where activations come from: ``adapter.eva.source`` with ``auto`` resolved.
 
     Raises:
-        UserError: Trajectories are asked for where there are none.
+        UserError: Trajectories are asked for where there are none, or there are fewer environments than processes.
     """
-    source = config.adapter.eva.source
+    source, envs, number = config.adapter.eva.source, config.adapter.eva.rollout_envs, ProcessGroup.current().world_size
     if source == "auto":
-        return "trajectories" if has_data else "rollouts"
-    if source != "rollouts" and not has_data:
+        source = "trajectories" if has_data else "rollouts"
+    elif source != "rollouts" and not has_data:
         raise UserError(
             f"adapter.eva.source={source} needs demonstrations, and there are none. Name some with data=, or use "
             "adapter.eva.source=rollouts."
+        )
+    if source != "trajectories" and envs < number and find_method(config.adapter.method).needs != MOMENTS:
+        raise UserError(
+            f"adapter.eva.rollout_envs={envs}: {number} processes share these environments; expected at least "
+            f"adapter.eva.rollout_envs={number}."
         )
     return source
 
@@ -254,9 +259,8 @@ def _sources(
         yield batches, None
         return
     spec = env_spec(config.env.id, config.env.horizon)
-    mine, all_envs = process_group.shard(options.rollout_envs), max(options.rollout_envs, process_group.world_size)
-    own = max(1, process_group.local_count(options.rollout_envs))
-    vec_env = make_vec_env(spec.env_id, own, horizon=config.env.horizon, stride=all_envs)
+    mine, own = process_group.shard(options.rollout_envs), process_group.local_count(options.rollout_envs)
+    vec_env = make_vec_env(spec.env_id, own, horizon=config.env.horizon, stride=options.rollout_envs)
     vec_env.seed(episode_seeds(ROLLOUTS, config.seed) + mine.start)
     try:
         yield batches, Rollouts(vec_env, [spec.env_id] * vec_env.num_envs, options.rollout_steps)
