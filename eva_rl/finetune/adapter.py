@@ -33,8 +33,9 @@ from eva_rl.agents import DecisionTransformerPolicy
 from eva_rl.batch import WindowBatch
 from eva_rl.cli.console import counting_progress, say
 from eva_rl.cli.parsing import flat
-from eva_rl.configs.algorithms import clonings
+from eva_rl.configs.algorithms import PPOAlgo, clonings
 from eva_rl.configs.finetune import AdapterOptions, FinetuneConfig
+from eva_rl.configs.groups import AlgoOptions
 from eva_rl.data import WindowSampler
 from eva_rl.data.samplers import Sampler, ShardedSampler
 from eva_rl.distributed import ProcessGroup
@@ -50,8 +51,12 @@ MEASURED_BATCHES = 4
 """Batches from which gain and effective rank of a start are measured where nothing else depends on them."""
 
 
-def warn_of_unused(options: AdapterOptions) -> None:
+def warn_of_unused(options: AdapterOptions, algo: AlgoOptions | None = None) -> None:
     """Name what was typed for an adapter that does not use it; a study sets some keys for all of its methods."""
+    if options.dropout and isinstance(algo, PPOAlgo) and not algo.bc.updates:
+        log.warning(
+            "algo=%s does not use adapter.dropout=%g: it compares the policy with itself.", algo.name, options.dropout
+        )
     method, key = find_method(options.method), "adapter.method"
     now, usual = (dict(flat({"adapter": asdict(one)})) for one in (options, AdapterOptions()))
     typed = [name for name in now if now[name] != usual.get(name) and name != key]
