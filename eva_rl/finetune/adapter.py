@@ -259,7 +259,8 @@ def _sources(
     options, source = config.adapter.eva, activation_source(config, sampler is not None)
     batches = None
     if source != "rollouts":
-        batches = windows(policy, ShardedSampler(_trajectories(sampler, config), process_group), options.batch_size)
+        draw = ShardedSampler(_trajectories(sampler, config), process_group, halves=True)
+        batches = windows(policy, draw, options.batch_size)
     if source == "trajectories":
         yield batches, None
         return
