@@ -204,7 +204,7 @@ class Adapters:
             Each adapter's share of the variance, over the layers and as many directions as all have; the best first.
 
         Raises:
-            UserError: There is no adapter, or they have no low-rank layer in common.
+            UserError: There is no adapter, they have no low-rank layer in common, or steps or episodes are none.
         """
         from eva_rl.adapters.eva_init import captured_variance, comparable_directions, start_moments
 

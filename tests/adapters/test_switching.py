@@ -283,6 +283,9 @@ def test_choose_the_adapter_that_fits(tmp_path: Path, reach_demonstrations: Traj
     assert again == policy.adapters.choose("reach-v3", steps=5, episodes=2), (
         "it acts alone, whatever was at work before"
     )
+    for none in ({"steps": 0}, {"episodes": 0}):
+        with pytest.raises(UserError, match=f"{next(iter(none))}=0"):
+            policy.adapters.choose(reach, **none)
     with pytest.raises(UserError, match="no adapters to choose from"):
         load_policy(tmp_path / "base").adapters.choose("reach-v3")
 
