@@ -74,22 +74,27 @@ RECORD = Record(
 
 def policy_record(policy: DecisionTransformerPolicy) -> dict[str, Any]:
     """Everything of a policy but its weights, as JSON values."""
-    scaling = policy.scaling.to("cpu")
     conditioning = policy.conditioning
     return {
         "format": FORMAT,
         "version": FORMAT_VERSION,
         "architecture": asdict(policy.network.config),
-        "scaling": {
-            "observation_mean": scaling.observation_mean.tolist(),
-            "observation_std": scaling.observation_std.tolist(),
-            "return_scale": scaling.return_scale,
-            "action_low": (scaling.action_center - scaling.action_half_range).tolist(),
-            "action_high": (scaling.action_center + scaling.action_half_range).tolist(),
-        },
+        "scaling": scaling_record(policy.scaling),
         "conditioning": {"target_return": conditioning.target_return, "per_env": dict(conditioning.per_env)},
         "env_id": policy.env_id,
         "metadata": policy.metadata,
+    }
+
+
+def scaling_record(scaling: InputScaling) -> dict[str, Any]:
+    """What :func:`scaling_of` reads, as JSON values."""
+    scaling = scaling.to("cpu")
+    return {
+        "observation_mean": scaling.observation_mean.tolist(),
+        "observation_std": scaling.observation_std.tolist(),
+        "return_scale": scaling.return_scale,
+        "action_low": (scaling.action_center - scaling.action_half_range).tolist(),
+        "action_high": (scaling.action_center + scaling.action_half_range).tolist(),
     }
 
 

@@ -24,6 +24,7 @@ from eva_rl.errors import UserError
 from eva_rl.eva import ActivationStatistics, EvaOptions, EvaResult, SecondMoment, StorageOptions, compute
 from eva_rl.eva.computation import check_batches, evaluating
 from eva_rl.eva.options import Method
+from eva_rl.options import positive
 from eva_rl.seeding import ROLLOUTS, episode_seeds
 
 if TYPE_CHECKING:
@@ -214,7 +215,11 @@ def start_moments(
         steps: Env steps from the start of an episode.
         episodes: Episodes.
         seed: Of the episodes that are played.
+
+    Raises:
+        UserError: No steps, or no episodes.
     """
+    positive(steps=steps, episodes=episodes)
     if isinstance(where, Trajectories):
         sampler = WindowSampler(where, policy.network.config.context_length, policy.scaling)
         last = np.minimum(where.offsets[:-1] + steps, where.offsets[1:])[:episodes] - 1
@@ -254,11 +259,12 @@ def comparable_directions(model: PeftModel, adapters: Sequence[str]) -> dict[str
 
 
 def captured_variance(directions: Mapping[str, Tensor], moments: Mapping[str, SecondMoment]) -> float:
-    """Share of the inputs' variance along some directions, the mean over layers.
+    """Share of the inputs' variance along some directions, the mean over layers that saw more than zeros.
 
     Args:
         directions: Orthonormal rows (R, in) by layer.
         moments: Second moments of the same layers' inputs.
     """
-    shares = [float(moments[name].projected(rows).trace()) / moments[name].trace for name, rows in directions.items()]
-    return float(np.mean(shares))
+    seen = {name: rows for name, rows in directions.items() if moments[name].trace > 0}  # no action before the first
+    shares = [float(moments[name].projected(rows).trace()) / moments[name].trace for name, rows in seen.items()]
+    return float(np.mean(shares)) if shares else 0.0

@@ -22,6 +22,7 @@ from eva_rl.adapters.validation import (
 from eva_rl.agents.huggingface.options import ImportOptions
 from eva_rl.agents.policy import DecisionTransformerPolicy
 from eva_rl.agents.policy_folder import REPLACED, find_policy, read_policy, weights_digest, write_policy_files
+from eva_rl.agents.policy_record import scaling_record
 from eva_rl.errors import UserError
 from eva_rl.files import expanded, sealed, write_folder, write_json
 
@@ -90,6 +91,7 @@ def _origin(
         "base_sha256": weights_digest(weights),
         "env_id": policy.env_id,
         "target_return": policy.conditioning.of(policy.env_id),
+        "scaling": scaling_record(policy.scaling),
     }
     return sealed(facts, folder, [CONFIG_FILE, WEIGHTS_FILE])
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from eva_rl.adapters.attach import AttachedAdapter, base_weights, extension_of, has_adapter, is_merged, refuse_merged
 from eva_rl.adapters.methods import METHODS
-from eva_rl.adapters.validation import changed_weights, check_adapter, find_adapter, read_origin
+from eva_rl.adapters.validation import changed_weights, check_adapter, check_same_scaling, find_adapter, read_origin
 from eva_rl.agents.policy import DecisionTransformerPolicy
 from eva_rl.agents.policy_folder import weights_digest
 from eva_rl.agents.weights import first_line
@@ -79,8 +79,8 @@ class Adapters:
             is_trainable: Whether it is going to be trained: its parameters ask for gradients while it acts.
 
         Raises:
-            UserError: A file is missing or damaged, it was made for another base, its shapes are others, the name is
-                taken or none that PyTorch takes, or ``attach_adapter`` put an adapter on the policy.
+            UserError: A file is missing or damaged, it was made for another base or scaling, its shapes are others, the
+                name is taken or none that PyTorch takes, or ``attach_adapter`` put an adapter on the policy.
         """
         from eva_rl.adapters.fused import fuse_where_faster
 
@@ -95,6 +95,7 @@ class Adapters:
                 f"The adapter in {folder} was trained on different base weights than this policy's "
                 f"({origin['base_sha256'][:12]}, not {self._base[:12]}). Use it on the policy it was trained on."
             )
+        check_same_scaling(origin, self._policy.scaling, folder)
         check_adapter(self._policy.network, folder)
         with self._base_kept(name, folder), _fitting(folder):
             self._read(name, folder, is_trainable)
@@ -203,7 +204,7 @@ class Adapters:
             Each adapter's share of the variance, over the layers and as many directions as all have; the best first.
 
         Raises:
-            UserError: There is no adapter, or they have no low-rank layer in common.
+            UserError: There is no adapter, they have no low-rank layer in common, or steps or episodes are none.
         """
         from eva_rl.adapters.eva_init import captured_variance, comparable_directions, start_moments
 

@@ -7,18 +7,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 
 from eva_rl.adapters.extensions import WEIGHTS_FILE
 from eva_rl.agents.policy_folder import POLICY_FILE, find_policy
+from eva_rl.agents.policy_record import SCALING, scaling_record
 from eva_rl.agents.weights import read_safetensors, value_problems
+from eva_rl.batch import InputScaling
 from eva_rl.errors import UserError
 from eva_rl.files import check_files, check_seal, expanded, read_json
 from eva_rl.schema import DIGEST, Boolean, Either, Integer, ListOf, MapOf, Number, OneOf, Optional, Record, Text
 
 CONFIG_FILE = "adapter_config.json"
 ORIGIN_FILE = "eva_rl.json"
-"""Beside PEFT's files: the method, the base that the adapter fits, the task and what to ask for there."""
+"""Beside PEFT's files: the method, the base that the adapter fits and its scaling, the task and what to ask for."""
 ADAPTER_FOLDER = "adapter"
 """Inside a policy folder."""
 ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE, ORIGIN_FILE)
@@ -66,6 +69,7 @@ ORIGIN = Record(
         "base_sha256": Text(DIGEST),
         "env_id": Text(),
         "target_return": Optional(Number()),
+        "scaling": SCALING,
         "files": MapOf(Text(DIGEST)),
         "sha256": Text(DIGEST),
     },
@@ -119,6 +123,30 @@ def read_origin(folder: Path) -> dict[str, Any]:
     check_seal(origin, path)
     check_files(origin, folder, [CONFIG_FILE, WEIGHTS_FILE], path)
     return origin
+
+
+def check_same_scaling(origin: Mapping[str, Any], scaling: InputScaling, folder: Path) -> None:
+    """Raise unless the base's inputs and actions are scaled as those were with which an adapter was trained.
+
+    Args:
+        origin: What :func:`read_origin` returned; adapters of earlier versions do not say.
+        scaling: Of the base.
+        folder: Of the adapter, for the message.
+
+    Raises:
+        UserError: The adapter would see other numbers.
+    """
+    given, own = origin.get("scaling", {}), scaling_record(scaling)
+    if apart := [name for name, values in given.items() if not _close(values, own[name])]:
+        raise UserError(
+            f"The adapter in {folder} was trained with another {', '.join(apart)} than this policy has, so that it "
+            "would see other numbers. Load the policy that it was trained on (load_policy(RUN_DIR)), or give this one "
+            "the same scaling."
+        )
+
+
+def _close(values: Any, others: Any) -> bool:
+    return np.shape(values) == np.shape(others) and np.allclose(values, others, rtol=1e-4, atol=1e-6)
 
 
 def check_adapter(network: nn.Module, folder: Path) -> None:

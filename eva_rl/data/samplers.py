@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from eva_rl.batch import WindowBatch
@@ -81,11 +82,14 @@ class ShardedSampler:
     Args:
         sampler: Draws the windows of the whole step; which ones depends on its seed and the step alone.
         process_group: This process among the others.
+        halves: Divide the two halves of the windows one by one, where there are two windows a process: the processes'
+            first halves then are the first half of all, and what compares halves (EVA) finds what one process would.
     """
 
-    def __init__(self, sampler: WindowSampler, process_group: ProcessGroup) -> None:
+    def __init__(self, sampler: WindowSampler, process_group: ProcessGroup, *, halves: bool = False) -> None:
         self._sampler = sampler
         self._process_group = process_group
+        self._halves = halves
 
     def sample(self, batch_size: int, step: int, device: torch.device | str = "cpu") -> WindowBatch:
         """Draw this process's windows of gradient step ``step``, of ``batch_size`` in all.
@@ -98,5 +102,7 @@ class ShardedSampler:
                 f"batch_size={batch_size}: expected at least one window a process, and there are "
                 f"{self._process_group.world_size}. Use a larger batch_size, or fewer processes."
             )
-        rows = self._sampler.rows(batch_size, step)
-        return self._sampler.windows(rows[self._process_group.shard(batch_size)], device)
+        rows, group = self._sampler.rows(batch_size, step), self._process_group
+        middle = batch_size // 2 if self._halves and batch_size >= 2 * group.world_size else 0
+        mine = [part[group.shard(len(part))] for part in (rows[:middle], rows[middle:])]
+        return self._sampler.windows(np.concatenate(mine), device)

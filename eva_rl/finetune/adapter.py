@@ -35,8 +35,9 @@ from eva_rl.agents import DecisionTransformerPolicy
 from eva_rl.batch import WindowBatch
 from eva_rl.cli.console import counting_progress, say
 from eva_rl.cli.parsing import flat
-from eva_rl.configs.algorithms import clonings
+from eva_rl.configs.algorithms import PPOAlgo, clonings
 from eva_rl.configs.finetune import AdapterOptions, FinetuneConfig
+from eva_rl.configs.groups import AlgoOptions
 from eva_rl.data import WindowSampler
 from eva_rl.data.samplers import Sampler, ShardedSampler
 from eva_rl.distributed import ProcessGroup
@@ -52,8 +53,12 @@ MEASURED_BATCHES = 4
 """Batches from which gain and effective rank of a start are measured where nothing else depends on them."""
 
 
-def warn_of_unused(options: AdapterOptions) -> None:
+def warn_of_unused(options: AdapterOptions, algo: AlgoOptions | None = None) -> None:
     """Name what was typed for an adapter that does not use it; a study sets some keys for all of its methods."""
+    if options.dropout and isinstance(algo, PPOAlgo) and not algo.bc.updates:
+        log.warning(
+            "algo=%s does not use adapter.dropout=%g: it compares the policy with itself.", algo.name, options.dropout
+        )
     method, key = find_method(options.method), "adapter.method"
     now, usual = (dict(flat({"adapter": asdict(one)})) for one in (options, AdapterOptions()))
     typed = [name for name in now if now[name] != usual.get(name) and name != key]
@@ -84,15 +89,20 @@ def activation_source(config: FinetuneConfig, has_data: bool) -> str:
     """Where activations come from: ``adapter.eva.source`` with ``auto`` resolved.
 
     Raises:
-        UserError: Trajectories are asked for where there are none.
+        UserError: Trajectories are asked for where there are none, or there are fewer environments than processes.
     """
-    source = config.adapter.eva.source
+    source, envs, number = config.adapter.eva.source, config.adapter.eva.rollout_envs, ProcessGroup.current().world_size
     if source == "auto":
-        return "trajectories" if has_data else "rollouts"
-    if source != "rollouts" and not has_data:
+        source = "trajectories" if has_data else "rollouts"
+    elif source != "rollouts" and not has_data:
         raise UserError(
             f"adapter.eva.source={source} needs demonstrations, and there are none. Name some with data=, or use "
             "adapter.eva.source=rollouts."
+        )
+    if source != "trajectories" and envs < number and find_method(config.adapter.method).needs != MOMENTS:
+        raise UserError(
+            f"adapter.eva.rollout_envs={envs}: {number} processes share these environments; expected at least "
+            f"adapter.eva.rollout_envs={number}."
         )
     return source
 
@@ -272,14 +282,14 @@ def _sources(
     options, source = config.adapter.eva, activation_source(config, sampler is not None)
     batches = None
     if source != "rollouts":
-        batches = windows(policy, ShardedSampler(_trajectories(sampler, config), process_group), options.batch_size)
+        draw = ShardedSampler(_trajectories(sampler, config), process_group, halves=True)
+        batches = windows(policy, draw, options.batch_size)
     if source == "trajectories":
         yield batches, None
         return
     spec = env_spec(config.env.id, config.env.horizon)
-    mine, all_envs = process_group.shard(options.rollout_envs), max(options.rollout_envs, process_group.world_size)
-    own = max(1, process_group.local_count(options.rollout_envs))
-    vec_env = make_vec_env(spec.env_id, own, horizon=config.env.horizon, stride=all_envs)
+    mine, own = process_group.shard(options.rollout_envs), process_group.local_count(options.rollout_envs)
+    vec_env = make_vec_env(spec.env_id, own, horizon=config.env.horizon, stride=options.rollout_envs)
     vec_env.seed(episode_seeds(ROLLOUTS, config.seed) + mine.start)
     try:
         yield batches, Rollouts(vec_env, [spec.env_id] * vec_env.num_envs, options.rollout_steps)

@@ -59,7 +59,7 @@ Replayed: TypeAlias = ODTAlgo | ODTTD3Algo | SelfImitationAlgo
 def initialise_adapter(session: Session) -> AttachedAdapter:
     """Attach the adapter, initialised from the session's data where its method needs some."""
     if session.process_group.is_main:
-        warn_of_unused(session.config.adapter)
+        warn_of_unused(session.config.adapter, session.config.algo)
         if session.resumed is not None:
             say(f"Continuing from the checkpoint of step {session.resumed.step}.")
     adapter = attach(session.policy, session.sampler, session.config, partial(shared_eva, session))

@@ -95,7 +95,8 @@ class ReplayOptions(OptimizerOptions, OnlineOptions):
     @property
     def total_updates(self) -> int:
         """Gradient steps, at most; those that ``updates_per_episode`` adds are not known beforehand."""
-        return -(-self.env_steps // self.steps_per_iteration) * self.updates_per_iteration
+        iterations, before = (-(-steps // self.steps_per_iteration) for steps in (self.env_steps, self.learning_starts))
+        return max(0, iterations - max(0, before - 1)) * self.updates_per_iteration
 
 
 @dataclass
@@ -257,9 +258,7 @@ class ResidualOptions(ReplayOptions):
     @property
     def total_updates(self) -> int:
         """Gradient steps of the actor, at most."""
-        before = max(0, self.learning_starts - self.steps_per_iteration)
-        iterations = -(-max(0, self.env_steps - before) // self.steps_per_iteration)
-        return self.actor_updates(iterations * self.updates_per_iteration)
+        return self.actor_updates(super().total_updates)
 
     def actor_updates(self, of_critics: int) -> int:
         """Gradient steps of the actor among so many of the critics."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -240,6 +241,32 @@ def test_each_adapter_of_a_task_has_its_own_target_return(tmp_path: Path, reach_
     assert loaded.conditioning.of("metaworld/reach-v3") == 7.0, "set by the user since"
 
 
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("return_scale", {"return_scale": 20.0}),
+        ("observation_mean", {"observation_mean": torch.full((39,), 0.5)}),
+        ("action_high", {"action_half_range": torch.full((4,), 0.5)}),
+    ],
+)
+def test_an_adapter_of_another_scaling_is_refused(
+    name: str, changes: dict[str, Any], tmp_path: Path, reach_demonstrations: Trajectories
+) -> None:
+    """The weights of the base are the same; what they would be shown is not."""
+    policy = make_policy()
+    policy.scaling = replace(policy.scaling, **changes)
+    save_adapted_policy(tmp_path / "run", *attached("lora", reach_demonstrations, policy=policy), "card")
+    save_policy(tmp_path / "base", make_policy())
+    with pytest.raises(UserError, match=f"another .*{name}"):
+        load_policy(tmp_path / "base", adapters={"run": tmp_path / "run"})
+    assert load_policy(tmp_path / "run", adapters={"again": tmp_path / "run"}).adapters.names == ("default", "again")
+    unseal(tmp_path / "run/adapter/eva_rl.json")
+    origin = json.loads((tmp_path / "run/adapter/eva_rl.json").read_text())
+    (tmp_path / "run/adapter/eva_rl.json").write_text(json.dumps({k: v for k, v in origin.items() if k != "scaling"}))
+    earlier = load_policy(tmp_path / "base", adapters={"run": tmp_path / "run/adapter"})
+    assert earlier.adapters.names == ("run",), "earlier versions did not say"
+
+
 def test_an_adapter_that_does_not_fit_leaves_the_others(tmp_path: Path, reach_demonstrations: Trajectories) -> None:
     expected, batch = trained("lora", reach_demonstrations, tmp_path / "lora"), windows(reach_demonstrations)
     policy = load_policy(tmp_path / "lora")
@@ -273,8 +300,24 @@ def test_choose_the_adapter_that_fits(tmp_path: Path, reach_demonstrations: Traj
     assert again == policy.adapters.choose("reach-v3", steps=5, episodes=2), (
         "it acts alone, whatever was at work before"
     )
+    for none in ({"steps": 0}, {"episodes": 0}):
+        with pytest.raises(UserError, match=f"{next(iter(none))}=0"):
+            policy.adapters.choose(reach, **none)
     with pytest.raises(UserError, match="no adapters to choose from"):
         load_policy(tmp_path / "base").adapters.choose("reach-v3")
+
+
+def test_a_layer_that_saw_zeros_alone_says_nothing_of_a_task(
+    tmp_path: Path, reach_demonstrations: Trajectories
+) -> None:
+    """As the one that embeds actions does in a first step."""
+    save_policy(tmp_path / "base", make_policy())
+    for name in "ab":
+        policy, adapter = attached("lora", reach_demonstrations, targets=["embed_action", "q_proj"])
+        save_adapted_policy(tmp_path / name, policy, adapter, "card")
+    policy = load_policy(tmp_path / "base", adapters={name: tmp_path / name for name in "ab"})
+    scores = policy.adapters.choose("reach-v3", steps=1, episodes=2)
+    assert all(0 < score <= 1.0001 for score in scores.values())
 
 
 def test_merging_asks_which_where_none_acts(tmp_path: Path, reach_demonstrations: Trajectories) -> None:

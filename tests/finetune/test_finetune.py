@@ -17,6 +17,7 @@ from eva_rl import collect, evaluate
 from eva_rl.adapters import METHODS
 from eva_rl.agents.policy_folder import save_policy
 from eva_rl.cli.parsing import parse
+from eva_rl.configs.algorithms import ALGORITHMS
 from eva_rl.configs.finetune import AdapterOptions
 from eva_rl.errors import UserError
 from eva_rl.finetune import command as finetune
@@ -168,8 +169,10 @@ def test_settings_that_an_adapter_does_not_use_are_named(caplog: pytest.LogCaptu
         warn_of_unused(AdapterOptions(method=method, **{key: value}))
         assert f"adapter={method} does not use adapter.{key}={value}." in caplog.text
     caplog.clear()
-    warn_of_unused(AdapterOptions(method="eva", rank=4, rho=2.0))
+    warn_of_unused(AdapterOptions(method="eva", rank=4, rho=2.0, dropout=0.1), ALGORITHMS["bc_then_ppo"])
     assert caplog.text == ""
+    warn_of_unused(AdapterOptions(method="eva", dropout=0.1), ALGORITHMS["ppo"])
+    assert "algo=ppo does not use adapter.dropout=0.1" in caplog.text
 
 
 def test_data_from_a_file(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,9 +13,10 @@ from eva_rl.cli.origin import ORIGIN_FILE, check_origin
 from eva_rl.cli.parsing import parse
 from eva_rl.data import Trajectories, WindowSampler, write_episodes
 from eva_rl.data.selection import target_return
+from eva_rl.distributed import ProcessGroup
 from eva_rl.errors import UserError
 from eva_rl.finetune import command  # noqa: F401 - registers its config
-from eva_rl.finetune.adapter import attach
+from eva_rl.finetune.adapter import activation_source, attach
 from eva_rl.finetune.session import choose_target_return, open_session
 from eva_rl.seeding import MAX_SEED
 from eva_rl.tracking import Resume
@@ -54,6 +55,18 @@ def test_a_task_without_an_expert_is_refused_first(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="No scripted expert for Hopper-v5"):
         open_session(parse("finetune", words))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("source", ["rollouts", "mixed"])
+def test_processes_have_an_environment_each(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of three with two, two would play one episode, and directions would depend on the number of processes."""
+    monkeypatch.setattr(ProcessGroup, "current", classmethod(lambda cls, group=None: cls(0, 3)))
+    words = ["env=reach-v3", f"adapter.eva.source={source}", "adapter.eva.rollout_envs=2"]
+    with pytest.raises(UserError, match=r"expected at least adapter\.eva\.rollout_envs=3"):
+        activation_source(parse("finetune", words), has_data=True)
+    assert activation_source(parse("finetune", [*words, "adapter.eva.rollout_envs=3"]), has_data=True) == source
+    assert activation_source(parse("finetune", [*words, "adapter=corda"]), has_data=True) == source, "each plays all"
+    assert activation_source(parse("finetune", words[::2]), has_data=True) == "trajectories"
 
 
 def test_what_a_run_builds_on_is_looked_up_once(policy_folder: Path, tmp_path: Path) -> None:

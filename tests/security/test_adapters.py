@@ -207,7 +207,7 @@ def test_odd_values_anywhere_in_a_config(adapters: dict[str, Path], tmp_path: Pa
 
 def test_an_origin_sealed_again_is_held_against_its_table(tmp_path: Path) -> None:
     save_adapted(tmp_path / "run")
-    for key in ("method", "base_sha256", "env_id", "target_return"):
+    for key in ("method", "base_sha256", "env_id", "target_return", "scaling"):
         for value in (3.5, True, [], {}, float("nan"), "0" * 64):
             folder = copied(tmp_path / "run/adapter", tmp_path / "odd")
             reseal(folder / "eva_rl.json", lambda record, k=key, v=value: record.update({k: v}))

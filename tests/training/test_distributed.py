@@ -182,6 +182,20 @@ def test_shares_cover_a_batch_without_overlap(reach_demonstrations: Trajectories
         ShardedSampler(sampler, ProcessGroup(0, 4)).sample(3, 0)
 
 
+@pytest.mark.parametrize("processes", [2, 3, 6])
+def test_halves_are_those_of_one_process(processes: int, reach_demonstrations: Trajectories) -> None:
+    """EVA cuts what each process sees in the middle, and stops where the two halves of all agree."""
+    sampler = make_sampler(reach_demonstrations, make_policy())
+    whole = sampler.sample(14, 3).observations
+    groups = [ProcessGroup(rank, processes) for rank in range(processes)]
+    shares = [ShardedSampler(sampler, group, halves=True).sample(14, 3).observations for group in groups]
+    cuts = [len(share) // 2 for share in shares]
+    assert torch.equal(torch.cat([share[:cut] for share, cut in zip(shares, cuts, strict=True)]), whole[:7])
+    assert torch.equal(torch.cat([share[cut:] for share, cut in zip(shares, cuts, strict=True)]), whole[7:])
+    few = [ShardedSampler(sampler, group, halves=True).sample(processes, 3) for group in groups]
+    assert [len(share) for share in few] == [1] * processes
+
+
 def test_bfloat16_comes_close(reach_demonstrations: Trajectories) -> None:
     exact = clone(reach_demonstrations, OPTIONS, None)["losses"]
     mixed = clone(reach_demonstrations, replace(OPTIONS, precision="bfloat16"), None)["losses"]

@@ -200,6 +200,14 @@ def test_no_more_is_played_than_was_asked_for() -> None:
     assert counters.env_steps == 52, "the next multiple of four environments"
 
 
+@pytest.mark.parametrize("learning_starts", [0, 40, 48, 49])
+def test_gradient_steps_are_known_beforehand(learning_starts: int) -> None:
+    """AdaLoRA prunes over them, and would not come to an end over more."""
+    learner = bandit(env_steps=80, steps_per_iteration=16, updates_per_iteration=1, learning_starts=learning_starts)
+    counters = train_online(learner, TrajectoryReplay(200, 2, 1), make_task(Bandit), log=lambda m, s: None)
+    assert counters.update == learner.options.total_updates
+
+
 def test_of_equal_success_the_quicker_is_kept() -> None:
     """Validations that end at success have no return: the first of several was kept."""
     looks = {120: 90.0, 240: 60.0, 360: 70.0}

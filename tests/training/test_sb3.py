@@ -121,6 +121,28 @@ def test_steps_without_a_successor_are_not_drawn() -> None:
     assert {tuple(row) for row in drawn[:, :2].int().tolist()}.isdisjoint({(0, 3), (1, 3)})
 
 
+def test_the_step_that_ends_an_episode_is_drawn_where_a_stretch_ends_with_it() -> None:
+    """Its last observation is known: a reward at the very end would never be learned from."""
+    env = counting_env()
+    buffer = WindowReplayBuffer(400, env.observation_space, env.action_space, "cpu", n_envs=2)  # type: ignore[arg-type]
+    before = env.reset()
+    for step in range(9):
+        after, rewards, dones, infos = env.step(np.zeros((2, 1), np.float32))
+        following = np.array(after)
+        for index in np.flatnonzero(dones):
+            following[index] = infos[index]["terminal_observation"]
+        buffer.add(np.asarray(before), following, np.zeros((2, 1)), rewards, dones, infos)
+        before = after
+        if step == 4:
+            assert dones.all()
+            buffer.truncate_episodes()
+            before = env.reset()
+    drawn = buffer.sample(300)
+    last = drawn.dones[:, 0] == 1
+    assert {tuple(row) for row in drawn.observations[last][:, -1, :2].int().tolist()} == {(0, 4), (1, 4)}
+    assert bool((drawn.rewards[last] == 5).all())
+
+
 def test_the_newest_step_is_drawn_where_no_other_has_a_successor() -> None:
     env = counting_env()
     buffer = WindowReplayBuffer(400, env.observation_space, env.action_space, "cpu", n_envs=2)  # type: ignore[arg-type]

@@ -198,9 +198,10 @@ class WindowReplayBuffer(ReplayBuffer):
             self.rows[now, :, self._F - EXTRAS + 1] = next_obs[:, -2, self._F - EXTRAS + 1]
 
     def truncate_episodes(self) -> None:
-        """The environments will be reset: the newest steps have no successor."""
+        """The environments will be reset: the newest steps have no successor, but for those that ended an episode."""
         if self.size():
-            self.broken[(self.pos - 1) % self.buffer_size] = True
+            newest = self._newest()
+            self.broken[newest] = self.dones[newest] == 0
 
     def size(self) -> int:
         """Steps kept of each environment."""
