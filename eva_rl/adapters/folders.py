@@ -126,8 +126,11 @@ def load_policy(
             base acts alone until ``policy.adapters.use(name)``.
 
     Raises:
-        UserError: No such policy, its files are damaged or do not fit each other, or ``merge`` with ``adapters``.
+        UserError: No such policy, its files are damaged or do not fit each other, ``merge`` with ``adapters``, or
+            adapters without names.
     """
+    if adapters is not None and not isinstance(adapters, Mapping):
+        raise UserError(f"adapters={adapters!r}: expected names and where each is, {{NAME: PATH}}.")
     if merge and adapters:
         raise UserError(
             f"merge=True leaves open which of the adapters is merged ({', '.join(adapters)}). Leave it out, then call "

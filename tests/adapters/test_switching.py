@@ -213,6 +213,8 @@ def test_what_cannot_go_together(tmp_path: Path, reach_demonstrations: Trajector
         load_policy(tmp_path / "base", adapters={"a": tmp_path / "base"})
     with pytest.raises(UserError, match="different base weights"):
         load_policy(tmp_path / "other", adapters={"a": tmp_path / "lora"})
+    with pytest.raises(UserError, match=r"adapters=\[.*\]: expected names and where each is, \{NAME: PATH\}"):
+        load_policy(tmp_path / "base", adapters=[tmp_path / "lora"])  # type: ignore[arg-type]
 
 
 def test_the_target_return_comes_with_the_adapter(tmp_path: Path, reach_demonstrations: Trajectories) -> None:

@@ -154,8 +154,11 @@ class ResidualLearner(Learner):
         if self._reward_scale and (self._solved_value or not self._residual.stop_at_success):
             return
         known = [source for source in (self.demonstrations, replay) if source.num_episodes]
+        solved = self._residual.stop_at_success and any(source.num_solved for source in known)
+        if self._reward_scale and not solved:  # what follows looks at all that is kept
+            return
         highest = max(source.highest_reward for source in known)
-        if self._residual.stop_at_success and any(source.num_solved for source in known) and highest > 0:
+        if solved and highest > 0:
             self._solved_value = highest / max(1 - self._residual.discount, 1e-3)
         own_scale = self._solved_value or max(source.mean_discounted_return for source in known)
         self._reward_scale = self._reward_scale or own_scale
