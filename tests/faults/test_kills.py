@@ -30,10 +30,10 @@ RESIDUAL += ["algo.distill.rounds=1", "algo.distill.env_steps=20", *(o for o in 
 GRID = ["tasks=reach-v3", "methods=[lora,head]", "seeds=1", "jobs=1"]
 COMMANDS = {"bc": BC, "online": ONLINE, "residual": RESIDUAL}
 KILLS = {
-    "bc": {"start": 8, "data": 4, "evaluation": 4, "eva": 4, "record": 4, "train": 4, "checkpoint": 4, "save": 4},
-    "online": {"record": 4, "evaluation": 4, "train": 4, "checkpoint": 6, "save": 2},
-    "residual": {"train": 4, "checkpoint": 4, "distillation": 4},
-    "benchmark": {"start": 2, "save": 2, "keep": 3, "report": 4},
+    "bc": {"start": 4, "data": 2, "evaluation": 3, "eva": 2, "record": 2, "train": 3, "checkpoint": 3, "save": 2},
+    "online": {"record": 2, "evaluation": 2, "train": 2, "checkpoint": 3, "save": 2},
+    "residual": {"train": 2, "checkpoint": 2, "distillation": 2},
+    "benchmark": {"start": 2, "save": 2, "keep": 2, "report": 2},
 }
 """How often each command is killed in each phase: at its first moment, its last, and others between."""
 CASES = [(kind, phase, n) for kind, phases in KILLS.items() for phase, kills in phases.items() for n in range(kills)]
