@@ -41,6 +41,8 @@ OUTSIDE = ("check", "clip", "keep")
 OPTIONS = ("actions", "horizon", "keys")
 CHECK_ROWS = 1 << 18
 """Rows of a mapped array that are looked at at a time."""
+READING = 2
+"""Raised where a file is read as other episodes than before, so that it is converted again."""
 
 
 @dataclass(frozen=True)
@@ -302,7 +304,7 @@ def _files(path: Path) -> list[Path]:
 
 def _store_folder(source: str, path: Path, options: ReadOptions) -> Path:
     """A folder whose name changes when the files or the way they are read do."""
-    digest = hashlib.sha256(f"{FORMAT}|{source}|{path.resolve()}|{options.skip_damaged}".encode())
+    digest = hashlib.sha256(f"{FORMAT}|{READING}|{source}|{path.resolve()}|{options.skip_damaged}".encode())
     for side in (options.bounds.low, options.bounds.high) if options.bounds is not None else ():
         digest.update(np.asarray(side).tobytes())
     beside = path.parent / METADATA, path / LENGTHS
