@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 from collections import defaultdict
 from collections.abc import Mapping
+from itertools import combinations
 
 import numpy as np
 
@@ -20,6 +21,7 @@ from benchmarks.comparisons.verdict import PAGE, SUCCESS, read_half
 from eva_rl.benchmark.study import Study
 from eva_rl.errors import counted
 from eva_rl.report.runs import Run
+from eva_rl.report.stats import holm, stratified_sign_flip_test
 from eva_rl.report.stats.aggregates import mean
 from eva_rl.report.stats.intervals import bootstrap
 from eva_rl.report.verdicts import ENDPOINTS, FINAL
@@ -43,6 +45,24 @@ def parts(method: str) -> tuple[str, int]:
     """``eva-5`` is EVA with 5 demonstrations."""
     name, number = method.rsplit("-", 1)
     return name, int(number)
+
+
+def closest_to_different(found: Scores) -> str:
+    """The smallest p of a difference at an equal number of demonstrations, corrected for all such pairs."""
+    pairs = [(a, b) for a, b in combinations(found, 2) if parts(a)[1] == parts(b)[1]]
+    p_values = holm(
+        [
+            stratified_sign_flip_test(
+                [np.subtract(list(found[a][task].values()), list(runs.values())) for task, runs in found[b].items()]
+            )
+            for a, b in pairs
+        ]
+    )
+    (first, second), p = min(zip(pairs, p_values, strict=True), key=lambda one: one[1])
+    return (
+        f"Smallest p of a difference between two methods with equally many demonstrations, corrected for all "
+        f"{len(pairs)} pairs: {p:.2g} (`{first}` and `{second}`)."
+    )
 
 
 def tables(study: Study, found: Scores) -> str:
@@ -69,7 +89,8 @@ def tables(study: Study, found: Scores) -> str:
     ]
     means = pages.table(["demonstrations", *(f"`{name}`" for name in names)], rows)
     each = pages.table([" / ".join(names), *map(str, numbers)], single)
-    return f"Mean success over {len(study.tasks)} tasks, {counted(seeds, 'seed')}:\n\n{means}\n\nEach task:\n\n{each}"
+    shown = [f"Mean success over {len(study.tasks)} tasks, {counted(seeds, 'seed')}:", means]
+    return "\n\n".join([*shown, *([closest_to_different(found)] if seeds > 1 else []), "Each task:", each])
 
 
 def main() -> None:
