@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
 
 from eva_rl.agents.decision_transformer import LOG_STD_RANGE, DecisionTransformer
 from eva_rl.agents.policy import DecisionTransformerPolicy
@@ -69,13 +70,22 @@ def gaussian_log_prob(actions: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
     Returns:
         (...,), summed over the dimensions of the action.
     """
-    actions = actions.clamp(-ACTION_LIMIT, ACTION_LIMIT)
-    raw = torch.atanh(actions)
+    return raw_log_prob(torch.atanh(actions.clamp(-ACTION_LIMIT, ACTION_LIMIT)), mean, log_std)
+
+
+def raw_log_prob(raw: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
+    """As :func:`gaussian_log_prob`, of actions before their tanh, (..., act), however far from zero."""
     gaussian = -0.5 * ((raw - mean) / log_std.exp()).square() - log_std - 0.5 * math.log(2 * math.pi)
-    return (gaussian - torch.log1p(-actions.square())).sum(-1)
+    log_slope = 2 * (math.log(2) - raw - F.softplus(-2 * raw))  # of tanh: log(1 - tanh^2)
+    return (gaussian - log_slope).sum(-1)
 
 
 def sample_actions(mean: Tensor, log_std: Tensor, generator: torch.Generator) -> Tensor:
     """Draw actions (..., act) in (-1, 1); differentiable in mean and log standard deviation."""
+    return torch.tanh(sample_raw(mean, log_std, generator))
+
+
+def sample_raw(mean: Tensor, log_std: Tensor, generator: torch.Generator) -> Tensor:
+    """As :func:`sample_actions`, before the tanh."""
     noise = torch.randn(mean.shape, generator=generator, device=generator.device).to(mean.device)
-    return torch.tanh(mean + log_std.exp() * noise)
+    return mean + log_std.exp() * noise

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from eva_rl.agents.policy import DecisionTransformerPolicy
-from eva_rl.agents.stochastic import gaussian_log_prob, sample_actions
+from eva_rl.agents.stochastic import gaussian_log_prob, raw_log_prob, sample_actions, sample_raw
 from eva_rl.batch import WindowBatch
 from eva_rl.data.replay import TrajectoryReplay
 from eva_rl.training.bc import Extension
@@ -45,10 +45,10 @@ def odt_loss(
         mask: (B, T), True where a step is real; None says that all are.
         generator: Draws the actions for the entropy.
     """
-    drawn, done = sample_actions(*distribution, generator), actions.clamp(-SATURATED, SATURATED)
+    drawn, done = sample_raw(*distribution, generator), actions.clamp(-SATURATED, SATURATED)
     return ODTLoss(
         likelihood=-masked_mean(gaussian_log_prob(done, *distribution), mask),
-        entropy=-masked_mean(gaussian_log_prob(drawn, *distribution), mask),
+        entropy=-masked_mean(raw_log_prob(drawn, *distribution), mask),
     )
 
 

@@ -8,7 +8,13 @@ import pytest
 import torch
 from torch.distributions import Independent, Normal, TanhTransform, TransformedDistribution
 
-from eva_rl.agents.stochastic import gaussian_log_prob, make_stochastic, sample_actions
+from eva_rl.agents.stochastic import (
+    gaussian_log_prob,
+    make_stochastic,
+    raw_log_prob,
+    sample_actions,
+    sample_raw,
+)
 from eva_rl.errors import UserError
 from tests.conftest import make_policy
 
@@ -27,6 +33,17 @@ def test_log_probability_is_that_of_the_transformed_gaussian() -> None:
 def test_saturated_actions_have_a_finite_likelihood() -> None:
     edge = torch.tensor([[1.0, -1.0]])
     assert torch.isfinite(gaussian_log_prob(edge, torch.zeros(1, 2), torch.zeros(1, 2))).all()
+
+
+@pytest.mark.parametrize("place", [0.0, 3.0, 9.0, -40.0])
+def test_the_entropy_has_its_own_gradient_however_far_out(place: float) -> None:
+    """That of log(1 - tanh^2) in the mean is -2 tanh, and the Gaussian's entropy does not depend on the mean."""
+    mean = torch.tensor([[place]], requires_grad=True)
+    log_std, generator = torch.full((1, 1), -3.0), torch.Generator().manual_seed(0)
+    raw = sample_raw(mean, log_std, generator)
+    (-raw_log_prob(raw, mean, log_std)).sum().backward()
+    assert mean.grad is not None
+    torch.testing.assert_close(mean.grad, -2 * torch.tanh(raw.detach()))
 
 
 def test_draws_have_the_asked_mean_and_deviation() -> None:
