@@ -223,11 +223,12 @@ class Adapters:
         """Add the active adapter to the base weights, in place: no extra work per step; :meth:`unmerge` undoes it.
 
         Raises:
-            UserError: None of the adapters is active, or one is merged already.
+            UserError: There is no adapter, none is active, or one is merged already.
         """
         self._refuse_others()
-        if self._model is not None:
-            self._model.merge_adapter([self._chosen()])
+        if self._model is None:
+            raise UserError("The policy has no adapters to merge. Load some: load_policy(base, adapters={...}).")
+        self._model.merge_adapter([self._chosen()])
 
     def unmerge(self) -> None:
         """Take a merged adapter out of the base weights again, to rounding."""
@@ -235,7 +236,7 @@ class Adapters:
             self._model.unmerge_adapter()
 
     def merge_and_unload(self) -> None:
-        """Add the active adapter to the base weights for good, and forget all of them.
+        """Add the active adapter to the base weights for good, and forget all of them; without any, do nothing.
 
         Raises:
             UserError: None of the adapters is active, or one is merged already.

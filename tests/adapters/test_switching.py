@@ -305,8 +305,11 @@ def test_choose_the_adapter_that_fits(tmp_path: Path, reach_demonstrations: Traj
     for none in ({"steps": 0}, {"episodes": 0}):
         with pytest.raises(UserError, match=f"{next(iter(none))}=0"):
             policy.adapters.choose(reach, **none)
+    alone = load_policy(tmp_path / "base").adapters
     with pytest.raises(UserError, match="no adapters to choose from"):
-        load_policy(tmp_path / "base").adapters.choose("reach-v3")
+        alone.choose("reach-v3")
+    with pytest.raises(UserError, match="no adapters to merge"):
+        alone.merge()
 
 
 def test_a_layer_that_saw_zeros_alone_says_nothing_of_a_task(
