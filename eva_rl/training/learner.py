@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from eva_rl.agents.policy import DecisionTransformerPolicy, Policy
 from eva_rl.data.replay import TrajectoryReplay
+from eva_rl.data.trajectories import Episode
 from eva_rl.training.bc import EXTENSION, Extension
 from eva_rl.training.checkpoint import below
 from eva_rl.training.failures import Batch
@@ -108,6 +109,19 @@ class Learner(ABC):
             failures: Episodes since the last gradient steps in which the task was not solved.
         """
         return replay.num_complete > 0
+
+    @property
+    def learns_from_unfinished(self) -> bool:
+        """Whether :meth:`see_unfinished` is called after each rollout."""
+        return False
+
+    def see_unfinished(self, episodes: Sequence[Episode], asked: float) -> None:  # noqa: B027 - most wait for whole ones
+        """Take note of the episodes under way, in place of those noted before.
+
+        Args:
+            episodes: What has been played of each, as if a time limit had cut it.
+            asked: Return that the policy was asked for at their starts.
+        """
 
     def begin_iteration(self, replay: TrajectoryReplay, *, env_steps: int = 0, updates: int = 0) -> int:
         """How many gradient steps are taken from here on until the policy acts again.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -71,7 +71,27 @@ class ResidualActor(nn.Module):
 
     def added(self, proposals: Tensor, residuals: Tensor) -> Tensor:
         """Scaled actions (B, act) of proposals and residuals."""
-        return (proposals + self.scale * residuals).clamp(-1, 1)
+        clamped: Tensor = _Clamp.apply(proposals + self.scale * residuals)
+        return clamped
+
+
+class _Clamp(torch.autograd.Function):
+    """Clamp to [-1, 1]; what lies outside has the gradient that leads back.
+
+    Policies of locomotion often act at the bounds, where nothing would bring a residual back that is once outside
+    (as the inverting gradients of Hausknecht and Stone 2016, arXiv 1511.04143).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.clamp(-1, 1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        outwards = ((x > 1) & (gradient < 0)) | ((x < -1) & (gradient > 0))
+        return gradient.masked_fill(outwards, 0)
 
 
 class ResidualPolicy:

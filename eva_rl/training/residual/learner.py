@@ -65,6 +65,7 @@ class ResidualLearner(Learner):
         self._critic_optimizer = torch.optim.Adam(self.critics.parameters(), options.critic_learning_rate, fused=True)
         self.add("critics", named(self.critics), self._critic_optimizer)
         self.demonstrations = self._stored(demonstrations, env_id)
+        self._unfinished = self.new_replay(0)
         self._reward_scale = self._solved_value = 0.0
         self._actor_steps_planned = options.total_updates
 
@@ -88,6 +89,21 @@ class ResidualLearner(Learner):
             extras=extra_widths(policy),
             at_end=partial(after_end, policy),
         )
+
+    @property
+    def learns_from_unfinished(self) -> bool:
+        """Yes: episodes may last as long as whole iterations of learning."""
+        return True
+
+    def see_unfinished(self, episodes: Sequence[Episode], asked: float) -> None:
+        """As the parent; their transitions are drawn as all others."""
+        self._unfinished = self.new_replay(sum(len(episode.rewards) + 1 for episode in episodes))
+        for episode in episodes:
+            self._unfinished.add(episode, asked, complete=False)
+
+    def can_learn(self, replay: TrajectoryReplay, failures: int) -> bool:
+        """Whether there is a transition."""
+        return replay.num_steps + self._unfinished.num_steps > 0
 
     @property
     def acting(self) -> ResidualPolicy:
@@ -140,11 +156,17 @@ class ResidualLearner(Learner):
         self._find_scale(replay)
         options, size = self._residual, self.options.batch_size
         shown = round(size * options.demonstration_share) if self.demonstrations.num_episodes else 0
+        under_way = self._unfinished.num_steps
+        fresh = int(rng.binomial(size - shown, under_way / (under_way + replay.num_steps))) if under_way else 0
         parts = [
             source.sample_n_step(
                 count, rng, self.scaling, n=options.n_step, discount=options.discount, solved_value=self._solved_value
             )
-            for source, count in ((self.demonstrations, shown), (replay, size - shown))
+            for source, count in (
+                (self.demonstrations, shown),
+                (replay, size - shown - fresh),
+                (self._unfinished, fresh),
+            )
             if count
         ]
         return NStepBatch.joined(parts).to(self.policy.device), generator
@@ -153,7 +175,7 @@ class ResidualLearner(Learner):
         """Fix what a success is worth when the first one is known, and what rewards are divided by when one is paid."""
         if self._reward_scale and (self._solved_value or not self._residual.stop_at_success):
             return
-        known = [source for source in (self.demonstrations, replay) if source.num_episodes]
+        known = [source for source in (self.demonstrations, replay, self._unfinished) if source.num_episodes]
         solved = self._residual.stop_at_success and any(source.num_solved for source in known)
         if self._reward_scale and not solved:  # what follows looks at all that is kept
             return

@@ -9,7 +9,9 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
+from eva_rl.batch import NStepBatch
 from eva_rl.data import Episode
 from eva_rl.training.online import train_online
 from eva_rl.training.options import ResidualOptions
@@ -139,6 +141,50 @@ def test_what_the_policy_would_propose_after_a_truncation_is_kept(length: int) -
     replay.add(cut, asked=learner.policy.conditioning.of("problem"))
     for name in (FEATURES, PROPOSALS):
         np.testing.assert_allclose(replay.extras[name][length], played.extras[name][length], atol=1e-5)
+
+
+class Endless(TwoSteps):
+    """An env step that is always the same, and no end in sight: ``place`` grows by one."""
+
+    def reset(self, **_: Any) -> tuple[NDArray[np.float32], dict[str, Any]]:
+        self.place = 0.0
+        return np.array([0, 0], np.float32), {}
+
+    def step(self, action: NDArray[np.float32]) -> tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]:
+        self.place += 1
+        return np.array([self.place, 0], np.float32), self.place, False, False, {}
+
+
+def test_episodes_under_way_are_learned_from() -> None:
+    """From the first iteration on, each env step once, and the last one bootstraps where the episode has come to."""
+    options = ResidualOptions(**QUICK | {"env_steps": 240, "learning_starts": 80, "n_step": 2, "critic_warmup": 0})
+    learner, drawn = ResidualLearner(make_learner(), options, env_id="problem"), list[NStepBatch]()
+    draw = learner._draw
+
+    def watched(*args: Any) -> tuple[NStepBatch, torch.Generator]:
+        batch, generator = draw(*args)
+        drawn.append(batch)
+        return batch, generator
+
+    learner._draw = watched  # type: ignore[method-assign]
+    replay = learner.new_replay(2000)
+    counters = train_online(learner, replay, make_task(Endless), log=lambda *_: None)
+    assert counters.update == 3 * 60, "8 environments of 10 env steps an iteration, none of whose episodes has ended"
+    for number in range(3):
+        seen = drawn[60 * number : 60 * (number + 1)]
+        places = np.concatenate([batch.observations[:, 0].numpy() for batch in seen])
+        later = np.concatenate([batch.next_observations[:, 0].numpy() for batch in seen])
+        assert set(places) == set(range(10 * (number + 1)))
+        np.testing.assert_array_equal(later, np.minimum(places + 2, 10 * (number + 1)))
+        assert all((batch.discounts > 0).all() for batch in seen)
+    assert replay.num_steps == 240, "they are stored once, where the last iteration cuts them"
+    for batch in drawn:
+        place, at_end = batch.observations[:, 0], batch.next_observations[:, 0] - batch.observations[:, 0] == 1
+        torch.testing.assert_close(batch.returns, place + 1 + torch.where(at_end, 0, 0.99 * (place + 2)))
+    last = drawn[-1].next_observations[:, 0] == 30
+    for name in (FEATURES, PROPOSALS):
+        ends = torch.from_numpy(replay.extras[name][30 : 31 * 8 : 31])
+        assert float(torch.cdist(drawn[-1].next_extras[name][last], ends).amin(1).max()) < 1e-4, name
 
 
 def test_a_success_is_worth_what_is_said() -> None:
