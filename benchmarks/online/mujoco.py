@@ -21,7 +21,19 @@ from benchmarks.online import runs as online_runs
 from eva_rl.report.tables import Table
 
 POLICIES = {"Hopper-v5": "hopper", "Walker2d-v5": "walker2d", "HalfCheetah-v5": "halfcheetah"}
-SETTINGS = {"HalfCheetah-v5": ["algo.updates_per_iteration=400", "algo.scale=0.3", "algo.policy_delay=2"]}
+SETTINGS = {
+    "HalfCheetah-v5": [
+        "algo.updates_per_iteration=500",
+        "algo.critics=2",
+        "algo.policy_delay=2",
+        "algo.critic_learning_rate=1e-3",
+        "algo.learning_rate=1e-3",
+        "algo.tau=0.02",
+        "algo.decay=0.3",
+        "algo.env_steps=80000",
+        "algo.eval_every=20000",
+    ]
+}
 """Of tasks that the defaults do not suit."""
 SCORE = "normalized_score"
 PHASES = {"before": "eval_before", "residual": "eval_residual", "after": "eval"}
