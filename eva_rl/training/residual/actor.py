@@ -71,7 +71,7 @@ class ResidualActor(nn.Module):
 
     def added(self, proposals: Tensor, residuals: Tensor) -> Tensor:
         """Scaled actions (B, act) of proposals and residuals."""
-        clamped: Tensor = _Clamp.apply(proposals + self.scale * residuals)
+        clamped: Tensor = _Clamp.apply(proposals + self.scale * residuals)  # type: ignore[no-untyped-call]
         return clamped
 
 

@@ -227,6 +227,18 @@ def test_targets_are_those_computed_by_hand() -> None:
     assert not torch.allclose(found, batch.returns / scale + batch.discounts * torch.maximum(*values), atol=1e-3)
 
 
+def test_residuals_are_led_back_into_the_action_range() -> None:
+    """Outside of it the gradient that leads further out is none, the one that leads back is whole."""
+    actor = ResidualLearner(make_learner(), ResidualOptions(**QUICK), env_id="problem").actor
+    proposals, inwards = torch.tensor([[0.9], [0.9], [-0.9], [-0.9], [0.2]]), torch.tensor([1.0, -1, -1, 1, 1])
+    residuals = torch.tensor([[0.5], [0.5], [-0.5], [-0.5], [0.5]], requires_grad=True)
+    actions = actor.added(proposals, residuals)
+    torch.testing.assert_close(actions[:, 0].detach(), torch.tensor([1.0, 1.0, -1.0, -1.0, 0.7]))
+    (actions[:, 0] * inwards).sum().backward()  # a step downhill goes against the gradient
+    assert residuals.grad is not None
+    assert residuals.grad[:, 0].tolist() == [1, 0, -1, 0, 1]
+
+
 def test_it_begins_as_the_frozen_policy() -> None:
     policy = make_learner()
     learner = ResidualLearner(policy, ResidualOptions(**QUICK))
