@@ -59,12 +59,14 @@ class Measure:
         value: Of a run; NaN where it was not measured.
         scale: What it is multiplied by.
         spread: Whether its standard deviation over seeds is shown.
+        digits: After the decimal point.
     """
 
     title: str
     value: Callable[[Run], float]
     scale: float = 1.0
     spread: bool = False
+    digits: int = 2
 
 
 def of(endpoint: str) -> Callable[[Run], float]:
@@ -77,11 +79,17 @@ def cloned(run: Run) -> float:
     return float(run.summary.get(f"eval_cloned/{SUCCESS}", np.nan))
 
 
+def env_steps_to_90(run: Run) -> float:
+    """NaN where gradient steps are counted."""
+    return of("updates_to_90")(run) if run.counts_env_steps else np.nan
+
+
 area, final = of("area"), of("final")
 MEASURES = (
     Measure("Area, mean ± standard deviation over seeds", area, spread=True),
     Measure("Success after cloning", cloned),
     Measure("Success at the end", final),
+    Measure("Env steps to a success of 0.90, all of them where it is not reached", env_steps_to_90, digits=0),
     Measure("Held-out cloning loss × 1000", of("cloning_loss"), scale=1e3),
 )
 MUCH = 0.05
@@ -163,17 +171,18 @@ def _by_task(group: TaskGroup, measure: Measure) -> str:
     for method in group.methods:
         values = [np.array([measure.value(run) for run in method.runs.get(task, ())]) for task in tasks]
         found = [measure.scale * of_task[np.isfinite(of_task)] for of_task in values]
-        over_tasks = f"{np.mean([of_task.mean() for of_task in found]):.2f}" if all(map(len, found)) else "-"
-        rows.append([method.label, *(_cell(of_task, spread=measure.spread) for of_task in found), over_tasks])
+        over_tasks = f"{np.mean([one.mean() for one in found]):,.{measure.digits}f}" if all(map(len, found)) else "-"
+        rows.append([method.label, *(_cell(of_task, measure) for of_task in found), over_tasks])
     names = [task.removeprefix("metaworld/").removesuffix("-v3") for task in tasks]
     return markdown_table(Table("", ["method", *names, "mean"], rows))
 
 
-def _cell(values: Floats, *, spread: bool) -> str:
+def _cell(values: Floats, measure: Measure) -> str:
     """The mean, and where that is asked for the standard deviation over seeds."""
     if not len(values):
         return "-"
-    return f"{values.mean():.2f}" + (f" ± {values.std(ddof=1):.2f}" if spread and len(values) > 1 else "")
+    spread = f" ± {values.std(ddof=1):.{measure.digits}f}" if measure.spread and len(values) > 1 else ""
+    return f"{values.mean():,.{measure.digits}f}{spread}"
 
 
 @dataclass(frozen=True)
