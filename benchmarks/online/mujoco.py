@@ -30,11 +30,12 @@ SETTINGS = {
         "algo.learning_rate=1e-3",
         "algo.tau=0.02",
         "algo.decay=0.3",
-        "algo.env_steps=80000",
         "algo.eval_every=20000",
     ]
 }
 """Of tasks that the defaults do not suit."""
+ENV_STEPS = {"Hopper-v5": 70_000, "Walker2d-v5": 70_000, "HalfCheetah-v5": 80_000}
+"""Of training and distillation."""
 SCORE = "normalized_score"
 PHASES = {"before": "eval_before", "residual": "eval_residual", "after": "eval"}
 MARKS = ("<!-- MuJoCo, written by benchmarks/online/mujoco.py table -->", "<!-- end of MuJoCo -->")
@@ -50,11 +51,12 @@ def record_of(arguments: argparse.Namespace, run_dir: Path) -> online_runs.Recor
     from eva_rl.tracking.tracker import read_metrics
 
     seed, settings = arguments.seed, [*SETTINGS.get(arguments.task, ()), *arguments.settings]
+    env_steps = arguments.env_steps or ENV_STEPS[arguments.task]
     found = online_runs.finetuned(
         run_dir,
         [
             f"env={arguments.task}", f"policy={arguments.policy or POLICIES[arguments.task]}", "data=none",
-            "adapter.rank=32", "algo=residual", f"algo.env_steps={arguments.env_steps}", "algo.eval_every=10000",
+            "adapter.rank=32", "algo=residual", f"algo.env_steps={env_steps}", "algo.eval_every=10000",
             "algo.checkpoint_every=0", f"seed={seed}", f"eval.seed={seed}", f"eval.episodes={arguments.episodes}",
             "eval.quick_episodes=5", "threads=1", "tracker=[]", *settings,
         ],
@@ -110,7 +112,7 @@ def main() -> None:
     parser, one, everything = online_runs.parsers(__doc__)
     one.add_argument("task", choices=POLICIES)
     one.add_argument("--policy", help="another than the shipped one of the task")
-    one.add_argument("--env-steps", type=int, default=70_000, help="of training and distillation")
+    one.add_argument("--env-steps", type=int, help="of training and distillation, instead of the table's")
     one.add_argument("--episodes", type=int, default=50, help="held-out ones of each evaluation")
     one.add_argument("--out", type=Path, default=Path("runs/mujoco"))
     one.set_defaults(call=run)

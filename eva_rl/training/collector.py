@@ -201,8 +201,7 @@ class Collector:
                 replay.add(episode, target_return)
                 counters.finished(episode)
                 self._ended[index] += 1
-        if learner.learns_from_unfinished:
-            learner.see_unfinished(self._recorder.unfinished(), target_return)
+        learner.see_unfinished(self._recorder, target_return)
 
     def _act(self, explore: Explore) -> tuple[NDArray[np.float32], dict[str, NDArray[np.float32]]]:
         """Actions (n, act), and what else is kept of this step."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from eva_rl.agents.policy import DecisionTransformerPolicy, Policy
 from eva_rl.data.replay import TrajectoryReplay
-from eva_rl.data.trajectories import Episode
+from eva_rl.rollouts.recorder import EpisodeRecorder
 from eva_rl.training.bc import EXTENSION, Extension
 from eva_rl.training.checkpoint import below
 from eva_rl.training.failures import Batch
@@ -110,16 +110,11 @@ class Learner(ABC):
         """
         return replay.num_complete > 0
 
-    @property
-    def learns_from_unfinished(self) -> bool:
-        """Whether :meth:`see_unfinished` is called after each rollout."""
-        return False
-
-    def see_unfinished(self, episodes: Sequence[Episode], asked: float) -> None:  # noqa: B027 - most wait for whole ones
-        """Take note of the episodes under way, in place of those noted before.
+    def see_unfinished(self, recorder: EpisodeRecorder, asked: float) -> None:  # noqa: B027 - most wait for whole ones
+        """Take note of the episodes under way after a rollout, in place of those noted before.
 
         Args:
-            episodes: What has been played of each, as if a time limit had cut it.
+            recorder: Has what was played of each.
             asked: Return that the policy was asked for at their starts.
         """
 

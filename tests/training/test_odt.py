@@ -53,18 +53,16 @@ def test_the_temperature_defends_the_entropy(target: float, grows: bool) -> None
 @pytest.mark.parametrize("kind", [Bandit, TwoSteps])
 def test_small_problems_are_solved(kind: type[gym.Env[Any, Any]]) -> None:
     """On average: one seed of three ends below what counts as solved in the second."""
-    returns, options = (
-        [],
-        ODTOptions(
-            learning_rate=3e-3,
-            warmup_steps=10,
-            weight_decay=0.0,
-            initial_temperature=0.1,
-            env_steps=1280,
-            steps_per_iteration=80,
-            updates_per_iteration=20,
-        ),
+    options = ODTOptions(
+        learning_rate=3e-3,
+        warmup_steps=10,
+        weight_decay=0.0,
+        initial_temperature=0.1,
+        env_steps=1280,
+        steps_per_iteration=80,
+        updates_per_iteration=20,
     )
+    returns = []
     for seed in range(3):
         policy = make_learner(stochastic=True)
         before = mean_return(policy, kind)

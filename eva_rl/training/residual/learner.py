@@ -20,6 +20,7 @@ from eva_rl.batch import NStepBatch
 from eva_rl.data.replay import TrajectoryReplay
 from eva_rl.data.selection import until_success
 from eva_rl.data.trajectories import Episode
+from eva_rl.rollouts.recorder import EpisodeRecorder
 from eva_rl.training.critics import CriticEnsemble, polyak_update, random_pair
 from eva_rl.training.failures import NotFiniteError
 from eva_rl.training.learner import Choice, Explore, Learner, named, noise_levels, step_generators
@@ -90,13 +91,9 @@ class ResidualLearner(Learner):
             at_end=partial(after_end, policy),
         )
 
-    @property
-    def learns_from_unfinished(self) -> bool:
-        """Yes: episodes may last as long as whole iterations of learning."""
-        return True
-
-    def see_unfinished(self, episodes: Sequence[Episode], asked: float) -> None:
+    def see_unfinished(self, recorder: EpisodeRecorder, asked: float) -> None:
         """As the parent; their transitions are drawn as all others."""
+        episodes = recorder.unfinished()
         self._unfinished = self.new_replay(sum(len(episode.rewards) + 1 for episode in episodes))
         for episode in episodes:
             self._unfinished.add(episode, asked, complete=False)
@@ -129,7 +126,7 @@ class ResidualLearner(Learner):
         return choose
 
     def begin_iteration(self, replay: TrajectoryReplay, *, env_steps: int = 0, updates: int = 0) -> int:
-        """As the parent; learning may begin late, with the first whole episode: see how much is still to come."""
+        """As the parent; where learning began late, see how much is still to come."""
         options, per_iteration = self._residual, super().begin_iteration(replay)
         iterations = 1 + -(-max(0, options.env_steps - env_steps) // options.steps_per_iteration)
         self._actor_steps_planned = options.actor_updates(updates + iterations * per_iteration)

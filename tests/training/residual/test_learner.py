@@ -56,7 +56,7 @@ def test_the_actor_settles_at_the_end() -> None:
 
 @pytest.mark.parametrize(("begins", "expected"), [(160, 280), (480, 160)])
 def test_it_settles_at_the_end_however_late_it_begins(begins: int, expected: int) -> None:
-    """Learning waits for a first whole episode, which may be later than ``learning_starts``."""
+    """Learning may begin later than ``learning_starts``."""
     learner = ResidualLearner(make_learner(), ResidualOptions(**QUICK), env_id="problem")
     assert learner.options.total_updates == 280
     for index, env_steps in enumerate(range(begins, 961, 80)):
