@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import re
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from eva_rl.cli.keys import Key, defaults_of, groups_of
 from eva_rl.cli.values import is_number, literal, unquoted, value_of
 from eva_rl.errors import UserError, close_matches
 from eva_rl.files import expanded, read_yaml
+
+logger = logging.getLogger(__name__)
 
 Config = TypeVar("Config")
 Arguments = Callable[[Sequence[str]], list[str]]
@@ -334,7 +337,12 @@ def flat(values: Mapping[str, Any], prefix: str = "", tables: Container[str] = (
 def _stored_values(name: str, stored: Mapping[str, Any], chosen: Mapping[str, str]) -> Iterator[Setting]:
     """Stored settings as values; those of an option that is not chosen any more are left out."""
     known = known_keys(name, chosen)
-    dropped = {group for group, option in chosen.items() if stored.get(f"{group}.name", option) != option}
+    dropped = {group: old for group, new in chosen.items() if (old := stored.get(f"{group}.name", new)) != new}
+    for group, old in dropped.items():
+        logger.warning(
+            "config=: the file has %s=%s; its %s.* is left out, since %s=%s is typed.",
+            *(group, old, group, group, chosen[group]),
+        )
     for key, value in stored.items():
         if key.partition(".")[0] in dropped:
             continue

@@ -133,7 +133,7 @@ def test_interpolations_in_a_file_stay_text(tmp_path: Path, monkeypatch: pytest.
     assert (config.policy.path, config.data.source) == ("${oc.env:SECRET}", "a${b}\\${c")
 
 
-def test_a_config_runs_again_in_one_word(tmp_path: Path) -> None:
+def test_a_config_runs_again_in_one_word(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     words = ["env=reach-v3", "algo=odt", "algo.env_steps=77", "algo.learning_rate=1e-5", "adapter.rank_caps={q_proj:2}"]
     before = parse("finetune", [*words, "run_dir=first"])
     file = tmp_path / "config.yaml"
@@ -142,8 +142,10 @@ def test_a_config_runs_again_in_one_word(tmp_path: Path) -> None:
     assert asdict(again) == {**asdict(before), "run_dir": "second"}
     assert parse("finetune", [f"config={file}", "seed=5"]).seed == 5
     assert parse("finetune", [f"config={file}"]).run_dir == "", "a new run gets a folder of its own"
+    assert not caplog.messages
     cloned = parse("finetune", [f"config={file}", "algo=bc"])
     assert cloned.algo.name == "bc"
+    assert caplog.messages == ["config=: the file has algo=odt; its algo.* is left out, since algo=bc is typed."]
     assert cloned.env.id == "reach-v3"
     file.write_text("algo: {updaets: 3}\n")
     assert "algo.updates=3" in message("finetune", f"config={file}")
