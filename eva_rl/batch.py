@@ -61,6 +61,7 @@ class NStepBatch:
         discounts: (B,), what the value of the last observation is multiplied by; 0 where the episode was over.
         next_observations: (B, obs), n env steps later, or as many as there are.
         next_extras: What was kept beside that step.
+        following_observations: (B, obs), one env step later.
         solved: (B,), True in an episode that solved the task.
     """
 
@@ -71,6 +72,7 @@ class NStepBatch:
     discounts: Tensor
     next_observations: Tensor
     next_extras: Mapping[str, Tensor]
+    following_observations: Tensor
     solved: Tensor
 
     @classmethod

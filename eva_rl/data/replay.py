@@ -301,6 +301,7 @@ class TrajectoryReplay:
             discounts=torch.from_numpy((powers * ~over).astype(np.float32)),
             next_observations=scaling.observations(torch.from_numpy(self.observations[rows + steps])),
             next_extras=self._extras_of(rows + steps),
+            following_observations=scaling.observations(torch.from_numpy(self.observations[rows + 1])),
             solved=torch.from_numpy(solved),
         )
 

@@ -216,6 +216,6 @@ def noise_levels(num_envs: int) -> Tensor:
     return torch.linspace(0, 1, num_envs).unsqueeze(-1) if num_envs > 1 else torch.ones(1, 1)
 
 
-def named(module: nn.Module) -> dict[str, Any]:
+def named(module: nn.Module, prefix: str = "") -> dict[str, Any]:
     """A module's parameters by name."""
-    return dict(module.named_parameters())
+    return {f"{prefix}{name}": parameter for name, parameter in module.named_parameters()}

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from eva_rl.agents.policy import DecisionTransformerPolicy
+from eva_rl.training.embeddings import StateActionEncoder
 
 
 def frozen_copy(policy: DecisionTransformerPolicy) -> DecisionTransformerPolicy:
@@ -31,16 +32,24 @@ class ResidualActor(nn.Module):
         feature_dim: Width of the frozen policy's hidden states; 0 leaves them out.
         hidden_size: Width of the two hidden layers.
         scale: Largest magnitude of what is added, to actions in [-1, 1].
+        encoder: Whose embeddings of the observations it sees, too; not trained here.
     """
 
     def __init__(
-        self, observation_dim: int, action_dim: int, feature_dim: int = 0, hidden_size: int = 256, scale: float = 0.3
+        self,
+        observation_dim: int,
+        action_dim: int,
+        feature_dim: int = 0,
+        hidden_size: int = 256,
+        scale: float = 0.3,
+        encoder: StateActionEncoder | None = None,
     ) -> None:
         super().__init__()
-        self.scale, self.feature_dim = scale, feature_dim
+        self.scale, self.feature_dim, self.encoder = scale, feature_dim, encoder
+        embedding_dim = 0 if encoder is None else encoder.size
         self.feature_norm = nn.LayerNorm(feature_dim) if feature_dim else None
         self.trunk = nn.Sequential(
-            nn.Linear(observation_dim + action_dim + feature_dim, hidden_size),
+            nn.Linear(observation_dim + action_dim + feature_dim + embedding_dim, hidden_size),
             nn.LayerNorm(hidden_size),
             nn.ReLU(),
             nn.Linear(hidden_size, hidden_size),
@@ -62,6 +71,8 @@ class ResidualActor(nn.Module):
         parts = [observations, proposals]
         if self.feature_norm is not None:
             parts.append(self.feature_norm(features))
+        if self.encoder is not None:
+            parts.append(self.encoder.observations(observations))
         residual: Tensor = torch.tanh(self.head(self.trunk(torch.cat(parts, -1))))
         return residual
 

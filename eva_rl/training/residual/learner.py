@@ -22,6 +22,7 @@ from eva_rl.data.selection import until_success
 from eva_rl.data.trajectories import Episode
 from eva_rl.rollouts.recorder import EpisodeRecorder
 from eva_rl.training.critics import CriticEnsemble, polyak_update, random_pair
+from eva_rl.training.embeddings import StateActionEncoder
 from eva_rl.training.failures import NotFiniteError
 from eva_rl.training.learner import Choice, Explore, Learner, named, noise_levels, step_generators
 from eva_rl.training.optimizer import restore_parameters
@@ -57,14 +58,22 @@ class ResidualLearner(Learner):
         dims, width = (policy.observation_dim, policy.action_dim), policy.network.config.hidden_size
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            actor = ResidualActor(*dims, width if options.features else 0, options.actor_hidden_size, options.scale)
-            critics = CriticEnsemble(*dims, options.critic_hidden_size, options.critics)
+            encoder = StateActionEncoder(*dims, options.embedding_size) if options.embedding_size else None
+            shown = None if encoder is None else copy.deepcopy(encoder).requires_grad_(False)
+            actor = ResidualActor(
+                *dims, width if options.features else 0, options.actor_hidden_size, options.scale, shown
+            )
+            seen = policy.observation_dim + 2 * options.embedding_size
+            critics = CriticEnsemble(seen, policy.action_dim, options.critic_hidden_size, options.critics)
         self.actor, self.critics = actor.to(policy.device), critics.to(policy.device)
         super().__init__(policy, options, seed=seed, actor=self.actor)
         self._residual = options
         self.target_actor, self.target_critics = copy.deepcopy(self.actor), copy.deepcopy(self.critics)
-        self._critic_optimizer = torch.optim.Adam(self.critics.parameters(), options.critic_learning_rate, fused=True)
-        self.add("critics", named(self.critics), self._critic_optimizer)
+        self.encoder, self.target_encoder = None if encoder is None else encoder.to(policy.device), self.actor.encoder
+        self.target_actor.encoder = self.target_encoder  # one average, which all others see
+        judges = named(self.critics) | ({} if self.encoder is None else named(self.encoder, "encoder."))
+        self._critic_optimizer = torch.optim.Adam(judges.values(), options.critic_learning_rate, fused=True)
+        self.add("critics", judges, self._critic_optimizer)
         self.demonstrations = self._stored(demonstrations, env_id)
         self._unfinished = self.new_replay(0)
         self._reward_scale = self._solved_value = 0.0
@@ -190,19 +199,42 @@ class ResidualLearner(Learner):
             noise = torch.randn(actions.shape, generator=generator).to(actions.device) * options.target_noise
             noise = noise.clamp(-2 * options.target_noise, 2 * options.target_noise)
             pair = random_pair(options.critics, generator).to(actions.device)
-            values = self.target_critics.min_of(batch.next_observations, (actions + noise).clamp(-1, 1), pair)
+            actions = (actions + noise).clamp(-1, 1)
+            values = self.target_critics.min_of(self._seen(batch.next_observations, actions), actions, pair)
             return batch.returns / (self._reward_scale or 1.0) + batch.discounts * values
+
+    def _seen(self, observations: Tensor, actions: Tensor) -> Tensor:
+        """What critics see beside the actions: observations (B, obs), and embeddings (B, 2 E) where there are some."""
+        return (
+            observations if self.target_encoder is None else self.target_encoder.seen_by_critics(observations, actions)
+        )
 
     def _update_critics(self, batch: NStepBatch, generator: torch.Generator, update: int) -> dict[str, float]:
         targets = self.targets(batch, generator)
-        values: Tensor = self.critics(batch.observations, batch.actions)
-        loss = (values - targets).square().mean(1).sum()
+        with torch.no_grad():
+            seen = self._seen(batch.observations, batch.actions)
+        values: Tensor = self.critics(seen, batch.actions)
+        errors = (values - targets).square().mean(1).sum()
+        foretold = self._foretelling_loss(batch)
+        loss = errors + foretold
         self._critic_optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         if not bool(torch.isfinite(loss)):
             raise NotFiniteError("the critics' loss", update, batch)
         self._critic_optimizer.step()
-        return {"train/critic_loss": loss.item() / self.critics.size, "train/q": values.mean().item()}
+        if self.encoder is not None and self.target_encoder is not None:
+            polyak_update(self.target_encoder, self.encoder, self._residual.tau)
+        return {
+            "train/critic_loss": errors.item() / self.critics.size,
+            "train/q": values.mean().item(),
+            "train/encoder_loss": foretold.item(),
+        }
+
+    def _foretelling_loss(self, batch: NStepBatch) -> Tensor:
+        """Of the embeddings; 0 where there are none."""
+        if self.encoder is None:
+            return torch.zeros((), device=batch.observations.device)
+        return self.encoder.loss(batch.observations, batch.actions, batch.following_observations)
 
     def _update_actor(self, batch: NStepBatch, update: int) -> dict[str, float]:
         options, proposals = self._residual, batch.extras[PROPOSALS]
@@ -224,7 +256,7 @@ class ResidualLearner(Learner):
 
     def _judged(self, observations: Tensor, actions: Tensor) -> Tensor:
         """Mean of the critics less ``pessimism`` standard deviations, (B,): where they disagree, they know little."""
-        values: Tensor = self.critics(observations, actions)
+        values: Tensor = self.critics(self._seen(observations, actions), actions)
         return values.mean(0) - self._residual.pessimism * values.std(0)
 
     def _distance_to_better(self, batch: NStepBatch, residuals: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
