@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 class StateActionEncoder(nn.Module):
-    """Embeddings of observations, and of observations with an action: the latter foretell the next observation's.
+    """Embeddings of observations, and of observations with an action: the latter predict the next observation's.
 
     Args:
         observation_dim: Numbers in one (scaled) observation.
@@ -39,7 +39,7 @@ class StateActionEncoder(nn.Module):
         return torch.cat([observations, embeddings, self.pairs(embeddings, actions)], -1)
 
     def loss(self, observations: Tensor, actions: Tensor, next_observations: Tensor) -> Tensor:
-        """Mean squared error of the foretold embeddings, (); equation 2 of the paper.
+        """Mean squared error of the predicted embeddings, (); equation 2 of the paper.
 
         Args:
             observations: (B, obs).

@@ -233,7 +233,7 @@ class ResidualOptions(ReplayOptions):
     critics: int = option(5, "critics; the target is the minimum over two of them, drawn at each step", low=2, high=100)
     embedding_size: int = option(
         256,
-        "width of the embeddings (SALE) that actor and critics see, learned by foretelling what follows; 0 for none",
+        "width of the embeddings (SALE) that actor and critics see, trained to predict what follows; 0 for none",
         low=0,
     )
     features: bool = option(True, "show the actor the frozen policy's hidden state, too")

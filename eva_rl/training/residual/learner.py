@@ -215,8 +215,8 @@ class ResidualLearner(Learner):
             seen = self._seen(batch.observations, batch.actions)
         values: Tensor = self.critics(seen, batch.actions)
         errors = (values - targets).square().mean(1).sum()
-        foretold = self._foretelling_loss(batch)
-        loss = errors + foretold
+        predicted = self._prediction_loss(batch)
+        loss = errors + predicted
         self._critic_optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         if not bool(torch.isfinite(loss)):
@@ -227,10 +227,10 @@ class ResidualLearner(Learner):
         return {
             "train/critic_loss": errors.item() / self.critics.size,
             "train/q": values.mean().item(),
-            "train/encoder_loss": foretold.item(),
+            "train/encoder_loss": predicted.item(),
         }
 
-    def _foretelling_loss(self, batch: NStepBatch) -> Tensor:
+    def _prediction_loss(self, batch: NStepBatch) -> Tensor:
         """Of the embeddings; 0 where there are none."""
         if self.encoder is None:
             return torch.zeros((), device=batch.observations.device)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from eva_rl.batch import NStepBatch
 from eva_rl.data import Episode
+from eva_rl.training.embeddings import StateActionEncoder
 from eva_rl.training.online import train_online
 from eva_rl.training.options import ResidualOptions
 from eva_rl.training.residual.learner import ResidualLearner
@@ -25,6 +26,7 @@ QUICK: dict[str, Any] = {
     "warmup_steps": 1,
     "critic_hidden_size": 32,
     "actor_hidden_size": 32,
+    "embedding_size": 16,
     "critics": 3,
     "critic_warmup": 100,
     "policy_delay": 2,
@@ -206,14 +208,18 @@ def test_targets_are_those_computed_by_hand() -> None:
     replay.add(episode(4, terminated=True), asked=1.0)
     batch, generator = learner._draw(replay, update=0)
     found = learner.targets(batch, generator)
+    assert learner.target_encoder is not None
+    embedded = learner.target_encoder.of_observations(batch.next_observations)
+    embedded = embedded / embedded.abs().mean(1, keepdim=True)
     hidden = torch.cat([batch.next_observations, batch.next_extras[PROPOSALS]], 1)
     features = torch.nn.functional.layer_norm(batch.next_extras[FEATURES], (16,))
     actions = batch.next_extras[PROPOSALS] + 0.5 * torch.tanh(
-        learner.target_actor.head(learner.target_actor.trunk(torch.cat([hidden, features], 1)))
+        learner.target_actor.head(learner.target_actor.trunk(torch.cat([hidden, features, embedded], 1)))
     )
+    pairs = learner.target_encoder.of_pairs(torch.cat([embedded, actions.clamp(-1, 1)], 1))
     values = []
     for member in range(2):
-        x = torch.cat([batch.next_observations, actions.clamp(-1, 1)], 1)
+        x = torch.cat([batch.next_observations, embedded, pairs, actions.clamp(-1, 1)], 1)
         for layer in learner.target_critics.layers:
             x = x @ layer.linear.weight[member] + layer.linear.bias[member]
             centred = x - x.mean(1, keepdim=True)
@@ -237,6 +243,63 @@ def test_residuals_are_led_back_into_the_action_range() -> None:
     (actions[:, 0] * inwards).sum().backward()  # a step downhill goes against the gradient
     assert residuals.grad is not None
     assert residuals.grad[:, 0].tolist() == [1, 0, -1, 0, 1]
+
+
+def linear_transitions(batch_size: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Observations (B, 2), actions (B, 1), and the observations that follow."""
+    generator = torch.Generator().manual_seed(seed)
+    observations = torch.randn(batch_size, 2, generator=generator)
+    actions = torch.rand(batch_size, 1, generator=generator) * 2 - 1
+    return observations, actions, observations @ torch.tensor([[0.9, 0.2], [-0.2, 0.9]]) + actions
+
+
+def test_embeddings_predict_those_of_what_follows() -> None:
+    """On transitions never seen, better than what is predicted without the action, and they do not collapse."""
+    torch.manual_seed(0)
+    encoder = StateActionEncoder(2, 1, size=16)
+    optimizer = torch.optim.Adam(encoder.parameters(), 3e-3)
+    for step in range(300):
+        optimizer.zero_grad()
+        encoder.loss(*linear_transitions(64, seed=step)).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    observations, actions, following = linear_transitions(256, seed=1000)
+    embedded = encoder.observations(observations)
+    torch.testing.assert_close(embedded.abs().mean(1), torch.ones(256))
+    assert embedded.std(0).mean() > 0.1
+    loss = encoder.loss(observations, actions, following)
+    assert loss < 0.3 * encoder.loss(observations, actions.flip(0), following)
+    assert loss.requires_grad
+    with torch.no_grad():
+        expected = (encoder.pairs(embedded, actions) - encoder.observations(following)).square().mean()
+    torch.testing.assert_close(loss.detach(), expected)
+
+
+def test_all_see_the_averaged_embeddings() -> None:
+    learner = ResidualLearner(make_learner(), ResidualOptions(**QUICK | {"tau": 0.25, "critic_warmup": 0}), seed=1)
+    replay = learner.new_replay(100)
+    replay.add(episode(4, terminated=True), asked=1.0)
+    assert learner.encoder is not None
+    assert learner.target_encoder is not None
+    assert learner.actor.encoder is learner.target_actor.encoder is learner.target_encoder
+    before = [p.detach().clone() for p in learner.encoder.parameters()]
+    learner.update(replay, 0)
+    for old, new, slow in zip(before, learner.encoder.parameters(), learner.target_encoder.parameters(), strict=True):
+        torch.testing.assert_close(slow, old + 0.25 * (new - old))
+        assert not torch.equal(old, new)
+        assert not slow.requires_grad
+    restored = ResidualLearner(make_learner(), ResidualOptions(**QUICK), seed=2)
+    restored.restore(learner.tensors())
+    for one, other in ((learner.target_actor, restored.target_actor), (learner.encoder, restored.encoder)):
+        pairs = zip(one.parameters(), other.parameters(), strict=True)  # type: ignore[union-attr]
+        assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_without_embeddings_critics_see_the_observations_alone() -> None:
+    learner = ResidualLearner(make_learner(), ResidualOptions(**QUICK | {"embedding_size": 0}))
+    assert learner.critics.layers[0].linear.weight.shape[1] == 2 + 1
+    replay = learner.new_replay(100)
+    replay.add(episode(4, terminated=True), asked=1.0)
+    assert learner.update(replay, 0)["train/encoder_loss"] == 0
 
 
 def test_it_begins_as_the_frozen_policy() -> None:
