@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from eva_rl.agents.policy import DecisionTransformerPolicy
-from eva_rl.training.embeddings import StateActionEncoder
+from eva_rl.training.residual.embeddings import StateActionEncoder
 
 
 def frozen_copy(policy: DecisionTransformerPolicy) -> DecisionTransformerPolicy:

@@ -22,12 +22,12 @@ from eva_rl.data.selection import until_success
 from eva_rl.data.trajectories import Episode
 from eva_rl.rollouts.recorder import EpisodeRecorder
 from eva_rl.training.critics import CriticEnsemble, polyak_update, random_pair
-from eva_rl.training.embeddings import StateActionEncoder
 from eva_rl.training.failures import NotFiniteError
 from eva_rl.training.learner import Choice, Explore, Learner, named, noise_levels, step_generators
 from eva_rl.training.optimizer import restore_parameters
 from eva_rl.training.options import ResidualOptions
 from eva_rl.training.residual.actor import ResidualActor, ResidualPolicy
+from eva_rl.training.residual.embeddings import StateActionEncoder
 from eva_rl.training.residual.playback import FEATURES, PROPOSALS, TARGETS, after_end, extra_widths, played_through
 
 

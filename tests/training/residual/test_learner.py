@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 from eva_rl.batch import NStepBatch
 from eva_rl.data import Episode
-from eva_rl.training.embeddings import StateActionEncoder
 from eva_rl.training.online import train_online
 from eva_rl.training.options import ResidualOptions
+from eva_rl.training.residual.embeddings import StateActionEncoder
 from eva_rl.training.residual.learner import ResidualLearner
 from eva_rl.training.residual.playback import FEATURES, PROPOSALS, TARGETS, played_through
 from tests.training.problems import Bandit, LinearQuadratic, TwoSteps, make_learner, make_task
