@@ -23,7 +23,8 @@ from eva_rl.report.tables import Table
 POLICIES = {"Hopper-v5": "hopper", "Walker2d-v5": "walker2d", "HalfCheetah-v5": "halfcheetah"}
 SETTINGS = {
     "HalfCheetah-v5": [
-        "algo.updates_per_iteration=500",
+        "algo.updates_per_iteration=400",
+        "algo.embedding_size=256",
         "algo.critics=2",
         "algo.policy_delay=2",
         "algo.critic_learning_rate=1e-3",
