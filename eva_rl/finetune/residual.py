@@ -25,7 +25,7 @@ from eva_rl.training.losses import clone_loss
 from eva_rl.training.online import train_online
 from eva_rl.training.options import DistillOptions, ResidualOptions
 from eva_rl.training.residual.actor import frozen_copy
-from eva_rl.training.residual.distillation import LabelledWindows, roll_out
+from eva_rl.training.residual.distillation import LabelledWindows, latest, roll_out
 from eva_rl.training.residual.learner import ResidualLearner
 
 logger = logging.getLogger(__name__)
@@ -81,7 +81,7 @@ def learn_residual(
     session.phases.end("evaluate_residual")
     seed, share = session.config.seed, algo.distill.clone_share
     windows = LabelledWindows(learner.acting, task.env_id, learner.context_length, seed, share)
-    windows.add(replay.episodes())
+    windows.add(latest(list(replay.episodes()), algo.distill.replay_share))
     windows.add(learner.demonstrations.episodes())
     task = replace(task, first_seed=counters.next_seed)
     try:

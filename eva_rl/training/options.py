@@ -283,6 +283,12 @@ class DistillOptions(BCOptions):
         "env steps of the clone per round; part of algo.env_steps. Whole episodes of all environments are best",
         above=0,
     )
+    replay_share: float = option(
+        0.3,
+        "share of the replay that is cloned, its latest env steps: the others are of earlier policies",
+        above=0,
+        high=1,
+    )
     clone_share: float = option(
         0.5, "share of a batch from the clone's own env steps, where it has acted; 0 draws all alike", low=0, high=1
     )

@@ -122,6 +122,12 @@ class LabelledWindows:
         return np.concatenate([rng.integers(others, size=batch_size - own), rng.integers(others, total, size=own)])
 
 
+def latest(episodes: Sequence[Episode], share: float) -> list[Episode]:
+    """The last of some episodes that have at least ``share`` of all env steps between them, in their order."""
+    ends = np.cumsum([len(episode.rewards) for episode in episodes])
+    return [episode for episode, end in zip(episodes, ends, strict=True) if end > (1 - share) * ends[-1]]
+
+
 def roll_out(policy: DecisionTransformerPolicy, task: TaskEnvs, env_steps: int) -> tuple[list[Episode], int]:
     """Episodes of a policy's deterministic actions, of about ``env_steps`` env steps; the last ones are truncated.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ from eva_rl.training.collector import TaskEnvs
 from eva_rl.training.online import train_online
 from eva_rl.training.options import DistillOptions, ResidualOptions
 from eva_rl.training.residual.actor import frozen_copy
-from eva_rl.training.residual.distillation import LabelledWindows, roll_out
+from eva_rl.training.residual.distillation import LabelledWindows, latest, roll_out
 from eva_rl.training.residual.learner import ResidualLearner
 from eva_rl.training.residual.playback import FEATURES, PROPOSALS, played_through
 from tests.conftest import make_policy
@@ -75,6 +75,17 @@ def test_a_share_of_a_batch_is_the_clone_s_own(share: float) -> None:
         assert set(counts) == {64 * share}
     else:
         assert np.mean(counts) == pytest.approx(64 / len(episodes), rel=0.4)
+
+
+@pytest.mark.parametrize(
+    ("share", "lengths"), [(1.0, [40, 30, 20, 10]), (0.3, [20, 10]), (0.31, [30, 20, 10]), (0.01, [10])]
+)
+def test_the_latest_part_of_the_replay_is_cloned(share: float, lengths: list[int]) -> None:
+    _, episodes = taught()
+    whole = {f.name: getattr(episodes[0], f.name) for f in fields(Episode)}
+    kept = latest([Episode(**whole | {"rewards": np.zeros(length)}) for length in (40, 30, 20, 10)], share)
+    assert [len(episode.rewards) for episode in kept] == lengths
+    assert latest([], share) == []
 
 
 @pytest.mark.slow
