@@ -264,6 +264,8 @@ class ResidualLearner(Learner):
 
         Preference as in the Q-filter of Nair et al. 2017, arXiv 1709.10089.
         """
+        if not bool(batch.solved.any()):
+            return residuals.new_zeros(()), residuals.new_zeros(())
         targets, proposals = batch.extras[TARGETS], batch.extras[PROPOSALS]
         with torch.no_grad():
             better = batch.solved & (self._judged(batch.observations, targets) > values)
