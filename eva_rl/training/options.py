@@ -232,9 +232,7 @@ class ResidualOptions(ReplayOptions):
     actor_hidden_size: int = option(256, "width of the residual actor", above=0)
     critics: int = option(5, "critics; the target is the minimum over two of them, drawn at each step", low=2, high=100)
     embedding_size: int = option(
-        256,
-        "width of the embeddings (SALE) that actor and critics see, trained to predict what follows; 0 for none",
-        low=0,
+        0, "width of the learned embeddings (SALE) that actor and critics see, too, such as 256; 0 for none", low=0
     )
     features: bool = option(True, "show the actor the frozen policy's hidden state, too")
     scale: float = option(1.0, "largest residual, on actions in [-1, 1]", above=0, high=2)
