@@ -88,11 +88,11 @@ def on_windows(name: str, num_envs: int) -> Callable[[int, int], None]:
     return run
 
 
-def residual(num_envs: int, hidden_size: int) -> Callable[[int, int], None]:
-    """Residual learning on the frozen policy, with critics and an actor of some width."""
+def residual(num_envs: int, hidden_size: int, **options: int) -> Callable[[int, int], None]:
+    """Residual learning on the frozen policy, with critics and an actor of some width, and other options."""
 
     def run(env_steps: int, updates: int) -> None:
-        options = ResidualOptions(
+        asked = ResidualOptions(
             env_steps=env_steps,
             steps_per_iteration=1000,
             updates_per_iteration=updates,
@@ -101,8 +101,9 @@ def residual(num_envs: int, hidden_size: int) -> Callable[[int, int], None]:
             critic_warmup=0,
             critic_hidden_size=hidden_size,
             actor_hidden_size=hidden_size,
+            **options,  # type: ignore[arg-type]
         )
-        learner, vec_env = ResidualLearner(make_policy(False), options), envs.make_vec_env(ENV, num_envs)
+        learner, vec_env = ResidualLearner(make_policy(False), asked), envs.make_vec_env(ENV, num_envs)
         task = TaskEnvs(vec_env, ENV, False)
         train_online(learner, learner.new_replay(env_steps * 2), task, log=lambda *_: None)
         vec_env.close()
@@ -154,6 +155,7 @@ def main() -> None:
         "td3 on windows": on_windows("td3", n),
         "residual, 256 wide": residual(n, 256),
         "residual, 128 wide": residual(n, 128),
+        "residual, two critics with embeddings": residual(n, 256, critics=2, policy_delay=2, embedding_size=256),
         MLP: mlp(n),
         PLAIN: replayed("odt", 1, "full"),
     }
