@@ -37,6 +37,8 @@ from eva_rl.errors import EnvironmentFailedError, UnknownNameError, UserError
 log = logging.getLogger(__name__)
 
 DEFAULT_HORIZON = 1000
+DATA_SET = re.compile(rf"(mujoco/)?(?P<task>{'|'.join(MUJOCO_TASKS)})[-/][a-z-]+-v\d+")
+"""D4RL's ``hopper-medium-v2`` and Minari's ``mujoco/hopper/medium-v0``."""
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -115,6 +117,7 @@ def _resolve(name: str) -> str:
             "env= of evaluate and pretrain, and tasks= of benchmark."
         )
     if resolved is None:
+        _refuse_data_set(name)
         known = [
             *TASK_SETS,
             *METAWORLD_GROUPS,
@@ -125,6 +128,18 @@ def _resolve(name: str) -> str:
         hint = "`eva-rl finetune --help` lists the tasks; an environment of your own is named module:Env-v0."
         raise UnknownNameError("env", name, [*known, *gym.registry], hint)
     return resolved
+
+
+def _refuse_data_set(name: str) -> None:
+    """Where a name is D4RL's, or Minari's, of recorded episodes: say how to name these and their task."""
+    found = DATA_SET.fullmatch(name)
+    if found:
+        task = MUJOCO_TASKS[found["task"]]
+        kind = "minari" if name.startswith(MUJOCO_PREFIX) else "d4rl"
+        raise UserError(
+            f"env={name} names a data set, and this takes a task. Type env={task}-{MUJOCO_VERSION}, and "
+            f"data={kind}:{name} to train on its episodes."
+        )
 
 
 def _registered_by(module: str, env_id: str) -> str:

@@ -59,6 +59,19 @@ def test_misspelt_names_list_close_matches(typed: str, meant: str) -> None:
     assert typed in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("hopper-medium-v2", "env=Hopper-v5, and data=d4rl:hopper-medium-v2 "),
+        ("halfcheetah-medium-replay-v2", "env=HalfCheetah-v5, and data=d4rl:halfcheetah-medium-replay-v2 "),
+        ("mujoco/walker2d/expert-v0", "env=Walker2d-v5, and data=minari:mujoco/walker2d/expert-v0 "),
+    ],
+)
+def test_names_of_data_sets_are_told_from_tasks(typed: str, meant: str) -> None:
+    with pytest.raises(UserError, match=meant):
+        envs.canonical_id(typed)
+
+
 def test_discrete_actions_are_refused() -> None:
     with pytest.raises(UserError, match="continuous"):
         envs.make_env("CartPole-v1")
