@@ -394,11 +394,17 @@ def test_the_step_that_a_time_limit_ends_counts(kind: type[gym.Env[Any, Any]], s
 
 
 @pytest.mark.slow
-def test_linear_quadratic_control_is_solved() -> None:
+@pytest.mark.parametrize(
+    "others",
+    [
+        {"embedding_size": 0, "batch_size": 32},
+        {"embedding_size": 16, "updates_per_iteration": 120},
+    ],
+)
+def test_linear_quadratic_control_is_solved(others: dict[str, Any]) -> None:
     """Actions are those of the Riccati equation, for ever: truncated episodes must not look like ends."""
     discount = 0.9
-    fewer = {"env_steps": 960, "batch_size": 32}
-    learner = learned(LinearQuadratic, discount=discount, exploration_noise=0.3, target_noise=0.0, **fewer)
+    learner = learned(LinearQuadratic, discount=discount, exploration_noise=0.3, target_noise=0.0, **others)
     gain = LinearQuadratic.best_gain(discount)
     x = np.linspace(-0.5, 0.5, 16, dtype=np.float32)
     policy = learner.acting
