@@ -26,7 +26,12 @@ ONLINE = ["algo=bc_then_odt_td3", "algo.bc.updates=3", "algo.bc.batch_size=4", "
 ONLINE += ["algo.env_steps=80", "algo.eval_every=40", "algo.checkpoint_every=40", "algo.steps_per_iteration=20"]
 ONLINE += ["algo.updates_per_iteration=2", "algo.batch_size=4", "algo.critic_warmup=2", "algo.policy_delay=1"]
 RESIDUAL = ["algo=bc_then_residual", "algo.learning_starts=20", "algo.distill.updates=3", "algo.distill.batch_size=4"]
-RESIDUAL += ["algo.distill.rounds=1", "algo.distill.env_steps=20", *(o for o in ONLINE[1:] if "policy_delay" not in o)]
+RESIDUAL += [
+    "algo.embedding_size=8",
+    "algo.distill.rounds=1",
+    "algo.distill.env_steps=20",
+    *(o for o in ONLINE[1:] if "policy_delay" not in o),
+]
 GRID = ["tasks=reach-v3", "methods=[lora,head]", "seeds=1", "jobs=1"]
 COMMANDS = {"bc": BC, "online": ONLINE, "residual": RESIDUAL}
 KILLS = {
