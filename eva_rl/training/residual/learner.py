@@ -205,15 +205,12 @@ class ResidualLearner(Learner):
 
     def _seen(self, observations: Tensor, actions: Tensor) -> Tensor:
         """What critics see beside the actions: observations (B, obs), and embeddings (B, 2 E) where there are some."""
-        return (
-            observations if self.target_encoder is None else self.target_encoder.seen_by_critics(observations, actions)
-        )
+        encoder = self.target_encoder
+        return observations if encoder is None else encoder.seen_by_critics(observations, actions)
 
     def _update_critics(self, batch: NStepBatch, generator: torch.Generator, update: int) -> dict[str, float]:
         targets = self.targets(batch, generator)
-        with torch.no_grad():
-            seen = self._seen(batch.observations, batch.actions)
-        values: Tensor = self.critics(seen, batch.actions)
+        values: Tensor = self.critics(self._seen(batch.observations, batch.actions), batch.actions)
         errors = (values - targets).square().mean(1).sum()
         predicted = self._prediction_loss(batch)
         loss = errors + predicted
