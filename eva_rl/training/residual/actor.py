@@ -60,25 +60,30 @@ class ResidualActor(nn.Module):
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
-    def forward(self, observations: Tensor, proposals: Tensor, features: Tensor) -> Tensor:
+    def forward(
+        self, observations: Tensor, proposals: Tensor, features: Tensor, embeddings: Tensor | None = None
+    ) -> Tensor:
         """Residuals (B, act) in [-1, 1], before they are scaled.
 
         Args:
             observations: (B, obs), scaled.
             proposals: (B, act), the frozen policy's scaled actions.
             features: (B, D), the hidden states that these were read from.
+            embeddings: (B, E), the observations'; None computes them where there is an encoder.
         """
         parts = [observations, proposals]
         if self.feature_norm is not None:
             parts.append(self.feature_norm(features))
         if self.encoder is not None:
-            parts.append(self.encoder.observations(observations))
+            parts.append(self.encoder.observations(observations) if embeddings is None else embeddings)
         residual: Tensor = torch.tanh(self.head(self.trunk(torch.cat(parts, -1))))
         return residual
 
-    def actions(self, observations: Tensor, proposals: Tensor, features: Tensor) -> Tensor:
+    def actions(
+        self, observations: Tensor, proposals: Tensor, features: Tensor, embeddings: Tensor | None = None
+    ) -> Tensor:
         """Scaled actions (B, act): the proposals with the residuals added, within the bounds."""
-        return self.added(proposals, self(observations, proposals, features))
+        return self.added(proposals, self(observations, proposals, features, embeddings))
 
     def added(self, proposals: Tensor, residuals: Tensor) -> Tensor:
         """Scaled actions (B, act) of proposals and residuals."""

@@ -8,6 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+EMBEDDINGS = "embeddings"
+"""Name of what is computed of a batch's observations."""
+
 
 class StateActionEncoder(nn.Module):
     """Embeddings of observations, and of observations with an action: the latter predict the next observation's.
@@ -33,9 +36,8 @@ class StateActionEncoder(nn.Module):
         found: Tensor = self.of_pairs(torch.cat([embeddings, actions], -1))
         return found
 
-    def seen_by_critics(self, observations: Tensor, actions: Tensor) -> Tensor:
-        """Observations with both embeddings (..., obs + 2 E)."""
-        embeddings = self.observations(observations)
+    def seen_by_critics(self, observations: Tensor, embeddings: Tensor, actions: Tensor) -> Tensor:
+        """Observations (..., obs) with their embeddings and those of the pairs, (..., obs + 2 E)."""
         return torch.cat([observations, embeddings, self.pairs(embeddings, actions)], -1)
 
     def loss(self, observations: Tensor, actions: Tensor, next_observations: Tensor) -> Tensor:

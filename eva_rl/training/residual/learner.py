@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from eva_rl.training.learner import Choice, Explore, Learner, named, noise_level
 from eva_rl.training.optimizer import restore_parameters
 from eva_rl.training.options import ResidualOptions
 from eva_rl.training.residual.actor import ResidualActor, ResidualPolicy
-from eva_rl.training.residual.embeddings import StateActionEncoder
+from eva_rl.training.residual.embeddings import EMBEDDINGS, StateActionEncoder
 from eva_rl.training.residual.playback import FEATURES, PROPOSALS, TARGETS, after_end, extra_widths, played_through
 
 
@@ -155,6 +156,8 @@ class ResidualLearner(Learner):
             metrics |= self._update_actor(batch, update)
             polyak_update(self.target_actor, self.actor, min(1.0, options.tau * options.policy_delay))
         polyak_update(self.target_critics, self.critics, options.tau)
+        if self.encoder is not None and self.target_encoder is not None:
+            polyak_update(self.target_encoder, self.encoder, options.tau)
         return metrics
 
     def _draw(self, replay: TrajectoryReplay, update: int) -> tuple[NStepBatch, torch.Generator]:
@@ -175,7 +178,17 @@ class ResidualLearner(Learner):
             )
             if count
         ]
-        return NStepBatch.joined(parts).to(self.policy.device), generator
+        return self._embedded(NStepBatch.joined(parts).to(self.policy.device)), generator
+
+    def _embedded(self, batch: NStepBatch) -> NStepBatch:
+        """With the embeddings that actor and critics see, computed once."""
+        encoder = self.target_encoder
+        if encoder is None:
+            return batch
+        with torch.no_grad():
+            now, then = (encoder.observations(x) for x in (batch.observations, batch.next_observations))
+        own, following = {**batch.extras, EMBEDDINGS: now}, {**batch.next_extras, EMBEDDINGS: then}
+        return replace(batch, extras=own, next_extras=following)
 
     def _find_scale(self, replay: TrajectoryReplay) -> None:
         """Fix what a success is worth when the first one is known, and what rewards are divided by when one is paid."""
@@ -193,24 +206,24 @@ class ResidualLearner(Learner):
 
     def targets(self, batch: NStepBatch, generator: torch.Generator) -> Tensor:
         """What the critics are taught, (B,)."""
-        options, proposals = self._residual, batch.next_extras[PROPOSALS]
+        options, extras = self._residual, batch.next_extras
         with torch.no_grad():
-            actions = self.target_actor.actions(batch.next_observations, proposals, batch.next_extras[FEATURES])
+            actions = self.target_actor.actions(batch.next_observations, *_seen_by_actor(extras))
             noise = torch.randn(actions.shape, generator=generator).to(actions.device) * options.target_noise
             noise = noise.clamp(-2 * options.target_noise, 2 * options.target_noise)
             pair = random_pair(options.critics, generator).to(actions.device)
             actions = (actions + noise).clamp(-1, 1)
-            values = self.target_critics.min_of(self._seen(batch.next_observations, actions), actions, pair)
+            values = self.target_critics.min_of(self._seen(batch.next_observations, extras, actions), actions, pair)
             return batch.returns / (self._reward_scale or 1.0) + batch.discounts * values
 
-    def _seen(self, observations: Tensor, actions: Tensor) -> Tensor:
+    def _seen(self, observations: Tensor, extras: Mapping[str, Tensor], actions: Tensor) -> Tensor:
         """What critics see beside the actions: observations (B, obs), and embeddings (B, 2 E) where there are some."""
         encoder = self.target_encoder
-        return observations if encoder is None else encoder.seen_by_critics(observations, actions)
+        return observations if encoder is None else encoder.seen_by_critics(observations, extras[EMBEDDINGS], actions)
 
     def _update_critics(self, batch: NStepBatch, generator: torch.Generator, update: int) -> dict[str, float]:
         targets = self.targets(batch, generator)
-        values: Tensor = self.critics(self._seen(batch.observations, batch.actions), batch.actions)
+        values: Tensor = self.critics(self._seen(batch.observations, batch.extras, batch.actions), batch.actions)
         errors = (values - targets).square().mean(1).sum()
         predicted = self._prediction_loss(batch)
         loss = errors + predicted
@@ -219,8 +232,6 @@ class ResidualLearner(Learner):
         if not bool(torch.isfinite(loss)):
             raise NotFiniteError("the critics' loss", update, batch)
         self._critic_optimizer.step()
-        if self.encoder is not None and self.target_encoder is not None:
-            polyak_update(self.target_encoder, self.encoder, self._residual.tau)
         return {
             "train/critic_loss": errors.item() / self.critics.size,
             "train/q": values.mean().item(),
@@ -235,9 +246,9 @@ class ResidualLearner(Learner):
 
     def _update_actor(self, batch: NStepBatch, update: int) -> dict[str, float]:
         options, proposals = self._residual, batch.extras[PROPOSALS]
-        residuals = self.actor(batch.observations, proposals, batch.extras[FEATURES])
+        residuals = self.actor(batch.observations, *_seen_by_actor(batch.extras))
         actions = self.actor.added(proposals, residuals)
-        values = self._judged(batch.observations, actions)
+        values = self._judged(batch, actions)
         gain = values.mean() / values.detach().abs().mean().clamp(min=1e-6)
         distance, share = self._distance_to_better(batch, residuals, values.detach())
         size = residuals.square().mean()
@@ -251,9 +262,9 @@ class ResidualLearner(Learner):
             "train/gradient_norm": norm,
         }
 
-    def _judged(self, observations: Tensor, actions: Tensor) -> Tensor:
+    def _judged(self, batch: NStepBatch, actions: Tensor) -> Tensor:
         """Mean of the critics less ``pessimism`` standard deviations, (B,): where they disagree, they know little."""
-        values: Tensor = self.critics(self._seen(observations, actions), actions)
+        values: Tensor = self.critics(self._seen(batch.observations, batch.extras, actions), actions)
         return values.mean(0) - self._residual.pessimism * values.std(0)
 
     def _distance_to_better(self, batch: NStepBatch, residuals: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -265,7 +276,7 @@ class ResidualLearner(Learner):
             return residuals.new_zeros(()), residuals.new_zeros(())
         targets, proposals = batch.extras[TARGETS], batch.extras[PROPOSALS]
         with torch.no_grad():
-            better = batch.solved & (self._judged(batch.observations, targets) > values)
+            better = batch.solved & (self._judged(batch, targets) > values)
             wanted = ((targets - proposals) / self._residual.scale).clamp(-1, 1)
         weights = better.to(residuals.dtype)
         return ((residuals - wanted).square().mean(-1) * weights).mean(), weights.mean()
@@ -281,3 +292,8 @@ class ResidualLearner(Learner):
         restore_parameters(self.target_critics.state_dict(), tensors, "target_critics/")
         restore_parameters(self.target_actor.state_dict(), tensors, "target_actor/")
         self._reward_scale, self._solved_value = tensors["scales"].tolist()
+
+
+def _seen_by_actor(extras: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What an actor sees beside the observations."""
+    return extras[PROPOSALS], extras[FEATURES], extras.get(EMBEDDINGS)
