@@ -32,10 +32,11 @@ SETTINGS = {
         "algo.tau=0.02",
         "algo.decay=0.3",
         "algo.eval_every=20000",
+        "eval.quick_episodes=2",
     ]
 }
 """Of tasks that the defaults do not suit."""
-ENV_STEPS = {"Hopper-v5": 70_000, "Walker2d-v5": 70_000, "HalfCheetah-v5": 80_000}
+ENV_STEPS = {"Hopper-v5": 70_000, "Walker2d-v5": 70_000, "HalfCheetah-v5": 92_000}
 """Of training and distillation."""
 SCORE = "normalized_score"
 PHASES = {"before": "eval_before", "residual": "eval_residual", "after": "eval"}
@@ -58,7 +59,7 @@ def record_of(arguments: argparse.Namespace, run_dir: Path) -> online_runs.Recor
         [
             f"env={arguments.task}", f"policy={arguments.policy or POLICIES[arguments.task]}", "data=none",
             "adapter.rank=32", "algo=residual", f"algo.env_steps={env_steps}", "algo.eval_every=10000",
-            "algo.checkpoint_every=0", f"seed={seed}", f"eval.seed={seed}", f"eval.episodes={arguments.episodes}",
+            "algo.checkpoint_every=10000", f"seed={seed}", f"eval.seed={seed}", f"eval.episodes={arguments.episodes}",
             "eval.quick_episodes=5", "threads=1", "tracker=[]", *settings,
         ],
     )  # fmt: skip
