@@ -25,7 +25,7 @@ from eva_rl.training.losses import clone_loss
 from eva_rl.training.online import train_online
 from eva_rl.training.options import DistillOptions, ResidualOptions
 from eva_rl.training.residual.actor import frozen_copy
-from eva_rl.training.residual.distillation import LabelledWindows, latest, roll_out
+from eva_rl.training.residual.distillation import LabelledWindows, roll_out
 from eva_rl.training.residual.learner import ResidualLearner
 
 logger = logging.getLogger(__name__)
@@ -79,9 +79,15 @@ def learn_residual(
     session.phases.end("train")
     evaluation, _ = session.evaluate("Residual", learner.acting)
     session.phases.end("evaluate_residual")
-    seed, share = session.config.seed, algo.distill.clone_share
-    windows = LabelledWindows(learner.acting, task.env_id, learner.context_length, seed, share)
-    windows.add(latest(list(replay.episodes()), algo.distill.replay_share))
+    windows = LabelledWindows(
+        learner.acting,
+        task.env_id,
+        learner.context_length,
+        session.config.seed,
+        clone_share=algo.distill.clone_share,
+        noise=algo.distill.noise,
+    )
+    windows.add(replay.episodes())
     windows.add(learner.demonstrations.episodes())
     task = replace(task, first_seed=counters.next_seed)
     try:
@@ -130,8 +136,9 @@ def distill(
     for number in range(1 + options.rounds):
         if number:
             episodes, next_seed = roll_out(session.policy, task, options.env_steps)
-            windows.add(episodes, of_clone=True)
             env_steps += sum(len(episode.actions) for episode in episodes)
+            log({"distill/loss": cloning_error(session, windows.of(episodes))}, env_steps)
+            windows.add(episodes, of_clone=True)
             task = replace(task, first_seed=next_seed)
         with prefetching(windows, session.policy.device) as ahead:
             counters = train_bc(
@@ -143,8 +150,6 @@ def distill(
                 extension=adapter.extension and Continued(adapter.extension, algo.bc.updates + updates),
             )
         updates += counters.update
-        if number:
-            log({"distill/loss": cloning_error(session, windows)}, env_steps)
     return updates, env_steps
 
 

@@ -272,7 +272,7 @@ class ResidualOptions(ReplayOptions):
 class DistillOptions(BCOptions):
     """Cloning of the residual policy, first on the replay, then with env steps of the clone in every round."""
 
-    updates: int = option(500, "gradient steps of each round, and of the first one on the replay", above=0)
+    updates: int = option(2_000, "gradient steps of each round, and of the first one on the replay", above=0)
     batch_size: int = option(64, "windows per gradient step", above=0)
     log_every: int = option(20, "without effect: the loss is recorded once a round", above=0)
     rounds: int = option(4, "DAgger rounds: the clone acts, the residual policy labels", low=0, high=100)
@@ -281,11 +281,11 @@ class DistillOptions(BCOptions):
         "env steps of the clone per round; part of algo.env_steps. Whole episodes of all environments are best",
         above=0,
     )
-    replay_share: float = option(
-        0.3,
-        "share of the replay that is cloned, its latest env steps: the others are of earlier policies",
-        above=0,
-        high=1,
+    noise: float = option(
+        0.2,
+        "largest standard deviation of the noise on scaled observations: what to do there is asked, too",
+        low=0,
+        high=10,
     )
     clone_share: float = option(
         0.5, "share of a batch from the clone's own env steps, where it has acted; 0 draws all alike", low=0, high=1

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from eva_rl.agents.policy import DecisionTransformerPolicy
+from eva_rl.batch import WindowBatch
 from eva_rl.training.residual.embeddings import StateActionEncoder
 
 
@@ -136,6 +137,12 @@ class ResidualPolicy:
         second = copy.copy(self)
         second.base = self.base.with_own_history()
         return second
+
+    def actions_in(self, batch: WindowBatch) -> Tensor:
+        """What it would do in each env step of scaled windows, (B, T, act), given what lies before it there."""
+        with torch.no_grad():
+            features = self.base.network.features(batch)
+            return self.actor.actions(batch.observations, self.base.network.actions(features).clamp(-1, 1), features)
 
     def reset(self, env_ids: Sequence[str]) -> None:
         """Forget all histories and prepare for one environment per name."""

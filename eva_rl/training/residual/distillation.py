@@ -6,7 +6,7 @@ The clone's own env steps are labelled by the residual policy (DAgger, Ross et a
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 import torch
@@ -19,37 +19,37 @@ from eva_rl.data.windows import gather_windows
 from eva_rl.rollouts.recorder import EpisodeRecorder
 from eva_rl.training.collector import TaskEnvs
 from eva_rl.training.residual.actor import ResidualPolicy
-from eva_rl.training.residual.playback import FEATURES, PROPOSALS, played_through
 
 
 @dataclass(frozen=True)
-class LabelledSteps:
-    """N env steps of successive episodes, with what should have been done in each.
+class PlayedSteps:
+    """N env steps of successive episodes.
 
     Attributes:
         observations: (N, obs).
         actions: (N, act), as executed.
         rewards: (N,).
         returns_to_go: (N,), those that the policy was asked for.
-        target_actions: (N, act), what the residual policy would have done.
+        target_actions: None: windows are labelled when they are drawn.
     """
 
     observations: NDArray[np.float32]
     actions: NDArray[np.float32]
     rewards: NDArray[np.float32]
     returns_to_go: NDArray[np.float32]
-    target_actions: NDArray[np.float32]
+    target_actions: None = field(default=None, init=False)
 
     @classmethod
-    def joined(cls, parts: Sequence[LabelledSteps]) -> LabelledSteps:
+    def joined(cls, parts: Sequence[PlayedSteps]) -> PlayedSteps:
         """Several episodes as one."""
-        return cls(**{f.name: np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(cls)})
+        return cls(**{f.name: np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(cls) if f.init})
 
 
 class LabelledWindows:
     """Windows of a residual policy's and its clone's env steps, labelled with what the residual policy would do.
 
-    The returns-to-go are those that the policy was asked for.
+    The returns-to-go are those that the policy was asked for. The residual policy can be asked anywhere: noise on the
+    observations gives labels beside the states that were reached, of which there are few.
 
     Args:
         teacher: The residual policy.
@@ -57,62 +57,71 @@ class LabelledWindows:
         context_length: T.
         seed: Of the draws; those of step n depend on the seed and n alone.
         clone_share: Share of a batch that is drawn from the clone's own env steps, where there are some.
+        noise: Largest standard deviation of the noise on scaled observations; each window has its own.
     """
 
     def __init__(
-        self, teacher: ResidualPolicy, env_id: str, context_length: int, seed: int, clone_share: float = 0.0
+        self,
+        teacher: ResidualPolicy,
+        env_id: str,
+        context_length: int,
+        seed: int,
+        *,
+        clone_share: float = 0.0,
+        noise: float = 0.0,
     ) -> None:
-        self._teacher, self._env_id, self._seed = teacher, env_id, seed
+        self._teacher, self._env_id, self._seed, self._noise = teacher, env_id, seed, noise
         self._clone_share, self._others = clone_share, 0
         self._context_length, self._scaling = context_length, teacher.base.scaling.to("cpu")
-        self._episodes: list[LabelledSteps] = []
+        self._episodes: list[PlayedSteps] = []
 
     def add(self, episodes: Iterable[Episode], *, of_clone: bool = False) -> None:
-        """Label episodes; those that were not played through the frozen policy are.
+        """Draw from these episodes, too.
 
         Args:
             episodes: What was played, the clone's own last.
             of_clone: Whether the clone played them.
         """
-        self._episodes += [self._labelled(episode) for episode in self._played(list(episodes))]
-        self._steps = LabelledSteps.joined(self._episodes)
+        self._episodes += [self._played(episode) for episode in episodes]
+        self._steps = PlayedSteps.joined(self._episodes)
         lengths = [len(episode.rewards) for episode in self._episodes]
         self._starts = np.repeat(np.cumsum([0, *lengths[:-1]]), lengths)
         self._others = self._others if of_clone else len(self._starts)
 
-    def _labelled(self, episode: Episode) -> LabelledSteps:
-        return LabelledSteps(
+    def of(self, episodes: Iterable[Episode]) -> LabelledWindows:
+        """Windows of other episodes alone, labelled alike, without noise."""
+        windows = LabelledWindows(self._teacher, self._env_id, self._context_length, self._seed)
+        windows.add(episodes)
+        return windows
+
+    def _played(self, episode: Episode) -> PlayedSteps:
+        return PlayedSteps(
             observations=episode.observations[:-1],
             actions=episode.actions,
             rewards=episode.rewards,
             returns_to_go=self._asked(episode.rewards),
-            target_actions=self._labels(episode),
         )
-
-    def _played(self, episodes: Sequence[Episode]) -> Iterable[Episode]:
-        yield from (episode for episode in episodes if episode.extras)
-        yield from played_through(self._teacher.base, self._env_id, [e for e in episodes if not e.extras])
 
     def _asked(self, rewards: NDArray[np.float32]) -> NDArray[np.float32]:
         obtained = np.cumsum(rewards, dtype=np.float64) - rewards
         target = self._teacher.base.conditioning.of(self._env_id)
         return (target - obtained).astype(np.float32)
 
-    def _labels(self, episode: Episode) -> NDArray[np.float32]:
-        device, scaling = self._teacher.base.device, self._scaling
-        observations = scaling.observations(torch.from_numpy(episode.observations[:-1]))
-        inputs = (observations, *(torch.from_numpy(episode.extras[name]) for name in (PROPOSALS, FEATURES)))
-        with torch.no_grad():
-            actions = self._teacher.actor.actions(*(x.to(device) for x in inputs)).cpu()
-        raw: NDArray[np.float32] = scaling.raw_actions(actions).numpy()
-        return raw
-
     def sample(self, batch_size: int, step: int, device: torch.device | str = "cpu") -> WindowBatch:
         """The windows of gradient step ``step``: any env step as the last of one."""
         rng = np.random.default_rng((self._seed, step, len(self._starts)))
         rows = self._draw(rng, batch_size)
         windows = gather_windows(self._steps, rows, self._starts[rows], self._context_length, self._scaling)
-        return windows.to(device)
+        windows = self._with_noise(windows, rng).to(device)
+        return replace(windows, target_actions=self._teacher.actions_in(windows))
+
+    def _with_noise(self, windows: WindowBatch, rng: np.random.Generator) -> WindowBatch:
+        if not self._noise:
+            return windows
+        observations = windows.observations
+        levels = self._noise * rng.random((len(observations), 1, 1), np.float32)
+        noise = levels * rng.standard_normal(observations.shape, np.float32)
+        return replace(windows, observations=observations + torch.from_numpy(noise))
 
     def _draw(self, rng: np.random.Generator, batch_size: int) -> NDArray[np.int64]:
         others, total = self._others, len(self._starts)
@@ -120,12 +129,6 @@ class LabelledWindows:
         if not own:
             return rng.integers(total, size=batch_size)
         return np.concatenate([rng.integers(others, size=batch_size - own), rng.integers(others, total, size=own)])
-
-
-def latest(episodes: Sequence[Episode], share: float) -> list[Episode]:
-    """The last of some episodes that have at least ``share`` of all env steps between them, in their order."""
-    ends = np.cumsum([len(episode.rewards) for episode in episodes])
-    return [episode for episode, end in zip(episodes, ends, strict=True) if end > (1 - share) * ends[-1]]
 
 
 def roll_out(policy: DecisionTransformerPolicy, task: TaskEnvs, env_steps: int) -> tuple[list[Episode], int]:
