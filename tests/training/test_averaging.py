@@ -118,7 +118,7 @@ def test_averaging_while_adalora_prunes_is_refused() -> None:
     [
         (ODTAlgo(bc=BCFirst(updates=20, ema=0.2)), r"algo.bc.ema=0.2 averages from gradient step 17 on.*at most 0\."),
         (
-            ResidualAlgo(distill=DistillAlgo(ema=0.5)),
+            ResidualAlgo(distill=DistillAlgo(updates=500, ema=0.5)),
             r"algo.distill.ema=0.5 .* step 251 on.*until step 1250 of 2500.*at most 0\.",
         ),
         (
