@@ -154,7 +154,7 @@ def test_the_summary_counts_what_it_costs(folder: Path) -> None:
 def test_memory_at_its_peak_is_seen_though_it_is_freed() -> None:
     with peak_memory(torch.device("cpu")) as found:
         torch.ones(50_000_000)  # 200 MB
-    assert found["peak_memory_bytes"] > 150e6, "less what earlier tests left to be freed"
+    assert found["peak_memory_bytes"] > 180e6, "less what earlier tests left to be freed"
     with peak_memory(torch.device("cpu")) as found:
         torch.ones(2_500_000)
     assert found["peak_memory_bytes"] < 60e6, "the peak before does not count"

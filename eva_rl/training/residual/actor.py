@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Self
 
 import numpy as np
@@ -141,8 +142,11 @@ class ResidualPolicy:
     def actions_in(self, batch: WindowBatch) -> Tensor:
         """What it would do in each env step of scaled windows, (B, T, act), given what lies before it there."""
         with torch.no_grad():
-            features = self.base.network.features(batch)
-            return self.actor.actions(batch.observations, self.base.network.actions(features).clamp(-1, 1), features)
+            return self._added_to(self.base.network.features(batch), batch.observations)
+
+    def _added_to(self, features: Tensor, observations: Tensor) -> Tensor:
+        proposals = self.base.network.actions(features).clamp(-1, 1)
+        return self.actor.actions(observations, proposals, features)
 
     def reset(self, env_ids: Sequence[str]) -> None:
         """Forget all histories and prepare for one environment per name."""
@@ -154,8 +158,4 @@ class ResidualPolicy:
         """Choose the deterministic action of each environment; see :meth:`eva_rl.agents.policy.Policy.act`."""
         base = self.base
         scaled = base.scaling.observations(torch.from_numpy(observations).to(base.device))
-
-        def choose(features: Tensor) -> Tensor:
-            return self.actor.actions(scaled, base.network.actions(features).clamp(-1, 1), features)
-
-        return base.act_by(choose, observations, rewards, episode_starts)
+        return base.act_by(partial(self._added_to, observations=scaled), observations, rewards, episode_starts)

@@ -6,7 +6,8 @@ The clone's own env steps are labelled by the residual policy (DAgger, Ross et a
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -37,12 +38,12 @@ class PlayedSteps:
     actions: NDArray[np.float32]
     rewards: NDArray[np.float32]
     returns_to_go: NDArray[np.float32]
-    target_actions: None = field(default=None, init=False)
+    target_actions: ClassVar[None] = None
 
     @classmethod
     def joined(cls, parts: Sequence[PlayedSteps]) -> PlayedSteps:
         """Several episodes as one."""
-        return cls(**{f.name: np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(cls) if f.init})
+        return cls(**{f.name: np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(cls)})
 
 
 class LabelledWindows:

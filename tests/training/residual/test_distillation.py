@@ -52,10 +52,13 @@ def test_windows_hold_what_the_residual_policy_would_do() -> None:
     batch = windows.sample(64, step=3)
     assert batch.target_actions is not None
     assert batch.attention_mask is not None
+    early = batch.timesteps[:, -1] < 4  # later the cache of the policy that acted and a window may differ a little
     newest = batch.target_actions[:, -1, 0]
     everything = np.concatenate([e.extras[PROPOSALS][:, 0] for e in episodes])
     expected = np.clip(everything + 0.4, -1, 1)
-    assert np.abs(newest.numpy()[:, None] - expected).min(1).max() < 1e-3
+    distance = np.abs(newest.numpy()[:, None] - expected).min(1)
+    assert distance[early].max() < 1e-5
+    assert distance.max() < 1e-3
     # asked for 1 at first, and rewards are negative: more and more is to come
     rewards = np.concatenate([[0.0], np.cumsum(episodes[0].rewards)])[:-1]
     np.testing.assert_allclose(windows._episodes[0].returns_to_go, 1 - rewards, atol=1e-5)
@@ -71,7 +74,7 @@ def test_labels_are_what_the_residual_policy_does_where_it_acts() -> None:
     windows.add(roll_out(learner.acting, make_task(LinearQuadratic), 160)[0])
     batch = windows.sample(64, step=0)
     assert batch.target_actions is not None
-    early = batch.timesteps[:, -1] < 4  # later its cache and a window may differ in what they still hold
+    early = batch.timesteps[:, -1] < 4
     executed = batch.actions[early, -1]
     assert executed.std() > 0.05
     torch.testing.assert_close(batch.target_actions[early, -1], executed, atol=1e-5, rtol=0)
