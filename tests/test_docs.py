@@ -64,6 +64,16 @@ def test_a_column_of_cw10_has_the_mean_of_the_tasks_that_it_has() -> None:
     ]
 
 
+def test_a_curve_of_cw10_says_how_far_the_last_lies_below_the_best() -> None:
+    common = {"task": "hammer-v3", "algo": "self_imitation", "cloned": 0.5}
+    falls = common | {"at": {"5100": 0.6, "10007": 0.9, "15004": 0.7, "20002": 0.8}, "after": 0.8}
+    rises = common | {"at": {"5000": 0.6, "10200": 0.7, "15300": 0.9, "20002": 1.0}, "after": 1.0}
+    table = cw10.curve_table([falls, rises, common | {"at": {}, "after": 0.0}])
+    assert table.columns[1:-1] == ("after cloning", "5,000", "10,000", "15,000", "at the end")
+    assert table.rows[0] == ("hammer-v3", "0.50", "0.60", "0.80", "0.80", "0.90", "0.10")
+    assert table.rows[1] == ("mean of 1", "0.50", "0.60", "0.80", "0.80", "0.90", "0.10")
+
+
 def test_the_table_of_mujoco_comes_from_its_records() -> None:
     path = DOCS / "results/online-mujoco.json"
     begin, end = mujoco.MARKS

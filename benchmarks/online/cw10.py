@@ -2,11 +2,13 @@
 
     python -m benchmarks.online.cw10 run push-v3 --algo self_imitation --seed 1 --out runs/cw10
     python -m benchmarks.online.cw10 table runs/cw10 --out docs/results/online-cw10.json --page docs/online_results.md
+    python -m benchmarks.online.cw10 curve runs/cw10 --page docs/online_results.md
 
 ``run`` does one task, one seed and one algorithm on one thread, and leaves ``OUT/ALGO-TASK-SEED.json``. Everything that
 begins with the shipped policy ``mt40`` clones the same two demonstrations first (``--seed`` chooses them, the goals of
-training and the held-out goals). ``sac`` is Stable-Baselines3's with its MLP, from scratch, with the demonstrations in
-its replay. Settings were chosen on seed 100; see docs/online_results.md.
+training and the held-out goals). All but ``residual`` and ``sac`` are evaluated on the held-out goals while they learn,
+too, which counts no env steps and decides nothing. ``sac`` is Stable-Baselines3's with its MLP, from scratch, with the
+demonstrations in its replay. Settings were chosen on seed 100; see docs/online_results.md.
 """
 
 from __future__ import annotations
@@ -48,6 +50,8 @@ SETTINGS: dict[str, tuple[str, ...]] = {
 }
 """Of each algorithm besides the shared ones; gradient steps of the Transformer are as many as fit into minutes."""
 ALGORITHMS = (*SETTINGS, "sac")
+MEASURED_AT = (5_000, 10_000, 15_000)
+"""Env steps after which the learning policy is evaluated on the held-out goals, where an algorithm can be."""
 BATCH, UPDATES_PER_STEP = 128, 2
 """Of Stable-Baselines3's SAC: those of ``algo=residual``."""
 
@@ -55,6 +59,7 @@ BATCH, UPDATES_PER_STEP = 128, 2
 def finetuned(arguments: argparse.Namespace, run_dir: Path) -> online_runs.Record:
     """One run of the command; what its summary says."""
     seed = arguments.seed
+    measured = [] if arguments.algo == "residual" else [f"eval.at={list(MEASURED_AT)}"]
     found = online_runs.finetuned(
         run_dir,
         [
@@ -62,11 +67,12 @@ def finetuned(arguments: argparse.Namespace, run_dir: Path) -> online_runs.Recor
             "data.episodes=2", f"data.seed={seed}", f"eval.seed={seed}", f"eval.episodes={arguments.episodes}",
             "eval.every=0", "eval.stop_at_success=true", "threads=1", "tracker=[]",
             f"algo.env_steps={arguments.env_steps}", "algo.checkpoint_every=0", "checkpoint.every=0",
-            "checkpoint.seconds=0", *SETTINGS[arguments.algo], *arguments.settings,
+            "checkpoint.seconds=0", *measured, *SETTINGS[arguments.algo], *arguments.settings,
         ],
     )  # fmt: skip
     names = {"before": "eval_before", "cloned": "eval_cloned", "residual": "eval_residual", "after": "eval"}
     rates = {name: found.get(f"{prefix}/success_rate") for name, prefix in names.items()}
+    rates["at"] = {step: metrics["eval/success_rate"] for step, metrics in found.get("eval_at", {}).items()}
     kept = ("env_steps", "env_steps_played", "updates", "distill/updates", "seconds", "protocol")
     return rates | {key: found[key] for key in kept if key in found}
 
@@ -154,6 +160,11 @@ def table(arguments: argparse.Namespace) -> None:
         draw(records, arguments.figure)
 
 
+def curve(arguments: argparse.Namespace) -> None:
+    """Success while learning, of the runs that were evaluated then."""
+    online_runs.publish(arguments, curve_table, around(arguments.part))
+
+
 def around(part: str) -> tuple[str, str]:
     """The lines around a table of a page."""
     return f"<!-- {part}, written by benchmarks/online/cw10.py table -->", f"<!-- end of {part} -->"
@@ -222,6 +233,32 @@ def _means(columns: Mapping[str, Mapping[str, Cell]]) -> Iterator[tuple[str, ...
         yield (name, *means)
 
 
+def curve_table(records: Sequence[online_runs.Record]) -> Table:
+    """By task, the mean success after so many env steps, and the most that a run's last lies below its best."""
+    by_task = {task: [r for r in records if r["task"] == task and r.get("at")] for task in TASKS}
+    curves = {task: [_curve(record) for record in mine] for task, mine in by_task.items() if mine}
+    rows = [_curve_row(task, found) for task, found in curves.items()]
+    everything = [one for found in curves.values() for one in found]
+    steps = ("after cloning", *(f"{step:,}" for step in MEASURED_AT), "at the end")
+    heads = ("task", *steps, "last below best, at most")
+    return Table("", heads, [*rows, _curve_row(f"mean of {len(rows)}", everything)])
+
+
+def _curve(record: online_runs.Record) -> list[float]:
+    """After cloning, at each measured number of env steps, and at the end."""
+    rates = {int(step): rate for step, rate in record["at"].items()}
+    return [
+        record["cloned"],
+        *(rates[min(step for step in rates if step >= at)] for at in MEASURED_AT),
+        record["after"],
+    ]
+
+
+def _curve_row(name: str, curves: Sequence[Sequence[float]]) -> tuple[str, ...]:
+    lost = max(max(one) - one[-1] for one in curves)
+    return (name, *(f"{mean:.2f}" for mean in np.mean(curves, axis=0)), f"{lost:.2f}")
+
+
 def draw(records: Sequence[online_runs.Record], path: Path) -> None:
     """By task, from cloning to the end of the first algorithm, with every seed, and where the others end."""
     columns = cells(records)
@@ -249,7 +286,7 @@ def draw(records: Sequence[online_runs.Record], path: Path) -> None:
 
 def main() -> None:
     """Run, or show."""
-    parser, one, everything = online_runs.parsers(__doc__)
+    parser, one, everything, learning = online_runs.parsers(__doc__, "curve")
     one.add_argument("task")
     one.add_argument("--algo", choices=ALGORITHMS, default="self_imitation")
     one.add_argument("--env-steps", type=int, default=20_000)
@@ -260,6 +297,8 @@ def main() -> None:
     everything.add_argument("--seeds", type=int, nargs="*", help="of the table, not all that there are")
     everything.add_argument("--figure", type=Path, help="draw it")
     everything.set_defaults(call=table)
+    learning.add_argument("--part", default="CW10 while learning", help="which table of the page")
+    learning.set_defaults(call=curve)
     arguments = parser.parse_args()
     arguments.call(arguments)
 

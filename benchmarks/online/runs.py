@@ -54,15 +54,16 @@ def publish(
     return records
 
 
-def parsers(about: str) -> tuple[argparse.ArgumentParser, argparse.ArgumentParser, argparse.ArgumentParser]:
-    """The command, its ``run`` and its ``table``, with the arguments that all benchmarks take."""
+def parsers(about: str, *more: str) -> list[argparse.ArgumentParser]:
+    """The command, its ``run``, its ``table`` and ``more`` that show records, with the arguments that all take."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
-    one, everything = commands.add_parser("run"), commands.add_parser("table")
+    one, *tables = (commands.add_parser(name) for name in ("run", "table", *more))
     one.add_argument("--seed", type=int, default=1)
     one.add_argument("--keep", action="store_true", help="keep the run directory")
     one.add_argument("--settings", nargs="*", default=[], help="further KEY=VALUE of finetune")
-    everything.add_argument("folder", type=Path, help="of records, or a file that --out wrote")
-    everything.add_argument("--out", type=Path, help="one file of all records")
-    everything.add_argument("--page", type=Path, help="rewrite the table of a page")
-    return parser, one, everything
+    for shown in tables:
+        shown.add_argument("folder", type=Path, help="of records, or a file that --out wrote")
+        shown.add_argument("--out", type=Path, help="one file of all records")
+        shown.add_argument("--page", type=Path, help="rewrite the table of a page")
+    return [parser, one, *tables]

@@ -85,7 +85,7 @@ def compute_eva(
     storage = StorageOptions("auto", round(asked.rank * asked.rho), seed=asked.seed, exact=keep_moments)
     with _listening(policy, targets, storage) as statistics:
         _accumulate(policy, statistics, islice(batches or (), max_batches), rollouts)
-        result = replace(statistics.evaluate(asked), seconds=time.perf_counter() - began)
+        result = statistics.evaluate(asked).ended("data exhausted", time.perf_counter() - began)
         return replace(result, moments=statistics.second_moments()) if keep_moments else result
 
 

@@ -64,6 +64,7 @@ def test_what_is_heard_is_what_the_policy_saw() -> None:
     policy = make_policy()
     result = compute_eva(policy, [LAYER], None, rollouts(), max_batches=4, keep_moments=True, rank=5, alpha=5.0)
     layer, rows = result.layers[LAYER], replayed()
+    assert result.stopped == "data exhausted"
     assert layer.rows == len(rows)
     assert len(rows) < STEPS * NUM_ENVS * 6, "windows after a reset are shorter"
     values, vectors = torch.linalg.svd(rows, full_matrices=False)[1:]
