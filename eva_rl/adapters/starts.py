@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 Backward = Callable[[], None]
 """Runs forward and backward passes of the loss; gradients add up."""
+_GRADIENT = "_peft_loraga_grad"
+"""Where PEFT leaves a layer's gradient."""
 STABLE_GAMMA = 128.0
 """LoRA-One's gamma: the first step is 1 / gamma long in the gradient's leading direction."""
 
@@ -31,7 +34,7 @@ def prepare_corda(network: nn.Module, peft_config: LoraConfig, moments: Mapping[
         moments: (in, in) by layer.
 
     Raises:
-        UserError: A layer has none.
+        UserError: A layer has none, or none that PEFT could invert: of another shape, not finite, or zero throughout.
     """
     from peft.tuners.lora.corda import preprocess_corda
 
@@ -44,7 +47,24 @@ def prepare_corda(network: nn.Module, peft_config: LoraConfig, moments: Mapping[
 
     if missing := [name for name in peft_config.target_modules if name not in moments]:
         raise UserError(f"There are no second moments of {', '.join(missing[:3])}. Compute them with the same targets.")
+    for name in peft_config.target_modules:
+        _check_moment(name, moments[name], network.get_parameter(f"{name}.weight").shape[1])
     preprocess_corda(network, peft_config, run_model=fill)
+
+
+def _check_moment(name: str, moment: object, width: int) -> None:
+    if not isinstance(moment, Tensor) or moment.shape != (width, width):
+        given = f"of shape {tuple(moment.shape)}" if isinstance(moment, Tensor) else f"a {type(moment).__name__}"
+        raise UserError(
+            f"The second moment of {name} is {given}; expected a tensor of shape ({width}, {width}). Compute it with "
+            "eva_rl.adapters.second_moments."
+        )
+    mean = float(moment.diagonal().mean())
+    if not 0 < mean < math.inf or not bool(moment.isfinite().all()):
+        raise UserError(
+            f"The second moment of {name} has a mean diagonal of {mean:g}, from which CorDA has no directions: its "
+            "input is zero in all data, or not finite. Leave the layer out of adapter.targets, or use other data."
+        )
 
 
 def prepare_gradients(network: nn.Module, peft_config: LoraConfig, backward: Backward) -> None:
@@ -56,6 +76,9 @@ def prepare_gradients(network: nn.Module, peft_config: LoraConfig, backward: Bac
         network: Without an adapter.
         peft_config: Names the target layers.
         backward: Runs the loss backward.
+
+    Raises:
+        UserError: It left a layer without a gradient, or with one that is not finite.
     """
     from peft.tuners.lora.loraga import preprocess_loraga
 
@@ -63,6 +86,16 @@ def prepare_gradients(network: nn.Module, peft_config: LoraConfig, backward: Bac
         # layers that read the data themselves have no input to differentiate
         warnings.filterwarnings("ignore", message=".*no inputs require gradients.*")
         preprocess_loraga(network, peft_config, backward)
+    layers = {name: network.get_submodule(name) for name in peft_config.target_modules}
+    gradients = {name: getattr(layer, _GRADIENT, None) for name, layer in layers.items()}
+    if bad := [name for name, found in gradients.items() if found is None or not bool(found.isfinite().all())]:
+        for layer in layers.values():
+            vars(layer).pop(_GRADIENT, None)
+        raise UserError(
+            f"backward= left {'no' if gradients[bad[0]] is None else 'no finite'} gradient at {bad[0]} ({len(bad)} of "
+            f"{len(layers)} target layers). It has to call backward() on a loss of this very network, with gradients "
+            "enabled."
+        )
 
 
 @contextmanager
@@ -105,8 +138,8 @@ def start_lora_one(layer: LowRankLayer) -> None:
         layer: Whose A and B are set, with the gradient that :func:`prepare_gradients` left.
     """
     rank, base = layer.A.shape[0], layer.module.base_layer
-    gradient = base._peft_loraga_grad
-    del base._peft_loraga_grad
+    gradient = getattr(base, _GRADIENT)
+    delattr(base, _GRADIENT)
     U, S, Vh = torch.linalg.svd(-gradient.float(), full_matrices=False)
     root = (S[:rank] / S[0].clamp(min=torch.finfo(S.dtype).tiny) / STABLE_GAMMA).sqrt()
     _set(layer, root.unsqueeze(1) * Vh[:rank], U[:, :rank] * root)

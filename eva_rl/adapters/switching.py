@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 
 from eva_rl.adapters.attach import AttachedAdapter, base_weights, extension_of, has_adapter, is_merged, refuse_merged
 from eva_rl.adapters.methods import METHODS
@@ -54,6 +54,8 @@ class Adapters:
         self._origins: dict[str, dict[str, Any]] = {}
         self._active: str | None = None
         self._asked: dict[str, float] = {}  # the target return of a task that an adapter came with last
+        self._trainable = [(parameter, parameter.requires_grad) for parameter in policy.network.parameters()]
+        self._unmerged: dict[str, Tensor] = {}  # the base's weights, while an adapter is merged into them
 
     @property
     def base_sha256(self) -> str:
@@ -222,18 +224,27 @@ class Adapters:
     def merge(self) -> None:
         """Add the active adapter to the base weights, in place: no extra work per step; :meth:`unmerge` undoes it.
 
+        A copy of the base's weights is kept until then.
+
         Raises:
             UserError: There is no adapter, none is active, or one is merged already.
         """
         self._refuse_others()
         if self._model is None:
             raise UserError("The policy has no adapters to merge. Load some: load_policy(base, adapters={...}).")
-        self._model.merge_adapter([self._chosen()])
+        chosen = self._chosen()
+        self._unmerged = {name: weight.clone() for name, weight in base_weights(self._policy.network).items()}
+        self._model.merge_adapter([chosen])
 
     def unmerge(self) -> None:
-        """Take a merged adapter out of the base weights again, to rounding."""
-        if self._model is not None and is_merged(self._policy.network):
-            self._model.unmerge_adapter()
+        """Take a merged adapter out of the base weights again, which are what they were to the last bit."""
+        if self._model is None or not is_merged(self._policy.network):
+            return
+        self._model.unmerge_adapter()
+        rounded = base_weights(self._policy.network)
+        for name, before in self._unmerged.items():  # PEFT subtracts what it added
+            rounded[name].copy_(before)
+        self._unmerged = {}
 
     def merge_and_unload(self) -> None:
         """Add the active adapter to the base weights for good, and forget all of them; without any, do nothing.
@@ -261,6 +272,8 @@ class Adapters:
 
     def _forget(self) -> None:
         self._model, self._active, self._origins = None, None, {}
+        for parameter, asked in self._trainable:  # PEFT froze them
+            parameter.requires_grad_(asked)
 
     def attached(self) -> AttachedAdapter:
         """The one adapter, for the training loop and for saving.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,7 +12,15 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from eva_rl.adapters import METHODS, attach_adapter, initial_rank, load_policy, save_adapted_policy, target_layers
+from eva_rl.adapters import (
+    METHODS,
+    attach_adapter,
+    initial_rank,
+    load_policy,
+    save_adapted_policy,
+    second_moments,
+    target_layers,
+)
 from eva_rl.adapters.extensions import AdaLoraExtension
 from eva_rl.agents import DecisionTransformerPolicy
 from eva_rl.batch import WindowBatch
@@ -21,7 +30,18 @@ from eva_rl.training.bc import train_bc
 from eva_rl.training.checkpoint import Checkpoints
 from eva_rl.training.losses import clone_loss
 from eva_rl.training.options import BCOptions
-from tests.adapters.making import RANK, REWRITING, UPDATES, attached, backward, measure, sampler, train, usual_first
+from tests.adapters.making import (
+    RANK,
+    REWRITING,
+    UPDATES,
+    attached,
+    backward,
+    batches,
+    measure,
+    sampler,
+    train,
+    usual_first,
+)
 from tests.adapters.test_folders import windows
 from tests.conftest import make_policy
 
@@ -333,3 +353,35 @@ def test_a_backward_pass_that_fails_leaves_the_policy_alone(method: str, reach_d
     assert not any("loraga" in key for module in modules for key in vars(module))
     assert all(p.requires_grad and p.grad is None for p in policy.network.parameters())
     attached(method, reach_demonstrations, policy=policy)
+
+
+@pytest.mark.parametrize("method", ["lora_ga", "lora_one"])
+def test_a_backward_pass_without_gradients_is_refused(method: str) -> None:
+    """LoRA-GA became plain LoRA, and LoRA-One failed halfway."""
+    policy = make_policy()
+    with pytest.raises(UserError, match=r"backward= left no gradient at blocks\.0.*call backward\(\) on a loss of"):
+        attach_adapter(policy, method, rank=RANK, backward=lambda: None)
+    modules = list(policy.network.modules())
+    assert not any("loraga" in key for module in modules for key in vars(module))
+    assert not any(hasattr(module, "lora_A") for module in modules)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "error"),
+    [
+        (torch.zeros_like, r"mean diagonal of 0, from which CorDA has no directions"),
+        (lambda moment: moment * float("nan"), "not finite"),
+        (lambda moment: moment[1:], r"is of shape \(31, 32\); expected a tensor of shape \(32, 32\)"),
+        (lambda moment: moment.numpy(), "is a ndarray; expected a tensor"),
+    ],
+)
+def test_second_moments_that_peft_cannot_invert_are_refused(
+    spoil: Callable[[Tensor], object], error: str, reach_demonstrations: Trajectories
+) -> None:
+    """PEFT looked for an inverse for ever."""
+    policy = make_policy()
+    layers = target_layers(policy.network, ["q_proj"])
+    moments = second_moments(policy, layers, batches(policy, reach_demonstrations), None, max_batches=2)
+    spoilt = {name: spoil(moment) for name, moment in moments.items()}
+    with pytest.raises(UserError, match=error):
+        attach_adapter(policy, "corda", rank=RANK, targets=layers, moments=spoilt)  # type: ignore[arg-type]

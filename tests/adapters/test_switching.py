@@ -15,7 +15,9 @@ import torch
 from peft.helpers import rescale_adapter_scale
 
 from eva_rl.adapters import attach_adapter, load_policy, save_adapted_policy
+from eva_rl.adapters.attach import base_weights
 from eva_rl.agents import DecisionTransformerPolicy, save_policy
+from eva_rl.agents.policy_folder import weights_digest
 from eva_rl.batch import WindowBatch
 from eva_rl.data import Trajectories
 from eva_rl.errors import UnknownNameError, UserError
@@ -47,6 +49,7 @@ def test_off_merged_and_unmerged_in_place(method: str, tmp_path: Path, reach_dem
     with pytest.raises(UserError, match="unmerge"):
         policy.adapters.use(None)
     policy.adapters.unmerge()
+    assert weights_digest(base_weights(policy.network)) == policy.adapters.base_sha256, "to the last bit"
     assert close(acted(policy, batch), expected)
     with policy.adapters.off():
         assert close(acted(policy, batch), base)
@@ -66,6 +69,19 @@ def test_a_merged_adapter_is_neither_saved_nor_trained(tmp_path: Path, reach_dem
     policy.adapters.unmerge()
     save_adapted_policy(tmp_path / "again", policy, policy.adapters.attached(), "card")
     assert close(acted(load_policy(tmp_path / "again"), batch), expected)
+
+
+@pytest.mark.parametrize("how", ["merge_and_unload", "unload", "merge=True"])
+def test_a_policy_without_its_adapter_can_be_trained(
+    how: str, tmp_path: Path, reach_demonstrations: Trajectories
+) -> None:
+    """All its parameters stayed frozen."""
+    trained("lora", reach_demonstrations, tmp_path / "policy")
+    policy = load_policy(tmp_path / "policy", merge=how == "merge=True")
+    if how != "merge=True":
+        assert not any(p.requires_grad for p in policy.network.parameters())
+        getattr(policy.adapters, how)()
+    assert all(p.requires_grad for p in policy.network.parameters())
 
 
 def test_an_attached_adapter_is_not_taken_for_none(tmp_path: Path, reach_demonstrations: Trajectories) -> None:
