@@ -97,8 +97,8 @@ class RolloutContext:
         Returns:
             (n, D).
         """
-        if self.decoder is not None:
-            self.decoder.refresh(self._network)
+        if self.decoder is not None and not self.decoder.refresh(self._network):
+            self.decoder = None
         device = self._steps.device.type
         with torch.autocast(device, torch.bfloat16, enabled=self._acting.precision == "bfloat16"):
             return self._features(observations, rewards, starts).float()
@@ -114,7 +114,11 @@ class RolloutContext:
         if self._cached_steps in {0, T} or longest == 1:
             kept = min(max(1, T // 2), longest)
             return self._static(kept, max(1, T // 2)) if self._window == "static" else self._rebuild(kept)
-        return self._static(self._cached_steps + 1, 1) if self._window == "static" else self._extend()
+        if self._window == "static":
+            return self._static(self._cached_steps + 1, 1)
+        if self.decoder is None and not self._caches:  # as before, but for a hook on a module since
+            return self._rebuild(self._cached_steps + 1)
+        return self._extend()
 
     def acted(self, actions: Tensor) -> None:
         """Record the scaled actions (n, act) taken on the last features."""

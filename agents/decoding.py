@@ -54,12 +54,14 @@ class _Watch:
         self._children = [(module._modules, list(module._modules.values())) for module in modules if module._modules]
         self._parameters = [module._parameters for module in modules if module._parameters]
         self._adapted = [module for module in modules if hasattr(module, "active_adapters")]
+        self._hooks = [own for module in modules for own in (module._forward_hooks, module._forward_pre_hooks)]
         self._alive = list(network.parameters())  # so that no other gets the identity of one of them
         self._seen = self._now()
 
     def changed(self) -> bool:
-        """Whether a parameter, a module, or how an adapter acts is another than at first."""
-        return any(list(own.values()) != before for own, before in self._children) or self._now() != self._seen
+        """Whether a parameter, a module, or how an adapter acts is another than at first, or somebody listens."""
+        modules = any(list(own.values()) != before for own, before in self._children)
+        return modules or any(self._hooks) or self._now() != self._seen
 
     def _now(self) -> tuple[Any, ...]:
         parameters = [p for own in self._parameters for p in own.values() if p is not None]
@@ -89,14 +91,22 @@ class CachedDecoder:
         self._values = [weight.new_zeros(shape) for _ in self._layers]
         self.length = 0
 
-    def refresh(self, network: DecisionTransformer) -> None:
+    def refresh(self, network: DecisionTransformer) -> bool:
         """Read the weights again where they have changed, as while a policy learns online; the cache stays.
 
         An adapter that is switched, turned off, merged or rescaled changes them, too.
+
+        Returns:
+            Whether the network's modules are still those that plain tensors can stand for, without hooks.
         """
-        if self._watch.changed():
+        if not self._watch.changed():
+            return True
+        try:
             with torch.no_grad():
                 self._read(network)
+        except _NotFoldableError:
+            return False
+        return True
 
     def _read(self, network: DecisionTransformer) -> None:
         config, self._watch = network.config, _Watch(network)

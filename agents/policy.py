@@ -230,11 +230,15 @@ class DecisionTransformerPolicy:
     ) -> NDArray[np.float32]:
         """Choose the deterministic action of each environment; see :meth:`Policy.act`."""
         assert self._context is not None, "reset() comes before act()"
-        decoder = self._context.decoder
-        if decoder is None:
+        if self._context.decoder is None:
             return self.act_by(self.network.actions, observations, rewards, episode_starts)
         with torch.no_grad():
-            return self._act(decoder.actions, observations, rewards, episode_starts)
+            return self._act(self._read_out, observations, rewards, episode_starts)
+
+    def _read_out(self, features: Tensor) -> Tensor:
+        """Scaled actions (n, act) of hidden states (n, D) as the decoder computes them, unless a hook ended it."""
+        assert self._context is not None
+        return (self._context.decoder or self.network).actions(features)
 
     def act_by(
         self,

@@ -343,8 +343,8 @@ def _steps(batch: Any, name: str) -> Tensor | None:
     if mask is None:
         padding = _field(batch, _PADDING[name])
         mask = None if padding is None else padding == 0
-    elif mask.is_floating_point() and bool((mask < 0).any()):
-        mask = mask == 0  # added to attention's scores
+    elif mask.is_floating_point() and not bool((mask > 0).any()):
+        mask = mask == 0  # added to attention's scores; without padding, all zero
     if mask is None or mask.ndim == 2:
         return mask
     if mask.ndim > 2 and mask.shape[1:-1].numel() == 1:

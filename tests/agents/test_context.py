@@ -53,7 +53,9 @@ class Recording:
     visible: list[int]
 
 
-def play(policy: DecisionTransformerPolicy, num_steps: int = 200) -> list[Recording]:
+def play(
+    policy: DecisionTransformerPolicy, num_steps: int = 200, before: Callable[[int], object] = lambda t: None
+) -> list[Recording]:
     """Act on random observations and rewards in environments whose episodes have different lengths."""
     rng, n = np.random.default_rng(0), len(LENGTHS)
     observations = rng.normal(size=(num_steps, n, OBS)).astype(np.float32)
@@ -62,6 +64,7 @@ def play(policy: DecisionTransformerPolicy, num_steps: int = 200) -> list[Record
     policy.reset(["x"] * n)
     actions, visible = [], []
     for t in range(num_steps):
+        before(t)
         actions.append(policy.act(observations[t], rewards[t], starts[t]))
         assert policy._context is not None
         visible.append(policy._context.num_visible_steps)
@@ -205,6 +208,22 @@ def test_plain_tensors_act_as_the_modules_do() -> None:
     assert called._context.decoder is None
     assert decoded._context.decoder is not None
     for one, other in zip(expected, found, strict=True):
+        np.testing.assert_allclose(one.actions, other.actions, atol=1e-6)
+
+
+@pytest.mark.parametrize("module", ["action_head", "blocks.1.mlp.up_proj"])
+def test_a_hook_that_comes_while_a_policy_acts_is_called(module: str) -> None:
+    """Listening after reset() heard nothing: plain tensors call no module."""
+    hooked, calls = make_policy(8), list[int]()
+
+    def listen(t: int) -> None:
+        if t == 11:
+            hooked.network.get_submodule(module).register_forward_hook(lambda *_: calls.append(t))
+
+    expected, found = play(make_policy(8), 40), play(hooked, 40, listen)
+    assert len(calls) == 40 - 11
+    for one, other in zip(expected, found, strict=True):
+        assert one.visible == other.visible
         np.testing.assert_allclose(one.actions, other.actions, atol=1e-6)
 
 

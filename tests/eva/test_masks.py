@@ -327,6 +327,15 @@ def test_a_mask_for_pairs_of_steps_is_refused_unless_it_hides_nothing() -> None:
     assert counted(bert(), {"input_ids": ids, "attention_mask": torch.ones_like(pairs)}, ["query"]) == [36]
 
 
+@pytest.mark.parametrize("shape", [(6, 6), (6, 1, 1, 6)])
+def test_a_mask_that_is_added_to_scores_is_read_without_padding_too(shape: tuple[int, ...]) -> None:
+    """All zero, it counted nothing."""
+    mask = ragged(6, 6)
+    ids, added = torch.randint(1, 40, (6, 6)), torch.zeros(6, 6).masked_fill(mask == 0, -torch.inf)
+    for scores, rows in ((added, mask.sum()), (torch.zeros(6, 6), 36)):
+        assert counted(bert(), {"input_ids": ids, "attention_mask": scores.view(shape)}, ["query"]) == [rows]
+
+
 @pytest.mark.parametrize("kind", ["bool", "float"])
 def test_torchs_own_padding_masks_are_read(kind: str) -> None:
     layer = nn.TransformerEncoderLayer(8, 2, 12, batch_first=True)
