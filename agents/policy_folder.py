@@ -17,8 +17,8 @@ from eva_rl.agents.decision_transformer import DecisionTransformer, DecisionTran
 from eva_rl.agents.huggingface import COMPANION_FILE, CONFIG_FILE, read_huggingface, read_original
 from eva_rl.agents.huggingface.options import ImportOptions, download
 from eva_rl.agents.policy import DecisionTransformerPolicy
-from eva_rl.agents.policy_record import FORMAT, FORMAT_VERSION, policy_record, read_record
-from eva_rl.agents.weights import check_size, check_weights, read_safetensors
+from eva_rl.agents.policy_record import FORMAT, FORMAT_VERSION, check_record, policy_record, read_record
+from eva_rl.agents.weights import check_size, check_weights, read_safetensors, value_problems
 from eva_rl.errors import UnknownNameError, UserError
 from eva_rl.files import check_files, expanded, sealed, write_folder, write_json
 
@@ -166,8 +166,8 @@ def save_policy(
         dtype: Precision of the weights on disk; they are loaded as float32.
 
     Raises:
-        UserError: The policy has an adapter, and the base network's weights are not given; or the folder holds
-            something other than a policy.
+        UserError: The policy has an adapter, and the base network's weights are not given; it could not be loaded
+            again, as with weights that are not finite; or the folder holds something other than a policy.
     """
     if weights is None and any(".base_layer." in name for name in policy.network.state_dict()):
         raise UserError(
@@ -196,6 +196,9 @@ def write_policy_files(
             has one.
     """
     state = policy.network.state_dict() if weights is None else weights
+    check_record(policy, "The policy cannot be saved")
+    if problems := value_problems(state):
+        raise UserError(f"The policy cannot be saved: {'; '.join(problems[:5])}.")
     save_file({k: v.detach().to("cpu", dtype).contiguous() for k, v in state.items()}, folder / WEIGHTS_FILE)
     record = policy_record(policy) | ({} if adapter_files is None else {"adapter": bool(adapter_files)})
     write_json(folder / POLICY_FILE, sealed(record, folder, [WEIGHTS_FILE, *(adapter_files or ())]))

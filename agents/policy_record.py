@@ -11,6 +11,7 @@ from typing import Any
 from eva_rl.agents.decision_transformer import ACTION, RETURN, REWARD, STATE, DecisionTransformerConfig
 from eva_rl.agents.policy import Conditioning, DecisionTransformerPolicy
 from eva_rl.agents.transformer import ACTIVATIONS
+from eva_rl.agents.weights import first_line
 from eva_rl.batch import InputScaling
 from eva_rl.errors import UserError
 from eva_rl.files import check_seal, read_json
@@ -80,7 +81,10 @@ def policy_record(policy: DecisionTransformerPolicy) -> dict[str, Any]:
         "version": FORMAT_VERSION,
         "architecture": asdict(policy.network.config),
         "scaling": scaling_record(policy.scaling),
-        "conditioning": {"target_return": conditioning.target_return, "per_env": dict(conditioning.per_env)},
+        "conditioning": {
+            "target_return": float(conditioning.target_return),
+            "per_env": {name: float(target) for name, target in conditioning.per_env.items()},
+        },
         "env_id": policy.env_id,
         "metadata": policy.metadata,
     }
@@ -141,7 +145,13 @@ def check_record(policy: DecisionTransformerPolicy, where: str) -> None:
     Raises:
         UserError: Naming ``where`` and the number that is out of range.
     """
-    RECORD.of(json.loads(json.dumps(policy_record(policy))), where)
+    try:
+        written = json.dumps(policy_record(policy))
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"{where}: {first_line(error)}. Expected numbers, strings, lists and dictionaries in metadata."
+        ) from error
+    RECORD.of(json.loads(written), where)
     check_inputs(policy.scaling.to("cpu"), policy.conditioning, where)
 
 

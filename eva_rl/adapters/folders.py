@@ -39,7 +39,8 @@ def save_adapted_policy(
 
     Args:
         folder: Where to; a policy that was there is replaced.
-        policy: With the adapter attached.
+        policy: With the adapter attached; the target return of the task that its ``env_id`` names goes with the
+            adapter.
         adapter: What :func:`eva_rl.adapters.attach_adapter` returned.
         model_card: Text of README.md.
 
@@ -90,7 +91,7 @@ def _origin(
         "method": adapter.method.name,
         "base_sha256": weights_digest(weights),
         "env_id": policy.env_id,
-        "target_return": policy.conditioning.of(policy.env_id),
+        "target_return": policy.conditioning.of(policy.env_id) if policy.env_id else None,
         "scaling": scaling_record(policy.scaling),
     }
     return sealed(facts, folder, [CONFIG_FILE, WEIGHTS_FILE])

@@ -104,8 +104,8 @@ class Adapters:
         self._policy.network.train(self._policy.network.training)  # PEFT's new layers begin in training mode
         fuse_where_faster(self._policy.network)
         self._origins[name] = origin
-        if origin.get("target_return") is not None:
-            env_id = origin.get("env_id", "")
+        env_id = origin.get("env_id", "")
+        if env_id and origin.get("target_return") is not None:
             self._asked[env_id] = origin["target_return"]
             self._policy.set_target_return(origin["target_return"], env_id)
         self.use(name)
@@ -173,7 +173,7 @@ class Adapters:
         self._active = name
         origin = self._origins.get(name or "", {})
         env_id = origin.get("env_id", "")
-        if origin.get("target_return") is not None and self._policy.conditioning.of(env_id) == self._asked[env_id]:
+        if env_id in self._asked and self._policy.conditioning.of(env_id) == self._asked[env_id]:
             self._asked[env_id] = origin["target_return"]
             self._policy.set_target_return(origin["target_return"], env_id)
 
@@ -315,10 +315,12 @@ class Adapters:
 def _check_name(name: str) -> None:
     try:
         nn.ModuleDict({name: nn.Identity()})  # where PEFT keeps it
+        if "/" in name or "\\" in name:
+            raise KeyError("it is to name a folder")
     except (KeyError, TypeError) as error:
         raise UserError(
-            f"{name!r} cannot be the name of an adapter ({first_line(error)}). Expected a word without dots that is no "
-            "attribute of torch.nn.ModuleDict."
+            f"{name!r} cannot be the name of an adapter ({first_line(error)}). Expected a word without dots and "
+            "slashes that is no attribute of torch.nn.ModuleDict."
         ) from error
 
 

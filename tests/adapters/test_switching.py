@@ -242,6 +242,21 @@ def test_the_target_return_comes_with_the_adapter(tmp_path: Path, reach_demonstr
     assert loaded.conditioning.of("metaworld/reach-v3") == 1234.0
 
 
+def test_an_adapter_of_no_task_brings_no_target_return(tmp_path: Path, reach_demonstrations: Trajectories) -> None:
+    """It brought the policy's own, for the task "", and the task's was lost without a word."""
+    policy, adapter = attached("lora", reach_demonstrations)
+    policy.env_id = ""
+    policy.set_target_return(1234.0, "metaworld/reach-v3")
+    save_adapted_policy(tmp_path / "nameless", policy, adapter, "card")
+    policy.env_id = "metaworld/reach-v3"
+    save_adapted_policy(tmp_path / "named", policy, adapter, "card")
+    save_policy(tmp_path / "base", make_policy())
+    loaded = load_policy(tmp_path / "base", adapters={"nameless": tmp_path / "nameless"})
+    assert loaded.conditioning == make_policy().conditioning
+    loaded.adapters.add("named", tmp_path / "named")
+    assert loaded.conditioning.of("reach-v3") == 1234
+
+
 def test_each_adapter_of_a_task_has_its_own_target_return(tmp_path: Path, reach_demonstrations: Trajectories) -> None:
     for name, target in (("a", 10.0), ("b", 20.0)):
         policy, adapter = attached("lora", reach_demonstrations)
@@ -364,7 +379,7 @@ def test_named_adapters_can_be_trained_further(tmp_path: Path, reach_demonstrati
     assert not close(acted(policy, batch), before)
 
 
-@pytest.mark.parametrize("name", ["train", "my.adapter", ""])
+@pytest.mark.parametrize("name", ["train", "my.adapter", "", "metaworld/push-v3"])
 def test_a_name_that_pytorch_does_not_take_is_refused_as_such(
     name: str, tmp_path: Path, reach_demonstrations: Trajectories
 ) -> None:

@@ -213,3 +213,39 @@ def test_an_export_asks_for_the_return_that_is_given(to: str, policy_folder: Pat
     else:
         found = load_base_policy(out).conditioning
     assert found.of("metaworld/reach-v3") == 7.0
+
+
+def spoil_weights(value: float) -> Callable[[DecisionTransformerPolicy], object]:
+    def spoil(policy: DecisionTransformerPolicy) -> object:
+        return policy.network.action_head.weight.detach()[0].fill_(value)
+
+    return spoil
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (spoil_weights(float("nan")), r"action_head\.weight holds numbers that are not finite"),
+        (spoil_weights(1e5), r"action_head\.weight holds numbers up to 1e\+05, expected at most"),
+        (lambda policy: policy.scaling.observation_std[:1].fill_(0), "observation_std"),
+        (lambda policy: policy.scaling.action_half_range[:1].fill_(float("inf")), "action_low"),
+        (lambda policy: policy.metadata.update(rate=np.float32(1)), "Object of type float32 is not JSON serializable"),
+    ],
+)
+def test_a_policy_that_could_not_be_loaded_is_not_saved(
+    spoil: Callable[[DecisionTransformerPolicy], object], message: str, policy_folder: Path
+) -> None:
+    """It took the place of one that could be."""
+    policy, before = load_base_policy(policy_folder), (policy_folder / "policy.json").read_bytes()
+    spoil(policy)
+    with pytest.raises(UserError, match=f"The policy cannot be saved.*{message}"):
+        save_policy(policy_folder, policy)
+    assert (policy_folder / "policy.json").read_bytes() == before
+    load_base_policy(policy_folder)
+
+
+def test_target_returns_of_numpy_are_saved(tmp_path: Path) -> None:
+    policy = make_policy()
+    policy.conditioning = Conditioning(np.float32(2.5), {"reach-v3": np.float64(3.5)})  # type: ignore[arg-type]
+    save_policy(tmp_path / "policy", policy)
+    assert load_base_policy(tmp_path / "policy").conditioning == Conditioning(2.5, {"reach-v3": 3.5})
