@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -14,8 +14,11 @@ from eva_rl.agents.decoding import CachedDecoder
 from eva_rl.agents.static_cache import StaticMemory, compiled_step, static_step
 from eva_rl.agents.transformer import LayerCache
 from eva_rl.batch import InputScaling, WindowBatch
+from eva_rl.errors import UnknownNameError
 
 Window = Literal["cached", "growing", "static", "full"]
+PRECISIONS = ("float32", "bfloat16")
+COMPILE_MODES = ("none", "default", "reduce-overhead")
 
 
 @dataclass(frozen=True)
@@ -26,10 +29,19 @@ class Acting:
         precision: ``float32``, or ``bfloat16`` for mixed precision.
         compile: ``none``, or torch.compile's mode for the steps of a static memory: ``default`` or ``reduce-overhead``
             (CUDA graphs).
+
+    Raises:
+        UnknownNameError: One is none of these.
     """
 
     precision: str = "float32"
     compile: str = "none"
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise UnknownNameError("precision", self.precision, PRECISIONS)
+        if self.compile not in COMPILE_MODES:
+            raise UnknownNameError("compile mode", self.compile, COMPILE_MODES)
 
 
 class RolloutContext:
@@ -50,6 +62,9 @@ class RolloutContext:
         on_window: Called with each full window before the network sees it.
         acting: How the network is computed.
         earlier: A context that is no longer used; its memory is, where it fits.
+
+    Raises:
+        UnknownNameError: There is no such window.
     """
 
     def __init__(
@@ -66,6 +81,9 @@ class RolloutContext:
         self._network, self._scaling, self._acting = network, scaling, acting or Acting()
         self._window = _form(window, self._acting)
         self._on_window = on_window
+        fixed = scaling.action_half_range == 0
+        self._fixed = fixed if bool(fixed.any()) else None
+        """Action dimensions of a single value, which scaled actions hold as 0."""
         self._targets = (target_returns / scaling.return_scale).unsqueeze(-1)  # (n, 1)
         n, T = len(target_returns), config.context_length
         # The newest steps slide through buffers of twice their number, so that they move once every T steps only.
@@ -122,7 +140,8 @@ class RolloutContext:
 
     def acted(self, actions: Tensor) -> None:
         """Record the scaled actions (n, act) taken on the last features."""
-        self._actions[:, self._end - 1] = actions
+        taken = actions if self._fixed is None else actions.masked_fill(self._fixed, 0.0)
+        self._actions[:, self._end - 1] = taken
 
     @property
     def num_environments(self) -> int:
@@ -233,6 +252,8 @@ class RolloutContext:
 
 def _form(window: Window, acting: Acting) -> Window:
     """What ``cached`` stands for: one shape at every step where that is worth its price."""
+    if window not in get_args(Window):
+        raise UnknownNameError("window", window, get_args(Window))
     if window != "cached":
         return window
     return "growing" if acting.compile == "none" else "static"

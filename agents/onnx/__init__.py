@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from eva_rl.agents.context import Acting
 from eva_rl.agents.onnx.graph import build_graph
 from eva_rl.agents.onnx.runtime import (
     FORMAT,
@@ -89,7 +91,7 @@ def largest_difference(policy: DecisionTransformerPolicy, path: Path, steps: int
     """Largest difference of a file's actions from a policy's, on observations drawn from its normaliser.
 
     Args:
-        policy: On the CPU.
+        policy: On the CPU; it keeps its own histories, and acts in float32 with a cache, as the file does.
         path: The file.
         steps: Env steps, one after the other.
         seed: Of the observations.
@@ -100,7 +102,10 @@ def largest_difference(policy: DecisionTransformerPolicy, path: Path, steps: int
     generator, scaling = np.random.default_rng(seed), policy.scaling.to("cpu")
     mean, std = scaling.observation_mean.numpy(), scaling.observation_std.numpy()
     half = scaling.action_half_range.numpy()
-    both = (policy, OnnxPolicy(path))
+    alike = copy.copy(policy)
+    alike.forget_histories()
+    alike.window, alike.on_window, alike.acting = "cached", None, Acting()
+    both = (alike, OnnxPolicy(path))
     for one in both:
         one.reset([policy.env_id])
     largest = 0.0

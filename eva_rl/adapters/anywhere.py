@@ -43,7 +43,7 @@ def attach_eva(
         model: Any torch model; changed in place, as by ``peft.get_peft_model``.
         lora_config: ``target_modules`` by PEFT's rules, ``r`` (the mean rank), ``lora_alpha``, ``use_dora``,
             ``use_rslora``, ...; ``eva_config`` sets rho, tau, whiten and keep_scale (its ``adjust_scaling_factors``)
-            unless they are given here.
+            unless they are given here. Which rows count is ``mask``'s to say, not its ``use_label_mask``'s.
         batches: Any iterable of batches, see :func:`eva_rl.eva.compute`; or a result of it for the same layers.
         rho: A layer may get up to r * rho directions; by default eva_config's, else 1.
         tau: How far the halves of the data have to agree; by default eva_config's, else 0.99.
@@ -111,7 +111,14 @@ def targeted_layers(model: nn.Module, lora_config: LoraConfig) -> list[str]:
     Raises:
         UserError: PEFT finds none.
     """
-    rules = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "task_type")
+    rules = (
+        "target_modules",
+        "exclude_modules",
+        "layers_to_transform",
+        "layers_pattern",
+        "task_type",
+        "modules_to_save",
+    )
     probe = LoraConfig(r=1, **{name: getattr(lora_config, name) for name in rules})
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
@@ -153,6 +160,11 @@ def _check(model: nn.Module, config: LoraConfig) -> None:
         raise UserError(
             f"The model is wrapped in {type(model).__name__}, into which PEFT does not look. Give the module inside, "
             "and wrap what attach_eva returns."
+        )
+    if config.init_lora_weights not in (True, "eva"):
+        raise UserError(
+            f"lora_config has init_lora_weights={config.init_lora_weights!r}, and attach_eva initialises with EVA: "
+            'leave it out, or set "eva". For another initialisation use peft.get_peft_model.'
         )
     if config.rank_pattern or config.alpha_pattern:
         raise UserError(

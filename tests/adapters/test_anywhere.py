@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from peft import AdaLoraConfig, EvaConfig, LoraConfig, PeftModel
+from peft import AdaLoraConfig, EvaConfig, LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import (
     GPT2Config,
@@ -196,6 +197,7 @@ def test_what_cannot_be_done_is_said_and_leaves_the_model_as_it_was() -> None:
         (LoraConfig(target_modules=["proj", "tanh"]), r"PEFT cannot adapt.*Tanh\(\) is not supported"),
         (LoraConfig(target_modules=["table"]), "EVA needs Linear or Conv1D layers; target_modules names table alone"),
         (LoraConfig(target_modules=["proj"], rank_pattern={"proj": 3}), "leave rank_pattern and alpha_pattern out"),
+        (LoraConfig(target_modules=["proj"], init_lora_weights="pissa"), "init_lora_weights='pissa', and attach_eva"),
         (AdaLoraConfig(target_modules=["proj"], total_step=10, init_r=2, target_r=1), "expected peft.LoraConfig"),
     ]:
         with pytest.raises(UserError, match=message):
@@ -275,6 +277,14 @@ def test_looking_for_layers_leaves_the_model_as_it_was() -> None:
     before = list(model.state_dict())
     assert targeted_layers(model, LoraConfig(target_modules=["proj"], task_type="SEQ_CLS")) == ["proj"]
     assert list(model.state_dict()) == before
+
+
+def test_modules_that_are_saved_whole_are_no_targets() -> None:
+    """They took a share of the ranks."""
+    model = nn.Sequential(OrderedDict(proj=nn.Linear(4, 4), score=nn.Linear(4, 2)))
+    config = LoraConfig(target_modules=["proj", "score"], modules_to_save=["score"])
+    expected = get_peft_model(deepcopy(model), config).base_model.targeted_module_names
+    assert targeted_layers(model, config) == expected == ["proj"]
 
 
 @pytest.mark.parametrize("kind", [np.asarray, Tensor.tolist])

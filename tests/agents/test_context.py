@@ -338,3 +338,32 @@ def test_an_observation_that_is_not_finite_is_refused() -> None:
     observations[1, 3] = np.nan
     with pytest.raises(UserError, match=r"given nan as number 3 of environment 1's observation.*policy\.reset"):
         policy.act(observations, np.zeros(2, np.float32), np.zeros(2, bool))
+
+
+def test_unknown_ways_to_act_are_refused() -> None:
+    """They acted as the default does."""
+    policy = make_policy(2)
+    policy.window = "ful"  # type: ignore[assignment]
+    with pytest.raises(UserError, match=r"Unknown window 'ful'\. Did you mean 'full'\?"):
+        policy.reset(["x"])
+    with pytest.raises(UserError, match=r"Unknown precision 'bf16'\. .*bfloat16"):
+        Acting("bf16")
+    with pytest.raises(UserError, match="Unknown compile mode 'fast'"):
+        Acting(compile="fast")
+
+
+@pytest.mark.parametrize("window", ["cached", "full"])
+def test_an_action_of_a_single_value_is_remembered_as_windows_show_it(window: Literal["cached", "full"]) -> None:
+    """Training windows hold 0 there, and the policy remembered what it had put out."""
+    policy = make_policy(4)
+    policy.window, policy.scaling = (
+        window,
+        InputScaling.create([0.5] * OBS, [2.0] * OBS, SCALE, [-2.0, 0.3], [1.0, 0.3]),
+    )
+    policy.reset(["x"])
+    raw = policy.act(np.ones((1, OBS), np.float32), np.zeros(1, np.float32), np.array([True]))
+    assert policy._context is not None
+    remembered = policy._context._actions[:, policy._context._end - 1]
+    torch.testing.assert_close(remembered, policy.scaling.actions(torch.from_numpy(raw)), atol=1e-6, rtol=0)
+    assert remembered[0, 1] == 0
+    assert raw[0, 1] == np.float32(0.3)

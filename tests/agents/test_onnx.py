@@ -17,6 +17,7 @@ import torch
 
 from eva_rl.adapters import load_policy, save_adapted_policy
 from eva_rl.agents import DecisionTransformerPolicy, load_base_policy, save_policy
+from eva_rl.agents.context import Acting
 from eva_rl.agents.decision_transformer import TOKEN_ORDERS
 from eva_rl.agents.onnx import OnnxPolicy, export_onnx, largest_difference
 from eva_rl.batch import InputScaling
@@ -71,6 +72,18 @@ def test_a_task_with_options_asks_for_the_same_return(tmp_path: Path) -> None:
     assert export_onnx(policy, tmp_path / "policy.onnx") < 1e-5
     policy.set_target_return(300.0, "metaworld/reach-v3?fixed")
     assert largest_difference(policy, tmp_path / "policy.onnx", steps=5) > 1e-4, "the target return matters"
+
+
+def test_an_export_does_not_depend_on_how_the_policy_acts(tmp_path: Path) -> None:
+    """It was held against full windows, or bfloat16, from which it differs; and the policy lost its histories."""
+    policy = scaled(make_policy(11, 3), 11, 3)
+    policy.scaling = replace(policy.scaling, action_half_range=torch.tensor([1.0, 0.0, 1.0]))
+    policy.window, policy.acting = "full", Acting("bfloat16")
+    policy.reset(["x"] * 2)
+    assert export_onnx(policy, tmp_path / "policy.onnx") < 1e-5
+    numbers = np.zeros(2, np.float32)
+    assert policy.act(np.zeros((2, 11), np.float32), numbers, numbers == 0).shape == (2, 3)
+    assert policy.window == "full"
 
 
 def test_bounds_are_held_against_the_tasks(tmp_path: Path) -> None:
