@@ -6,7 +6,7 @@ import functools
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, is_dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -88,6 +88,7 @@ def compute(  # noqa: PLR0913 - the one call that most users make; the names are
         UserError: A value is out of range, or see `ActivationStatistics.result`.
     """
     options = EvaOptions(rank, rho, tau, center, score, variant, alpha, keep_scale, criterion, seed)
+    check_model(model)
     check_batches(batches, max_batches)
     storage = StorageOptions(method, round(rank * rho), memory_budget, seed, exact=keep_moments)
     began = time.perf_counter()
@@ -98,6 +99,18 @@ def compute(  # noqa: PLR0913 - the one call that most users make; the names are
         return replace(result, moments=statistics.second_moments()) if keep_moments else result
 
 
+def check_model(model: object) -> None:
+    """Raise unless it is a module of torch's, as a policy's network is.
+
+    Raises:
+        UserError: Saying what it is.
+    """
+    if not isinstance(model, nn.Module):
+        raise UserError(
+            f"model is a {type(model).__name__}, expected a torch.nn.Module. Of a policy give policy.network."
+        )
+
+
 def check_batches(batches: object, max_batches: int) -> None:
     """Raise where none may be taken, or what should be batches is one, whose rows or names would be taken for them.
 
@@ -106,7 +119,7 @@ def check_batches(batches: object, max_batches: int) -> None:
     """
     if max_batches < 1:
         raise UserError(f"max_batches={max_batches}: expected at least 1.")
-    if isinstance(batches, Tensor | np.ndarray) or is_mapping(batches):
+    if isinstance(batches, Tensor | np.ndarray) or is_mapping(batches) or is_dataclass(batches):
         kind = type(batches).__name__
         raise UserError(f"batches is a {kind}: expected an iterable of batches. Give [batch], or x.split(64).")
 
@@ -139,7 +152,11 @@ def listen(
         memory_budget: Bytes for exact moments.
         seed: Of the sketches.
         group: Process group whose sums are added when a result is asked for, which all of its processes then must do.
+
+    Raises:
+        UserError: It is no model, or has no such layers.
     """
+    check_model(model)
     return ActivationStatistics(model, targets, StorageOptions(method, components, memory_budget, seed), group)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -14,7 +15,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from eva_rl import eva
+from eva_rl.batch import WindowBatch
 from eva_rl.errors import UnknownNameError, UserError
+from tests.conftest import make_policy
 from tests.eva.reference import assert_matches, exact
 
 
@@ -160,6 +163,7 @@ def test_no_batches() -> None:
     ("options", "message"),
     [
         ({"rank": 0}, "rank=0"),
+        ({"rank": 2.5}, r"rank=2\.5: expected at least 1, and a whole number"),
         ({"rho": 0.5}, "rho=0.5"),
         ({"rho": float("inf")}, "rho=inf"),
         ({"rho": float("nan")}, "rho=nan"),
@@ -176,6 +180,18 @@ def test_no_batches() -> None:
 def test_values_out_of_range(options: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
         eva.compute(nn.Linear(4, 2), [torch.randn(8, 4)], **options)
+
+
+def test_what_is_no_model_or_no_iterable_of_batches_is_refused(tmp_path: Path) -> None:
+    policy: Any = make_policy()
+    for call in (lambda: eva.compute(policy, []), lambda: eva.listen(policy)):
+        with pytest.raises(UserError, match=r"model is a \w+Policy, expected a torch\.nn\.Module.*policy\.network"):
+            call()
+    one: Any = WindowBatch(*(torch.zeros(1, 2, 3) for _ in range(3)), torch.zeros(1, 2, dtype=torch.long), None)
+    with pytest.raises(UserError, match=r"batches is a WindowBatch: expected an iterable.*\[batch\]"):
+        eva.compute(policy.network, one)
+    found = eva.compute(nn.Linear(4, 2), [torch.randn(8, 4)], rank=np.int64(2))  # type: ignore[arg-type]
+    found.save(tmp_path / "eva")
 
 
 class Failing(nn.Module):
