@@ -51,6 +51,50 @@ def random_pair(size: int, generator: torch.Generator) -> Tensor:
     return torch.randperm(size, generator=generator)[:2]
 
 
+OUTGROWN = 4.0
+"""Rewards get another scale once what it was found by is so many times as large."""
+
+
+def fitting_scale(
+    scale: float, found: float, critics: CriticEnsemble, target: CriticEnsemble, optimizer: torch.optim.Adam
+) -> float:
+    """What rewards are divided by from here on; where that changes, values in units of reward stay as they are.
+
+    The last layers are multiplied (PopArt, van Hasselt et al. 2016, arXiv 1602.07714), and Adam's moments, as if the
+    gradients had been of the new scale from the start.
+
+    Args:
+        scale: So far; 0 where no reward was paid.
+        found: By the rewards that are kept now.
+        critics: Trained by ``optimizer``; changed in place.
+        target: What follows them.
+        optimizer: Of ``critics``.
+
+    Returns:
+        ``scale``, or ``found`` where that is :data:`OUTGROWN` times as large, or the first.
+    """
+    if scale and found <= OUTGROWN * scale:
+        return scale
+    if scale:
+        _multiply_values(scale / found, critics, target, optimizer)
+    return found
+
+
+def _multiply_values(
+    factor: float, critics: CriticEnsemble, target: CriticEnsemble, optimizer: torch.optim.Adam
+) -> None:
+    last = set(critics.head.parameters())
+    with torch.no_grad():
+        for parameter in [*last, *target.head.parameters()]:
+            parameter.mul_(factor)
+        for parameter in critics.parameters():
+            moments = optimizer.state.get(parameter, {})
+            gradients = factor if parameter in last else factor**2
+            for name, power in (("exp_avg", 1), ("exp_avg_sq", 2)):
+                if name in moments:
+                    moments[name].mul_(gradients**power)
+
+
 class _EnsembleLinear(nn.Module):
     """E linear layers, begun as PyTorch begins one."""
 

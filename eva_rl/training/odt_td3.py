@@ -13,7 +13,7 @@ from eva_rl.batch import TransitionWindows
 from eva_rl.data.replay import TrajectoryReplay
 from eva_rl.errors import UserError
 from eva_rl.training.bc import Extension
-from eva_rl.training.critics import CriticEnsemble, polyak_update, random_pair, td_targets
+from eva_rl.training.critics import CriticEnsemble, fitting_scale, polyak_update, random_pair, td_targets
 from eva_rl.training.failures import NotFiniteError
 from eva_rl.training.learner import Choice, Explore, Learner, named, noise_levels, step_generators
 from eva_rl.training.losses import masked_mean
@@ -38,7 +38,8 @@ class TD3DecisionTransformer(Learner):
     """A deterministic Decision Transformer with an ensemble of critics, two in the paper.
 
     Departures from the paper, both so that one setting fits tasks with rewards of any size: rewards are divided by
-    the mean magnitude of discounted returns when training begins, and the critic's gradient by that of its values.
+    the mean magnitude of discounted returns when training begins, or once that is several times as large, and the
+    critic's gradient by that of its values.
 
     Args:
         policy: Its trainable parameters are changed in place.
@@ -72,6 +73,13 @@ class TD3DecisionTransformer(Learner):
         self.add("critics", named(self.critics), self._critic_optimizer)
         self._reward_scale = 0.0
 
+    def begin_iteration(self, replay: TrajectoryReplay, *, env_steps: int = 0, updates: int = 0) -> int:
+        """As the parent; find the rewards' scale."""
+        self._reward_scale = fitting_scale(
+            self._reward_scale, replay.mean_discounted_return, self.critics, self.target_critics, self._critic_optimizer
+        )
+        return super().begin_iteration(replay)
+
     def explore(self, generator: torch.Generator) -> Explore:
         """The policy's own actions with Gaussian noise, times each environment's level."""
         std = self._td3.exploration_noise
@@ -86,7 +94,6 @@ class TD3DecisionTransformer(Learner):
     def update(self, replay: TrajectoryReplay, update: int) -> dict[str, float]:
         """One gradient step on the critics, and at every ``policy_delay``-th one on the policy."""
         rng, generator = step_generators(self.seed, update)
-        self._reward_scale = self._reward_scale or replay.mean_discounted_return
         share, size = self.options.demonstration_share, self.options.batch_size
         batch = replay.sample_transitions(size, rng, self.context_length, self.scaling, demonstration_share=share)
         batch = batch.to(self.policy.device)

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+from copy import deepcopy
 from typing import Any, ClassVar
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from eva_rl.data import Episode
 from eva_rl.data.replay import TrajectoryReplay
 from eva_rl.errors import UserError
 from eva_rl.training.bc import Extension
-from eva_rl.training.critics import CriticEnsemble, polyak_update, td_targets
+from eva_rl.training.critics import CriticEnsemble, fitting_scale, polyak_update, td_targets
 from eva_rl.training.learner import step_generators
 from eva_rl.training.odt_td3 import TD3DecisionTransformer
 from eva_rl.training.online import train_online
@@ -97,6 +99,7 @@ def test_critics_begin_with_the_returns_obtained() -> None:
     learner = TD3DecisionTransformer(make_learner(), options)
     replay = _replay(terminated=True)
     before = [p.clone() for p in learner.policy.network.parameters()]
+    learner.begin_iteration(replay)
     for update in range(200):
         learner.update(replay, update)
     batch = replay.sample_transitions(64, step_generators(0, 0)[0], 4, learner.scaling)
@@ -132,10 +135,43 @@ def test_rewards_of_zero_are_no_scale() -> None:
     nothing = TrajectoryReplay(1000, 2, 1, discount=0.5)
     for kept in replay.episodes():
         nothing.add(dataclasses.replace(kept, rewards=np.zeros(2, np.float32)), asked=0.0)
+    learner.begin_iteration(nothing)
     learner.update(nothing, 0)
     assert learner._reward_scale == 0
+    learner.begin_iteration(replay)
     assert learner.update(replay, 1)["train/critic_loss"] < 10
     assert learner._reward_scale == pytest.approx(1.25)
+
+
+def test_critics_keep_their_values_when_rewards_get_another_scale() -> None:
+    """A first reward that was small, or rare, made all later ones large for ever."""
+    torch.manual_seed(0)
+    critics, seen, done, paid = CriticEnsemble(3, 2, 16, 2), torch.randn(64, 3), torch.randn(64, 2), torch.randn(64)
+    target, optimizer = deepcopy(critics), torch.optim.Adam(critics.parameters(), 1e-2)
+
+    def gradients(scale: float) -> list[Tensor]:
+        optimizer.zero_grad()
+        (critics(seen, done) - 100 * paid / scale).square().mean().backward()
+        return [parameter.grad.clone() for parameter in critics.parameters() if parameter.grad is not None]
+
+    for _ in range(20):
+        gradients(1.0)
+        optimizer.step()
+    before, values, slow = gradients(1.0), critics(seen, done), target(seen, done)
+    first = {parameter: deepcopy(optimizer.state[parameter]) for parameter in critics.parameters()}
+    assert fitting_scale(1.0, 4.0, critics, target, optimizer) == 1, "not several times as large"
+    assert fitting_scale(0.0, 8.0, critics, target, optimizer) == 8, "the first"
+    torch.testing.assert_close(critics(seen, done), values, rtol=0, atol=0)
+    assert fitting_scale(1.0, 8.0, critics, target, optimizer) == 8
+    torch.testing.assert_close(8 * critics(seen, done), values)
+    torch.testing.assert_close(8 * target(seen, done), slow)
+    last = set(critics.head.parameters())
+    for parameter, old, new in zip(critics.parameters(), before, gradients(8.0), strict=True):
+        factor = 1 / 8 if parameter in last else 1 / 64
+        torch.testing.assert_close(new, factor * old, rtol=1e-4, atol=1e-7)
+        now = optimizer.state[parameter]
+        torch.testing.assert_close(now["exp_avg"], factor * first[parameter]["exp_avg"])
+        torch.testing.assert_close(now["exp_avg_sq"], factor**2 * first[parameter]["exp_avg_sq"])
 
 
 def test_targets_never_move_beyond_what_they_follow() -> None:
@@ -228,6 +264,7 @@ def test_critics_find_the_values(terminated: bool, second: float | None) -> None
     )
     learner = TD3DecisionTransformer(policy, options)
     replay = _replay(terminated)
+    learner.begin_iteration(replay)
     for update in range(250):
         learner.update(replay, update)
     with torch.no_grad():

@@ -17,7 +17,7 @@ from eva_rl.agents import DecisionTransformerPolicy
 from eva_rl.data import Episode
 from eva_rl.data.replay import TrajectoryReplay
 from eva_rl.envs.vector import TaskVecEnv
-from eva_rl.errors import UserError
+from eva_rl.errors import EnvironmentFailedError, UserError
 from eva_rl.rollouts.episodes import EpisodeRecord, play_episodes
 from eva_rl.training.checkpoint import Checkpoints
 from eva_rl.training.collector import OnlineCounters, TaskEnvs
@@ -79,6 +79,18 @@ class Broken(Reach):
 
     def paid(self) -> float:
         return float("nan")
+
+
+class Failing(Reach):
+    """Fails at an env step of all its environments together."""
+
+    played, fails_at = 0, 150
+
+    def step(self, action: NDArray[np.float32]) -> tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]:
+        Failing.played += 1
+        if Failing.played == Failing.fails_at:
+            raise EnvironmentFailedError("reach", "in an env step", "it broke")  # as checked environments do
+        return super().step(action)
 
 
 class Wandering(Reach):
@@ -169,6 +181,32 @@ def test_first_attempts_are_the_policy_s_own() -> None:
         assert episode.terminations[-1] != episode.truncations[-1]
         moved = np.diff(episode.observations[:, 0])
         np.testing.assert_allclose(moved, 0.25 * episode.actions[:, 0], atol=1e-6)
+
+
+def test_env_steps_before_a_failure_are_counted_and_what_was_solved_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A whole round of attempts was lost, and its env steps were played for nothing."""
+    monkeypatch.setattr(Failing, "played", 0)
+    policy, replay, chosen, task = (
+        make_learner(),
+        TrajectoryReplay(2000, 2, 1),
+        options(steps_per_iteration=400),
+        make_task(Failing),
+    )
+    counters, collector = OnlineCounters(next_seed=task.first_seed), RetryingCollector(policy, task, chosen)
+    finished = list[int]()
+    whole = collector._count_and_keep
+
+    def kept(episodes: dict[int, Episode], *rest: Any) -> list[int]:
+        finished.append(sum(len(episode.rewards) for episode in episodes.values()))
+        return whole(episodes, *rest)
+
+    monkeypatch.setattr(collector, "_count_and_keep", kept)
+    with pytest.raises(EnvironmentFailedError, match="it broke"):
+        collector.collect(SelfImitation(policy, chosen, seed=3), replay, counters)
+    assert Failing.played == Failing.fails_at
+    assert Failing.played <= counters.env_steps < Failing.played + task.vec_env.num_envs
+    assert sum(finished) <= counters.env_steps
+    assert finished[-1] > 0, "some attempts of the round that failed were over"
 
 
 def test_only_failed_starts_are_retried_and_only_solved_episodes_kept() -> None:

@@ -22,7 +22,7 @@ from eva_rl.data.replay import TrajectoryReplay
 from eva_rl.data.selection import until_success
 from eva_rl.data.trajectories import Episode
 from eva_rl.rollouts.recorder import EpisodeRecorder
-from eva_rl.training.critics import CriticEnsemble, polyak_update, random_pair
+from eva_rl.training.critics import CriticEnsemble, fitting_scale, polyak_update, random_pair
 from eva_rl.training.failures import NotFiniteError
 from eva_rl.training.learner import Choice, Explore, Learner, named, noise_levels, step_generators
 from eva_rl.training.optimizer import restore_parameters
@@ -35,9 +35,9 @@ from eva_rl.training.residual.playback import FEATURES, PROPOSALS, TARGETS, afte
 class ResidualLearner(Learner):
     """A residual actor and an ensemble of critics on a frozen policy.
 
-    Rewards are divided by a scale that is found at the first gradient step after one was paid: where success ends an
-    episode and one is known, the value of the highest reward for ever, so that values lie below 1; else the mean
-    discounted return.
+    Rewards are divided by a scale: where success ends an episode and one is known, the value of the highest reward for
+    ever, so that values lie below 1; else the mean discounted return when the first reward was paid. It is found again
+    once that is several times as large.
 
     Args:
         policy: Stays as it is.
@@ -136,7 +136,8 @@ class ResidualLearner(Learner):
         return choose
 
     def begin_iteration(self, replay: TrajectoryReplay, *, env_steps: int = 0, updates: int = 0) -> int:
-        """As the parent; where learning began late, see how much is still to come."""
+        """As the parent; find the rewards' scale, and where learning began late, how much is still to come."""
+        self._find_scale(replay)
         options, per_iteration = self._residual, super().begin_iteration(replay)
         iterations = 1 + -(-max(0, options.env_steps - env_steps) // options.steps_per_iteration)
         self._actor_steps_planned = options.actor_updates(updates + iterations * per_iteration)
@@ -162,7 +163,6 @@ class ResidualLearner(Learner):
 
     def _draw(self, replay: TrajectoryReplay, update: int) -> tuple[NStepBatch, torch.Generator]:
         rng, generator = step_generators(self.seed, update)
-        self._find_scale(replay)
         options, size = self._residual, self.options.batch_size
         shown = round(size * options.demonstration_share) if self.demonstrations.num_episodes else 0
         under_way = self._unfinished.num_steps
@@ -191,18 +191,17 @@ class ResidualLearner(Learner):
         return replace(batch, extras=own, next_extras=following)
 
     def _find_scale(self, replay: TrajectoryReplay) -> None:
-        """Fix what a success is worth when the first one is known, and what rewards are divided by when one is paid."""
-        if self._reward_scale and (self._solved_value or not self._residual.stop_at_success):
-            return
+        """See what a success is worth, once one is known, and what rewards are divided by."""
         known = [source for source in (self.demonstrations, replay, self._unfinished) if source.num_episodes]
-        solved = self._residual.stop_at_success and any(source.num_solved for source in known)
-        if self._reward_scale and not solved:  # what follows looks at all that is kept
+        if not known:
             return
-        highest = max(source.highest_reward for source in known)
-        if solved and highest > 0:
-            self._solved_value = highest / max(1 - self._residual.discount, 1e-3)
-        own_scale = self._solved_value or max(source.mean_discounted_return for source in known)
-        self._reward_scale = self._reward_scale or own_scale
+        if not self._solved_value and self._residual.stop_at_success and any(source.num_solved for source in known):
+            highest = max(source.highest_reward for source in known)
+            self._solved_value = max(0.0, highest) / max(1 - self._residual.discount, 1e-3)
+        found = self._solved_value or max(source.mean_discounted_return for source in known)
+        self._reward_scale = fitting_scale(
+            self._reward_scale, found, self.critics, self.target_critics, self._critic_optimizer
+        )
 
     def targets(self, batch: NStepBatch, generator: torch.Generator) -> Tensor:
         """What the critics are taught, (B,)."""

@@ -17,7 +17,7 @@ from eva_rl.agents.policy import DecisionTransformerPolicy
 from eva_rl.data.replay import TrajectoryReplay
 from eva_rl.data.trajectories import Episode
 from eva_rl.envs.vector import TaskVecEnv
-from eva_rl.errors import UserError
+from eva_rl.errors import EnvironmentFailedError, UserError
 from eva_rl.training.collector import OnlineCounters, TaskEnvs, check_finite
 from eva_rl.training.learner import Learner, collection_generator
 from eva_rl.training.options import SelfImitationOptions
@@ -117,10 +117,15 @@ class RetryingCollector:
         attempts = Attempts(self._vec_env, seeds, self._longest(replay))
         self._compare_starts(seeds, attempts.observations, retried)
         self._policy.reset([self._env_id] * len(seeds))
-        while attempts.alive.any() and attempts.env_steps < left:
-            attempts.step(self._policy, noise)
-            check_finite(attempts.rewards, attempts.observations, counters.env_steps + attempts.env_steps)
-        counters.env_steps += attempts.env_steps
+        try:
+            while attempts.alive.any() and attempts.env_steps < left:
+                attempts.step(self._policy, noise)
+                check_finite(attempts.rewards, attempts.observations, counters.env_steps + attempts.env_steps)
+        except EnvironmentFailedError:
+            self._count_and_keep(attempts.finished(), retried, replay, counters)
+            raise
+        finally:
+            counters.env_steps += attempts.env_steps
         if not self._vec_env.arrays.reports_success.any():
             raise UserError(
                 f"algo=self_imitation learns from episodes in which the task is solved, and {self._env_id} reports no "
@@ -219,9 +224,9 @@ class Attempts:
             return actions if noise is None else noise.added(actions)
 
         actions = policy.act_by(choose, before, self.rewards, starts)
+        self.env_steps += int(alive.sum())  # also where one fails
         self._block.begin_step(actions, alive)
         self._block.finish()
-        self.env_steps += int(alive.sum())
         found = {name: self._rows(getattr(self._arrays, name)) for name in ("terminated", "truncated", "success")}
         self.observations = self._rows(self._arrays.observations)
         self.rewards = np.where(alive, self._rows(self._arrays.rewards), np.float32(0))

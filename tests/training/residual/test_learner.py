@@ -206,6 +206,7 @@ def test_targets_are_those_computed_by_hand() -> None:
         learner.target_actor.head.bias.fill_(0.3)
     replay = learner.new_replay(100)
     replay.add(episode(4, terminated=True), asked=1.0)
+    learner.begin_iteration(replay)
     batch, generator = learner._draw(replay, update=0)
     found = learner.targets(batch, generator)
     assert learner.target_encoder is not None
@@ -315,17 +316,24 @@ def test_it_begins_as_the_frozen_policy() -> None:
 
 @pytest.mark.parametrize("first", ["zeros", "unsolved"])
 def test_a_success_is_worth_something_whenever_it_comes(first: str) -> None:
-    """A success after the first gradient step was worth nothing for ever, and a first reward after zeros 1e8."""
+    """A success after the first gradient step was worth nothing for ever, or hundreds of times the scale."""
     learner = ResidualLearner(make_learner(), ResidualOptions(**QUICK | {"stop_at_success": True, "discount": 0.9}))
     replay, unsolved = learner.new_replay(200), episode(4, terminated=False)
-    replay.add(replace(unsolved, rewards=unsolved.rewards * (first != "zeros")), asked=1.0)
+    replay.add(replace(unsolved, rewards=unsolved.rewards * (first != "zeros") / 100), asked=1.0)
+    learner.begin_iteration(replay)
     learner.update(replay, 0)
     assert learner._solved_value == 0
     scale = learner._reward_scale
+    assert (scale == 0) == (first == "zeros")
     replay.add(episode(3, terminated=True, solved=True), asked=1.0)
-    learner.update(replay, 1)
+    seen, actions = torch.randn(5, learner.critics.layers[0].linear.weight.shape[1] - 1), torch.randn(5, 1)
+    before = learner.critics(seen, actions)
+    learner.begin_iteration(replay)
     assert learner._solved_value == pytest.approx(replay.highest_reward / 0.1)
-    assert learner._reward_scale == (scale or learner._solved_value)
+    assert learner._reward_scale == learner._solved_value
+    torch.testing.assert_close(
+        learner.critics(seen, actions) * learner._reward_scale, before * (scale or learner._reward_scale)
+    )
 
 
 def test_the_best_averaged_actor_is_kept() -> None:
