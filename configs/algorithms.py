@@ -6,7 +6,7 @@ The loop's options come first among the bases, so that what a loop says of a fie
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import ClassVar, Self
 
 from eva_rl.adapters import METHODS, Method
@@ -181,12 +181,27 @@ class ResidualAlgo(ResidualOptions, ReplayAlgo):
         """Env steps before distillation."""
         return self.env_steps - self.distill.rounds * self.distill.env_steps
 
+    @property
+    def learner_options(self) -> ResidualOptions:
+        """Of residual learning alone, without distillation's env steps."""
+        own = {field.name: getattr(self, field.name) for field in fields(ResidualOptions)}
+        return ResidualOptions(**own | {"env_steps": self.residual_env_steps})
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        taken = self.distill.rounds * self.distill.env_steps
         if self.residual_env_steps < 1:
             raise UserError(
                 f"algo.env_steps={self.env_steps} leaves none for training: algo.distill.rounds={self.distill.rounds} "
                 f"take {self.distill.env_steps} each. Increase it, or set algo.distill.rounds=0."
+            )
+        if not self.learner_options.total_updates:
+            raise UserError(
+                f"algo.env_steps={self.env_steps} ends before the actor's first gradient step: distillation takes "
+                f"{taken}, algo.learning_starts={self.learning_starts} come before the first gradient step, and "
+                f"algo.critic_warmup={self.critic_warmup} of these are the critics' alone. Type "
+                f"algo.env_steps={taken + self.least_env_steps} or more (the actor needs thousands of gradient steps), "
+                "or lower one of the others."
             )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 from stable_baselines3.common.vec_env import VecEnv
@@ -23,7 +23,7 @@ from eva_rl.training.collector import OnlineCounters, TaskEnvs
 from eva_rl.training.failures import warn_untrained
 from eva_rl.training.losses import clone_loss
 from eva_rl.training.online import train_online
-from eva_rl.training.options import DistillOptions, ResidualOptions
+from eva_rl.training.options import DistillOptions
 from eva_rl.training.residual.actor import frozen_copy
 from eva_rl.training.residual.distillation import LabelledWindows, roll_out
 from eva_rl.training.residual.learner import ResidualLearner
@@ -109,11 +109,10 @@ def learn_residual(
 
 def make_learner(session: Session, algo: ResidualAlgo) -> ResidualLearner:
     """The learner, on a frozen copy of the session's policy as it is now."""
-    own = {f.name: getattr(algo, f.name) for f in fields(ResidualOptions)}
     data = session.data
     return ResidualLearner(
         frozen_copy(session.policy),
-        ResidualOptions(**own | {"env_steps": algo.residual_env_steps}),
+        algo.learner_options,
         seed=session.config.seed,
         demonstrations=[] if data is None else [data.episode(index) for index in range(data.num_episodes)],
         env_id=session.spec.env_id,

@@ -267,6 +267,13 @@ class ResidualOptions(ReplayOptions):
         """Gradient steps of the actor among so many of the critics."""
         return max(0, -(-of_critics // self.policy_delay) - -(-self.critic_warmup // self.policy_delay))
 
+    @property
+    def least_env_steps(self) -> int:
+        """Env steps with which the actor takes a gradient step, rounded up to whole iterations."""
+        of_critics = math.ceil(self.critic_warmup / self.policy_delay) * self.policy_delay + 1
+        before = max(1, math.ceil(self.learning_starts / self.steps_per_iteration))
+        return (before - 1 + math.ceil(of_critics / self.updates_per_iteration)) * self.steps_per_iteration
+
 
 @dataclass
 class DistillOptions(BCOptions):

@@ -247,6 +247,9 @@ def test_directions_are_looked_at_as_at_first(
     assert all(found)
 
 
+RESIDUAL = ["algo=residual", "algo.distill.rounds=0", "algo.learning_starts=0", "algo.critic_warmup=0"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -255,7 +258,8 @@ def test_directions_are_looked_at_as_at_first(
         (["algo=odt", "adapter=lora_ga"], "nothing to clone"),
         (["algo=odt", "algo.refresh_every=100", "adapter=lora"], "refreshes EVA's directions"),
         (["algo=odt", "algo.refresh_every=100", "adapter.variant=whiten"], "refreshes EVA's plain directions"),
-        (["algo=residual", "algo.distill.rounds=0", "algo.refresh_every=100"], "leaves the policy's adapter as it is"),
+        ([*RESIDUAL, "algo.refresh_every=100"], "leaves the policy's adapter as it is"),
+        (["algo=residual", "algo.env_steps=23800"], "Type algo.env_steps=24000 or more (the actor needs thousands"),
         (["algo=ppo", "algo.rollout_steps=30", "adapter=adalora"], "Stable-Baselines3's"),
         (["algo=odt", "algo.initial_std=50"], "initial_std=50"),
         (["algo=odt", "algo.replay_size=1"], "replay_size"),
@@ -270,7 +274,7 @@ def test_directions_are_looked_at_as_at_first(
         ),
         (["algo=bc", "algo.compile=default"], "Install g++, or use algo.compile=none"),
         (
-            ["algo=residual", "algo.distill.rounds=0", "algo.distill.compile=default"],
+            [*RESIDUAL, "algo.distill.compile=default"],
             "Install g++, or use algo.distill.compile=none",
         ),
         (["algo=odt_td3", "adapter.targets=[]"], "adapter.targets=[] names no layer"),
