@@ -331,12 +331,23 @@ def test_saved_models_callbacks_and_the_logger_are_stable_baselines3_s(name: str
     train_sb3(model, task, chosen, log=lambda metrics, _: keys.update(metrics), callback=steps)
     assert steps.count == 80
     assert {"rollout/ep_rew_mean", "time/fps", "time/total_timesteps", "train/learning_rate"} <= keys
+    assert {"time/env_steps", "time/env_steps_played"} <= keys, "as in the other algorithms"
     model.save(tmp_path / "model")
     loaded = ALGORITHMS[name].load(tmp_path / "model", device="cpu")
     windows: Any = model.get_env().reset()  # type: ignore[union-attr]
     np.testing.assert_array_equal(
         loaded.predict(windows, deterministic=True)[0], model.predict(windows, deterministic=True)[0]
     )
+    task.vec_env.close()
+
+
+def test_the_first_entropy_weight_is_of_a_reward_of_one_an_env_step() -> None:
+    """Rewards are divided by the scale of returns: the bonus was twenty times a Hopper's reward."""
+    task = TaskEnvs(envs.make_vec_env("mujoco/hopper", 2, horizon=500), "Hopper-v5", False, horizon=500)
+    model = make_model(make_policy(11, 3, hidden_size=16, num_layers=1), task, SACOptions(env_steps=100, entropy=0.2))
+    assert isinstance(model, SAC)
+    assert model.log_ent_coef is not None
+    assert float(model.log_ent_coef.exp()) == pytest.approx(0.2 / 500)
     task.vec_env.close()
 
 

@@ -105,7 +105,7 @@ def make_model(policy: DecisionTransformerPolicy, task: TaskEnvs, options: SB3Op
         "replay_buffer_class": WindowReplayBuffer,
     }
     if isinstance(options, SACOptions):
-        entropy = f"auto_{options.entropy}"
+        entropy = f"auto_{options.entropy / max(1, task.horizon)}"  # rewards over return_scale: about 1 / horizon
         return SAC(DecisionTransformerSACPolicy, env, policy_kwargs=noisy, ent_coef=entropy, **shared)
     noise = NormalActionNoise(np.zeros(policy.action_dim), np.full(policy.action_dim, options.initial_std))
     return TD3(DecisionTransformerTD3Policy, env, policy_kwargs=network, action_noise=noise, **shared)
@@ -146,7 +146,12 @@ def train_sb3(
     """
     played = OnlineCounters.of(task)
     _resume(model, played, checkpoints)
-    model.set_logger(Logger(None, [_Forward(lambda metrics, step: log(metrics, step + played.validation_steps))]))
+
+    def forward(metrics: Mapping[str, float], step: int) -> None:
+        axis = step + played.validation_steps
+        log({**metrics, "time/env_steps": step, "time/env_steps_played": axis}, axis)
+
+    model.set_logger(Logger(None, [_Forward(forward)]))
     env = model.get_env()
     assert env is not None
     stretch = _stretch(options, env.num_envs * task.horizon)
