@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from stable_baselines3.common.vec_env import VecEnv
 
@@ -13,6 +14,7 @@ from eva_rl.adapters import AttachedAdapter
 from eva_rl.cli.console import training_progress
 from eva_rl.configs.algorithms import ResidualAlgo
 from eva_rl.data.samplers import prefetching
+from eva_rl.data.trajectories import Episode
 from eva_rl.errors import EnvironmentFailedError
 from eva_rl.finetune.session import Session
 from eva_rl.rollouts.evaluation import EvaluationResult
@@ -88,7 +90,7 @@ def learn_residual(
         noise=algo.distill.noise,
     )
     windows.add(replay.episodes())
-    windows.add(learner.demonstrations.episodes())
+    windows.add(as_many(learner.demonstrations.episodes(), replay.num_steps, session.config.seed))
     task = replace(task, first_seed=counters.next_seed)
     try:
         updates, distilled = distill(session, adapter, algo, (windows, task), logged_after(tracker.log, counters))
@@ -105,6 +107,17 @@ def learn_residual(
         "episodes": counters.episodes,
     }
     return ResidualTraining({**costs, **evaluation.metrics("eval_residual")}, evaluation)
+
+
+def as_many(episodes: Iterable[Episode], env_steps: int, seed: int) -> list[Episode]:
+    """All episodes, or where they are longer than that together, random ones that reach that many env steps.
+
+    A large data set would else hide the states in which the clone has to act.
+    """
+    kept = list(episodes)
+    order = np.random.default_rng(seed).permutation(len(kept))
+    before = np.cumsum([0, *(len(kept[index].rewards) for index in order[:-1])])
+    return [kept[index] for index in np.sort(order[: int((before < env_steps).sum())])]
 
 
 def make_learner(session: Session, algo: ResidualAlgo) -> ResidualLearner:

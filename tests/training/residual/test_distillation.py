@@ -11,6 +11,7 @@ import torch
 from eva_rl.data import Episode
 from eva_rl.data.selection import until_success
 from eva_rl.envs import make_vec_env
+from eva_rl.finetune.residual import as_many
 from eva_rl.training.bc import train_bc
 from eva_rl.training.collector import TaskEnvs
 from eva_rl.training.online import train_online
@@ -171,3 +172,19 @@ def test_a_demonstration_ends_at_its_first_success() -> None:
     assert not cut.truncations.any()
     assert cut.observations.shape == (4, 2)
     assert until_success(replace(whole, successes=np.zeros(5, bool))).rewards.tolist() == [0, 1, 2, 3, 4]
+
+
+def test_demonstrations_are_at_most_as_many_as_what_was_played() -> None:
+    """A large data set hid the states in which the clone has to act."""
+
+    def of_length(length: int) -> Episode:
+        zeros, ends = np.zeros((length + 1, 2), np.float32), np.arange(length) == length - 1
+        return Episode(zeros, zeros[1:, :1], zeros[1:, 0], ends, ~ends & False)
+
+    data = [of_length(length) for length in (5, 7, 9, 11) * 10]
+    assert as_many(data, 320, seed=0) == data, "as many as there are"
+    assert as_many([], 320, seed=0) == []
+    some = as_many(data, 100, seed=0)
+    assert 100 <= sum(len(episode.rewards) for episode in some) < 100 + 11
+    assert {len(episode.rewards) for episode in some} == {5, 7, 9, 11}, "of all that there are"
+    assert some != as_many(data, 100, seed=1)
