@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -51,6 +52,8 @@ from eva_rl.training.options import AUTO, BFLOAT16
 from eva_rl.training.self_imitation.learner import SelfImitation
 from eva_rl.training.self_imitation.retries import RetryingCollector
 from eva_rl.training.self_imitation.snapshot import load_snapshot, save_snapshot
+
+logger = logging.getLogger(__name__)
 
 Replayed: TypeAlias = ODTAlgo | ODTTD3Algo | SelfImitationAlgo
 """Algorithms that learn from a replay of whole episodes."""
@@ -278,6 +281,13 @@ def make_algorithm(
         return TD3DecisionTransformer(policy, algo, seed=seed, extension=extension)
     if isinstance(algo, SelfImitationAlgo):
         return SelfImitation(policy, algo, seed=seed, extension=extension, start=start)
+    if session.data is None and session.config.policy.target_return is None:
+        own = policy.conditioning.of(session.spec.env_id)
+        logger.warning(
+            "algo=odt learns what was done at each return, and asks for %.4g, which the policy obtains as it is: it "
+            "will hardly improve. Ask for more with policy.target_return=, say %.4g, or give demonstrations (data=).",
+            *(own, own + abs(own)),
+        )
     return OnlineDecisionTransformer(policy, algo, seed=seed, extension=extension)
 
 

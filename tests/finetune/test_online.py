@@ -110,6 +110,18 @@ def test_a_policy_learns_without_demonstrations(algo: str, policy_folder: Path, 
     assert load_policy(run_dir).env_id == "metaworld/reach-v3"
 
 
+def test_odt_says_that_it_asks_for_no_more_than_the_policy_obtains(
+    policy_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It went on asking for that for ever."""
+    asked = load_policy(policy_folder).conditioning.of("reach-v3")
+    assert main(command(policy_folder, tmp_path / "run", "odt", "data=none")) == 0
+    assert f"asks for {asked:.4g}, which the policy obtains as it is" in caplog.text
+    caplog.clear()
+    assert main(command(policy_folder, tmp_path / "other", "odt", "data=none", "policy.target_return=99")) == 0
+    assert "as it is" not in caplog.text
+
+
 def test_a_residual_is_learned_and_distilled(
     policy_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
