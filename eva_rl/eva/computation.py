@@ -78,7 +78,7 @@ def compute(  # noqa: PLR0913 - the one call that most users make; the names are
         alpha: LoRA's alpha of a layer that gets `rank` components; None takes the rank.
         keep_scale: Scale alpha with the rank.
         criterion: What has to agree.
-        memory_budget: Bytes for exact moments.
+        memory_budget: Bytes for exact moments; a result takes several times as much while it is computed.
         seed: Of sketches and variants.
         group: Process group, see `ActivationStatistics`.
         keep_moments: Give the result its `moments`, for `gain` and `effective_rank` of any A; exact moments then have
@@ -149,7 +149,7 @@ def listen(
         targets: Layers, see `find_layers`.
         components: The largest rank * rho that will be asked for; sizes the sketches of wide inputs.
         method: How second moments are kept; "moments" is exact, as `second_moments` is best asked for.
-        memory_budget: Bytes for exact moments.
+        memory_budget: Bytes for exact moments; a result takes several times as much while it is computed.
         seed: Of the sketches.
         group: Process group whose sums are added when a result is asked for, which all of its processes then must do.
 

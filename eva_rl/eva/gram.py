@@ -126,9 +126,10 @@ def stacks(groups: Sequence[InputGroup], group_of: dict[str, InputGroup], proces
     for key in sorted({(s.width, s.method, s.columns) for s in structure}):
         members = [s.members for s in structure if (s.width, s.method, s.columns) == key]
         width, method, columns = key
-        local = [sums.get(names) or _nothing(method, width, columns, process_group.device) for names in members]
-        reduced = _reduce(Sums.stack(local), process_group)
-        stacked.append(Stack(members, width, reduced))
+        local = [sums.pop(names, None) or _nothing(method, width, columns, process_group.device) for names in members]
+        stack = Sums.stack(local)
+        del local  # one copy is enough
+        stacked.append(Stack(members, width, _reduce(stack, process_group)))
     return stacked
 
 
