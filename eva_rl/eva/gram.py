@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -126,7 +127,8 @@ def stacks(groups: Sequence[InputGroup], group_of: dict[str, InputGroup], proces
     for key in sorted({(s.width, s.method, s.columns) for s in structure}):
         members = [s.members for s in structure if (s.width, s.method, s.columns) == key]
         width, method, columns = key
-        local = [sums.pop(names, None) or _nothing(method, width, columns, process_group.device) for names in members]
+        nothing = partial(_nothing, method, width, columns, process_group.device)
+        local = [sums.pop(names) if names in sums else nothing() for names in members]
         stack = Sums.stack(local)
         del local  # one copy is enough
         stacked.append(Stack(members, width, _reduce(stack, process_group)))

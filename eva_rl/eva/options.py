@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from numbers import Integral
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from eva_rl.errors import UserError
 from eva_rl.eva.redistribution import Score
@@ -52,9 +52,10 @@ class EvaOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        whole = isinstance(self.rank, Integral) and self.rank >= 1
-        _require(whole, f"rank={self.rank!r}: expected at least 1, and a whole number.")
-        object.__setattr__(self, "rank", int(self.rank))  # as JSON takes it, which knows no integers of NumPy
+        rank: Any = self.rank
+        whole = isinstance(rank, Integral) and int(rank) >= 1
+        _require(whole, f"rank={rank!r}: expected at least 1, and a whole number.")
+        object.__setattr__(self, "rank", int(rank))  # as JSON takes it, which knows no integers of NumPy
         finite_rho = math.isfinite(self.rho) and self.rho >= 1
         _require(finite_rho, f"rho={self.rho}: expected a number of at least 1; 1 keeps the ranks uniform.")
         _require(0 < self.tau <= 1, f"tau={self.tau}: expected more than 0 and at most 1.")

@@ -146,12 +146,7 @@ def train_sb3(
     """
     played = OnlineCounters.of(task)
     _resume(model, played, checkpoints)
-
-    def forward(metrics: Mapping[str, float], step: int) -> None:
-        axis = step + played.validation_steps
-        log({**metrics, "time/env_steps": step, "time/env_steps_played": axis}, axis)
-
-    model.set_logger(Logger(None, [_Forward(forward)]))
+    model.set_logger(Logger(None, [_Forward(log, played)]))
     env = model.get_env()
     assert env is not None
     stretch = _stretch(options, env.num_envs * task.horizon)
@@ -237,14 +232,16 @@ def _learn(model: Model, env_steps: int, callbacks: list[BaseCallback]) -> Envir
 
 
 class _Forward(KVWriter):
-    """Hands Stable-Baselines3's metrics on."""
+    """Hands Stable-Baselines3's metrics on, with the env steps under the names that other algorithms use."""
 
-    def __init__(self, log: Log) -> None:
-        self._log = log
+    def __init__(self, log: Log, played: OnlineCounters) -> None:
+        self._log, self._played = log, played
 
     def write(self, key_values: dict[str, Any], key_excluded: dict[str, tuple[str, ...]], step: int = 0) -> None:
         """Hand on the numbers."""
-        self._log({key: float(value) for key, value in key_values.items() if isinstance(value, Real)}, step)
+        played = step + self._played.validation_steps
+        metrics = {key: float(value) for key, value in key_values.items() if isinstance(value, Real)}
+        self._log({**metrics, "time/env_steps": step, "time/env_steps_played": played}, played)
 
     def close(self) -> None:
         """Nothing is open."""
