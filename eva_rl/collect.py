@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import ClassVar
 
 from eva_rl.cli.collecting import collect_shown
 from eva_rl.cli.command import run_command
@@ -46,6 +47,19 @@ class ExpertOptions:
     def __post_init__(self) -> None:
         one_of(("scripted", "sac"), expert=self.name)
         positive(expert__steps=self.steps)
+        given = [f"expert.{key}={getattr(self, key)}" for key in ("steps", "until") if self._changed(key)]
+        if self.name == "scripted" and given:
+            raise UserError(f"{', '.join(given)}: expert=scripted is not trained. Leave it out, or use expert=sac.")
+
+    def _changed(self, key: str) -> bool:
+        return bool(getattr(self, key) != getattr(ExpertOptions, key))
+
+
+@dataclass
+class ExpertNoise(NoiseOptions):
+    """Disturbance of the scripted experts' actions; the undisturbed action is what is imitated."""
+
+    PREFIX: ClassVar[str] = "noise."
 
 
 @dataclass
@@ -59,7 +73,7 @@ class CollectConfig:
     workers: int = option(2, "processes")
     env: EnvOptions = group(EnvOptions, "the task")
     expert: ExpertOptions = group(ExpertOptions, "who demonstrates")
-    noise: NoiseOptions = group(NoiseOptions, "action noise of a scripted expert")
+    noise: ExpertNoise = group(ExpertNoise, "action noise of a scripted expert")
 
     def __post_init__(self) -> None:
         given = [f"noise.{key}={value:g}" for key, value in asdict(self.noise).items() if value]

@@ -23,7 +23,7 @@ from eva_rl.data.formats.d4rl_names import D4RL_FILES
 from eva_rl.data.formats.minari import minari_root
 from eva_rl.data.formats.store import is_store
 from eva_rl.envs import score_between
-from eva_rl.errors import UserError, counted
+from eva_rl.errors import UserError, counted, shown_number
 from eva_rl.files import expanded, read_json
 from eva_rl.options import between, group, one_of, option
 from eva_rl.seeding import MAX_SEED
@@ -198,7 +198,7 @@ def _facts(data: Trajectories) -> dict[str, str]:
 
 
 def _spread(values: NDArray[Any]) -> str:
-    return f"mean {values.mean():.1f}, {values.min():.1f} to {values.max():.1f}"
+    return f"mean {shown_number(values.mean())}, {shown_number(values.min())} to {shown_number(values.max())}"
 
 
 def _fitting_policies(data: Trajectories) -> list[str]:
@@ -216,7 +216,7 @@ def _histogram(data: Trajectories) -> Table:
     table = Table("return", "episodes", "", title="Returns")
     for count, low, high in zip(counts, edges[:-1], edges[1:], strict=True):
         bar = "█" * round(BAR_WIDTH * count / counts.max()) or ("▏" if count else "")
-        table.add_row(f"{low:.1f} to {high:.1f}", str(count), bar)
+        table.add_row(f"{shown_number(low)} to {shown_number(high)}", str(count), bar)
     return table
 
 

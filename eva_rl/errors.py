@@ -93,6 +93,11 @@ def close_matches(name: str, known: Iterable[str]) -> list[str]:
     return [plain[one] for one in difflib.get_close_matches(name.lower(), reversed(plain), n=3, cutoff=0.5)]
 
 
+def shown_number(value: float) -> str:
+    """A number for a table: with one decimal, or with three significant digits where it is below 1."""
+    return f"{value:.1f}" if abs(value) >= 1 or value == 0 else f"{value:.3g}"
+
+
 def counted(number: int, noun: str) -> str:
     """``1 task``, ``2 tasks``, ``2 batches``."""
     return f"{number} {noun}{'' if number == 1 else 'es' if noun.endswith('ch') else 's'}"

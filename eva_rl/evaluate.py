@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import zip_longest
+from itertools import count, zip_longest
 from pathlib import Path
 
 from rich.table import Column, Table
@@ -22,7 +22,7 @@ from eva_rl.configs.groups import EnvOptions, HeldOutOptions, MachineOptions, Po
 from eva_rl.distributed import ProcessGroup
 from eva_rl.envs import EnvSpec, canonical_id, env_spec
 from eva_rl.envs.registry import is_known, task_ids
-from eva_rl.errors import UserError
+from eva_rl.errors import UserError, shown_number
 from eva_rl.files import check_folder, check_new, expanded, write_json
 from eva_rl.options import group, one_of, option
 from eva_rl.rollouts.evaluation import EvaluationResult, described_return, evaluate_distributed, evaluate_policy
@@ -142,9 +142,15 @@ def evaluate(config: EvaluateConfig) -> None:
                 write_json(out, record(config, policy, results, without))
     for task in tasks if config.video and first else ():
         activate_adapter(policy, task, config.adapter != "off")
-        path = VIDEOS / f"{task.replace('/', '-')}.gif"
+        path = _unused(task.replace("/", "-"))
         record_episode(policy, task, path, seed=config.eval.seed, horizon=config.env.horizon)
         say(f"Video: {path}")
+
+
+def _unused(name: str) -> Path:
+    """A path for a video that overwrites none."""
+    paths = (VIDEOS / f"{name}{f'-{number}' if number > 1 else ''}.gif" for number in count(1))
+    return next(path for path in paths if not path.exists())
 
 
 def set_targets(policy: AdaptedPolicy, tasks: Sequence[str], config: EvaluateConfig) -> None:
@@ -262,8 +268,10 @@ def choose_target(policy: DecisionTransformerPolicy, task: str, config: Evaluate
     scores = {target: validation_score(target) for target in config.targets}
     best = max(scores, key=lambda target: scores[target])
     policy.set_target_return(best, task)
-    tried = ", ".join(f"{target:g}: {success:.2f}/{mean:.0f}" for target, (success, mean) in scores.items())
-    say(f"{task}: target return {best:g} (validation success/return by target: {tried})")
+    solved = any(success for success, _ in scores.values())
+    shown = {t: f"{success:.2f}/" * solved + shown_number(mean) for t, (success, mean) in scores.items()}
+    tried = ", ".join(f"{target:g}: {score}" for target, score in shown.items())
+    say(f"{task}: target return {best:g} (validation {'success/' * solved}return by target: {tried})")
 
 
 def record(

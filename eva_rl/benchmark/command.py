@@ -27,6 +27,7 @@ from eva_rl.benchmark.tuning import Chosen, choose
 from eva_rl.cli.command import run_command
 from eva_rl.cli.console import console, say
 from eva_rl.cli.parsing import SHORT_KEYS, first_options, known_keys, register
+from eva_rl.cli.run_dir import check_no_run
 from eva_rl.cli.values import quoted, split_list, unquoted
 from eva_rl.errors import UserError, counted
 from eva_rl.files import check_folder, expanded
@@ -35,6 +36,7 @@ from eva_rl.launch.launching import launch, list_failed
 from eva_rl.options import option
 from eva_rl.report import command as report
 from eva_rl.report.page import terminal_table
+from eva_rl.report.verdicts import CLONING_LOSS
 
 HELP = """
 Fine-tune every method on every task with every seed, and compare them: independent runs in
@@ -61,6 +63,8 @@ OWN_KEYS = {
 }  # fmt: skip
 """Keys of finetune that the benchmark decides on itself, and by what."""
 PASSED = "finetune."
+HELD_OUT = "eval.demonstrations"
+"""Key of finetune without which the cloning loss is not known."""
 STUDY_FILE = "study.yaml"
 GRID = ("tasks", "methods", "seeds")
 """Keys in place of which a study file can be given."""
@@ -98,9 +102,13 @@ class BenchmarkConfig(LaunchOptions, BenchmarkOptions):
         Raises:
             UserError: A task, method or seed does not exist.
         """
+        if not self.out:
+            raise UserError("out= is empty: expected a folder.")
         if self.study:
             return read_study(expanded(self.study))
         methods = {name: {METHOD: name} for name in (find_method(name).name for name in names_of(self.methods))}
+        if not methods:
+            raise UserError("methods=[] names none. Type methods=lora+eva, say.")
         return Study(tasks_of(self.tasks), methods, seeds_of(self.seeds))
 
     @property
@@ -163,8 +171,10 @@ def benchmark(config: BenchmarkConfig) -> None:
     study, place = config.grid(), config.place
     check_overrides([*config.set, *_keys_of(study)])
     check_apart(config.set, study)
+    check_measured(config.set, study)
     if not config.plan:
         check_folder(place.out, "out=")
+        check_no_run(place.out, "out=")
         check_folder(place.records, "records=" if config.records else "out=")
     tuned = tuning_cells(study, place)
     first: Chosen = {method: study.candidates(method)[0] for method in study.methods}
@@ -206,6 +216,23 @@ def check_overrides(overrides: Sequence[str]) -> None:
             raise UserError(f"set=[{override}]: expected KEY=VALUE, for instance set=[algo.updates=400].")
         if key in OWN_KEYS:
             raise UserError(f"{PASSED}{key}: a benchmark sets that through {OWN_KEYS[key]}.")
+
+
+def check_measured(words: Sequence[str], study: Study) -> None:
+    """Raise where a study is decided by what none of its runs will tell.
+
+    Raises:
+        UserError: The endpoint is the cloning loss, and there are no held-out demonstrations to measure it on.
+    """
+    if study.endpoint != CLONING_LOSS or any(word.startswith(f"{HELD_OUT}=") for word in words):
+        return
+    for name, own in study.methods.items():
+        grid = study.tune.get(name, {})
+        if not (study.settings | own | grid).get(HELD_OUT):
+            raise UserError(
+                f"endpoint: {CLONING_LOSS} is measured on held-out demonstrations, and {name} has none. Write "
+                f"{HELD_OUT}: 10 under settings in the study file."
+            )
 
 
 def check_apart(overrides: Sequence[str], study: Study) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from eva_rl.files import write_json
-from eva_rl.report.reading import RECORD, UPDATES, Row
+from eva_rl.report.reading import ENV_STEPS, RECORD, UPDATES, Row
 from eva_rl.report.runs import DIGEST, FORMAT, digest, read_config, read_run
 
 PLACES = ("run_dir", "shared")
@@ -85,5 +85,5 @@ def _halved(points: Sequence[Row]) -> list[Row]:
 
 def _point(row: Row) -> Row:
     scores = ("success_rate", "mean_reward", "normalized_score", "cloning_loss")
-    keys = {key for key in row if key.endswith(scores) or key in UPDATES} | {"step", "wall_time"}
+    keys = {key for key in row if key.endswith(scores) or key in UPDATES} | {"step", "wall_time", ENV_STEPS}
     return {key: round(row[key], 6) for key in row if key in keys}

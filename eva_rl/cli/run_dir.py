@@ -76,6 +76,19 @@ SHORT = {"adapter": "adapter.method", "algo": "algo.name", "env": "env.id", "ran
 """Settings by which runs are told apart most often."""
 
 
+def check_no_run(folder: Path, setting: str) -> None:
+    """Raise where runs are to go below a run directory: reports would see the one run alone.
+
+    Raises:
+        UserError: It holds a run's config or summary.
+    """
+    if found := [name for name in (CONFIG_FILE, SUMMARY_FILE) if (folder / name).is_file()]:
+        raise UserError(
+            f"{folder} is the directory of a single run (it holds {found[0]}), so that reports see nothing below it. "
+            f"Name another {setting}."
+        )
+
+
 def open_run(name: str, options: Any) -> Path:
     """Make or recognise the run directory of a command, say where it is, and note its config.
 

@@ -33,6 +33,7 @@ from eva_rl.rollouts.video import Clip, record_clip, side_by_side, write_video
 from eva_rl.tracking import Tracker
 from eva_rl.tracking.figures import action_figure, rank_figure, spectrum_figure
 from eva_rl.tracking.tracker import WALL_TIME, open_tracker, read_metrics
+from eva_rl.training.collector import ENV_STEPS
 from eva_rl.training.failures import failures_kept
 
 DASHBOARD = "#custom_scalars&_smoothingWeight=0"
@@ -168,7 +169,8 @@ def write_results(
     """
     before, after = evaluations
     last = int(training.costs.get("env_steps_played", session.config.algo.final_step))
-    tracker.log_once({**after.result.metrics(), **after.loss}, last)
+    learned = {ENV_STEPS: training.costs["env_steps"]} if "env_steps" in training.costs else {}
+    tracker.log_once({**after.result.metrics(), **after.loss, **learned}, last)
     compare_snapshots(session, tracker, before.snapshot, after.snapshot, last)
     tracker.finished({**before.result.metrics("eval_before"), **after.result.metrics()})
     if session.process_group.is_main:
@@ -225,10 +227,10 @@ def _learning_rate(config: FinetuneConfig) -> dict[str, float]:
 
 
 def _of_study(session: Session) -> dict[str, Any]:
-    """What only runs of a study have: evaluations by step, shared work by key, the study file's digest."""
+    """What only runs of a study have: evaluations by step of training, shared work by key, the study file's digest."""
     config = session.config
     rows = read_metrics(session.run_dir) if config.eval.at else []
-    found = {str(row["step"]): held_out for row in rows if (held_out := _held_out(row))}
+    found = {str(int(row.get(ENV_STEPS, row["step"]))): held_out for row in rows if (held_out := _held_out(row))}
     parts = {"eval_at": found, "shared": session.shared, "study": config.study}
     return {key: value for key, value in parts.items() if value}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from eva_rl.cli.command import new_run_dir, typed_run_dir
 from eva_rl.cli.console import say
 from eva_rl.cli.parsing import parse, without_dashes
-from eva_rl.cli.run_dir import SUMMARY_FILE, changed_settings
+from eva_rl.cli.run_dir import SUMMARY_FILE, changed_settings, check_no_run
 from eva_rl.cli.values import quoted
 from eva_rl.errors import UserError, counted
 from eva_rl.files import check_folder, expanded
@@ -46,10 +47,11 @@ def multirun(name: str, typed: Sequence[str]) -> None:
     typed = without_dashes(name, typed)
     options = launch_options([word.removeprefix(OPTIONS) for word in typed if word.startswith(OPTIONS)])
     words = [word for word in typed if not word.startswith((OPTIONS, "run_dir="))]
-    root = expanded(typed_run_dir(typed) or new_run_dir("multirun")).resolve()
+    root = expanded(_common_folder(typed_run_dir(typed)) or new_run_dir("multirun")).resolve()
     jobs = [_job(name, fixed, swept, root, options.threads) for fixed, swept in combinations(words)]
     check_names([job.name for job, _ in jobs])
     check_folder(root, "run_dir=")
+    check_no_run(root, "run_dir=")
     options = replace(options, threads=max(job.threads for job, _ in jobs))
     left = [job for job, config in jobs if not _is_finished(job, config)]
     say(f"{counted(len(jobs), 'run')}, {len(jobs) - len(left)} of them finished before. {root}")
@@ -57,7 +59,16 @@ def multirun(name: str, typed: Sequence[str]) -> None:
     list_failed(failed)
     if failed:
         raise UserError(f"{len(failed)} of {len(jobs)} runs failed. Continue with run_dir={root}.")
-    say(f"Compare them: python -m eva_rl.report {root}")
+    say(f"Compare them: python -m eva_rl.report {shlex.quote(str(root))}")
+
+
+def _common_folder(typed: str) -> str:
+    if "${" in typed:
+        raise UserError(
+            f"run_dir={typed}: a sweep has one folder, in which each run gets its own by what differs. Name it without "
+            "${...}."
+        )
+    return typed
 
 
 def _is_finished(job: Job, config: Any) -> bool:

@@ -22,6 +22,8 @@ NO_SETTINGS |= {"eval.every", "eval.quick_episodes", "eval.at", "algo.eval_every
 NO_SETTINGS |= {"algo.workers", "algo.replay_on_disk", "study"}
 VALIDATION, KEEP_BEST = ("algo.eval_every", "eval.quick_episodes"), "algo.keep_best"
 """Settings that decide a result where the best parameters are kept, and the one that says so."""
+TRUNCATING, WHOLE_EPISODES = ("algo.eval_every", "algo.checkpoint_every"), "self_imitation"
+"""Settings that decide where episodes of training are truncated, and the algorithm that truncates none."""
 
 Settings = tuple[tuple[str, Any], ...]
 
@@ -46,6 +48,8 @@ def _all_settings(config: Mapping[str, Any]) -> dict[str, Any]:
 def _ignored(key: str, settings: Mapping[str, Any], method: str) -> bool:
     """Whether a setting changes no result, or the run's method ignores it."""
     if key in VALIDATION and settings.get(KEEP_BEST):
+        return False
+    if key in TRUNCATING and not str(settings.get("algo.name")).endswith(WHOLE_EPISODES):
         return False
     group, _, name = key.rpartition(".")
     if key in NO_SETTINGS or key.partition(".")[0] in NO_SETTINGS or (group and name in FREE_IN_GROUPS):

@@ -9,6 +9,7 @@ import numpy as np
 
 from eva_rl.report import stats
 from eva_rl.report.methods import Method, TaskGroup, paired_runs
+from eva_rl.report.reading import ENV_STEPS
 from eva_rl.report.runs import Run
 from eva_rl.report.settings import Decision
 from eva_rl.report.stats.aggregates import Floats
@@ -27,8 +28,11 @@ EQUIVALENT, UNDECIDED = "equivalent", "undecided"
 
 
 def held_out(run: Run, key: str) -> Floats:
-    """Held-out evaluations of a run, (N, 2): steps and scores, one a step, in order."""
-    found = {row["step"]: row[f"eval/{key}"] for row in run.rows if f"eval/{key}" in row}
+    """Held-out evaluations of a run, (N, 2): steps of training and scores, one a step, in order.
+
+    Env steps of validation and of EVA's rollouts are none of training: a method's endpoint depends on neither.
+    """
+    found = {row.get(ENV_STEPS, row["step"]): row[f"eval/{key}"] for row in run.rows if f"eval/{key}" in row}
     return np.array(sorted(found.items()), dtype=np.float64).reshape(-1, 2)
 
 

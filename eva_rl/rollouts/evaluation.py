@@ -15,7 +15,7 @@ from eva_rl.agents.policy import Policy
 from eva_rl.distributed import ProcessGroup
 from eva_rl.envs import EnvSpec, env_spec, reference_scores, score_between
 from eva_rl.envs.vector import AUTO, TaskVecEnv, make_task_vec_env, make_vec_env
-from eva_rl.errors import UserError, check_dimensions, counted
+from eva_rl.errors import UserError, check_dimensions, counted, shown_number
 from eva_rl.options import between
 from eva_rl.rollouts.episodes import EpisodeRecord, play_episodes
 from eva_rl.seeding import EVALUATION, MAX_SEED, VALIDATION, episode_seeds
@@ -125,7 +125,7 @@ class EvaluationResult:
 
 def described_return(result: EvaluationResult) -> str:
     """The mean return as a table shows it."""
-    return "not measured" if result.stopped_at_success else f"{result.mean_reward:.1f}"
+    return "not measured" if result.stopped_at_success else shown_number(result.mean_reward)
 
 
 def _are_alike(first: EpisodeRecord, second: EpisodeRecord) -> bool:

@@ -24,6 +24,10 @@ RECENT = 100
 """Episodes over which the metrics of rollouts are averaged."""
 
 
+ENV_STEPS = "time/env_steps"
+"""Env steps of training so far, beside an axis that counts all that were played."""
+
+
 @dataclass(frozen=True)
 class TaskEnvs:
     """Where a policy acts.
@@ -120,7 +124,7 @@ class OnlineCounters:
     def metrics(self) -> dict[str, float]:
         """Scalars under Stable-Baselines3's names."""
         found = {
-            "time/env_steps": float(self.env_steps),
+            ENV_STEPS: float(self.env_steps),
             "time/env_steps_played": float(self.env_steps_played),
             "time/gradient_steps": float(self.update),
             "time/fps": self.env_steps / max(self.seconds, 1e-9),

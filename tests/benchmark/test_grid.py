@@ -85,6 +85,8 @@ def test_what_is_typed() -> None:
         ("finetune.policy=nowhere", "nowhere"),
         ("tasks=mujoco/hopper", "observation"),
         ("launcher=rya", "Did you mean 'ray'"),
+        ("out=", "out= is empty"),
+        ("methods=[]", "methods=[] names none"),
         ("launchr=ray", "launchr"),
     ],
 )
@@ -237,6 +239,22 @@ def test_a_sweep_whose_runs_would_share_a_folder_is_refused(tmp_path: Path) -> N
     with pytest.raises(UserError, match="share the folder policy=runs-a"):
         multirun.multirun("finetune", ["env=push-v3", "policy=runs/a,runs-a", f"run_dir={tmp_path / 'out'}"])
     assert not (tmp_path / "out").exists()
+
+
+def test_runs_below_a_run_are_refused(base: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Reports saw the one above alone."""
+    (tmp_path / "summary.json").write_text("{}")
+    assert benchmark.main(grid(base, tmp_path)) == 2
+    assert "is the directory of a single run (it holds summary.json)" in " ".join(capfd.readouterr().err.split())
+    with pytest.raises(UserError, match=r"single run .* Name another run_dir="):
+        multirun.multirun("finetune", ["env=push-v3", "seed=0,1", f"run_dir={tmp_path}"])
+    assert [path.name for path in tmp_path.iterdir()] == ["summary.json"]
+
+
+def test_the_folder_of_a_sweep_is_the_same_for_all_its_runs(tmp_path: Path) -> None:
+    """Each run got one of its own, which neither the report nor the same sweep found again."""
+    with pytest.raises(UserError, match=r"run_dir=.*\$\{seed\}: a sweep has one folder.*Name it without"):
+        multirun.multirun("finetune", ["env=push-v3", "seed=0,1", f"run_dir={tmp_path}/j-${{seed}}"])
 
 
 def test_settings_of_a_study_arrive_as_they_are_written() -> None:

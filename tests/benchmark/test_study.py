@@ -293,6 +293,14 @@ def test_an_endpoint_that_no_run_has_chooses_nothing(tmp_path: Path) -> None:
         choose(study, cells)
 
 
+def test_a_study_of_a_loss_that_no_run_measures_is_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """It was run to its end, and compared nothing."""
+    path = write(tmp_path / "study.yaml", endpoint="cloning_loss", methods={"lora": {}}, tune={})
+    assert benchmark.main([f"study={path}", f"out={tmp_path / 'out'}"]) == 2
+    assert "lora has none. Write eval.demonstrations: 10 under settings" in " ".join(capfd.readouterr().err.split())
+    assert not (tmp_path / "out").exists()
+
+
 def finish_by_return(cell: Any, total: float) -> None:
     """Leave the record of a run on a task without success that reached this mean return."""
     folder = cell.place.out / "made" / cell.name

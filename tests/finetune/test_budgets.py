@@ -79,7 +79,10 @@ def test_evaluating_an_online_run_on_the_way_changes_nothing_of_it(
     assert rows(tmp_path / "plain").keys() == {0, measured[-1]}
     assert len(measured) == 4, "after cloning, twice on the way, at the end"
     assert 60 <= measured[1] < measured[2] < measured[3] == runs[1]["env_steps_played"]
-    assert list(runs[1]["eval_at"]) == [str(step) for step in measured[1:]]
+    learned = [int(rows(tmp_path / "one")[step]["time/env_steps"]) for step in measured]
+    assert list(runs[1]["eval_at"]) == [str(steps) for steps in learned[1:]]
+    assert learned[0] == 0
+    assert learned[-1] == runs[1]["env_steps"]
     assert rows(tmp_path / "one")[0]["eval/mean_reward"] == runs[1]["eval_cloned/mean_reward"]
 
 

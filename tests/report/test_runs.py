@@ -288,6 +288,8 @@ def test_a_table_with_entries_is_not_the_empty_one_as_well() -> None:
         ("dora", {"adapter": {"gain": "2.5", "eva": {"rows": 9}}}, {"adapter": {"gain": "2.5", "eva": {"rows": 5}}}),
         ("eva", {"algo": {"keep_best": True, "eval_every": 1}}, {"algo": {"keep_best": True, "eval_every": 2}}),
         ("eva", {"algo": {"keep_best": True}, "eval": {"quick_episodes": 1}}, {"algo": {"keep_best": True}}),
+        ("eva", {"algo": {"name": "odt", "eval_every": 200}}, {"algo": {"name": "odt", "eval_every": 400}}),
+        ("eva", {"algo": {"name": "residual", "checkpoint_every": 200}}, {"algo": {"name": "residual"}}),
     ],
 )
 def test_settings_count_where_another_makes_them_matter(
@@ -296,6 +298,11 @@ def test_settings_count_where_another_makes_them_matter(
     """Of two runs of one seed that differ in these the second was dropped as a copy of the first."""
     summary = SUMMARY | {"method": method}
     assert settings_of(one, summary) != settings_of(other, summary)
+
+
+def test_where_training_truncates_no_episode_validation_is_no_setting() -> None:
+    one, other = ({"algo": {"name": "bc_then_self_imitation", "eval_every": every}} for every in (200, 400))
+    assert settings_of(one, SUMMARY) == settings_of(other, SUMMARY)
 
 
 def test_copies_are_left_out_and_tuning_is_another_phase() -> None:
