@@ -160,7 +160,7 @@ class FinetuneConfig(TrainOptions):
         if not clones and self.eval.every not in {0, EvalOptions.every}:
             raise UserError(
                 f"eval.every={self.eval.every} counts gradient steps of cloning, and algo={self.algo.name} does not "
-                "clone first. Type algo.eval_every=STEPS, which counts env steps."
+                "clone first. Type eval.every=0, and for validation by env steps algo.eval_every=STEPS."
             )
         if self.eval.at and not isinstance(self.algo, MEASURED_WHILE_LEARNING):
             raise UserError(

@@ -25,7 +25,13 @@ from eva_rl.envs.registry import is_known, task_ids
 from eva_rl.errors import UserError, shown_number
 from eva_rl.files import check_folder, check_new, expanded, write_json
 from eva_rl.options import group, one_of, option
-from eva_rl.rollouts.evaluation import EvaluationResult, described_return, evaluate_distributed, evaluate_policy
+from eva_rl.rollouts.evaluation import (
+    EvaluationResult,
+    described_return,
+    evaluate_distributed,
+    evaluate_policy,
+    other_starts,
+)
 from eva_rl.rollouts.video import check_frames, record_episode
 from eva_rl.training.compiling import check_compiler
 from eva_rl.training.options import COMPILE_MODES, PRECISIONS
@@ -180,6 +186,8 @@ def chosen_tasks(config: EvaluateConfig, policy: DecisionTransformerPolicy) -> l
         policy.check_action_bounds(spec.action_low, spec.action_high, task)
         if task == policy.env_id and config.env.horizon is None:
             note_other_episodes(policy, spec)
+    if unused := [name for name in config.adapters if not set(task_ids(name)) & set(tasks)]:
+        say(f"No task of env={config.env.id} uses adapters={{{', '.join(unused)}}}.")
     return tasks
 
 
@@ -319,7 +327,9 @@ def show(results: Sequence[EvaluationResult], without: Sequence[EvaluationResult
         console.print(_table(results))
     for protocol in dict.fromkeys(result.protocol for result in results):
         say(f"Protocol: {protocol}.")
-    for caveat in dict.fromkeys(result.caveat for result in results if result.caveat):
+    caveats = [result.caveat for result in results]
+    caveats += [other_starts(*pair) for pair in zip(results, without, strict=False)]
+    for caveat in dict.fromkeys(filter(None, caveats)):
         say(caveat)
 
 

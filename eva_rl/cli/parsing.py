@@ -228,7 +228,7 @@ def chosen_options(name: str, typed: Typed, stored: Mapping[str, Any]) -> dict[s
     chosen, asked = first_options(name), dict(typed)
     for group, options in COMMANDS[name].choices.items():
         long = f"{group}.name"
-        chosen[group] = asked.get(group) or asked.get(long) or stored.get(long, chosen[group])
+        chosen[group] = asked.get(group, asked.get(long, stored.get(long, chosen[group])))
         if asked.get(long, chosen[group]) != chosen[group]:
             raise UserError(f"{group}={chosen[group]} and {long}={asked[long]}: expected one of them.")
         if chosen[group] not in options:

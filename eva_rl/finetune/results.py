@@ -28,7 +28,7 @@ from eva_rl.finetune.adapter import activation_source
 from eva_rl.finetune.phases import Training
 from eva_rl.finetune.session import Session
 from eva_rl.finetune.shared import evaluate_before
-from eva_rl.rollouts.evaluation import EvaluationResult, described_return
+from eva_rl.rollouts.evaluation import EvaluationResult, described_return, other_starts
 from eva_rl.rollouts.video import Clip, record_clip, side_by_side, write_video
 from eva_rl.tracking import Tracker
 from eva_rl.tracking.figures import action_figure, rank_figure, spectrum_figure
@@ -287,8 +287,9 @@ def show(run_dir: Path, summary: dict[str, Any], evaluations: Mapping[str, Evalu
             f"{summary['eva/effective_rank']:.1f}."
         )
     say(f"Protocol: {summary['protocol']}.")
-    if after.caveat:
-        say(after.caveat)
+    for caveat in (after.caveat, other_starts(evaluations["before"], after)):
+        if caveat:
+            say(caveat)
     say(
         f"Policy:      {run_dir / 'policy'}\n"
         f"TensorBoard: tensorboard --logdir {shlex.quote(str(run_dir / 'tb'))}, then http://localhost:6006/{DASHBOARD}",

@@ -128,6 +128,21 @@ def described_return(result: EvaluationResult) -> str:
     return "not measured" if result.stopped_at_success else shown_number(result.mean_reward)
 
 
+def other_starts(one: EvaluationResult, other: EvaluationResult) -> str:
+    """What to know before comparing two evaluations of the same seeds; empty where they began alike."""
+    starts = {episode.episode_seed: episode.start for episode in other.episodes if episode.start is not None}
+    pairs = [
+        (e.start, starts[e.episode_seed]) for e in one.episodes if e.start is not None and e.episode_seed in starts
+    ]
+    if not pairs or any(first == second for first, second in pairs):
+        return ""
+    return (
+        f"{one.env_id} starts elsewhere when it is reset with the same seed again: the evaluations are of different "
+        "episodes, and chance is part of their difference. Draw the start in reset(seed=...) from self.np_random, "
+        "after super().reset(seed=seed)."
+    )
+
+
 def _are_alike(first: EpisodeRecord, second: EpisodeRecord) -> bool:
     same = (first.start, first.success, first.length) == (second.start, second.success, second.length)
     return same and math.isclose(first.episode_return, second.episode_return, rel_tol=1e-3, abs_tol=1e-6)

@@ -118,7 +118,8 @@ def test_budgets_lie_within_the_run(at: str) -> None:
     with pytest.raises(UserError, match="expected env steps from 1 to 50"):
         parse("finetune", [f"eval.at={at}", "algo=odt", "algo.env_steps=50"])
     with pytest.raises(
-        UserError, match=r"eval\.every=10 counts gradient steps of cloning, .*Type algo\.eval_every=STEPS"
+        UserError,
+        match=r"eval\.every=10 counts gradient steps of cloning, .*Type eval\.every=0, .*algo\.eval_every=STEPS",
     ):
         parse("finetune", ["env=reach-v3", "algo=odt", "eval.every=10"])
     with pytest.raises(UserError, match="algo=residual is not evaluated on the held-out episodes while it learns"):

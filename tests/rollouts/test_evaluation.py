@@ -20,6 +20,7 @@ from eva_rl.rollouts.evaluation import (
     evaluate_distributed,
     evaluate_policy,
     evaluation_envs,
+    other_starts,
 )
 from tests.conftest import make_policy
 
@@ -82,6 +83,17 @@ def test_episodes_of_one_start_count_as_one() -> None:
     assert one.record()["alike"]
     assert one.success_interval() == result([False]).success_interval()
     assert "All 5 episodes of metaworld/push-v3?goal=3 began with the same observation" in one.caveat
+
+
+def test_evaluations_that_began_elsewhere_are_not_compared_without_a_word() -> None:
+    """An environment that ignores the seed gave unrelated episodes before and after."""
+    again = [evaluate_policy(make_policy(), "push-v3", episodes=3, horizon=2) for _ in range(2)]
+    assert other_starts(*again) == ""
+    apart = [replace(e, start=None if e.start is None else e.start + 1) for e in again[1].episodes]
+    elsewhere = replace(again[1], episodes=tuple(apart))
+    assert "metaworld/push-v3 starts elsewhere when it is reset with the same seed" in other_starts(again[0], elsewhere)
+    unknown = replace(elsewhere, episodes=tuple(replace(e, start=None) for e in apart))
+    assert other_starts(again[0], unknown) == "", "of an earlier version's record"
 
 
 @pytest.mark.parametrize("change", [{"start": 2}, {"success": True}, {"length": 3}, {"episode_return": 1.6}])
