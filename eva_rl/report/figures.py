@@ -39,6 +39,8 @@ STYLE: Any = {
 }
 MOST_PAIRS = 20
 LEGEND_LETTERS = 100
+FEW_LINES, LINE_HEIGHT = 3, 0.18
+"""Lines of a legend for which a figure has room, and the height of each further one, in inches."""
 """That fit side by side in a legend below a figure, with six for a line and the room around."""
 TICK_LETTERS = 36
 """In a line of a method's name beside a figure."""
@@ -180,14 +182,21 @@ def _band(axes: Axes, places: Any, estimate: stats.Estimate, index: int, label: 
 
 
 def _legend(axes: Axes) -> None:
-    handles, labels = axes.get_legend_handles_labels()
-    columns = legend_columns(labels)
-    axes.figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize="small")
+    """All labels below the axes, long ones in several lines; the figure grows by what that takes beyond a few."""
+    handles, names = axes.get_legend_handles_labels()
+    labels = [fill(name, LEGEND_LETTERS // 2) for name in names]
+    columns, figure = legend_columns(labels), axes.get_figure(root=True)
+    assert figure is not None
+    heights = [1 + label.count("\n") for label in labels]
+    lines = sum(max(heights[first : first + columns]) for first in range(0, len(heights), columns))
+    width, height = figure.get_size_inches()
+    figure.set_size_inches(width, height + LINE_HEIGHT * max(0, lines - FEW_LINES))
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize="small")
 
 
 def legend_columns(labels: Sequence[str]) -> int:
     """How many columns of a legend fit below a figure."""
-    longest = max(map(len, labels), default=0)
+    longest = max((len(line) for label in labels for line in label.split("\n")), default=0)
     return max(1, min(len(labels), 5, LEGEND_LETTERS // (longest + 6)))
 
 

@@ -47,6 +47,7 @@ def warnings_of(analysis: Analysis, problems: Sequence[Problem], by: Decision = 
         *_few(analysis),
         *_uninformative(analysis),
         *_unequal(group),
+        *_shared_data(group),
         *_settings(group),
         *_studies(group),
         *_decided(group, by),
@@ -203,6 +204,24 @@ def _unequal(group: TaskGroup) -> Iterator[ReportWarning]:
     ):
         if differ:
             yield ReportWarning(f"Runs of one task and seed have different {what}: pairs are not quite alike.")
+
+
+def _shared_data(group: TaskGroup) -> Iterator[ReportWarning]:
+    """Seeds that tell nothing of other demonstrations."""
+    tasks = [
+        task
+        for task in group.tasks
+        if any(_all_alike([run.data_hash for run in method.runs[task]]) for method in group.methods)
+    ]
+    if tasks:
+        yield ReportWarning(
+            f"All seeds of a method clone the same demonstrations: {_listed(tasks)}. Intervals and p values say "
+            "nothing of other demonstrations, which decide more than the seed. Draw some for each: data.sample=N."
+        )
+
+
+def _all_alike(hashes: Sequence[str]) -> bool:
+    return len(hashes) > 1 and bool(hashes[0]) and len(set(hashes)) == 1
 
 
 def _studies(group: TaskGroup) -> Iterator[ReportWarning]:

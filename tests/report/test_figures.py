@@ -79,3 +79,18 @@ def test_the_same_figure_is_the_same_file() -> None:
     assert one == two
     inside = [inline_svg(task_figure(analysis), name, "title") for name in ("x", "x", "y")]
     assert inside[0] == inside[1] != inside[2]
+
+
+def test_a_legend_of_long_names_lies_within_the_picture() -> None:
+    """Names and colours lay outside of it, or over the axes."""
+    long = "eva (algo=bc_then_self_imitation, algo.dropout=0.5, data.returns_to_go=asked, adapter.rank=16), {}"
+    analysis = analysis_of({long.format(index): {"t": [0.1 * index, 0.5, 0.6]} for index in range(8)})
+    figure = profile_figure(analysis)
+    picture(figure, "png")
+    (legend,), (axes,) = figure.legends, figure.axes
+    whole, room = legend.get_window_extent(), axes.get_window_extent()
+    assert whole.x0 >= 0
+    assert whole.x1 <= figure.bbox.x1
+    assert whole.y0 >= 0
+    assert whole.y1 <= room.y0, "below the axes"
+    assert room.height > 0.2 * figure.bbox.height

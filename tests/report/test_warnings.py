@@ -125,6 +125,18 @@ def test_methods_that_were_not_treated_alike() -> None:
     assert ReportWarning("The runs belong to different study files, or some to none.", severe=True) in told(strays)
 
 
+def test_seeds_that_share_their_demonstrations_are_said() -> None:
+    """They decide more than the seed; intervals looked as if they spoke of others, too."""
+
+    def cloning(*hashes: str) -> list[Run]:
+        runs = [make_run(method, "t", seed, 0.1 * seed) for method in "ab" for seed in range(len(hashes))]
+        return [replace(run, summary={**run.summary, "data": {"hash": hashes[run.seed]}}) for run in runs]
+
+    assert "All seeds of a method clone the same demonstrations: t." in text(cloning("x", "x", "x"))
+    assert "clone the same" not in text(cloning("x", "y", "x"))
+    assert "clone the same" not in text(cloning("", "", "")), "there are none"
+
+
 def test_settings_beside_the_adapter_are_named_on_one_line() -> None:
     """A line break in a setting ended the warning, and began a paragraph of its own."""
     settings = ({"a.x": "one\n\n# two", "adapter.rank": 4}, {"a.x": True, "adapter.rank": 8})
