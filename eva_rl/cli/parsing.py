@@ -82,6 +82,18 @@ CONFIG = "config"
 """Names the ``config.yaml`` of a run, or its folder, to begin from."""
 NOT_STORED = {"run_dir", "resume", "study"}
 """Keys of another run's config that a new run decides on itself."""
+RENAMED = {
+    "warmup": "warmup_steps",
+    "random_steps": "learning_starts",
+    "train_every": "train_freq",
+    "updates_per_bout": "gradient_steps",
+    "target_share": "tau",
+    "clone_weight": "bc_coef",
+    "q_weight": "q_coef",
+}
+"""Settings within groups, by the names that an earlier version wrote."""
+DID_NOTHING = {"target_scale", "checkpoint_every"}
+"""Settings that are gone from some groups."""
 WORD = re.compile(r"\+{0,2}(?P<key>[A-Za-z_][^=\s]*)=(?P<value>.*)", re.DOTALL)
 
 
@@ -343,8 +355,10 @@ def _stored_values(name: str, stored: Mapping[str, Any], chosen: Mapping[str, st
             "config=: the file has %s=%s; its %s.* is left out, since %s=%s is typed.",
             *(group, old, group, group, chosen[group]),
         )
-    for key, value in stored.items():
-        if key.partition(".")[0] in dropped:
+    for written, value in stored.items():
+        group, _, last = written.rpartition(".")
+        key = written if written in known or not group else f"{group}.{RENAMED.get(last, last)}"
+        if written.partition(".")[0] in dropped or (key not in known and last in DID_NOTHING):
             continue
         table, entry = table_and_entry(key, known)
         if key in known:

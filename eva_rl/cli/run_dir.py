@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from eva_rl.cli.command import new_run_dir
 from eva_rl.cli.console import say
 from eva_rl.cli.machine import versions
-from eva_rl.cli.parsing import flat
+from eva_rl.cli.parsing import DID_NOTHING, RENAMED, flat
 from eva_rl.distributed import ProcessGroup
 from eva_rl.errors import UserError
 from eva_rl.files import (
@@ -51,18 +51,6 @@ FREE_TO_CHANGE = {"run_dir", "shared", "resume", "threads", "device", "checkpoin
 """Keys in which a continued run may differ from its first part."""
 FREE_IN_GROUPS = {"accumulate", "compile", "log_every", "timeout", "workers"}
 """The same, within groups: what fits a machine and changes no result."""
-RENAMED = {
-    "warmup": "warmup_steps",
-    "random_steps": "learning_starts",
-    "train_every": "train_freq",
-    "updates_per_bout": "gradient_steps",
-    "target_share": "tau",
-    "clone_weight": "bc_coef",
-    "q_weight": "q_coef",
-}
-"""Settings within groups, by the names that an earlier version wrote."""
-DID_NOTHING = {"target_scale", "checkpoint_every"}
-"""Settings that are gone from some groups."""
 CLONING = "algo.bc."
 """How the settings begin of cloning before an online algorithm."""
 ADDED_LATER = {"study"}

@@ -147,6 +147,8 @@ def test_a_config_runs_again_in_one_word(tmp_path: Path, caplog: pytest.LogCaptu
     assert cloned.algo.name == "bc"
     assert caplog.messages == ["config=: the file has algo=odt; its algo.* is left out, since algo=bc is typed."]
     assert cloned.env.id == "reach-v3"
+    file.write_text("algo: {warmup: 7, target_scale: 1.0}\n")
+    assert parse("finetune", [f"config={file}"]).algo.warmup_steps == 7, "as an earlier version wrote it"
     file.write_text("algo: {updaets: 3}\n")
     assert "algo.updates=3" in message("finetune", f"config={file}")
     file.write_text("a: &a [1]\nb: [*a, *a]\n")
