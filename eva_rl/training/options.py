@@ -341,5 +341,5 @@ class SACOptions(OffPolicyOptions):
     """Soft actor-critic (arXiv 1801.01290)."""
 
     entropy: float = option(
-        0.1, "initial entropy weight, for a reward of 1 an env step; adapted during training", above=0, high=10
+        0.01, "initial entropy weight, for a reward of 1 an env step; adapted during training", above=0, high=10
     )
