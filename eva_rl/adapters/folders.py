@@ -72,15 +72,17 @@ def _write_adapter(folder: Path, adapter: AttachedAdapter, model_card: str) -> N
         adapter.model.save_pretrained(str(folder))
         for name in adapter.model.peft_config:
             if name != ADAPTER_NAME:  # which PEFT writes to a folder of its own
-                _move_up(folder / name)
+                _move_up(folder / name, folder)
     (folder / CARD_FILE).write_text(model_card)
 
 
-def _move_up(folder: Path) -> None:
-    """Move all that a folder holds to the folder that it is in, in place of it."""
+def _move_up(folder: Path, above: Path) -> None:
+    """Move all that a folder holds to one above it, in place of those between: a task's name may be the adapter's."""
     for path in folder.iterdir():
-        path.replace(folder.parent / path.name)
-    folder.rmdir()
+        path.replace(above / path.name)
+    while folder != above:
+        folder.rmdir()
+        folder = folder.parent
 
 
 def _origin(

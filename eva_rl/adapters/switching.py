@@ -315,12 +315,10 @@ class Adapters:
 def _check_name(name: str) -> None:
     try:
         nn.ModuleDict({name: nn.Identity()})  # where PEFT keeps it
-        if "/" in name or "\\" in name:
-            raise KeyError("it is to name a folder")
     except (KeyError, TypeError) as error:
         raise UserError(
-            f"{name!r} cannot be the name of an adapter ({first_line(error)}). Expected a word without dots and "
-            "slashes that is no attribute of torch.nn.ModuleDict."
+            f"{name!r} cannot be the name of an adapter ({first_line(error)}). Expected a word without dots that is no "
+            "attribute of torch.nn.ModuleDict."
         ) from error
 
 
