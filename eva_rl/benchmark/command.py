@@ -228,7 +228,7 @@ def check_measured(words: Sequence[str], study: Study) -> None:
         return
     for name, own in study.methods.items():
         grid = study.tune.get(name, {})
-        if not (study.settings | own | grid).get(HELD_OUT):
+        if not {**study.settings, **own, **grid}.get(HELD_OUT):
             raise UserError(
                 f"endpoint: {CLONING_LOSS} is measured on held-out demonstrations, and {name} has none. Write "
                 f"{HELD_OUT}: 10 under settings in the study file."

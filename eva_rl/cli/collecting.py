@@ -14,9 +14,12 @@ class Collecting(Protocol):
     """The options of whoever has episodes of the scripted expert collected."""
 
     seed: int
-    noise: NoiseOptions
     only_successes: bool
     workers: int
+
+    @property
+    def noise(self) -> NoiseOptions:
+        """Of the expert's actions."""
 
 
 def collect_shown(env_id: str, episodes: int, options: Collecting, horizon: int | None) -> Trajectories:

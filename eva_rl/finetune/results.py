@@ -230,7 +230,7 @@ def _of_study(session: Session) -> dict[str, Any]:
     """What only runs of a study have: evaluations by step of training, shared work by key, the study file's digest."""
     config = session.config
     rows = read_metrics(session.run_dir) if config.eval.at else []
-    found = {str(int(row.get(ENV_STEPS, row["step"]))): held_out for row in rows if (held_out := _held_out(row))}
+    found = {f"{row.get(ENV_STEPS, row['step']):.0f}": held_out for row in rows if (held_out := _held_out(row))}
     parts = {"eval_at": found, "shared": session.shared, "study": config.study}
     return {key: value for key, value in parts.items() if value}
 
