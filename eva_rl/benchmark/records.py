@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from eva_rl.files import write_json
-from eva_rl.report.reading import ENV_STEPS, RECORD, UPDATES, Row
+from eva_rl.report.reading import RECORD, UPDATES, Row
 from eva_rl.report.runs import DIGEST, FORMAT, digest, read_config, read_run
+from eva_rl.tracking.tracker import ENV_STEPS
 
 PLACES = ("run_dir", "shared")
 """Settings that say where a run lay on its machine: a record goes to others, to whom they say nothing."""
@@ -71,7 +72,7 @@ def _with_updates(points: Sequence[Row]) -> Iterator[Row]:
     """The points, evaluations with the number of updates before them: the rows that said it may go."""
     updates: Row = {}
     for point in points:
-        updates |= {key: point[key] for key in UPDATES if key in point}
+        updates |= {key: point[key] for key in (*UPDATES, ENV_STEPS) if key in point}
         yield updates | point if _importance(point) else point
 
 

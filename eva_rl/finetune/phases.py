@@ -42,7 +42,6 @@ from eva_rl.tracking import Tracker
 from eva_rl.tracking.tracker import CLONING as CLONED
 from eva_rl.training.bc import Continued, Log, train_bc
 from eva_rl.training.checkpoint import Checkpoints, latest_step
-from eva_rl.training.collector import ENV_STEPS
 from eva_rl.training.failures import failures_kept, warn_untrained
 from eva_rl.training.learner import Learner, step_generators
 from eva_rl.training.odt import OnlineDecisionTransformer
@@ -119,8 +118,7 @@ def _clone_first(session: Session, adapter: AttachedAdapter, algo: OnlineAlgo, t
     cloned, _ = session.evaluate("Cloned")
     session.phases.end("evaluate_cloned")
     scores = cloned.metrics("eval_cloned")
-    played = session.played_before + int(costs["validation_env_steps"])
-    tracker.log_once({**cloned.metrics(), **scores, ENV_STEPS: 0}, played)
+    tracker.log_once(cloned.metrics() | scores, session.played_before + int(costs["validation_env_steps"]))
     return Training({f"{CLONED}{key}": value for key, value in costs.items()} | scores, {"cloned": cloned})
 
 

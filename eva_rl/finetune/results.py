@@ -32,8 +32,7 @@ from eva_rl.rollouts.evaluation import EvaluationResult, described_return, other
 from eva_rl.rollouts.video import Clip, record_clip, side_by_side, write_video
 from eva_rl.tracking import Tracker
 from eva_rl.tracking.figures import action_figure, rank_figure, spectrum_figure
-from eva_rl.tracking.tracker import WALL_TIME, open_tracker, read_metrics
-from eva_rl.training.collector import ENV_STEPS
+from eva_rl.tracking.tracker import WALL_TIME, by_training_step, open_tracker, read_metrics
 from eva_rl.training.failures import failures_kept
 
 DASHBOARD = "#custom_scalars&_smoothingWeight=0"
@@ -169,8 +168,7 @@ def write_results(
     """
     before, after = evaluations
     last = int(training.costs.get("env_steps_played", session.config.algo.final_step))
-    learned = {ENV_STEPS: training.costs["env_steps"]} if "env_steps" in training.costs else {}
-    tracker.log_once({**after.result.metrics(), **after.loss, **learned}, last)
+    tracker.log_once({**after.result.metrics(), **after.loss}, last)
     compare_snapshots(session, tracker, before.snapshot, after.snapshot, last)
     tracker.finished({**before.result.metrics("eval_before"), **after.result.metrics()})
     if session.process_group.is_main:
@@ -230,7 +228,7 @@ def _of_study(session: Session) -> dict[str, Any]:
     """What only runs of a study have: evaluations by step of training, shared work by key, the study file's digest."""
     config = session.config
     rows = read_metrics(session.run_dir) if config.eval.at else []
-    found = {f"{row.get(ENV_STEPS, row['step']):.0f}": held_out for row in rows if (held_out := _held_out(row))}
+    found = {f"{step:.0f}": held_out for step, row in by_training_step(rows) if (held_out := _held_out(row))}
     parts = {"eval_at": found, "shared": session.shared, "study": config.study}
     return {key: value for key, value in parts.items() if value}
 

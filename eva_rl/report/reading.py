@@ -28,8 +28,6 @@ LARGEST = 1e15
 
 UPDATES = ("time/gradient_steps", "train/n_updates")
 """Keys of ``metrics.jsonl`` that count the gradient steps of runs that act in the environment."""
-ENV_STEPS = "time/env_steps"
-"""Key of ``metrics.jsonl`` that counts the env steps of training, without those of validation and of EVA's rollouts."""
 GROUPS = ("data", "seconds")
 """Keys of a summary that hold groups."""
 

@@ -9,11 +9,11 @@ import numpy as np
 
 from eva_rl.report import stats
 from eva_rl.report.methods import Method, TaskGroup, paired_runs
-from eva_rl.report.reading import ENV_STEPS
 from eva_rl.report.runs import Run
 from eva_rl.report.settings import Decision
 from eva_rl.report.stats.aggregates import Floats
 from eva_rl.report.stats.equivalence import PairedMean, paired_mean
+from eva_rl.tracking.tracker import by_training_step
 
 LEVEL = 0.05
 """Two methods differ significantly if the corrected p value is below this."""
@@ -32,7 +32,7 @@ def held_out(run: Run, key: str) -> Floats:
 
     Env steps of validation and of EVA's rollouts are none of training: a method's endpoint depends on neither.
     """
-    found = {row.get(ENV_STEPS, row["step"]): row[f"eval/{key}"] for row in run.rows if f"eval/{key}" in row}
+    found = {step: row[f"eval/{key}"] for step, row in by_training_step(run.rows) if f"eval/{key}" in row}
     return np.array(sorted(found.items()), dtype=np.float64).reshape(-1, 2)
 
 

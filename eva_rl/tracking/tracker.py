@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
 STEP, WALL_TIME = "step", "wall_time"
+ENV_STEPS = "time/env_steps"
+"""Env steps of training so far, in the rows of an online run's training; its axis counts all that were played."""
 PAUSE = "time/pause"
 """Seconds between the last point that a resumed run builds on and its going on, in its first row after that."""
 CLONING = "bc/"
@@ -286,6 +288,15 @@ class NullTracker(Tracker):
 
     def close(self) -> None:
         """Do nothing."""
+
+
+def by_training_step(rows: Iterable[Mapping[str, float]]) -> Iterator[tuple[float, Mapping[str, float]]]:
+    """Rows of a record with the env steps of training before each; of one without any, with its steps."""
+    kept, trained = list(rows), 0.0
+    online = any(ENV_STEPS in row for row in kept)
+    for row in kept:
+        trained = row.get(ENV_STEPS, trained)
+        yield (trained if online else row[STEP]), row
 
 
 def open_tracker(

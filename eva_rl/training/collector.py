@@ -24,10 +24,6 @@ RECENT = 100
 """Episodes over which the metrics of rollouts are averaged."""
 
 
-ENV_STEPS = "time/env_steps"
-"""Env steps of training so far, beside an axis that counts all that were played."""
-
-
 @dataclass(frozen=True)
 class TaskEnvs:
     """Where a policy acts.
@@ -124,7 +120,7 @@ class OnlineCounters:
     def metrics(self) -> dict[str, float]:
         """Scalars under Stable-Baselines3's names."""
         found = {
-            ENV_STEPS: float(self.env_steps),
+            "time/env_steps": float(self.env_steps),
             "time/env_steps_played": float(self.env_steps_played),
             "time/gradient_steps": float(self.update),
             "time/fps": self.env_steps / max(self.seconds, 1e-9),

@@ -14,7 +14,7 @@ from eva_rl.data.replay import TrajectoryReplay
 from eva_rl.seeding import random_state, restore_random_state
 from eva_rl.training.bc import VALIDATION_STEPS, Evaluate, Log
 from eva_rl.training.checkpoint import Checkpoints, TrainState, below
-from eva_rl.training.collector import ENV_STEPS, Collector, EpisodeCollector, OnlineCounters, TaskEnvs
+from eva_rl.training.collector import Collector, EpisodeCollector, OnlineCounters, TaskEnvs
 from eva_rl.training.failures import saved_on_failure
 from eva_rl.training.learner import Learner
 from eva_rl.training.optimizer import copy_of
@@ -193,7 +193,7 @@ class _Run:
         reached = steps < self.learner.options.env_steps and any(before < one <= steps for one in at)
         if measure is not None and reached:
             with self.saving_on_failure():
-                log({**measure(steps), ENV_STEPS: steps}, self.counters.env_steps_played)
+                log(measure(steps), self.counters.env_steps_played)
         self.counters.measured_at = steps
 
     def validate_if(self, due: _Due, evaluate: Evaluate | None, log: Log) -> None:

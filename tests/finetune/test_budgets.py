@@ -15,6 +15,8 @@ from eva_rl.data import Trajectories, WindowSampler
 from eva_rl.errors import UserError
 from eva_rl.finetune import command as finetune
 from eva_rl.finetune.adapter import attach
+from eva_rl.report.runs import read_run
+from eva_rl.report.verdicts import held_out
 from tests.conftest import make_policy
 
 TINY = ["env=reach-v3", "data.episodes=2", "data.workers=1", "data.only_successes=false", "algo.batch_size=4"]
@@ -79,10 +81,11 @@ def test_evaluating_an_online_run_on_the_way_changes_nothing_of_it(
     assert rows(tmp_path / "plain").keys() == {0, measured[-1]}
     assert len(measured) == 4, "after cloning, twice on the way, at the end"
     assert 60 <= measured[1] < measured[2] < measured[3] == runs[1]["env_steps_played"]
-    learned = [int(rows(tmp_path / "one")[step]["time/env_steps"]) for step in measured]
-    assert list(runs[1]["eval_at"]) == [str(steps) for steps in learned[1:]]
-    assert learned[0] == 0
-    assert learned[-1] == runs[1]["env_steps"]
+    early, late, end = map(int, runs[1]["eval_at"])
+    assert 60 <= early < 170 <= late < end == runs[1]["env_steps"], "of training alone"
+    points = held_out(read_run(tmp_path / "one")[0], "mean_reward")
+    assert points[:, 0].tolist() == [0, early, late, end]
+    assert points[0, 1] == runs[1]["eval_cloned/mean_reward"]
     assert rows(tmp_path / "one")[0]["eval/mean_reward"] == runs[1]["eval_cloned/mean_reward"]
 
 

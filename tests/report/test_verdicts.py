@@ -59,10 +59,11 @@ def test_endpoints_are_over_the_env_steps_of_training() -> None:
     """Validation, and the rollouts that EVA's directions come from, moved all points of a run to the right."""
     plain = run("lora", "t", 0, {0: 0.0, 500: 0.6, 1000: 0.95})
     moved = run("eva", "t", 0, {0: 0.0, 2500: 0.6, 3700: 0.95})
-    for row, learned in zip(moved.rows, (0, 500, 1000), strict=True):
-        row["time/env_steps"] = learned
-    cloned = {"step": 400.0, "wall_time": 0.0, "time/env_steps": 0.0, f"eval/{KEY}": 0.0}  # in place of the one before
-    moved.rows.insert(1, cloned)
+    cloned = {"step": 400.0, "wall_time": 0.0, f"eval/{KEY}": 0.0}  # in place of the one before
+    first, last = ({"step": 2000.0 + n, "wall_time": 0.0, "time/env_steps": float(n)} for n in (500, 1000))
+    validated = {"step": 3700.0, "wall_time": 0.0, "validation/mean_reward": 1.0}
+    before, early, end = moved.rows
+    moved.rows[:] = [before, cloned, first, early, last, validated, end]
     assert held_out(moved, KEY).tolist() == held_out(plain, KEY).tolist()
     assert area(moved, KEY) == area(plain, KEY)
     assert updates_to_90(moved, KEY) == updates_to_90(plain, KEY)
