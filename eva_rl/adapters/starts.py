@@ -45,9 +45,10 @@ def prepare_corda(network: nn.Module, peft_config: LoraConfig, moments: Mapping[
             layer.sample_count = 1
             layer.covariance_matrix = (moment / moment.diagonal().mean()).to(layer.weight)
 
-    if missing := [name for name in peft_config.target_modules if name not in moments]:
+    layers = sorted(peft_config.target_modules)  # PEFT's own order is another in each process
+    if missing := [name for name in layers if name not in moments]:
         raise UserError(f"There are no second moments of {', '.join(missing[:3])}. Compute them with the same targets.")
-    for name in peft_config.target_modules:
+    for name in layers:
         _check_moment(name, moments[name], network.get_parameter(f"{name}.weight").shape[1])
     preprocess_corda(network, peft_config, run_model=fill)
 
@@ -86,7 +87,7 @@ def prepare_gradients(network: nn.Module, peft_config: LoraConfig, backward: Bac
         # layers that read the data themselves have no input to differentiate
         warnings.filterwarnings("ignore", message=".*no inputs require gradients.*")
         preprocess_loraga(network, peft_config, backward)
-    layers = {name: network.get_submodule(name) for name in peft_config.target_modules}
+    layers = {name: network.get_submodule(name) for name in sorted(peft_config.target_modules)}
     gradients = {name: getattr(layer, _GRADIENT, None) for name, layer in layers.items()}
     if bad := [name for name, found in gradients.items() if found is None or not bool(found.isfinite().all())]:
         for layer in layers.values():
