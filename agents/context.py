@@ -15,10 +15,9 @@ from eva_rl.agents.static_cache import StaticMemory, compiled_step, static_step
 from eva_rl.agents.transformer import LayerCache
 from eva_rl.batch import InputScaling, WindowBatch
 from eva_rl.errors import UnknownNameError
+from eva_rl.options import COMPILE_MODES, PRECISIONS, one_of
 
 Window = Literal["cached", "growing", "static", "full"]
-PRECISIONS = ("float32", "bfloat16")
-COMPILE_MODES = ("none", "default", "reduce-overhead")
 
 
 @dataclass(frozen=True)
@@ -38,8 +37,7 @@ class Acting:
     compile: str = "none"
 
     def __post_init__(self) -> None:
-        if self.precision not in PRECISIONS:
-            raise UnknownNameError("precision", self.precision, PRECISIONS)
+        one_of(PRECISIONS, precision=self.precision)
         if self.compile not in COMPILE_MODES:
             raise UnknownNameError("compile mode", self.compile, COMPILE_MODES)
 
@@ -252,8 +250,7 @@ class RolloutContext:
 
 def _form(window: Window, acting: Acting) -> Window:
     """What ``cached`` stands for: one shape at every step where that is worth its price."""
-    if window not in get_args(Window):
-        raise UnknownNameError("window", window, get_args(Window))
+    one_of(get_args(Window), window=window)
     if window != "cached":
         return window
     return "growing" if acting.compile == "none" else "static"

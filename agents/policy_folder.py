@@ -18,7 +18,7 @@ from eva_rl.agents.huggingface import COMPANION_FILE, CONFIG_FILE, read_huggingf
 from eva_rl.agents.huggingface.options import ImportOptions, download
 from eva_rl.agents.policy import DecisionTransformerPolicy
 from eva_rl.agents.policy_record import FORMAT, FORMAT_VERSION, check_record, policy_record, read_record
-from eva_rl.agents.weights import check_size, check_weights, read_safetensors, value_problems
+from eva_rl.agents.weights import check_size, check_weights, listed, read_safetensors, value_problems
 from eva_rl.errors import UnknownNameError, UserError
 from eva_rl.files import check_files, expanded, sealed, write_folder, write_json
 
@@ -198,7 +198,7 @@ def write_policy_files(
     state = policy.network.state_dict() if weights is None else weights
     check_record(policy, "The policy cannot be saved")
     if problems := value_problems(state):
-        raise UserError(f"The policy cannot be saved: {'; '.join(problems[:5])}.")
+        raise UserError(f"The policy cannot be saved: {listed(problems)}.")
     save_file({k: v.detach().to("cpu", dtype).contiguous() for k, v in state.items()}, folder / WEIGHTS_FILE)
     record = policy_record(policy) | ({} if adapter_files is None else {"adapter": bool(adapter_files)})
     write_json(folder / POLICY_FILE, sealed(record, folder, [WEIGHTS_FILE, *(adapter_files or ())]))

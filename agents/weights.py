@@ -8,7 +8,7 @@ import pickletools
 import re
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -208,8 +208,12 @@ def check_weights(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], w
     ]
     problems += value_problems(found)
     if problems:
-        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise UserError(f"{where} does not fit {against}: {'; '.join(problems[:5])}{more}.")
+        raise UserError(f"{where} does not fit {against}: {listed(problems)}.")
+
+
+def listed(problems: Sequence[str]) -> str:
+    """The first five of them, and how many more there are."""
+    return "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
 
 
 def value_problems(weights: Mapping[str, Tensor]) -> list[str]:

@@ -189,7 +189,7 @@ class ResidualAlgo(ResidualOptions, ReplayAlgo):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        taken = self.distill.rounds * self.distill.env_steps
+        taken = self.env_steps - self.residual_env_steps
         if self.residual_env_steps < 1:
             raise UserError(
                 f"algo.env_steps={self.env_steps} leaves none for training: algo.distill.rounds={self.distill.rounds} "

@@ -24,7 +24,7 @@ from eva_rl.envs import EnvSpec, canonical_id, env_spec
 from eva_rl.envs.registry import is_known, task_ids
 from eva_rl.errors import UserError, shown_number
 from eva_rl.files import check_folder, check_new, expanded, write_json
-from eva_rl.options import group, one_of, option
+from eva_rl.options import COMPILE_MODES, PRECISIONS, group, one_of, option
 from eva_rl.rollouts.evaluation import (
     EvaluationResult,
     described_return,
@@ -34,7 +34,6 @@ from eva_rl.rollouts.evaluation import (
 )
 from eva_rl.rollouts.video import check_frames, record_episode
 from eva_rl.training.compiling import check_compiler
-from eva_rl.training.options import COMPILE_MODES, PRECISIONS
 
 HELP = """
 Evaluate a policy on held-out episodes: success rate with a confidence interval, and mean return.
@@ -261,9 +260,9 @@ def check_adapters(policy: AdaptedPolicy) -> None:
 def choose_target(policy: DecisionTransformerPolicy, task: str, config: EvaluateConfig) -> None:
     """Set the target return that does best on the validation episodes, which no report sees."""
 
-    def validation_score(target: float) -> tuple[float, float]:
+    def validated(target: float) -> EvaluationResult:
         policy.set_target_return(target, task)
-        found = evaluate_policy(
+        return evaluate_policy(
             policy,
             task,
             episodes=config.eval.episodes,
@@ -271,15 +270,16 @@ def choose_target(policy: DecisionTransformerPolicy, task: str, config: Evaluate
             horizon=config.env.horizon,
             validation=True,
         )
-        return (found.success_rate if found.reports_success else 0.0, found.mean_reward)
 
-    scores = {target: validation_score(target) for target in config.targets}
+    results = {target: validated(target) for target in config.targets}
+    solves = any(result.reports_success for result in results.values())
+    scores = {t: (r.success_rate if solves else 0.0, r.mean_reward) for t, r in results.items()}
     best = max(scores, key=lambda target: scores[target])
     policy.set_target_return(best, task)
-    solved = any(success for success, _ in scores.values())
-    shown = {t: f"{success:.2f}/" * solved + shown_number(mean) for t, (success, mean) in scores.items()}
+    returns = {target: shown_number(mean) for target, (_, mean) in scores.items()}
+    shown = {target: f"{scores[target][0]:.2f}/{returns[target]}" for target in scores} if solves else returns
     tried = ", ".join(f"{target:g}: {score}" for target, score in shown.items())
-    say(f"{task}: target return {best:g} (validation {'success/' * solved}return by target: {tried})")
+    say(f"{task}: target return {best:g} (validation {'success/return' if solves else 'return'} by target: {tried})")
 
 
 def record(

@@ -11,6 +11,10 @@ from eva_rl.errors import UnknownNameError, UserError
 
 MANY = 10**9
 """The upper end of a count that has no other."""
+FLOAT32, BFLOAT16 = "float32", "bfloat16"
+PRECISIONS = (FLOAT32, BFLOAT16)
+COMPILE_MODES = ("none", "default", "reduce-overhead")
+"""Of torch.compile."""
 
 
 def option(

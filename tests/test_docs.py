@@ -64,6 +64,14 @@ def test_a_column_of_cw10_has_the_mean_of_the_tasks_that_it_has() -> None:
     ]
 
 
+def test_the_curve_of_cw10_comes_from_its_record() -> None:
+    path = DOCS / "results/online-cw10-two-cores.json"
+    begin, end = cw10.around("CW10 while learning", "curve")
+    found = (DOCS / "online_results.md").read_text().partition(begin)[2].partition(end)[0].strip()
+    again = f"run: python -m benchmarks.online.cw10 curve {path} --page docs/online_results.md"
+    assert found == markdown_table(cw10.curve_table(json.loads(path.read_text()))), again
+
+
 def test_a_curve_of_cw10_says_how_far_the_last_lies_below_the_best() -> None:
     common = {"task": "hammer-v3", "algo": "self_imitation", "cloned": 0.5}
     falls = common | {"at": {"5100": 0.6, "10007": 0.9, "15004": 0.7, "20002": 0.8}, "after": 0.8}

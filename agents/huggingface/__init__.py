@@ -34,6 +34,7 @@ from eva_rl.agents.weights import (
     PICKLE_SUFFIXES,
     check_size,
     check_weights,
+    listed,
     read_checkpoint,
     read_safetensors,
     read_state_dict,
@@ -147,7 +148,7 @@ def _build(
     check_size(config, path, "its config")
     used = {name: value for name, value in weights.items() if not UNUSED.fullmatch(name)}
     if problems := value_problems(used):
-        raise UserError(f"{path}: {'; '.join(problems[:5])}. Save the network's weights as float32.")
+        raise UserError(f"{path}: {listed(problems)}. Save the network's weights as float32.")
     positions = used.pop(POSITIONS, None)
     expected = to_huggingface(DecisionTransformer.empty(config).state_dict(), config.num_layers)
     check_weights(used, expected, str(path), "its config")

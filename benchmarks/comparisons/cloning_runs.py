@@ -30,13 +30,13 @@ from eva_rl.eva import EvaResult
 from eva_rl.finetune import command  # noqa: F401 - registers its config
 from eva_rl.finetune.adapter import attach
 from eva_rl.finetune.session import choose_target_return
+from eva_rl.options import PRECISIONS
 from eva_rl.rollouts.evaluation import evaluate_policy, shared_envs
 from eva_rl.rollouts.experts import collect_expert
 from eva_rl.seeding import MAX_SEED
 from eva_rl.training.bc import train_bc
 from eva_rl.training.failures import NotFiniteError
 from eva_rl.training.losses import clone_loss
-from eva_rl.training.options import PRECISIONS
 
 HELD_OUT_EPISODES, HELD_OUT_BATCH = 20, 256
 HELD_OUT_SEED = MAX_SEED - 1

@@ -162,12 +162,12 @@ def table(arguments: argparse.Namespace) -> None:
 
 def curve(arguments: argparse.Namespace) -> None:
     """Success while learning, of the runs that were evaluated then."""
-    online_runs.publish(arguments, curve_table, around(arguments.part))
+    online_runs.publish(arguments, curve_table, around(arguments.part, "curve"))
 
 
-def around(part: str) -> tuple[str, str]:
+def around(part: str, command: str = "table") -> tuple[str, str]:
     """The lines around a table of a page."""
-    return f"<!-- {part}, written by benchmarks/online/cw10.py table -->", f"<!-- end of {part} -->"
+    return f"<!-- {part}, written by benchmarks/online/cw10.py {command} -->", f"<!-- end of {part} -->"
 
 
 class Cell(NamedTuple):

@@ -17,6 +17,7 @@ from eva_rl.adapters.extensions import ADAPTER_NAME
 from eva_rl.adapters.starts import check_widths, set_directions
 from eva_rl.errors import UserError
 from eva_rl.eva import EvaResult, compute
+from eva_rl.eva.computation import check_model
 from eva_rl.eva.result import exact_pattern
 from eva_rl.eva.targets import find_layers, without_wrappers
 
@@ -147,11 +148,7 @@ def _without_adapters(model: nn.Module) -> None:
 
 
 def _check(model: nn.Module, config: LoraConfig) -> None:
-    if not isinstance(model, nn.Module):
-        raise UserError(
-            f"model is a {type(model).__name__}, expected a torch.nn.Module. Of a policy give policy.network, or use "
-            "eva_rl.attach_adapter."
-        )
+    check_model(model)
     if type(config) is not LoraConfig:
         raise UserError(f"lora_config is a {type(config).__name__}; expected peft.LoraConfig.")
     if isinstance(model, PeftModel) or any(".lora_" in name for name, _ in model.named_parameters()):

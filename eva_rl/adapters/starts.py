@@ -38,14 +38,15 @@ def prepare_corda(network: nn.Module, peft_config: LoraConfig, moments: Mapping[
     """
     from peft.tuners.lora.corda import preprocess_corda
 
+    layers = sorted(peft_config.target_modules)  # PEFT's own order is another in each process
+
     def fill() -> None:
-        for name in peft_config.target_modules:
+        for name in layers:
             layer: Any = network.get_submodule(name)
             moment = moments[name]
             layer.sample_count = 1
             layer.covariance_matrix = (moment / moment.diagonal().mean()).to(layer.weight)
 
-    layers = sorted(peft_config.target_modules)  # PEFT's own order is another in each process
     if missing := [name for name in layers if name not in moments]:
         raise UserError(f"There are no second moments of {', '.join(missing[:3])}. Compute them with the same targets.")
     for name in layers:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -136,14 +136,12 @@ class Adapters:
     @contextmanager
     def _base_kept(self, name: str, folder: Path) -> Iterator[None]:
         """Hold the base weights against what they were; an adapter that changed them is taken out again."""
-        before = {key: value.clone() for key, value in base_weights(self._policy.network).items()}
+        before = self._copied_base()
         yield
-        after = base_weights(self._policy.network)
-        if changed := changed_weights(before, after):
+        if changed := changed_weights(before, base_weights(self._policy.network)):
             if self._model is not None:
                 self._model.delete_adapter(name)
-            for key, value in before.items():
-                after[key].copy_(value)
+            self._put_back(before)
             raise UserError(
                 f"The adapter in {folder} changes weights of the base ({', '.join(changed[:3])}), which belong to "
                 "every adapter on it. It is not used."
@@ -233,17 +231,15 @@ class Adapters:
         if self._model is None:
             raise UserError("The policy has no adapters to merge. Load some: load_policy(base, adapters={...}).")
         chosen = self._chosen()
-        self._unmerged = {name: weight.clone() for name, weight in base_weights(self._policy.network).items()}
+        self._unmerged = self._copied_base()
         self._model.merge_adapter([chosen])
 
     def unmerge(self) -> None:
         """Take a merged adapter out of the base weights again, which are what they were to the last bit."""
         if self._model is None or not is_merged(self._policy.network):
             return
-        self._model.unmerge_adapter()
-        rounded = base_weights(self._policy.network)
-        for name, before in self._unmerged.items():  # PEFT subtracts what it added
-            rounded[name].copy_(before)
+        self._model.unmerge_adapter()  # which subtracts what it added, and rounds
+        self._put_back(self._unmerged)
         self._unmerged = {}
 
     def merge_and_unload(self) -> None:
@@ -269,6 +265,14 @@ class Adapters:
         if self._model is not None:
             self._model.unload()
             self._forget()
+
+    def _copied_base(self) -> dict[str, Tensor]:
+        return {name: weight.clone() for name, weight in base_weights(self._policy.network).items()}
+
+    def _put_back(self, copied: Mapping[str, Tensor]) -> None:
+        weights = base_weights(self._policy.network)
+        for name, weight in copied.items():
+            weights[name].copy_(weight)
 
     def _forget(self) -> None:
         self._model, self._active, self._origins = None, None, {}

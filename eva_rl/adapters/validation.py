@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from eva_rl.adapters.extensions import WEIGHTS_FILE
 from eva_rl.agents.policy_folder import POLICY_FILE, find_policy
 from eva_rl.agents.policy_record import SCALING, scaling_record
-from eva_rl.agents.weights import read_safetensors, value_problems
+from eva_rl.agents.weights import listed, read_safetensors, value_problems
 from eva_rl.batch import InputScaling
 from eva_rl.errors import UserError
 from eva_rl.files import check_files, check_seal, expanded, read_json
@@ -176,10 +176,7 @@ def check_adapter(network: nn.Module, folder: Path) -> None:
     ]
     problems += value_problems(weights)
     if problems:
-        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise UserError(
-            f"The adapter in {folder} does not fit the policy, or is damaged: {'; '.join(problems[:5])}{more}."
-        )
+        raise UserError(f"The adapter in {folder} does not fit the policy, or is damaged: {listed(problems)}.")
 
 
 def read_config(path: Path) -> dict[str, Any]:

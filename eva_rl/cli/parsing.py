@@ -346,6 +346,12 @@ def flat(values: Mapping[str, Any], prefix: str = "", tables: Container[str] = (
             yield f"{prefix}{key}", value
 
 
+def todays_name(key: str) -> str:
+    """A stored key by the name of today, if it is one of a group that had another name."""
+    group, dot, name = key.rpartition(".")
+    return f"{group}{dot}{RENAMED.get(name, name) if dot else name}"
+
+
 def _stored_values(name: str, stored: Mapping[str, Any], chosen: Mapping[str, str]) -> Iterator[Setting]:
     """Stored settings as values; those of an option that is not chosen any more are left out."""
     known = known_keys(name, chosen)
@@ -356,9 +362,8 @@ def _stored_values(name: str, stored: Mapping[str, Any], chosen: Mapping[str, st
             *(group, old, group, group, chosen[group]),
         )
     for written, value in stored.items():
-        group, _, last = written.rpartition(".")
-        key = written if written in known or not group else f"{group}.{RENAMED.get(last, last)}"
-        if written.partition(".")[0] in dropped or (key not in known and last in DID_NOTHING):
+        key = written if written in known else todays_name(written)
+        if key.partition(".")[0] in dropped or (key not in known and key.rpartition(".")[2] in DID_NOTHING):
             continue
         table, entry = table_and_entry(key, known)
         if key in known:

@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from eva_rl.cli.command import new_run_dir
 from eva_rl.cli.console import say
 from eva_rl.cli.machine import versions
-from eva_rl.cli.parsing import DID_NOTHING, RENAMED, flat
+from eva_rl.cli.parsing import DID_NOTHING, flat, todays_name
 from eva_rl.distributed import ProcessGroup
 from eva_rl.errors import UserError
 from eva_rl.files import (
@@ -252,11 +252,7 @@ def todays_settings(values: Mapping[str, Any], options: Any) -> dict[str, Any]:
 
 def _renamed(settings: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     """By the names of today."""
-    found = {}
-    for key, value in settings:
-        group, dot, name = key.rpartition(".")
-        found[f"{group}{dot}{RENAMED.get(name, name) if dot else name}"] = value
-    return found
+    return {todays_name(key): value for key, value in settings}
 
 
 def _deciding(values: Mapping[str, Any]) -> dict[str, Any]:

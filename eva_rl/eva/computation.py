@@ -107,7 +107,8 @@ def check_model(model: object) -> None:
     """
     if not isinstance(model, nn.Module):
         raise UserError(
-            f"model is a {type(model).__name__}, expected a torch.nn.Module. Of a policy give policy.network."
+            f"model is a {type(model).__name__}, expected a torch.nn.Module. Of a policy give policy.network, or use "
+            "eva_rl.attach_adapter."
         )
 
 

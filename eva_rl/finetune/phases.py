@@ -37,6 +37,7 @@ from eva_rl.finetune.adapter import activation_env_steps, attach, warn_of_unused
 from eva_rl.finetune.residual import learn_residual
 from eva_rl.finetune.session import Session
 from eva_rl.finetune.shared import shared_eva
+from eva_rl.options import BFLOAT16
 from eva_rl.rollouts.evaluation import EvaluationResult
 from eva_rl.tracking import Tracker
 from eva_rl.tracking.tracker import CLONING as CLONED
@@ -48,7 +49,7 @@ from eva_rl.training.odt import OnlineDecisionTransformer
 from eva_rl.training.odt_td3 import TD3DecisionTransformer
 from eva_rl.training.online import train_online
 from eva_rl.training.optimizer import copy_of, trainable_parameters
-from eva_rl.training.options import AUTO, BFLOAT16
+from eva_rl.training.options import AUTO
 from eva_rl.training.self_imitation.learner import SelfImitation
 from eva_rl.training.self_imitation.retries import RetryingCollector
 from eva_rl.training.self_imitation.snapshot import load_snapshot, save_snapshot

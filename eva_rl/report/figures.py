@@ -39,9 +39,9 @@ STYLE: Any = {
 }
 MOST_PAIRS = 20
 LEGEND_LETTERS = 100
+"""That fit side by side in a legend below a figure, with six for a line and the room around."""
 FEW_LINES, LINE_HEIGHT = 3, 0.18
 """Lines of a legend for which a figure has room, and the height of each further one, in inches."""
-"""That fit side by side in a legend below a figure, with six for a line and the room around."""
 TICK_LETTERS = 36
 """In a line of a method's name beside a figure."""
 WIDTH = 7.0

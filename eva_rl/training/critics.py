@@ -6,6 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+OUTGROWN = 4.0
+"""Rewards get another scale once what it was found by is so many times as large."""
+
 
 class CriticEnsemble(nn.Module):
     """E action values, each an MLP with layer normalisation, computed together: one batched product a layer.
@@ -49,10 +52,6 @@ class CriticEnsemble(nn.Module):
 def random_pair(size: int, generator: torch.Generator) -> Tensor:
     """Two members (2,) of an ensemble, for one gradient step (REDQ, Chen et al. 2021, arXiv 2101.05982)."""
     return torch.randperm(size, generator=generator)[:2]
-
-
-OUTGROWN = 4.0
-"""Rewards get another scale once what it was found by is so many times as large."""
 
 
 def fitting_scale(

@@ -5,12 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from eva_rl.options import MANY, Options, option
+from eva_rl.options import COMPILE_MODES, FLOAT32, MANY, PRECISIONS, Options, option
 
 LOSSES = ("mse", "l1")
-FLOAT32, BFLOAT16, AUTO = "float32", "bfloat16", "auto"
-PRECISIONS = (FLOAT32, BFLOAT16)
-COMPILE_MODES = ("none", "default", "reduce-overhead")
+AUTO = "auto"
 MIN_REPLAY, MAX_REPLAY = 1_000, 10**10
 """Env steps of a replay."""
 

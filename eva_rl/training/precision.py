@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from eva_rl.batch import WindowBatch
+from eva_rl.options import BFLOAT16, FLOAT32
 from eva_rl.training.losses import autocast, clone_loss
-from eva_rl.training.options import AUTO, BFLOAT16, FLOAT32
+from eva_rl.training.options import AUTO
 
 ROUNDS = 5
 GAIN = 0.9

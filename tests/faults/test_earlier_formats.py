@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 
 from eva_rl import eva
 from eva_rl.adapters import load_policy
-from eva_rl.cli.run_dir import CONFIG_FILE, RENAMED
+from eva_rl.cli.parsing import RENAMED
+from eva_rl.cli.run_dir import CONFIG_FILE
 from eva_rl.data import load_dataset
 from eva_rl.finetune.command import main as finetune
 
